@@ -1,0 +1,73 @@
+#!/usr/bin/env python3
+# This file must parse on any Python, so that an old one gets a plain answer.
+import sys
+
+if sys.version_info < (3, 8):
+    sys.exit("This needs Python 3.8 or newer; you started it with Python " + sys.version.split()[0] + ".")
+
+import argparse
+import os
+
+import environment
+
+HELP = """\
+Everything there is to do with Job Tracker's tests, on any Python from 3.8.
+
+  python3 tests/run.py demo               watch Job Tracker work, then try it yourself
+  python3 tests/run.py test               run the tests
+  python3 tests/run.py test -k purge -x   run some of them: more words go to pytest
+
+The packages go into .venv/<host>, by themselves, in about a minute the first
+time. Nothing is installed outside this folder, and no GPU or model is needed.
+"""
+
+
+def demo(options, _):
+    import demonstration
+
+    python = environment.ensure(options.host)
+    return demonstration.run(python, options.host, options.port, options.nowebui, options.once)
+
+
+def test(options, pytest_arguments):
+    python = environment.ensure(options.host, "test")
+    # pytest starts in the project's folder: paths come from the caller's.
+    words = [os.path.abspath(w) if os.path.exists(w.split("::")[0]) else w for w in pytest_arguments]
+    return environment.call(
+        [python, "-m", "pytest"] + words, cwd=environment.PROJECT, env={"WEBUI_SHAPE": options.host}
+    )
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        prog="run.py", description=HELP, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    commands.required = True
+
+    def add_command(function, text):
+        command = commands.add_parser(function.__name__, help=text, description=text, allow_abbrev=False)
+        command.add_argument(
+            "--host", choices=environment.HOSTS, default="a1111", help="whose package versions to use (default: a1111)"
+        )
+        command.set_defaults(function=function)
+        return command
+
+    command = add_command(demo, "start a webui with Job Tracker and show what it does")
+    command.add_argument("--port", type=int, default=7860, help="port of the webui (default: 7860, or a free one)")
+    command.add_argument("--nowebui", action="store_true", help="offer the API only")
+    command.add_argument("--once", action="store_true", help="end after the show; the exit status says how it went")
+
+    add_command(test, "run the tests; every argument not listed here goes to pytest")
+
+    options, rest = parser.parse_known_args()
+    if rest and options.function is not test:
+        parser.error("unknown: " + " ".join(rest))
+    try:
+        return options.function(options, rest)
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,30 @@
+"""The samplers' names. They do nothing but appear in the answers."""
+
+from collections import namedtuple
+
+Sampler = namedtuple("Sampler", "name aliases options")
+
+all_samplers = [
+    Sampler("DPM++ 2M", ["k_dpmpp_2m"], {"scheduler": "karras"}),
+    Sampler("DPM++ SDE", ["k_dpmpp_sde"], {"scheduler": "karras", "second_order": "True"}),
+    Sampler("Euler a", ["k_euler_a", "k_euler_ancestral"], {"uses_ensd": "True"}),
+    Sampler("Euler", ["k_euler"], {}),
+    Sampler("LMS", ["k_lms"], {}),
+    Sampler("Heun", ["k_heun"], {"second_order": "True"}),
+    Sampler("DDIM", ["ddim"], {}),
+    Sampler("UniPC", ["unipc"], {}),
+]
+all_samplers_map = {sampler.name: sampler for sampler in all_samplers}
+schedulers = {"automatic": "Automatic", "uniform": "Uniform", "karras": "Karras", "exponential": "Exponential"}
+
+
+def get_sampler_and_scheduler(name, scheduler):
+    """Takes what a client may write; A1111 uses the first sampler in place of one that it does not know."""
+    labels = {**schedulers, **{label: label for label in schedulers.values()}}
+    found = labels.get(scheduler, "Automatic")
+    name = name or all_samplers[0].name
+    for ending, label in labels.items():
+        if name.endswith(" " + ending):
+            name, found = name[: -len(ending) - 1], label
+            break
+    return all_samplers_map.get(name, all_samplers[0]).name, found
