@@ -23,6 +23,7 @@ import bisect
 import contextlib
 import contextvars
 import errno
+import hashlib
 import json
 import logging
 import math
@@ -41,7 +42,7 @@ from typing import Any, Callable, Deque, Dict, Iterator, List, NamedTuple, Optio
 
 import anyio.to_thread
 from fastapi import HTTPException, Path, Query, Request, Response
-from fastapi.responses import StreamingResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, Field
 
 log = logging.getLogger("job_tracker")
@@ -363,6 +364,8 @@ class Job(NamedTuple):
     images: Tuple[str, ...] = ()  # files below images/, in the host's order
     bytes: int = 0  # of these files and the answer beside them
     owner: Optional[str] = None  # the process that runs it
+    key: Optional[str] = None  # of its idempotency, see idempotency_key
+    digest: Optional[str] = None  # of the request's body, for a job with a key
 
     @property
     def ended(self) -> bool:
@@ -418,9 +421,9 @@ def job_from_record(record: Any) -> Job:
             raise ValueError("started or finished is no valid time")
     if not isinstance(job.prompt, str):
         raise ValueError("prompt is no text")
-    for text in (job.ip, job.error, job.owner):
+    for text in (job.ip, job.error, job.owner, job.key, job.digest):
         if text is not None and not isinstance(text, str):
-            raise ValueError("ip, error or owner is no text")
+            raise ValueError("ip, error, owner, key or digest is no text")
     for name in job.images:
         form = isinstance(name, str) and IMAGE_FORM.match(name)
         if not form or form.group(1) != job.id:
@@ -478,6 +481,7 @@ class Index:
         self.text_start = array("Q")
         self.long: List[int] = []  # slots whose prompt does not fit
         self.ips: Dict[Optional[str], int] = {}
+        self.keys: Dict[str, int] = {}  # idempotency key -> the ID's number; a job that is gone may still stand here
         self.unfinished: Set[int] = set()
         self.counts = [0] * len(STATUSES)
         self.total_bytes = 0
@@ -525,13 +529,15 @@ class Index:
         self.length[slot] = length
         self.status[slot] = STATUSES.index(job.status)
         self.bytes[slot] = job.bytes
+        if job.key:
+            self.keys[job.key] = number
         self._count(slot, 1)
 
     def copy(self, other: "Index", slot: int, place: int) -> None:
         """Takes over a slot of another index, whose record now lies at `place`."""
         own = self.slots[id_number(other.id(slot))] = len(self.place)
         self.ids += other.ids[8 * slot : 8 * slot + 8]
-        self.ips = other.ips
+        self.ips, self.keys = other.ips, other.keys
         for name in ("length", "timestamp", "status", "type", "ip", "bytes"):
             getattr(self, name).append(getattr(other, name)[slot])
         self.place.append(place)
@@ -724,6 +730,16 @@ class JobStore:
         with self._lock:
             slot = self._index.slot(job_id)
             return None if slot is None else self._read(slot)
+
+    def with_key(self, key: str) -> Optional[Job]:
+        """The latest job with an idempotency key, None if there is none. Raises OSError."""
+        self._follow()
+        with self._lock:
+            slot = self._index.slots.get(self._index.keys.get(key, -1))
+            if slot is None or self._index.status[slot] == Index.REMOVED:
+                return None
+            job = self._read(slot)
+        return job if job is not None and job.key == key else None
 
     def query(
         self,
@@ -1174,7 +1190,7 @@ class JobStore:
                     unsynced = 0
                 yield
             os.fsync(out)
-            yield
+            yield from self._forget_keys(index)
             with self._exclusive():
                 if self._file is not old:
                     return
@@ -1208,6 +1224,16 @@ class JobStore:
                 os.close(out)
             with contextlib.suppress(OSError):
                 os.unlink(path)
+
+    def _forget_keys(self, index: Index) -> Iterator[None]:
+        """Forgets the keys of jobs that are gone."""
+        for count, (key, number) in enumerate(list(index.keys.items())):
+            with self._lock:
+                slot = index.slots.get(number)
+                if slot is None or index.status[slot] == Index.REMOVED:
+                    del index.keys[key]
+            if count % 500 == 0:
+                yield
 
     def _recover(self, fail: Callable[[Job], Job]) -> Iterator[None]:
         yield from self._load()
@@ -1321,9 +1347,9 @@ def split_answer(body: bytes) -> Answer:
     data = json.loads(body.decode())
     if not isinstance(data, dict):
         raise ValueError("the answer is no JSON object")
-    found = data.get("images")
-    data["images"] = []
-    return Answer([str(image).encode("utf-8", "surrogatepass") for image in found or []], as_json(data))
+    found = data.pop("images", None) or []
+    rest = as_json({"images": [], **data})
+    return Answer([str(image).encode("utf-8", "surrogatepass") for image in found], rest)
 
 
 class ImageStore:
@@ -1512,6 +1538,17 @@ class Conflict(Exception):
     """What was asked for does not go with the job's status."""
 
 
+class Claim:
+    """That a generation was the first with its idempotency key. Others with the key wait for what becomes of it."""
+
+    def __init__(self, digest: str):
+        self.digest = digest  # of the request's body
+        self.job_id: Future = Future()  # None: it was no job in the end
+
+
+Progress = Tuple[Optional[float], Optional[float]]  # 0 to 1, and the seconds that are left; None where unknown
+
+
 class Tracker:
     """A job's life, and the only writer of both stores.
 
@@ -1524,8 +1561,11 @@ class Tracker:
     RECOVER_EVERY = 60  # seconds between two looks for processes that are gone
     LOOK_EVERY = 5  # seconds between two looks at config.json
 
-    def __init__(self, settings: Settings):
+    def __init__(self, settings: Settings, progress: Callable[[], Progress], interrupt: Callable[[], None]):
+        """`progress` and `interrupt` are the host's, for the generation that has its queue lock."""
         self.settings = settings
+        self.progress = progress
+        self.interrupt = interrupt
         self.store = JobStore(settings.data_folder)
         self.images = ImageStore(os.path.join(settings.data_folder, "images"))
         self.pool = ThreadPoolExecutor(8, "job-tracker")
@@ -1533,7 +1573,9 @@ class Tracker:
         self._lock = threading.Lock()
         self._running: Dict[str, Job] = {}  # jobs of this process that have not ended, in order of acceptance
         self._accepted: Dict[str, Future] = {}
+        self._cancels: Dict[str, Callable[[], None]] = {}
         self._waiting: Dict[str, List[Callable[[], None]]] = {}
+        self._claims: Dict[str, Claim] = {}
         self._purging = threading.Lock()
         self._stop = threading.Event()
         self._housekeeper = threading.Thread(target=self._keep_house, name="job-tracker-housekeeping", daemon=True)
@@ -1541,24 +1583,31 @@ class Tracker:
 
     # A job's way
 
-    def accept(self, type_: str, prompt: str, ip: Optional[str]) -> Tuple[str, Future]:
-        """A new job: its ID, and a Future that ends when it is on disk, or with OSError: then there is no job."""
-        with self._lock:
+    def reserve_id(self) -> str:
+        """An ID that no job has, in any spelling. What is still being loaded is not looked at."""
+        job_id = new_id()
+        while self.store.knows(job_id):
             job_id = new_id()
-            while self.store.knows(job_id):
-                job_id = new_id()
-            job = Job(job_id, type_, PENDING, int(time.time()), ip, prompt[:PROMPT_LIMIT], owner=self.store.owner)
-            written = self.store.put(job, new=True)
-            self._running[job_id] = job
-            self._accepted[job_id] = written
-        written.add_done_callback(lambda future: future.exception() and self._forget(job_id))
-        return job_id, written
+        return job_id
+
+    def accept(self, job: Job, cancel: Callable[[], None]) -> Future:
+        """A new job. The Future ends when it is on disk, or with OSError: then there is no job.
+
+        `cancel` is called for a job that is to be cancelled; its generation then sees to it that the job fails.
+        """
+        with self._lock:
+            written = self.store.put(job._replace(owner=self.store.owner), new=True)
+            self._running[job.id] = job._replace(owner=self.store.owner)
+            self._accepted[job.id] = written
+            self._cancels[job.id] = cancel
+        written.add_done_callback(lambda future: future.exception() and self._forget(job.id))
+        return written
 
     def _forget(self, job_id: str) -> None:
         log.error("A generation is not tracked, since its job could not be stored")
         with self._lock:
-            self._running.pop(job_id, None)
-            self._accepted.pop(job_id, None)
+            for jobs in (self._running, self._accepted, self._cancels):
+                jobs.pop(job_id, None)
 
     def start(self, job_id: str) -> None:
         """The job has the queue lock: generation begins."""
@@ -1605,7 +1654,7 @@ class Tracker:
             written = self.store.put(job)
             waiting = []
             if job.ended:
-                del self._running[job_id], self._accepted[job_id]
+                del self._running[job_id], self._accepted[job_id], self._cancels[job_id]
                 waiting = self._waiting.pop(job_id, [])
 
         def report(written: Future) -> None:
@@ -1664,7 +1713,110 @@ class Tracker:
                 if not self._waiting[job_id]:
                     del self._waiting[job_id]
 
+    def describe(self, job: Job) -> Dict[str, Any]:
+        """A job as the API shows it, without its images. Reads the file with the answer."""
+        parameters = info = progress = eta = None
+        error = job.error
+        if job.status == COMPLETED:
+            try:
+                answer = json.loads(b"".join(self.images.read(job.answer)).decode())
+                parameters, info = answer.get("parameters"), answer.get("info")
+            except (OSError, ValueError, AttributeError):
+                error = "The parameters are no longer on disk"
+        if job.status == PROCESSING and self.is_own(job.id):
+            progress, eta = self.progress()
+        return {
+            "id": job.id,
+            "type": job.type,
+            "status": job.status,
+            "prompt": job.prompt,
+            "timestamp": job.timestamp,
+            "ip": job.ip,
+            "started": job.started,
+            "finished": job.finished,
+            "error": error,
+            "queue_position": self.position(job.id),
+            "progress": progress,
+            "eta": eta,
+            "parameters": parameters,
+            "info": info,
+            "image_count": len(job.images),
+        }
+
+    def as_json(self, job: Job) -> Iterator[bytes]:
+        """A job as the API shows it, with its images, a piece at a time."""
+        there = [self.images.size(name) is not None for name in job.images]
+        description = self.describe(job)
+        if not all(there):
+            description["error"] = f"{there.count(False)} of {len(there)} images are no longer on disk"
+        yield as_json(description)[:-1] + b',"images":['
+        yield from self._images_as_json(job, there)
+        yield b"]}"
+
+    def answer_as_json(self, job: Job) -> Iterator[bytes]:
+        """What the host answered, once more, a piece at a time. Raises OSError."""
+        rest = b"".join(self.images.read(job.answer))
+        start = IMAGES_START.match(rest)
+        if not start:
+            raise OSError(errno.EIO, "the stored answer is damaged", job.answer)
+        yield rest[: start.end()]
+        if json.loads(rest.decode())["parameters"].get("send_images", True):
+            yield from self._images_as_json(job, [True] * len(job.images))
+        yield rest[start.end() :]
+
+    def _images_as_json(self, job: Job, there: List[bool]) -> Iterator[bytes]:
+        for number, name in enumerate(job.images):
+            if number:
+                yield b","
+            if there[number]:
+                yield from self.images.read_as_json(name)
+            else:
+                yield b"null"
+
+    # Idempotency
+
+    def claim(self, key: str, digest: str) -> Tuple[Claim, bool]:
+        """Who was first with a key, and whether that is the caller, who then must `release` the claim at its end.
+
+        A Failed job frees its key. Raises OSError.
+        """
+        with self._lock:
+            claim = self._claims.get(key)
+        if claim is None:
+            job = self.store.with_key(key)
+            with self._lock:
+                claim = self._claims.get(key)
+                if claim is None and (job is None or job.status == FAILED):
+                    claim = self._claims[key] = Claim(digest)
+                    return claim, True
+            if claim is None:
+                claim = Claim(job.digest or "")
+                claim.job_id.set_result(job.id)
+        return claim, False
+
+    def release(self, key: str, claim: Claim) -> None:
+        """The generation of a claim has ended, as a job or as none."""
+        with self._lock:
+            del self._claims[key]
+        if not claim.job_id.done():
+            claim.job_id.set_result(None)
+
     # The end of jobs
+
+    def cancel(self, job_id: str) -> bool:
+        """Takes a job out of the queue or interrupts it. False if there is none. Raises Conflict, OSError.
+
+        A Pending job has failed when this returns, a Processing one fails when the host has stopped it.
+        """
+        with self._lock:
+            cancel = self._cancels.get(job_id)
+        if cancel is not None:
+            cancel()
+            return True
+        job = self.get(job_id)
+        if job is None:
+            return False
+        raise Conflict(f"The job is {job.status}" if job.ended else "The job belongs to another webui on this folder")
 
     def delete(self, job_id: str) -> bool:
         """Removes a job that has ended and its files. False if there is none. Raises Conflict, OSError."""
@@ -1769,6 +1921,8 @@ JOB_HEADER = "X-Job-ID"
 HEARTBEAT = 15.0  # seconds between two bytes of white space
 GRACE = 0.02  # seconds in which a generation that has just begun may still fail with the host's own answer
 PIECE = 1 << 17  # bytes of an answer that are sent at a time
+IDEMPOTENCY_KEY_LIMIT = 255  # characters
+CANCELLED = "Cancelled"
 SPARE_THREADS = 1000  # the most worker threads that are lent to the host
 
 current: "contextvars.ContextVar[Optional[Generation]]" = contextvars.ContextVar("job_tracker_current", default=None)
@@ -1788,11 +1942,27 @@ def accepts_gzip(scope: Scope) -> bool:
     return False
 
 
+def user_of(scope: Scope) -> str:
+    """The user of RFC 7617 whose password the host has checked, as the header has it."""
+    header = header_of(scope, b"authorization")
+    try:
+        return base64.b64decode(header.partition(" ")[2]).partition(b":")[0].hex()
+    except ValueError:
+        return header
+
+
+def prefers_async(scope: Scope) -> bool:
+    """By RFC 7240, 4.1."""
+    preferences = header_of(scope, b"prefer").lower().split(",")
+    return any(preference.partition(";")[0].strip() == "respond-async" for preference in preferences)
+
+
 class Gzip:
     """Gzip for base64: it has nothing that repeats, so Huffman codes alone do as well, at a fifth of the time."""
 
-    def __init__(self) -> None:
-        self._stream = zlib.compressobj(1, zlib.DEFLATED, 31, 9, zlib.Z_HUFFMAN_ONLY)
+    def __init__(self, level: int = 1) -> None:
+        """Level 0 packs without compressing."""
+        self._stream = zlib.compressobj(level, zlib.DEFLATED, 31, 9, zlib.Z_HUFFMAN_ONLY)
 
     def encode(self, data: bytes, last: bool = False) -> bytes:
         """Encodes so that the other side can decode all of it at once."""
@@ -1878,7 +2048,11 @@ class ObservedLock:
             generation.asked()
         got = self._lock.acquire(*args, **kwargs)
         if generation is not None and got is not False:
-            generation.got()
+            try:
+                generation.got()
+            except BaseException:
+                self._lock.release()
+                raise
         return got
 
     def release(self) -> None:
@@ -1933,10 +2107,22 @@ class Middleware:
         self.tracker = tracker
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if self.tracker.settings.enabled:
-            await Generation(self, scope, receive, send).serve()
+        if self.tracker.settings.enabled and Shell.KEY in scope:  # not so for what came before the shell was there
+            await Exchange(self, scope, receive, send).serve()
         else:
             await self.app(scope, receive, send)
+
+
+class Repeat(Exception):
+    """Ends a host's route: another generation has the same idempotency key."""
+
+    def __init__(self, claim: Claim):
+        super().__init__("repeat")
+        self.claim = claim
+
+
+class Cancelled(Exception):
+    """Ends a host's route whose job was cancelled before it got the queue lock."""
 
 
 class Generation:
@@ -1944,84 +2130,167 @@ class Generation:
 
     tasks: Set["asyncio.Task[None]"] = set()  # asyncio holds its tasks only weakly
 
-    def __init__(self, middleware: Middleware, scope: Scope, receive: Receive, send: Send):
+    def __init__(self, middleware: Middleware, scope: Scope, body: List[Message]):
         self.app = middleware.app
         self.type = middleware.type
         self.tracker = middleware.tracker
         self.scope = scope
-        self.receive = receive
-        self.send = send
+        self.body = body
         self.loop = asyncio.get_running_loop()
         self.accepted: "asyncio.Future[bool]" = self.loop.create_future()  # whether the job is on disk
-        self.answered: "asyncio.Future[None]" = self.loop.create_future()  # the host's route has ended
+        self.answered: "asyncio.Future[None]" = self.loop.create_future()  # the client need not wait any longer
         self.job_id: Optional[str] = None
-        self.has_lock = False
+        self.claim: Optional[Claim] = None
+        self.key: Optional[str] = None
         self.request: Any = None  # the host's own view of the body
+        self.reserved_id: Optional[str] = None
         self.hide_images = False  # the client sent send_images: false
         self.messages: List[Message] = []  # what the host answered
         self.error: Optional[BaseException] = None  # or what it raised
+        self._state = threading.Lock()  # guards the two that follow
+        self.lock: Optional[str] = None  # the host's queue lock is "held", then "released"
+        self.cancelled = False
 
     # On the host's worker thread
 
-    @harmless
     def called(self, arguments: Dict[str, Any]) -> None:
-        """The host has checked credentials and body, and its endpoint is about to run."""
-        for value in arguments.values():
-            if hasattr(value, "prompt"):
-                self.request = value
-                if getattr(value, "send_images", True) is False:
-                    value.send_images = self.hide_images = True
+        """The host has checked credentials and body, and its endpoint is about to run. Raises what is to end it."""
+        key = header_of(self.scope, b"idempotency-key")
+        if key:
+            self._claim(key)
+        self._look_at(arguments)
+
+    def _claim(self, key: str) -> None:
+        if len(key) > IDEMPOTENCY_KEY_LIMIT:
+            raise HTTPException(422, f"Idempotency-Key has more than {IDEMPOTENCY_KEY_LIMIT} characters")
+        digest = hashlib.sha256()
+        for message in self.body:
+            digest.update(message.get("body", b""))
+        self.key = hashlib.sha256(json.dumps([key, user_of(self.scope), self.type]).encode()).hexdigest()[:32]
+        try:
+            claim, first = self.tracker.claim(self.key, digest.hexdigest())
+        except OSError as error:
+            raise HTTPException(503, f"The jobs cannot be read, so a repeat cannot be told: {error}") from None
+        if first:
+            self.claim = claim
+        elif claim.digest != digest.hexdigest():
+            raise HTTPException(422, "Idempotency-Key was used with another body")
+        else:
+            raise Repeat(claim)
+
+    @harmless
+    def _look_at(self, arguments: Dict[str, Any]) -> None:
+        self.request = next((value for value in arguments.values() if hasattr(value, "prompt")), None)
+        if getattr(self.request, "send_images", True) is False:
+            self.request.send_images = self.hide_images = True
+        self.reserved_id = self.tracker.reserve_id()
+        if getattr(self.request, "force_task_id", "") is None:
+            self.request.force_task_id = self.reserved_id  # the host's /internal/progress answers for the job's ID
 
     @harmless
     def asked(self) -> None:
+        """The host's route asks for the queue lock: that makes it a job."""
         if self.job_id is not None:
             return
         try:
             prompt = getattr(self.request, "prompt", "")
             client = self.scope.get("client")
-            self.job_id, written = self.tracker.accept(
-                self.type, prompt if isinstance(prompt, str) else "", client[0] if client else None
+            job = Job(
+                id=self.reserved_id or self.tracker.reserve_id(),
+                type=self.type,
+                status=PENDING,
+                timestamp=int(time.time()),
+                ip=client[0] if client else None,
+                prompt=prompt[:PROMPT_LIMIT] if isinstance(prompt, str) else "",
+                key=self.key,
+                digest=self.claim.digest if self.claim else None,
             )
+            written = self.tracker.accept(job, self.cancel)
+            self.job_id = job.id
+            self.body.clear()  # the host has read it, and it may be large
         except Exception:
-            self._tell(False)
+            self._in_loop(self._accept, False)
             raise
-        written.add_done_callback(lambda future: self._tell(future.exception() is None))
+        written.add_done_callback(lambda future: self._in_loop(self._accept, future.exception() is None))
+
+    def got(self) -> None:
+        """The route has the queue lock. Raises Cancelled if it is to give it back at once."""
+        with self._state:
+            if self.cancelled:
+                raise Cancelled
+            self.lock = "held"
+        self._start()
 
     @harmless
-    def got(self) -> None:
-        self.has_lock = True
+    def _start(self) -> None:
         if self.job_id is not None:
             self.tracker.start(self.job_id)
 
-    @harmless
     def released(self) -> None:
-        self.has_lock = False
+        with self._state:
+            self.lock = "released"
 
-    def _tell(self, accepted: bool) -> None:
-        def tell() -> None:
-            if not self.accepted.done():
-                self.accepted.set_result(accepted)
+    # On any thread
 
+    def cancel(self) -> None:
+        """Fails the job now if it waits, or when the host has stopped it if it runs."""
+        with self._state:
+            self.cancelled = True
+            waiting = self.lock is None
+        if waiting:
+            self.tracker.fail(self.job_id, CANCELLED)
+            self._in_loop(self._end)
+        else:
+            self._in_loop(self._interrupt)
+
+    def _interrupt(self) -> None:
+        """Interrupts the host again and again, for a generation resets the mark when it begins."""
+        with self._state:
+            if self.lock == "held":
+                self.tracker.interrupt()
+                self.loop.call_later(0.2, self._interrupt)
+
+    def _in_loop(self, function: Callable[..., None], *args: Any) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed
-            self.loop.call_soon_threadsafe(tell)
+            self.loop.call_soon_threadsafe(function, *args)
+
+    def _accept(self, accepted: bool) -> None:
+        if not self.accepted.done():
+            self.accepted.set_result(accepted)
+        if self.claim and accepted and not self.claim.job_id.done():
+            self.claim.job_id.set_result(self.job_id)
+
+    def _end(self) -> None:
+        if not self.answered.done():
+            self.answered.set_result(None)
 
     # In the task that belongs to the job, whatever becomes of the client
 
-    async def _work(self, body: List[Message]) -> None:
+    def begin(self) -> "asyncio.Task[None]":
+        """Runs the host's route and all that follows, in a task of its own."""
+        work = self.loop.create_task(self._work())
+        self.tasks.add(work)
+        work.add_done_callback(self.tasks.discard)
+        return work
+
+    async def _work(self) -> None:
         current.set(self)
         try:
             with lent_thread():
-                await self.app(dict(self.scope), self._giving(body), self._capture)
+                await self.app(dict(self.scope), self._giving(list(self.body)), self._capture)
         except BaseException as error:
             self.error = error
         finally:
-            self.answered.set_result(None)
-        if self.job_id is None or not await self.accepted:
-            return
-        if self.failed:
-            self.tracker.fail(self.job_id, self._reason())
-        else:
-            await self.loop.run_in_executor(self.tracker.pool, self._store)
+            self._end()
+        try:
+            if self.job_id is not None and await self.accepted:
+                if self.failed:
+                    self.tracker.fail(self.job_id, self.reason())
+                else:
+                    await self.loop.run_in_executor(self.tracker.pool, self._store)
+        finally:
+            if self.claim:
+                self.tracker.release(self.key, self.claim)
 
     @staticmethod
     def _giving(body: List[Message]) -> Receive:
@@ -2039,9 +2308,14 @@ class Generation:
 
     @property
     def failed(self) -> bool:
-        return self.error is not None or not self.messages or not 200 <= self.messages[0]["status"] < 300
+        """Whether it ended without an answer of success."""
+        refused = not self.messages or not 200 <= self.messages[0]["status"] < 300
+        return self.cancelled or self.error is not None or refused
 
-    def _reason(self) -> str:
+    def reason(self) -> str:
+        """Why it failed, for its user."""
+        if self.cancelled:
+            return CANCELLED
         if isinstance(self.error, asyncio.CancelledError):
             return "The webui was stopped"
         if self.error is not None:
@@ -2049,24 +2323,15 @@ class Generation:
             return f"{type(self.error).__name__}: {text}" if text else type(self.error).__name__
         if not self.messages:
             return "The webui gave no answer"
-        return f"The webui answered {self.messages[0]['status']}: {self._body()[:1000].decode('utf-8', 'replace')}"
+        return f"The webui answered {self.messages[0]['status']}: {self.bytes()[:1000].decode('utf-8', 'replace')}"
 
-    def _body(self) -> bytes:
+    def bytes(self) -> bytes:
+        """What the host answered."""
         return b"".join(message.get("body", b"") for message in self.messages[1:])
 
-    def _store(self) -> None:
-        try:
-            answer = self._answer()
-            prompt = json.loads(answer.rest.decode())["parameters"].get("prompt")
-        except Exception as error:
-            log.error("Job %s: the webui's answer cannot be read: %s", self.job_id, one_line(str(error)))
-            self.tracker.fail(self.job_id, f"Generated, but the webui's answer cannot be read: {error}")
-            return
-        self.tracker.finish(self.job_id, answer, prompt if isinstance(prompt, str) else "")
-
-    def _answer(self) -> Answer:
-        """The host's answer, with the parameters as the client sent them."""
-        answer = split_answer(self._body())
+    def answer(self) -> Answer:
+        """The same in parts, with the parameters as the client sent them."""
+        answer = split_answer(self.bytes())
         if not self.hide_images:
             return answer
         data = json.loads(answer.rest.decode())
@@ -2074,29 +2339,40 @@ class Generation:
             data["parameters"]["send_images"] = False
         return answer._replace(rest=json.dumps(data, separators=(",", ":"), ensure_ascii=False).encode())
 
-    # In the request
+    def for_client(self) -> Iterator[bytes]:
+        """The same as the client asked for it, a piece at a time."""
+        yield from in_pieces(self.answer().rest if self.hide_images else self.bytes())
+
+    def _store(self) -> None:
+        try:
+            answer = self.answer()
+            prompt = json.loads(answer.rest.decode())["parameters"].get("prompt")
+        except Exception as error:
+            log.error("Job %s: the webui's answer cannot be read: %s", self.job_id, one_line(str(error)))
+            self.tracker.fail(self.job_id, f"Generated, but the webui's answer cannot be read: {error}")
+            return
+        self.tracker.finish(self.job_id, answer, prompt if isinstance(prompt, str) else "")
+
+
+class Exchange:
+    """One client's request and what it is told. The client may leave at any moment; the generation does not notice."""
+
+    def __init__(self, middleware: Middleware, scope: Scope, receive: Receive, send: Send):
+        self.middleware = middleware
+        self.tracker = middleware.tracker
+        self.scope = scope
+        self.receive = receive
+        self.send = send
+        self.valve: Valve = scope[Shell.KEY]
+        self.encoder = Gzip() if accepts_gzip(scope) else None
 
     async def serve(self) -> None:
         body = await self._read_body()
-        if body is None:
-            return
-        work = self.loop.create_task(self._work(body))
-        self.tasks.add(work)
-        work.add_done_callback(self.tasks.discard)
-        valve = self.scope.get(Shell.KEY)
-        if valve is not None:
-            valve.work = work
-        await asyncio.wait({self.accepted, self.answered}, return_when=asyncio.FIRST_COMPLETED)
-        if self.job_id is not None and not self.accepted.done():
-            await asyncio.wait({self.accepted}, timeout=10)  # the host was faster than the disk
-        if self.accepted.done() and self.accepted.result():
-            if self.has_lock:
-                await asyncio.wait({self.answered}, timeout=GRACE)
-            if not (self.answered.done() and self.failed):
-                await self._stream(valve)
-                return
-        await asyncio.wait({self.answered})
-        await self._pass_on()
+        served = body is None
+        while not served:
+            generation = Generation(self.middleware, self.scope, body)
+            self.valve.work = generation.begin()
+            served = await self._serve(generation)
 
     async def _read_body(self) -> Optional[List[Message]]:
         """The body as it came, None if the client left before its end."""
@@ -2108,55 +2384,114 @@ class Generation:
             body.append(message)
         return body
 
-    async def _pass_on(self) -> None:
+    async def _serve(self, generation: Generation) -> bool:
+        """False if the generation turned out to repeat one that came to nothing, so that another is due."""
+        accepted, answered = generation.accepted, generation.answered
+        await asyncio.wait({accepted, answered}, return_when=asyncio.FIRST_COMPLETED)
+        if generation.job_id is not None and not accepted.done():
+            await asyncio.wait({accepted}, timeout=10)  # the host was faster than the disk
+        if accepted.done() and accepted.result():
+            if generation.lock:
+                await asyncio.wait({answered}, timeout=GRACE)
+            if generation.cancelled or not (answered.done() and generation.failed):
+                await self._follow(generation)
+                return True
+        await asyncio.wait({answered})
+        if isinstance(generation.error, Repeat):
+            return await self._repeat(generation.error.claim)
+        await self._pass_on(generation)
+        return True
+
+    async def _follow(self, generation: Generation) -> None:
+        """Tells the client of its job, from its acceptance on."""
+
+        async def result() -> Optional[Iterator[bytes]]:
+            return None if generation.failed else generation.for_client()
+
+        await self._tell(generation.job_id, generation.answered, result, [])
+        if self.valve.cut:
+            log.warning("Job %s failed, its connection is cut: %s", generation.job_id, one_line(generation.reason()))
+            if isinstance(generation.error, Exception) and not generation.cancelled:
+                raise generation.error  # for the host's log
+
+    async def _pass_on(self, generation: Generation) -> None:
         """Gives the client what the host gave, as if we were not there."""
-        if self.error is not None:
-            raise self.error
-        if self.hide_images and not self.failed:
-            body = (await self.loop.run_in_executor(self.tracker.pool, self._answer)).rest
-            headers = [pair for pair in self.messages[0]["headers"] if pair[0].lower() != b"content-length"]
-            headers.append((b"content-length", str(len(body)).encode()))
-            self.messages = [
-                {**self.messages[0], "headers": headers},
-                {"type": "http.response.body", "body": body},
-            ]
-        for message in self.messages:
+        if generation.error is not None:
+            raise generation.error
+        messages = generation.messages
+        if generation.hide_images and not generation.failed:
+            answer = await asyncio.get_running_loop().run_in_executor(self.tracker.pool, generation.answer)
+            headers = [pair for pair in messages[0]["headers"] if pair[0].lower() != b"content-length"]
+            headers.append((b"content-length", str(len(answer.rest)).encode()))
+            messages = [{**messages[0], "headers": headers}, {"type": "http.response.body", "body": answer.rest}]
+        for message in messages:
             await self.send(message)
 
-    async def _stream(self, valve: Optional[Valve]) -> None:
-        """The head now, heartbeats while the job waits and runs, and then the answer, or no clean end."""
-        headers = [
-            (b"content-type", b"application/json"),
-            (JOB_HEADER.lower().encode(), self.job_id.encode()),
-            (b"access-control-expose-headers", JOB_HEADER.encode()),
-            (b"vary", b"Accept-Encoding"),
-        ]
-        encoder = Gzip() if accepts_gzip(self.scope) else None
-        if encoder:
-            headers.append((b"content-encoding", b"gzip"))
-        gone = self.loop.create_task(self._until_gone())
+    async def _repeat(self, claim: Claim) -> bool:
+        """Answers from the job that was first with the idempotency key. False if there is none any more."""
+        job_id = await asyncio.wrap_future(claim.job_id)
+        job = None if job_id is None else await self._in_pool(self.tracker.get, job_id)
+        if job is None or job.status == FAILED:
+            return False
+
+        async def result() -> Optional[Iterator[bytes]]:
+            job = await self._in_pool(self.tracker.get, job_id)
+            return self.tracker.answer_as_json(job) if job is not None and job.status == COMPLETED else None
+
+        ended = asyncio.get_running_loop().create_task(self.tracker.wait(job_id, math.inf))
         try:
-            await self.send({"type": "http.response.start", "status": 200, "headers": headers})
-            while not self.answered.done():
-                await self._send_piece(encoder.encode(b" ") if encoder else b" ")
-                await asyncio.wait({self.answered, gone}, timeout=HEARTBEAT, return_when=asyncio.FIRST_COMPLETED)
+            await self._tell(job_id, ended, result, [(b"idempotent-replayed", b"true")] if job.ended else [])
+        finally:
+            ended.cancel()
+        return True
+
+    async def _tell(self, job_id: str, ended: Any, result: Any, headers: List[Tuple[bytes, bytes]]) -> None:
+        """The head now, heartbeats while the job waits and runs, and then its result; None is no clean end."""
+        headers += [
+            (JOB_HEADER.lower().encode(), job_id.encode()),
+            (b"access-control-expose-headers", JOB_HEADER.encode()),
+        ]
+        if prefers_async(self.scope):
+            location = self.scope.get("root_path", "") + f"/sdapi/v1/job/{job_id}"
+            headers += [(b"location", location.encode()), (b"preference-applied", b"respond-async")]
+            job = await self._in_pool(self.tracker.get, job_id)
+            data = as_json(await self._in_pool(self.tracker.describe, job))
+            await self._start(202, headers)
+            await self._send_all(iter([data]))
+            return
+        gone = asyncio.get_running_loop().create_task(self._until_gone())
+        try:
+            await self._start(200, headers)
+            while not ended.done():
+                await self._send_piece(self.encoder.encode(b" ") if self.encoder else b" ")
+                await asyncio.wait({ended, gone}, timeout=HEARTBEAT, return_when=asyncio.FIRST_COMPLETED)
                 if gone.done():
                     return
-            if self.failed:
-                self._cut(valve)
-                return
-            if self.hide_images:
-                body = (await self.loop.run_in_executor(self.tracker.pool, self._answer)).rest
+            pieces = await result()
+            if pieces is None:
+                self.valve.cut = True
             else:
-                body = self._body()
-            pieces = in_pieces(body)
-            async for piece in from_pool(self.tracker.pool, encoder.encode_all(pieces) if encoder else pieces):
-                await self._send_piece(piece)
-                if gone.done():
-                    return
-            await self.send({"type": "http.response.body", "body": b"", "more_body": False})
+                await self._send_all(pieces, gone)
+        except OSError as error:
+            self.valve.cut = True
+            log.error("Job %s: the stored answer cannot be read: %s", job_id, error)
         finally:
             gone.cancel()
+
+    async def _start(self, status: int, headers: List[Tuple[bytes, bytes]]) -> None:
+        headers += [(b"content-type", b"application/json"), (b"vary", b"Accept-Encoding")]
+        if self.encoder:
+            headers.append((b"content-encoding", b"gzip"))
+        await self.send({"type": "http.response.start", "status": status, "headers": headers})
+
+    async def _send_all(self, pieces: Iterator[bytes], gone: Optional["asyncio.Task[None]"] = None) -> None:
+        if self.encoder:
+            pieces = self.encoder.encode_all(pieces)
+        async for piece in from_pool(self.tracker.pool, pieces):
+            await self._send_piece(piece)
+            if gone is not None and gone.done():
+                return
+        await self.send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _send_piece(self, data: bytes) -> None:
         await self.send({"type": "http.response.body", "body": data, "more_body": True})
@@ -2165,15 +2500,8 @@ class Generation:
         while (await self.receive())["type"] != "http.disconnect":
             pass
 
-    def _cut(self, valve: Optional[Valve]) -> None:
-        """Ends the response so that every client reports an error; the host logs its own as always."""
-        log.warning("Job %s failed, its connection is cut: %s", self.job_id, one_line(self._reason()))
-        if valve is not None:
-            valve.cut = True
-        if isinstance(self.error, Exception):
-            raise self.error
-        if valve is None:
-            raise ConnectionAbortedError("the generation failed")
+    async def _in_pool(self, function: Callable[..., Any], *args: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self.tracker.pool, function, *args)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -2215,36 +2543,82 @@ class Problem(BaseModel):
     detail: str
 
 
+def text_header(description: str) -> Dict[str, Any]:
+    return {"description": description, "schema": {"type": "string"}}
+
+
+IMAGE_DOCS = {
+    200: {
+        "description": "The image",
+        "content": {media_type: {"schema": {"type": "string", "format": "binary"}} for media_type in MEDIA_TYPES.values()},
+        "headers": {"ETag": text_header("changes never: an image does not")},
+    },
+    304: {"description": "If-None-Match names the image that the client has"},
+}
+
+GENERATION_DOCS = {
+    "parameters": [
+        {
+            "name": "Prefer",
+            "in": "header",
+            "description": "respond-async (RFC 7240): answer 202 with the job when it is accepted",
+            "schema": {"type": "string"},
+            "example": "respond-async",
+        },
+        {
+            "name": "Idempotency-Key",
+            "in": "header",
+            "description": "The same key, user, path and body is one generation, however often it is sent",
+            "schema": {"type": "string", "maxLength": IDEMPOTENCY_KEY_LIMIT},
+            "example": "8e03978e-40d5-43dd-bc93-6894a57f9324",
+        },
+    ],
+    "responses": {
+        "200": {
+            "headers": {
+                JOB_HEADER: text_header("the job's ID, while tracking is enabled; sent before generation starts"),
+                "Idempotent-Replayed": text_header("true for a stored answer"),
+            }
+        },
+        "202": {
+            "description": "The job is accepted, as Prefer: respond-async asked for",
+            "headers": {JOB_HEADER: text_header("the job's ID"), "Location": text_header("the job's path")},
+            "content": {"application/json": {"schema": {"$ref": "#/components/schemas/JobSummary"}}},
+        },
+    },
+}
+
+
 class Api:
     """The endpoints. They look at jobs in threads of the tracker's own, so that the host's are never needed."""
 
     JOB = "/sdapi/v1/job/{id}"
+    IMAGE = "/sdapi/v1/job/{id}/images/{n}"
     JOBS = "/sdapi/v1/jobs"
     CURSOR = re.compile(r"(\d{1,12})-([A-Za-z0-9]{8})\Z")
 
-    def __init__(self, tracker: Tracker, progress: Callable[[], Tuple[Optional[float], Optional[float]]]):
-        """`progress` gives the host's own progress (0 to 1) and the seconds that are left, None where unknown."""
+    def __init__(self, tracker: Tracker):
         self.tracker = tracker
-        self.progress = progress
 
     def add_to(self, add_route: Callable[..., Any]) -> None:
         """Registers the routes through the host's own `add_api_route`, which guards them as it guards its own."""
         missing = {404: {"model": Problem, "description": "There is no such job"}}
-        add_route(
-            self.JOB,
-            self.get_job,
-            methods=["GET"],
-            response_model=JobWithImages,
-            responses=missing,
-            summary="Get a job with its images",
-        )
-        add_route(
-            self.JOBS,
-            self.get_jobs,
-            methods=["GET"],
-            response_model=List[JobSummary],
-            summary="List jobs, newest first",
-        )
+        conflict = {409: {"model": Problem, "description": "It does not go with the job's status"}}
+        unread = {503: {"model": Problem, "description": "The jobs cannot be read from disk"}}
+        for method, path, endpoint, more in (
+            ("GET", self.JOB, self.get_job, {"response_model": JobWithImages, "responses": {**missing, **unread}}),
+            ("DELETE", self.JOB, self.delete_job, {"status_code": 204, "responses": {**missing, **conflict, **unread}}),
+            ("GET", self.JOBS, self.get_jobs, {"response_model": List[JobSummary], "responses": unread}),
+            ("GET", self.IMAGE, self.get_image, {"response_class": Response, "responses": {**IMAGE_DOCS, **missing}}),
+            ("HEAD", self.IMAGE, self.get_image, {"include_in_schema": False}),
+            (
+                "POST",
+                self.JOB + "/cancel",
+                self.cancel_job,
+                {"response_model": JobSummary, "responses": {**missing, **conflict, **unread}},
+            ),
+        ):
+            add_route(path, endpoint, methods=[method], tags=["Job Tracker"], **more)
 
     async def _run(self, function: Callable[..., Any], *args: Any) -> Any:
         """Runs a function that may block; trouble with the disk is a 503."""
@@ -2270,7 +2644,7 @@ class Api:
         if wait and ID_FORM.match(id):
             await self.tracker.wait(id, wait)
         job = await self._get(id)
-        return self._respond(request, self._as_json(job) if images else iter([as_json(await self._run(self.describe, job))]))
+        return self._respond(request, self.tracker.as_json(job) if images else iter([as_json(await self._run(self.tracker.describe, job))]))
 
     async def get_jobs(
         self,
@@ -2303,7 +2677,7 @@ class Api:
         def look() -> Tuple[bytes, Optional[str]]:
             page = self.tracker.store.query(wanted, limit, 0, after_id, after_time)
             last = f"{page.jobs[-1].timestamp}-{page.jobs[-1].id}" if page.more else None
-            return as_json([self.describe(self.tracker.get(job.id) or job) for job in page.jobs]), last
+            return as_json([self.tracker.describe(job) for job in page.jobs]), last
 
         body, last = await self._run(look)
         response = self._respond(request, iter([body]))
@@ -2311,6 +2685,63 @@ class Api:
             following = request.url.include_query_params(cursor=last)
             response.headers["Link"] = f'<{following.path}?{following.query}>; rel="next"'
         return response
+
+    async def get_image(
+        self,
+        request: Request,
+        id: str = Path(description="the job's ID"),
+        n: int = Path(ge=0, le=999_999, description="the image's number, from 0"),
+    ) -> Response:
+        """One image of a job as a file."""
+        job = await self._get(id)
+        if n >= len(job.images):
+            raise HTTPException(404, "The job has no such image")
+        name = job.images[n]
+        size = await self._run(self.tracker.images.size, name)
+        if size is None:
+            raise HTTPException(404, "The image is no longer on disk")
+        file_name = os.path.basename(name)
+        headers = {
+            "ETag": f'"{file_name}-{size}"',
+            "Cache-Control": "private, max-age=31536000, immutable",
+            "Content-Disposition": f'inline; filename="{file_name}"',
+            "Content-Security-Policy": "default-src 'none'",
+            "X-Content-Type-Options": "nosniff",
+            "Vary": "Accept-Encoding",
+        }
+        known = [tag.strip() for tag in request.headers.get("If-None-Match", "").replace("W/", "").split(",")]
+        if headers["ETag"] in known or known == ["*"]:
+            return Response(None, 304, headers)
+        media_type = MEDIA_TYPES.get(name.rpartition(".")[2], OTHER_MEDIA_TYPE)
+        pieces = self.tracker.images.read(name)
+        if accepts_gzip(request.scope):
+            # Otherwise the host would compress the image, in the event loop and in vain.
+            pieces = Gzip(level=0).encode_all(pieces)
+            headers["Content-Encoding"] = "gzip"
+        else:
+            headers["Content-Length"] = str(size)
+        if request.method == "HEAD":
+            pieces.close()
+            pieces = iter(())
+        return StreamingResponse(from_pool(self.tracker.pool, pieces), 200, headers, media_type)
+
+    async def cancel_job(self, id: str = Path(description="the job's ID")) -> Response:
+        """Takes a Pending job out of the queue, or interrupts a Processing one. It ends as Failed, "Cancelled"."""
+        await self._end(self.tracker.cancel, id)
+        return JSONResponse(await self._run(self.tracker.describe, await self._get(id)))
+
+    async def delete_job(self, id: str = Path(description="the job's ID")) -> Response:
+        """Removes a job that has ended, and its images."""
+        await self._end(self.tracker.delete, id)
+        return Response(None, 204)
+
+    async def _end(self, function: Callable[[str], bool], job_id: str) -> None:
+        try:
+            found = await self._run(function, job_id)
+        except Conflict as reason:
+            raise HTTPException(409, str(reason)) from None
+        if not found:
+            raise HTTPException(404, "Job not found")
 
     @staticmethod
     def _invalid(name: str, message: str) -> HTTPException:
@@ -2328,55 +2759,6 @@ class Api:
         if value is not None and not math.isfinite(value):
             raise self._invalid(name, "it must be a finite number")
         return value
-
-    def describe(self, job: Job) -> Dict[str, Any]:
-        """A job as JSON without its images. Reads the answer's file."""
-        tracker = self.tracker
-        parameters = info = None
-        error = job.error
-        if job.status == COMPLETED:
-            try:
-                answer = json.loads(b"".join(tracker.images.read(job.answer)).decode())
-                parameters, info = answer.get("parameters"), answer.get("info")
-            except (OSError, ValueError, AttributeError):
-                error = "The parameters are no longer on disk"
-        progress = eta = None
-        if job.status == PROCESSING and tracker.is_own(job.id):
-            progress, eta = self.progress()
-        return {
-            "id": job.id,
-            "type": job.type,
-            "status": job.status,
-            "prompt": job.prompt,
-            "timestamp": job.timestamp,
-            "ip": job.ip,
-            "started": job.started,
-            "finished": job.finished,
-            "error": error,
-            "queue_position": tracker.position(job.id),
-            "progress": progress,
-            "eta": eta,
-            "parameters": parameters,
-            "info": info,
-            "image_count": len(job.images),
-        }
-
-    def _as_json(self, job: Job) -> Iterator[bytes]:
-        """A job as JSON with its images, a piece at a time."""
-        images = self.tracker.images
-        there = [images.size(name) is not None for name in job.images]
-        description = self.describe(job)
-        if not all(there):
-            description["error"] = f"{there.count(False)} of {len(there)} images are no longer on disk"
-        yield as_json(description)[:-1] + b',"images":['
-        for number, name in enumerate(job.images):
-            if number:
-                yield b","
-            if there[number]:
-                yield from images.read_as_json(name)
-            else:
-                yield b"null"
-        yield b"]}"
 
     def _respond(self, request: Request, pieces: Iterator[bytes]) -> Response:
         headers = {"Vary": "Accept-Encoding", "Cache-Control": "no-store"}
@@ -2399,7 +2781,7 @@ class Extension:
     """The program inside one life of the webui, from the loading of its scripts to their unloading."""
 
     def __init__(self) -> None:
-        self.tracker = Tracker(Settings(EXTENSION_FOLDER, dict(os.environ)))
+        self.tracker = Tracker(Settings(EXTENSION_FOLDER, dict(os.environ)), self._progress, self._interrupt)
         self.trouble: Optional[str] = None  # why generations are not tracked, for the tab
 
     def start(self, _: Any, app: Any) -> None:
@@ -2427,7 +2809,7 @@ class Extension:
         ]
         if not routes:
             raise Unsuitable("the API is off. Start the webui with --api")
-        if any(isinstance(route.app, Middleware) or hasattr(route.app, "tracker") for route, _ in routes):
+        if any(hasattr(route.app, "tracker") for route, _ in routes):
             raise Unsuitable("another copy of Job Tracker is at work. Remove one of them")
         owners = {}
         for route, _ in routes:
@@ -2438,13 +2820,14 @@ class Extension:
         add_route = self._find_add_route(list(owners.values()))
         anyio.to_thread.current_default_thread_limiter  # noqa: B018 - missing in a foreign anyio
 
+        self._put_shell_around(app)
+        Api(self.tracker).add_to(add_route)
         for owner in owners.values():
             owner.queue_lock = ObservedLock(owner.queue_lock)
         for route, type_ in routes:
             route.dependant.call = self._observed(route.dependant.call)
             route.app = Middleware(route.app, type_, self.tracker)
-        self._put_shell_around(app)
-        Api(self.tracker, self._progress).add_to(add_route)
+            route.openapi_extra = {**(route.openapi_extra or {}), **GENERATION_DOCS}
         app.openapi_schema = None  # it may have been asked for already
         settings = self.tracker.settings
         log.info("Ready, tracking is %s, jobs are kept in %s", "on" if settings.enabled else "off", settings.data_folder)
@@ -2481,8 +2864,13 @@ class Extension:
             app.middleware_stack = Shell(app.middleware_stack)
 
     @staticmethod
-    def _progress() -> Tuple[Optional[float], Optional[float]]:
-        """Of the generation that holds the queue lock: 0 to 1, and the seconds that are left."""
+    def _interrupt() -> None:
+        from modules import shared
+
+        shared.state.interrupt()
+
+    @staticmethod
+    def _progress() -> Progress:
         from modules import shared
 
         try:
