@@ -150,7 +150,7 @@ def _generate(p):
     infotexts = infotexts or [create_infotext(p, 0)]
 
     index_of_first_image = 0
-    if not p.do_not_save_grid and (len(pictures) > 1 or pictures and not opts.grid_only_if_multiple):
+    if not p.do_not_save_grid and (len(pictures) > 1 or (pictures and not opts.grid_only_if_multiple)):
         grid = images.image_grid(pictures)
         if opts.enable_pnginfo:
             grid.info["parameters"] = infotexts[0]
