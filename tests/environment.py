@@ -1,4 +1,4 @@
-"""Makes the virtual environments, `.venv/<host>`, from the lists in `requirements/`.
+"""Makes the virtual environments, `.venv/<host>-<Python>`, from the lists in `requirements/`.
 
 A stamp in each says what is installed. It is written last, so that an
 environment whose making was interrupted is known and made again.
@@ -33,8 +33,32 @@ def ensure(host: str, *extra: str) -> str:
             f"you started this with Python {_dotted(sys.version_info[:2])}."
         )
     FOLDER.mkdir(exist_ok=True)
-    with _locked(FOLDER / f"{host}.lock"):
-        return _Environment(host).ensure([host, *extra])
+    name = f"{host}-{_dotted(sys.version_info[:2])}"
+    with _locked(FOLDER / f"{name}.lock"):
+        return _Environment(name).ensure([host, *extra])
+
+
+def pythons() -> dict[str, str]:
+    """The Pythons of this machine that the packages exist for: version -> program, oldest first."""
+    found = {}
+    for minor in range(min(OLDEST.values())[1], NEWEST[1] + 1):
+        version = f"3.{minor}"
+        versions = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
+        candidates = [shutil.which(f"python{version}"), *map(str, sorted(versions.glob(f"{version}.*/bin/python")))]
+        if os.name == "nt":
+            candidates.append(_first_line(["py", f"-{version}", "-c", "import sys; print(sys.executable)"]))
+        for candidate in filter(None, candidates):
+            if _first_line([candidate, "-c", "import sys; print('%d.%d' % sys.version_info[:2])"]) == version:
+                found[version] = candidate
+    return found
+
+
+def _first_line(command: list[str]) -> str:
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return (done.stdout.decode(errors="replace").splitlines() or [""])[0].strip()
 
 
 def call(command: list[str], cwd: Path, env: dict[str, str]) -> int:
@@ -48,9 +72,9 @@ def call(command: list[str], cwd: Path, env: dict[str, str]) -> int:
 
 
 class _Environment:
-    def __init__(self, host: str) -> None:
-        self.folder = FOLDER / host
-        self.log = FOLDER / f"{host}.log"
+    def __init__(self, name: str) -> None:
+        self.folder = FOLDER / name
+        self.log = FOLDER / f"{name}.log"
         self.stamp = self.folder / "installed.txt"
         self.python = self.folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 

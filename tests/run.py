@@ -16,8 +16,9 @@ Everything there is to do with Job Tracker's tests, on any Python from 3.8.
   python3 tests/run.py demo               watch Job Tracker work, then try it yourself
   python3 tests/run.py test               run the tests
   python3 tests/run.py test -k purge -x   run some of them: more words go to pytest
+  python3 tests/run.py matrix             the tests on all hosts' packages and all Pythons there are
 
-The packages go into .venv/<host>, by themselves, in about a minute the first
+The packages go into .venv/, by themselves, in about a minute the first
 time. Nothing is installed outside this folder, and no GPU or model is needed.
 """
 
@@ -34,8 +35,14 @@ def test(options, pytest_arguments):
     # pytest starts in the project's folder: paths come from the caller's.
     words = [os.path.abspath(w) if os.path.exists(w.split("::")[0]) else w for w in pytest_arguments]
     return environment.call(
-        [python, "-m", "pytest"] + words, cwd=environment.PROJECT, env={"WEBUI_SHAPE": options.host}
+        [python, "-m", "pytest", *words], cwd=environment.PROJECT, env={"WEBUI_SHAPE": options.host}
     )
+
+
+def matrix(_, pytest_arguments):
+    import matrix
+
+    return matrix.run(pytest_arguments)
 
 
 def main():
@@ -60,8 +67,10 @@ def main():
 
     add_command(test, "run the tests; every argument not listed here goes to pytest")
 
+    add_command(matrix, "run the tests with each host's packages on each Python of this machine, and print a table")
+
     options, rest = parser.parse_known_args()
-    if rest and options.function is not test:
+    if rest and options.function not in (test, matrix):
         parser.error("unknown: " + " ".join(rest))
     try:
         return options.function(options, rest)
