@@ -1,0 +1,202 @@
+"""What is removed by itself, and what never is."""
+
+import logging
+import os
+import time
+
+import pytest
+
+from harness import body, until
+from test_settings import script  # noqa: F401 - a fixture
+
+DAY = 86400
+
+
+def old(path, content=b"x" * 10, hours=2.0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    moment = time.time() - hours * 3600
+    os.utime(str(path), (moment, moment))
+    return path
+
+
+@pytest.fixture
+def tracker(script, tmp_path, monkeypatch):  # noqa: F811
+    """`tracker(...)` is one without a webui, whose housekeeping looks often."""
+    monkeypatch.setattr(script.Tracker, "LOOK_EVERY", 0.05)
+    made = []
+
+    def make(**environ):
+        settings = script.Settings(str(tmp_path), environ)
+        made.append(script.Tracker(settings, lambda: (None, None), lambda: None))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+@pytest.fixture
+def add(script):  # noqa: F811
+    """Puts a job of some age into a tracker's store, with an image of 100 bytes and an answer of 20."""
+
+    def put(tracker, job_id, days, status="Completed"):
+        job = script.Job(
+            job_id, "txt2img", status, int(time.time() - days * DAY), "127.0.0.1", "a cat", owner="00000000"
+        )
+        if status == "Completed":
+            job = tracker.images.save(job, script.Answer([b"A" * 136], b'{"images":[] ,"a":1 '))
+        elif status in ("Pending", "Processing"):
+            job = job._replace(owner=tracker.store.owner)
+        tracker.store.put(job, new=True).result()
+        return job
+
+    return put
+
+
+def ids(tracker, script):  # noqa: F811
+    return {job.id for job in tracker.store.query(script.Filter(), 1000).jobs}
+
+
+def test_purge(script, tracker, add):  # noqa: F811
+    one = tracker(TRACKER_RETENTION="off")
+    until(lambda: one.next_purge)
+    add(one, "OLDER000", 31)
+    add(one, "FAILED00", 31, "Failed")
+    add(one, "PENDING0", 400, "Pending")
+    add(one, "PROCESS0", 400, "Processing")
+    young = add(one, "YOUNGER0", 29)
+    assert one.purge() == script.Purged(0, 0, 0)
+    one.settings.retention_days = 30.0
+    assert one.purge() == script.Purged(2, 1, 122)
+    assert ids(one, script) == {"PENDING0", "PROCESS0", "YOUNGER0"}
+    assert one.images.size(young.images[0]) == 102
+    one.settings.retention_days = 0.5
+    assert one.purge() == script.Purged(1, 1, 122)
+    assert one.purge() == script.Purged(0, 0, 0)
+    assert os.listdir(one.images.folder) == []
+
+
+def test_orphans(script, tracker, add, tmp_path):  # noqa: F811
+    one = tracker(TRACKER_RETENTION="off")
+    until(lambda: one.next_purge)
+    job = add(one, "KEPT0000", 0)
+    day = tmp_path / "images" / "2025-01-12"
+    gone = [
+        old(day / "ORPHAN00_0.png"),
+        old(day / "ORPHAN00.json"),
+        old(day / "ORPHAN00_1.0a1b2c3d.part"),
+        old(tmp_path / "images" / job.day / "KEPT0000_7.png"),
+    ]
+    kept = [
+        old(day / "YOUNG000_0.png", hours=0.9),
+        old(day / "notes of the user.txt"),
+        old(tmp_path / "images" / "holiday" / "ORPHAN00_0.png"),
+    ]
+    for name in job.images:
+        old(tmp_path / "images" / name, b"x" * 100)
+    assert one.purge() == script.Purged(0, 2, 40)
+    assert not any(path.exists() for path in gone)
+    assert all(path.exists() for path in kept)
+    assert one.images.size(job.images[0]) == 100
+
+
+def test_images_are_kept_while_a_damaged_jobs_json_is_there(tracker, tmp_path, script):  # noqa: F811
+    one = tracker()
+    until(lambda: one.next_purge)
+    image = old(tmp_path / "images" / "2025-01-12" / "LOSTJOB0_0.png")
+    aside = tmp_path / "jobs.json.damaged-20250112-100000"
+    aside.write_text("{")
+    assert one.purge() == script.Purged(0, 0, 0)
+    aside.unlink()
+    assert one.purge() == script.Purged(0, 1, 10)
+    assert not image.exists()
+
+
+def test_no_link_is_followed(script, tracker, tmp_path):  # noqa: F811
+    one = tracker()
+    until(lambda: one.next_purge)
+    outside = old(tmp_path / "elsewhere" / "OUTSIDE0_0.png")
+    (tmp_path / "images").mkdir(exist_ok=True)
+    try:
+        (tmp_path / "images" / "2025-01-12").symlink_to(outside.parent, target_is_directory=True)
+    except OSError:
+        pytest.skip("no symbolic links here")
+    assert one.purge() == script.Purged(0, 0, 0)
+    assert outside.exists()
+
+
+def test_at_start_and_by_the_clock(script, tracker, add, monkeypatch):  # noqa: F811
+    first = tracker(TRACKER_RETENTION="off")
+    add(first, "OLDER000", 8)
+    first.close()
+    monkeypatch.setattr(script.Tracker, "PURGE_EVERY", 0.3)
+    second = tracker(TRACKER_RETENTION="7")
+    until(lambda: not ids(second, script), what="the purge at the start")
+    add(second, "OLDER001", 8)
+    until(lambda: not ids(second, script), what="the next purge")
+    assert 0 < second.next_purge - time.time() < 1
+
+
+def test_one_purge_of_many(script, tracker, add):  # noqa: F811
+    one = tracker(TRACKER_RETENTION="off")
+    until(lambda: one.next_purge)
+    jobs = [
+        script.Job(f"J{number:07}", "txt2img", "Failed", int(time.time() - 40 * DAY), None, "")
+        for number in range(1234)
+    ]
+    for job in jobs[:-1]:
+        one.store.put(job, new=True)
+    one.store.put(jobs[-1], new=True).result()
+    one.settings.retention_days = 30.0
+    assert one.purge() == script.Purged(1234, 0, 0)
+    assert ids(one, script) == set()
+
+
+def test_over_a_restart(start):
+    webui = start("--nowebui")
+    done = webui.post(body()).headers["x-job-id"]
+    webui.job(done, wait=30)
+    gate = webui.gate()
+    sent = webui.send(body(standin={"hold": gate}))
+    running = sent.head()[1]["x-job-id"]
+    webui.kill()
+    time.sleep(1)
+    webui.environ["TRACKER_RETENTION"] = "0.00001"  # 0.9 s
+    webui.start()
+    assert until(lambda: done not in webui.records(), what="the purge")
+    assert not [path for path in webui.images() if path.name.startswith(done)]
+    purges = [line for line in webui.our_log() if "Purge: removed" in line]
+    assert len(purges) == 1
+    assert webui.client.get(f"/sdapi/v1/job/{running}").status_code in (200, 404)  # it has failed, and may be gone too
+
+
+def test_a_retention_that_is_none_removes_nothing(start, caplog):
+    with caplog.at_level(logging.WARNING):
+        webui = start("--nowebui", environ={"TRACKER_RETENTION": "a while"})
+    assert any("TRACKER_RETENTION" in line for line in webui.our_log())
+    job_id = webui.post(body()).headers["x-job-id"]
+    assert webui.job(job_id, wait=30)["status"] == "Completed"
+
+
+LISTER = """
+import threading
+from modules import script_callbacks
+
+def add(_, app):
+    app.add_api_route("/threads", lambda: [thread.name for thread in threading.enumerate()])
+
+script_callbacks.on_app_started(add)
+"""
+
+
+def test_one_housekeeper_after_reloads(start):
+    webui = start("--api", scripts={"lister": LISTER})
+    for _ in range(3):
+        webui.reload_ui()
+
+    def ours():
+        names = webui.client.get("/threads").json()
+        return sorted(name for name in names if name in ("job-tracker-housekeeping", "job-tracker-store"))
+
+    until(lambda: ours() == ["job-tracker-housekeeping", "job-tracker-store"], 15, "the old threads have ended")
