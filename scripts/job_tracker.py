@@ -24,25 +24,30 @@ import contextlib
 import contextvars
 import errno
 import hashlib
+import itertools
 import json
 import logging
 import math
 import os
 import re
 import secrets
+import shutil
+import socket
 import stat
+import struct
 import sys
 import threading
 import time
 import zlib
 from array import array
-from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Callable, Deque, Dict, Iterator, List, NamedTuple, Optional, Set, Tuple, Union
+from html import escape
+from typing import Any, Callable, Dict, Iterator, List, Literal, NamedTuple, Optional, Set, Tuple, Union
 
 import anyio.to_thread
 from fastapi import HTTPException, Path, Query, Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import StreamingResponse
+from pydantic import VERSION as PYDANTIC
 from pydantic import BaseModel, Field
 
 log = logging.getLogger("job_tracker")
@@ -127,12 +132,16 @@ class FileLock:
             self.release()
 
 
+seeking = threading.Lock()  # where a file has but one position, Windows
+
+
 def read_at(file: int, length: int, position: int) -> bytes:
-    """`length` bytes from `position`, fewer at the end of the file. Not for two threads at once on one file."""
+    """`length` bytes from `position`, fewer at the end of the file."""
     if hasattr(os, "pread"):
         return os.pread(file, length, position)
-    os.lseek(file, position, os.SEEK_SET)
-    return os.read(file, length)
+    with seeking:
+        os.lseek(file, position, os.SEEK_SET)
+        return os.read(file, length)
 
 
 def write_at(file: int, data: bytes, position: int) -> None:
@@ -141,8 +150,9 @@ def write_at(file: int, data: bytes, position: int) -> None:
         if hasattr(os, "pwrite"):
             written = os.pwrite(file, data, position)
         else:
-            os.lseek(file, position, os.SEEK_SET)
-            written = os.write(file, data)
+            with seeking:
+                os.lseek(file, position, os.SEEK_SET)
+                written = os.write(file, data)
         data = data[written:]
         position += written
 
@@ -159,6 +169,14 @@ def sync_folder(path: str) -> None:
             raise
     finally:
         os.close(folder)
+
+
+def make_folder(path: str) -> None:
+    """Makes a folder, and those above it, so that they survive a power cut."""
+    if not os.path.isdir(path):
+        make_folder(os.path.dirname(path))
+        os.makedirs(path, exist_ok=True)
+        sync_folder(os.path.dirname(path))
 
 
 def replace_file(path: str, data: bytes) -> None:
@@ -344,6 +362,7 @@ TYPES = ("txt2img", "img2img")
 
 ID_ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
 ID_FORM = re.compile(r"[A-Za-z0-9]{8}\Z")
+OWN_FILE_FORM = re.compile(r"\d{4}-\d\d-\d\d/[A-Za-z0-9]{8}(_\d{1,6})?(\.[0-9a-f]{8}\.part|\.[a-z]{3,4})\Z")
 IMAGE_FORM = re.compile(r"\d{4}-\d\d-\d\d/([A-Za-z0-9]{8})_\d{1,6}\.[a-z]{3,4}\Z")
 
 PROMPT_LIMIT = 100_000  # characters kept in jobs.json; `parameters` has the whole prompt
@@ -394,6 +413,14 @@ def id_number(job_id: str) -> int:
 def as_json(data: Any) -> bytes:
     """JSON as the host writes it, but in ASCII, so that a lone surrogate is no error."""
     return json.dumps(data, separators=(",", ":")).encode()
+
+
+def as_host_json(data: Any) -> bytes:
+    """JSON to the byte as the host writes it, for what it can write."""
+    try:
+        return json.dumps(data, separators=(",", ":"), ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return as_json(data)
 
 
 def job_from_record(record: Any) -> Job:
@@ -460,7 +487,7 @@ class Index:
     """Where each job's record lies in jobs.json, and the fields that filters need. Holds no Job.
 
     A job is a slot, a number that counts up in order of acceptance; each field is an array over all slots. So a job
-    takes some 150 bytes and its prompt, and a million jobs are no work for the garbage collector. A removed job keeps
+    takes some 200 bytes and its prompt, and a million jobs are no work for the garbage collector. A removed job keeps
     its slot until the file is compacted, so that paging goes on from where it was. Not safe between threads.
     """
 
@@ -479,7 +506,7 @@ class Index:
         self.bytes = array("Q")
         self.text = bytearray()  # prompts without case, each after a byte that UTF-8 does not have
         self.text_start = array("Q")
-        self.long: List[int] = []  # slots whose prompt does not fit
+        self.unsure: List[int] = []  # slots whose prompt is not, or not all, in `text`, in order
         self.ips: Dict[Optional[str], int] = {}
         self.keys: Dict[str, int] = {}  # idempotency key -> the ID's number; a job that is gone may still stand here
         self.unfinished: Set[int] = set()
@@ -489,6 +516,11 @@ class Index:
 
     def __len__(self) -> int:
         return sum(self.counts)
+
+    @property
+    def top(self) -> int:
+        """The slot of the next job."""
+        return len(self.place)
 
     @property
     def dead(self) -> int:
@@ -515,14 +547,20 @@ class Index:
             return
         if slot is not None and self.id(slot) == job_id:
             self._count(slot, -1)
+            if job.prompt and self._text_end(slot) - self.text_start[slot] == 1 and not self.must_check(slot):
+                bisect.insort(self.unsure, slot)  # the prompt became known when the job ended
         else:
-            slot = self.slots[number] = len(self.place)
+            slot = self.slots[number] = self.top
             self.ids += job_id.encode()
             self.status.append(self.REMOVED)
             self.type.append(TYPES.index(job.type))
             self.timestamp.append(job.timestamp)
             self.ip.append(self.ips.setdefault(job.ip, len(self.ips)))
-            self._add_text(slot, fold(job.prompt))
+            text = fold(job.prompt)
+            if len(text) > self.TEXT_LIMIT:
+                self.unsure.append(slot)
+            self.text_start.append(len(self.text))
+            self.text += b"\xff" + text[: self.TEXT_LIMIT]
             for column in (self.place, self.length, self.bytes):
                 column.append(0)
         self.place[slot] = place
@@ -533,28 +571,24 @@ class Index:
             self.keys[job.key] = number
         self._count(slot, 1)
 
-    def copy(self, other: "Index", slot: int, place: int) -> None:
-        """Takes over a slot of another index, whose record now lies at `place`."""
-        own = self.slots[id_number(other.id(slot))] = len(self.place)
+    def copy(self, other: "Index", slot: int, place: int, length: int) -> None:
+        """Takes over a slot of another index, whose record now lies at `place`. Its key is left to `copy_keys`."""
+        own = self.slots[id_number(other.id(slot))] = self.top
+        self.ips = other.ips
         self.ids += other.ids[8 * slot : 8 * slot + 8]
-        self.ips, self.keys = other.ips, other.keys
-        for name in ("length", "timestamp", "status", "type", "ip", "bytes"):
+        for name in ("timestamp", "status", "type", "ip", "bytes"):
             getattr(self, name).append(getattr(other, name)[slot])
         self.place.append(place)
-        start = other.text_start[slot]
-        end = other.text_start[slot + 1] if slot + 1 < len(other.text_start) else len(other.text)
+        self.length.append(length)
         self.text_start.append(len(self.text))
-        self.text += other.text[start:end]
+        self.text += other.text[other.text_start[slot] : other._text_end(slot)]
         if other.must_check(slot):
-            self.long.append(own)
+            self.unsure.append(own)
         self._count(own, 1)
 
-    def _add_text(self, slot: int, text: bytes) -> None:
-        if len(text) > self.TEXT_LIMIT:
-            self.long.append(slot)
-        self.text_start.append(len(self.text))
-        self.text += b"\xff"
-        self.text += text[: self.TEXT_LIMIT]
+    def copy_keys(self, other: "Index") -> None:
+        """Takes over the keys of the jobs that were copied."""
+        self.keys = {key: number for key, number in {**other.keys, **self.keys}.items() if number in self.slots}
 
     def _count(self, slot: int, change: int) -> None:
         status = self.status[slot]
@@ -567,57 +601,61 @@ class Index:
         else:
             self.unfinished.discard(slot)
 
-    def find(self, wanted: Filter, below: Optional[int] = None) -> Iterator[int]:
-        """Slots that match, newest first. For a long prompt the text remains to be checked: see `must_check`."""
-        below = len(self.place) if below is None else below
-        statuses, types, timestamps, ips = self.status, self.type, self.timestamp, self.ip
-        ip = self.ips.get(wanted.ip, -1)
-        type_ = None if wanted.type is None else TYPES.index(wanted.type)
-        status = None if wanted.status is None else STATUSES.index(wanted.status)
-        after = -math.inf if wanted.after is None else wanted.after
-        before = math.inf if wanted.before is None else wanted.before
-        if wanted.text:
-            slots: Any = self._with_text(wanted.text, below)
-        elif status is not None:
-            slots = self._with_status(status, below)
+    def find(self, wanted: Filter, below: int, above: int = 0) -> List[int]:
+        """Slots from `above` up to `below` that match, newest first. For some the text remains: see `must_check`."""
+        text = wanted.text
+        slots: Any = range(below - 1, above - 1, -1)
+        if text and self.text.count(text, *self._text_range(above, below)) * 8 < below - above:
+            text, slots = b"", self._with_text(text, below, above)  # it is rare: quicker than looking at each slot
+        if wanted.ip is not None:
+            ips, ip = self.ip, self.ips.get(wanted.ip, -1)
+            slots = [slot for slot in slots if ips[slot] == ip]
+        if wanted.after is not None or wanted.before is not None:
+            times = self.timestamp
+            after = -math.inf if wanted.after is None else wanted.after
+            before = math.inf if wanted.before is None else wanted.before
+            slots = [slot for slot in slots if after < times[slot] < before]
+        if wanted.type is not None:
+            types, type_ = self.type, TYPES.index(wanted.type)
+            slots = [slot for slot in slots if types[slot] == type_]
+        statuses = self.status
+        if wanted.status is not None:
+            status = STATUSES.index(wanted.status)
+            slots = [slot for slot in slots if statuses[slot] == status]
         else:
-            slots = range(below - 1, -1, -1)
-        for slot in slots:
-            if (
-                (statuses[slot] != self.REMOVED if status is None else statuses[slot] == status)
-                and (wanted.ip is None or ips[slot] == ip)
-                and after < timestamps[slot] < before
-                and (type_ is None or types[slot] == type_)
-            ):
-                yield slot
+            slots = [slot for slot in slots if statuses[slot] != self.REMOVED]
+        return [slot for slot in slots if self._has_text(slot, text)] if text else slots
 
-    def _with_status(self, status: int, below: int) -> Iterator[int]:
-        slot = self.status.rfind(status, 0, below)
-        while slot >= 0:
-            yield slot
-            slot = self.status.rfind(status, 0, slot)
+    def _text_end(self, slot: int) -> int:
+        return self.text_start[slot + 1] if slot + 1 < self.top else len(self.text)
 
-    def _with_text(self, text: bytes, below: int) -> Iterator[int]:
-        """Slots below a slot whose kept text has `text`, or whose prompt is longer than that, newest first."""
-        long = bisect.bisect_left(self.long, below) - 1
-        end = self.text_start[below] if below < len(self.text_start) else len(self.text)
+    def _text_range(self, above: int, below: int) -> Tuple[int, int]:
+        return (self.text_start[above], self._text_end(below - 1)) if above < below else (0, 0)
+
+    def _has_text(self, slot: int, text: bytes) -> bool:
+        return self.text.find(text, self.text_start[slot], self._text_end(slot)) >= 0 or self.must_check(slot)
+
+    def _with_text(self, text: bytes, below: int, above: int) -> Iterator[int]:
+        """Slots whose kept text has `text`, and those for which that does not say all."""
+        start, end = self._text_range(above, below)
+        unsure = bisect.bisect_left(self.unsure, below) - 1
         while True:
-            found = self.text.rfind(text, 0, end)
-            slot = bisect.bisect_right(self.text_start, found) - 1 if found >= 0 else -1
-            while long >= 0 and self.long[long] > slot:
-                yield self.long[long]
-                long -= 1
-            if slot < 0:
+            found = self.text.rfind(text, start, end)
+            slot = bisect.bisect_right(self.text_start, found) - 1 if found >= 0 else above - 1
+            while unsure >= 0 and self.unsure[unsure] > slot:
+                yield self.unsure[unsure]
+                unsure -= 1
+            if found < 0:
                 return
-            if long >= 0 and self.long[long] == slot:
-                long -= 1
+            if unsure >= 0 and self.unsure[unsure] == slot:
+                unsure -= 1
             yield slot
             end = self.text_start[slot]
 
     def must_check(self, slot: int) -> bool:
         """Whether only the record tells if the prompt has a text."""
-        at = bisect.bisect_left(self.long, slot)
-        return at < len(self.long) and self.long[at] == slot
+        at = bisect.bisect_left(self.unsure, slot)
+        return at < len(self.unsure) and self.unsure[at] == slot
 
 
 class Page(NamedTuple):
@@ -627,20 +665,112 @@ class Page(NamedTuple):
     more: bool
 
 
-class Damaged(NamedTuple):
-    """A line of jobs.json that is no record."""
+class Line(NamedTuple):
+    """A line of jobs.json: what became of a job."""
+
+    id: str
+    job: Optional[Job]  # None: its end
+    place: int  # of the record in the file
+    length: int
+
+
+class Gap(NamedTuple):
+    """A part of jobs.json that is no line of it."""
 
     place: int
-    data: bytes
+    length: int
+    blank: bool  # nothing is lost with it
+
+
+LINE = re.compile(rb'(,?)\n"([A-Za-z0-9]{8})": (null|\{[^\n]*\})(?=,?(?:\n|\Z))')
+TORN_LINES = re.compile(rb'(?:,?\n"[ -~]*\n)*\Z')  # what a crash leaves, or a few spoilt bytes
+FOREIGN_LINE = re.compile(r'(?<!\\)"([A-Za-z0-9]{8})"\s*:\s*(?=null|\{)')
+BLANK = b" \t\r\n,{}\xef\xbb\xbf"
+DECODER = json.JSONDecoder()
+
+
+def read_line(job_id: str, record: bytes, place: int) -> Line:
+    """Raises ValueError, RecursionError."""
+    job = None
+    if record != b"null":
+        job = job_from_record(DECODER.decode(record.decode()))
+        if job.id != job_id:
+            raise ValueError("the ID is not the key")
+    return Line(job_id, job, place, len(record))
+
+
+def read_lines(data: bytes, base: int) -> Iterator[Union[Line, Gap]]:
+    """The lines, and what is none, of a part of jobs.json that lies at `base`, which is where a line ends."""
+    position = 0
+    for match in LINE.finditer(data):
+        if bool(match.group(1)) != (base + match.start() > len(JobStore.HEAD)):
+            continue
+        try:
+            line = read_line(match.group(2).decode(), match.group(3), base + match.start(3))
+        except (ValueError, RecursionError):
+            continue
+        if match.start() > position:
+            yield from read_foreign(data[position : match.start()], base + position)
+        yield line
+        position = match.end()
+    if position < len(data):
+        yield from read_foreign(data[position:], base + position)
+
+
+def read_foreign(data: bytes, base: int) -> Iterator[Union[Line, Gap]]:
+    """The same for a part that is damaged, or laid out in another way, by an editor or jq."""
+    text, position = data.decode("latin-1"), 0  # a character a byte
+    for match in FOREIGN_LINE.finditer(text):
+        if match.start() < position or match.group(1) in Job._fields:
+            continue
+        try:
+            _, end = DECODER.raw_decode(text, match.end())
+            line = read_line(match.group(1), data[match.end() : end], base + match.end())
+        except (ValueError, RecursionError):
+            continue
+        yield Gap(base + position, match.start() - position, not data[position : match.start()].strip(BLANK))
+        yield line
+        position = end
+    yield Gap(base + position, len(data) - position, not data[position:].strip(BLANK))
+
+
+class Opened:
+    """jobs.json as it is open now, and what is known of it."""
+
+    def __init__(self, file: Optional[int]):
+        self.file = file
+        self.index = Index()
+        self.seen: float = 0  # the index knows the file up to here
+        self.ahead: float = 0  # what lies between `seen` and here is this process's own
+        self.gaps: List[Gap] = []  # which are to be set aside
+        self.foreign = False  # it holds what this program would have written in another way
+
+    def close(self) -> None:
+        if self.file is not None:
+            os.close(self.file)
+            self.file = None
+
+    def mistrust(self) -> None:
+        """What the index says is no longer so: somebody changed the file in its middle."""
+        self.seen = math.inf
 
 
 class Change(NamedTuple):
     """What waits to be written to jobs.json."""
 
-    id: str
-    job: Optional[Job]  # None: its end
-    written: Future
+    jobs: Dict[str, Optional[Job]]  # None: its end
     new: bool
+    written: Future
+
+
+Chore = Tuple[Iterator[None], Future]  # work that is done piece by piece, and its result
+
+
+def promise() -> Future:
+    """A Future that nobody can cancel."""
+    future: Future = Future()
+    future.set_running_or_notify_cancel()
+    return future
 
 
 class JobStore:
@@ -660,31 +790,27 @@ class JobStore:
     """
 
     HEAD, TAIL, EMPTY = b"{", b"\n}\n", b"{\n}\n"
-    LINE = re.compile(rb'"([A-Za-z0-9]{8})": (\{.*\}|null)\Z', re.DOTALL)
-    ANYWHERE = re.compile(r'(?<!\\)"([A-Za-z0-9]{8})"\s*:\s*(?=\{)')
-    PIECE = 1 << 18  # bytes read between two looks at what waits to be written
+    PIECE = 1 << 17  # bytes read between two looks at what waits to be written
     LINE_LIMIT = 1 << 23  # a longer line is damage
     SPARE_DEAD = 1000  # dead lines that are not worth a compaction
     RETRY = 5.0  # seconds until a write that failed is tried again
+    COMPACT_RETRY = 600.0
 
     def __init__(self, folder: str):
-        self.path = os.path.join(folder, "jobs.json")
+        self.path = os.path.realpath(os.path.join(folder, "jobs.json"))
         self.owner = secrets.token_hex(4)
-        self._lock = threading.RLock()  # guards the file's handle, the index and what is unwritten
-        self._file: Optional[int] = None
-        self._index = Index()
-        self._seen = 0  # the index knows the file up to here
-        self._unwritten: Dict[str, Job] = {}  # what the file does not have yet, or the index has not read yet
-        self._damage: List[Damaged] = []
-        self._between = FileLock(self.path + ".lock")
-        self._alive: Optional[FileLock] = None  # held for as long as this process lives
-        self._work = threading.Condition()  # guards what follows
+        self._lock = threading.RLock()  # guards these two and the index
+        self._opened = Opened(None)
+        self._unwritten: Dict[str, Optional[Job]] = {}  # what is not in the file yet
+        self._work = threading.Condition()  # guards these four
         self._queue: List[Change] = []
-        self._chores: Deque[Tuple[Iterator[None], Future]] = deque()
-        self._following: Optional[Future] = None
-        self._closing = False
-        self._retry: Dict[str, Change] = {}  # of the thread alone, as are the others
-        self._not_before = 0.0  # of the next compaction, after one that failed
+        self._chores: List[Chore] = []
+        self._following: Optional[Chore] = None
+        self._closing = self._closed = False
+        self._between = FileLock(self.path + ".lock")  # of the thread alone, as is what follows
+        self._alive: Optional[FileLock] = None  # held for as long as this process lives
+        self._retry: Dict[str, Optional[Job]] = {}
+        self._retry_at = self._compact_at = 0.0
         self._said: Optional[str] = None
         self._thread = threading.Thread(target=self._run, name="job-tracker-store", daemon=True)
         self._thread.start()
@@ -697,48 +823,33 @@ class JobStore:
         A new job that cannot be written is not kept. A change that cannot be written is in force all the same, and is
         tried again until it is written or the process ends.
         """
-        with self._lock:
-            self._unwritten[job.id] = job
-            slot = self._index.slot(job.id)
-            if slot is not None:
-                self._index.apply(job.id, job, self._index.place[slot], self._index.length[slot])
-        return self._enqueue([Change(job.id, job, Future(), new)])
+        return self._change({job.id: job}, new)
 
     def remove(self, ids: List[str]) -> Future:
-        """Ends one or more jobs. The Future ends when that is on disk, or with OSError; then it is tried again."""
-        with self._lock:
-            for job_id in ids:
-                self._unwritten.pop(job_id, None)
-                if self._index.slot(job_id) is not None:
-                    self._index.apply(job_id, None, 0, 0)
-        return self._enqueue([Change(job_id, None, Future(), False) for job_id in ids])
+        """Ends jobs. The Future ends when that is on disk, or with OSError; then it is tried again."""
+        return self._change(dict.fromkeys(ids), False)
 
     def knows(self, job_id: str) -> bool:
         """Whether an ID is taken, in any spelling. What is still being loaded is not looked at."""
         with self._lock:
-            return id_number(job_id) in self._index.slots or job_id in self._unwritten
+            return id_number(job_id) in self._opened.index.slots or job_id in self._unwritten
 
     def get(self, job_id: str) -> Optional[Job]:
         """A job, None if there is none. Waits while the file is being loaded. Raises OSError."""
         if not ID_FORM.match(job_id):
             return None
         with self._lock:
-            job = self._unwritten.get(job_id)
-        if job is not None:
-            return job
-        self._follow()
-        with self._lock:
-            slot = self._index.slot(job_id)
+            if job_id in self._unwritten:
+                return self._unwritten[job_id]
+        with self._current() as index:
+            slot = index.slot(job_id)
             return None if slot is None else self._read(slot)
 
     def with_key(self, key: str) -> Optional[Job]:
         """The latest job with an idempotency key, None if there is none. Raises OSError."""
-        self._follow()
-        with self._lock:
-            slot = self._index.slots.get(self._index.keys.get(key, -1))
-            if slot is None or self._index.status[slot] == Index.REMOVED:
-                return None
-            job = self._read(slot)
+        with self._current() as index:
+            slot = index.slots.get(index.keys.get(key, -1))
+        job = None if slot is None else self.get(index.id(slot))
         return job if job is not None and job.key == key else None
 
     def query(
@@ -754,45 +865,56 @@ class JobStore:
         If the job `after_id` is no longer known, those that are not newer than `after_time` (Unix seconds). Raises
         OSError.
         """
-        self._follow()
-        jobs: List[Job] = []
-        with self._lock:
-            below = None
+        with self._current() as index:
+            below: Optional[int] = index.top
             if after_id is not None:
-                below = self._index.slots.get(id_number(after_id))
-                if below is None:
-                    times = self._index.timestamp
-                    below = next((slot + 1 for slot in range(len(times) - 1, -1, -1) if times[slot] <= after_time), 0)
-            for slot, job in self._matching(wanted, below):
-                if skip > 0:
-                    skip -= 1
-                elif len(jobs) == limit:
-                    return Page(jobs, True)
-                else:
-                    job = job or self._read(slot)
-                    if job is not None:
-                        jobs.append(job)
+                below = index.slots.get(id_number(after_id))
+            if below is None:
+                times = index.timestamp
+                below = next((slot + 1 for slot in range(index.top - 1, -1, -1) if times[slot] <= after_time), 0)
+        jobs: List[Job] = []
+        for slot in self._matching(index, wanted, below):
+            if skip > 0:
+                skip -= 1
+            elif len(jobs) == limit:
+                return Page(jobs, True)
+            else:
+                job = self.get(index.id(slot))
+                if job is not None:
+                    jobs.append(job)
         return Page(jobs, False)
 
     def count(self, wanted: Filter) -> int:
         """How many jobs match. Raises OSError."""
-        self._follow()
-        with self._lock:
-            return len(self._index) if wanted == Filter() else sum(1 for _ in self._matching(wanted))
+        with self._current() as index:
+            every, top = len(index), index.top
+        return every if wanted == Filter() else sum(1 for _ in self._matching(index, wanted, top))
 
     def figures(self) -> Tuple[Dict[str, int], int]:
         """Jobs by status, and the bytes of all their files. Raises OSError."""
-        self._follow()
-        with self._lock:
-            return dict(zip(STATUSES, self._index.counts)), self._index.total_bytes
+        with self._current() as index:
+            return dict(zip(STATUSES, index.counts)), index.total_bytes
 
     def expired(self, before: float) -> List[str]:
         """IDs of ended jobs accepted before a time (Unix seconds), oldest first. Raises OSError."""
-        self._follow()
-        with self._lock:
-            index = self._index
-            old = [slot for slot in index.find(Filter(before=before)) if STATUSES[index.status[slot]] in ENDED]
-            return [index.id(slot) for slot in reversed(old)]
+        with self._current() as index:
+            top = index.top
+        old = self._matching(index, Filter(before=before), top)
+        return [index.id(slot) for slot in old if slot not in index.unfinished][::-1]
+
+    def set_aside_ids(self) -> Optional[Set[str]]:
+        """IDs of jobs in what was set aside and is still there; None if they cannot be told. Raises OSError."""
+        folder, name = os.path.split(self.path)
+        found: Set[str] = set()
+        for entry in os.listdir(folder):
+            path = os.path.join(folder, entry)
+            if entry.startswith(f"{name}.damaged-") and os.path.isfile(path):
+                with open(path, "rb") as file:
+                    data = file.read(self.PIECE)
+                if not TORN_LINES.match(data):
+                    return None
+                found.update(job_id.decode() for job_id in re.findall(rb'\n"(\w{8})"', data))
+        return found
 
     def recover(self, fail: Callable[[Job], Job]) -> Future:
         """Changes each unfinished job of a process that is gone by `fail`, once among all processes that try.
@@ -802,96 +924,152 @@ class JobStore:
         return self._add_chore(self._recover(fail))
 
     def close(self) -> None:
-        """Writes what waits to be written and ends the thread."""
+        """Writes what waits to be written and ends the thread. Other work is given up."""
         with self._work:
             self._closing = True
             self._work.notify()
         self._thread.join()
 
-    # The thread and what it is asked for
+    # What is in force, and what is found
 
-    def _enqueue(self, changes: List[Change]) -> Future:
-        with self._work:
-            if self._closing and not self._thread.is_alive():
-                raise OSError("the store is closed")
-            self._queue += changes
-            self._work.notify()
-        return changes[-1].written
+    def _change(self, jobs: Dict[str, Optional[Job]], new: bool) -> Future:
+        with self._lock:
+            self._unwritten.update(jobs)
+            self._show(jobs)
+            change = Change(jobs, new, promise())
+            with self._work:
+                if not self._closed:
+                    self._queue.append(change)
+                    self._work.notify()
+                    return change.written
+        change.written.set_exception(OSError("the store is closed"))
+        return change.written
 
-    def _add_chore(self, chore: Iterator[None]) -> Future:
-        future: Future = Future()
-        with self._work:
-            self._chores.append((chore, future))
-            self._work.notify()
-        return future
+    def _show(self, jobs: Dict[str, Optional[Job]]) -> None:
+        """Makes the index show jobs as they are now, though their lines are still to come."""
+        index = self._opened.index
+        for job_id, job in jobs.items():
+            slot = index.slot(job_id)
+            if slot is not None:
+                index.apply(job_id, job, index.place[slot], index.length[slot])
 
-    def _follow(self, wait: bool = True) -> None:
-        """Waits until the index knows all that the file holds. Raises OSError if the file cannot be used."""
-        if wait and self._is_current():
-            return
-        with self._work:
-            future = self._following
-            if future is None:
-                if self._closing and not self._thread.is_alive():
-                    raise OSError("the store is closed")
-                future = self._following = Future()
-                self._chores.append((self._load(), future))
-                self._work.notify()
-        if wait:
-            future.result()
+    @contextlib.contextmanager
+    def _current(self) -> Iterator[Index]:
+        """Holds the lock, with an index that knows all that the file holds. Raises OSError."""
+        while True:
+            with self._lock:
+                if self._is_current():
+                    yield self._opened.index
+                    return
+            self._follow().result()
 
     def _is_current(self) -> bool:
-        try:
-            status = os.stat(self.path)
-            with self._lock:
-                if self._file is None or self._following is not None:
-                    return False
-                own = os.fstat(self._file)
-                return os.path.samestat(status, own) and status.st_size == self._seen + len(self.TAIL)
-        except OSError:
+        opened = self._opened
+        if opened.file is None:
             return False
+        with contextlib.suppress(OSError):
+            status = os.stat(self.path)
+            end = status.st_size - len(self.TAIL)
+            return os.path.samestat(status, os.fstat(opened.file)) and opened.seen <= end <= opened.ahead
+        return False
+
+    def _matching(self, index: Index, wanted: Filter, below: int) -> Iterator[int]:
+        """Slots of an index, newest first. Holds the lock for a moment at a time."""
+        step = 500
+        while below > 0:
+            above = max(0, below - step)
+            with self._lock:
+                found = index.find(wanted, below, above)
+            for slot in found:
+                if wanted.text and index.unsure and index.must_check(slot):
+                    job = self.get(index.id(slot))
+                    if job is None or wanted.text not in fold(job.prompt):
+                        continue
+                yield slot
+            below, step = above, min(2 * step, 20_000)
+
+    def _read(self, slot: int) -> Optional[Job]:
+        opened = self._opened
+        job_id, place, length = opened.index.id(slot), opened.index.place[slot], opened.index.length[slot]
+        if job_id in self._unwritten:
+            return self._unwritten[job_id]
+        try:
+            return read_line(job_id, read_at(opened.file, length, place), place).job
+        except (ValueError, RecursionError):
+            log.error("jobs.json: the record of job %s is not where it was, all is read again", job_id)
+            opened.mistrust()
+            return None
+
+    # The thread and what it is asked for
+
+    def _add_chore(self, work: Iterator[None]) -> Future:
+        chore = (work, promise())
+        with self._work:
+            if self._closed:
+                chore[1].set_exception(OSError("the store is closed"))
+            else:
+                self._chores.append(chore)
+                self._work.notify()
+        return chore[1]
+
+    def _follow(self) -> Future:
+        """Reads what the index does not know yet. The Future ends when it does, or with OSError."""
+        with self._work:
+            if self._following is None:
+                chore = (self._load(), promise())
+                if self._closed:
+                    chore[1].set_exception(OSError("the store is closed"))
+                    return chore[1]
+                self._following = chore
+                self._work.notify()
+            return self._following[1]
 
     def _run(self) -> None:
-        self._follow(wait=False)
+        self._follow()
         while True:
             with self._work:
-                retry = False
-                if not (self._queue or self._chores or self._closing):
-                    retry = not self._work.wait(self.RETRY if self._retry else None)
+                if not (self._queue or self._following or self._chores or self._closing):
+                    self._work.wait(max(0, self._retry_at - time.monotonic()) if self._retry else None)
                 changes, self._queue = self._queue, []
-                chore = self._chores[0] if self._chores else None
-                if not changes and not chore and self._closing:
-                    break
-            if changes or retry:
+                chore = self._following or next(iter(self._chores), None)
+                self._closed = self._closing and not changes
+            if changes or (self._retry and (self._closed or time.monotonic() >= self._retry_at)):
                 self._write(changes)
-            elif chore:
-                self._do_piece(*chore)
+            elif chore and not self._closed:
+                self._do_piece(chore)
+            if self._closed:
+                break
+        for work, result in filter(None, [self._following, *self._chores]):
+            work.close()
+            result.set_exception(OSError("the store is closed"))
         self._close_files()
 
-    def _do_piece(self, chore: Iterator[None], future: Future) -> None:
-        result, failure = None, None
+    def _do_piece(self, chore: Chore) -> None:
+        work, result = chore
+        value, failure = None, None
         try:
-            next(chore)
+            next(work)
             return
         except StopIteration as end:
-            result = end.value
+            value = end.value
         except Exception as error:
             failure = error
         with self._work:
-            self._chores.popleft()
-            if future is self._following:
+            if chore is self._following:
                 self._following = None
+            else:
+                self._chores.remove(chore)
         if failure is None:
-            self._said = None
-            future.set_result(result)
+            result.set_result(value)
+            self._consider_compacting()
         else:
             self._say(failure)
-            future.set_exception(failure)
-        self._consider_compacting()
+            result.set_exception(failure)
 
     def _consider_compacting(self) -> None:
-        if self._index.dead > len(self._index) + self.SPARE_DEAD and time.monotonic() >= self._not_before:
-            if not self._chores:
+        index = self._opened.index
+        if self._opened.foreign or index.dead > len(index) + self.SPARE_DEAD:
+            if not (self._following or self._chores) and time.monotonic() >= self._compact_at:
                 self._add_chore(self._compact())
 
     def _say(self, error: Exception) -> None:
@@ -901,12 +1079,13 @@ class JobStore:
             self._said = text
             log.error("jobs.json cannot be used: %s", text)
 
-    # Opening
+    # The file
 
     @contextlib.contextmanager
-    def _exclusive(self) -> Iterator[None]:
+    def _exclusive(self) -> Iterator[Opened]:
         """Holds the lock between processes, with the file open that the name stands for now."""
-        os.makedirs(os.path.dirname(self.path), exist_ok=True)
+        if self._alive is None:
+            make_folder(os.path.dirname(self.path))
         with self._between:
             if self._alive is None:
                 alive = FileLock(f"{self.path}.owner-{self.owner}")
@@ -914,48 +1093,46 @@ class JobStore:
                 self._alive = alive
             if not self._is_same_file():
                 self._open()
-            yield
+            yield self._opened
 
     def _is_same_file(self) -> bool:
-        if self._file is None:
+        if self._opened.file is None:
             return False
-        own = os.fstat(self._file)
+        own = os.fstat(self._opened.file)
         with contextlib.suppress(FileNotFoundError):
-            return os.path.samestat(os.stat(self.path), own) and own.st_size >= self._seen
+            return os.path.samestat(os.stat(self.path), own) and own.st_size - len(self.TAIL) >= self._opened.seen
         return False
 
     def _open(self) -> None:
+        make_folder(os.path.dirname(self.path))
         with self._lock:
-            if self._file is not None:
-                os.close(self._file)
-            self._file = None
-            self._index, self._seen, self._damage = Index(), len(self.HEAD), []
+            self._opened.close()
+            self._opened = Opened(None)
         try:
             file = self._open_file()
         except (IsADirectoryError, PermissionError) as error:
-            log.warning("jobs.json cannot be opened (%s), set aside as %s", error, set_aside(self.path))
+            aside = set_aside(self.path)
+            with contextlib.suppress(OSError):
+                shutil.copyfile(aside, self.path)
+            log.warning("jobs.json cannot be opened for writing (%s), it was set aside as %s", error, aside)
             file = self._open_file()
-        head = read_at(file, 2, 0)
+        opened = self._opened = Opened(file)
+        head = read_at(file, 1, 0)
+        opened.foreign = head not in (b"", self.HEAD)
         if not head:
             write_at(file, self.EMPTY, 0)
-            os.fsync(file)
-            sync_folder(os.path.dirname(self.path))
-        elif head not in (b"{\n", b"{\r", b"{}", b"{"):
-            os.close(file)
-            self._rewrite_foreign()
-            file = self._open_file()
-        self._file = file
+        os.fsync(file)
+        sync_folder(os.path.dirname(self.path))
+        opened.seen = 0 if opened.foreign else len(self.HEAD)
 
     def _open_file(self) -> int:
-        if os.path.isdir(self.path):  # Windows would say "permission denied"
-            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        if os.path.exists(self.path) and not os.path.isfile(self.path):
+            raise IsADirectoryError(errno.EISDIR, "it is no file", self.path)
         return os.open(self.path, os.O_RDWR | os.O_CREAT | BINARY, 0o666)
 
     def _close_files(self) -> None:
         with self._lock:
-            if self._file is not None:
-                os.close(self._file)
-                self._file = None
+            self._opened.close()
         if self._alive is not None:
             with contextlib.suppress(OSError):
                 if os.name != "nt":  # which removes no open file
@@ -963,302 +1140,280 @@ class JobStore:
                 self._alive.close()
         self._between.close()
 
-    # Damage
+    def _end(self) -> int:
+        """Where the next line goes. Mends a file that does not end as it should."""
+        opened = self._opened
+        size = os.fstat(opened.file).st_size
+        end = size - len(self.TAIL)
+        if (end == len(self.HEAD) or end > 16) and read_at(opened.file, len(self.TAIL), end) == self.TAIL:
+            return end
+        start, span, good = size, self.LINE_LIMIT, None
+        while good is None and start > opened.seen:
+            start, span = max(int(opened.seen), size - span), 2 * span
+            for found in read_lines(read_at(opened.file, size - start, start), start):
+                if isinstance(found, Line):
+                    good = found.place + found.length
+        if good is None:
+            good = start if start > len(self.HEAD) else 0
+        rest = read_at(opened.file, size - good, good)
+        if rest.strip(BLANK):
+            self._keep_damage([Gap(good, len(rest), False)])
+        write_at(opened.file, self.TAIL if good else self.EMPTY, good)
+        good = good or len(self.HEAD)
+        os.ftruncate(opened.file, good + len(self.TAIL))
+        os.fsync(opened.file)
+        return good
 
-    def _rewrite_foreign(self) -> None:
-        """Takes over a file that is laid out in another way, by an editor or jq, or is no JSON at all."""
-        aside = set_aside(self.path)
-        with open(aside, "rb") as file:
-            text = file.read().decode("utf-8", "surrogateescape")
-        decoder, end, jobs = json.JSONDecoder(), 0, {}
-        for match in self.ANYWHERE.finditer(text):
-            if match.start() < end:
-                continue
-            with contextlib.suppress(ValueError, RecursionError):
-                record, end = decoder.raw_decode(text, match.end())
-                job = job_from_record(record)
-                jobs[job.id] = job
-        lines = ",\n".join(f'"{job.id}": {as_json(job._asdict()).decode()}' for job in jobs.values())
-        replace_file(self.path, f"{{\n{lines}\n}}\n".encode() if lines else self.EMPTY)
-        log.warning("jobs.json was not as written by this program: kept %d jobs, the old file is %s", len(jobs), aside)
-
-    def _set_damage_aside(self, damage: List[Damaged]) -> None:
-        if not damage:
-            return
+    def _keep_damage(self, gaps: List[Gap]) -> None:
+        """Copies damaged parts to a file of their own, for somebody who may read more in them."""
         path = f"{self.path}.damaged-{time.strftime('%Y%m%d-%H%M%S')}"
         try:
-            with open(path, "ab") as file:
-                file.writelines(part.data + b"\n" for part in damage)
+            with open(path, "ab") as aside:
+                for gap in gaps:
+                    for place in range(gap.place, gap.place + gap.length, self.PIECE):
+                        aside.write(read_at(self._opened.file, min(self.PIECE, gap.place + gap.length - place), place))
+                    aside.write(b"\n")
+                aside.flush()
+                os.fsync(aside.fileno())
             kept = f"set aside in {path}"
         except OSError as error:
-            kept = f"and could not be set aside: {error}"
-        log.warning("jobs.json: %d damaged lines, from byte %d on, %s", len(damage), damage[0].place, kept)
-
-    def _end(self) -> int:
-        """Where the next line goes. Mends a file whose end was cut off."""
-        size = os.fstat(self._file).st_size
-        end = size - len(self.TAIL)
-        if end >= len(self.HEAD) and read_at(self._file, len(self.TAIL), end) == self.TAIL:
-            return end
-        start = max(self._seen, size - 2 * self.LINE_LIMIT)
-        good, damage = None, []
-        for *_, place, length in self._parse(read_at(self._file, size - start, start), start, damage):
-            good = place + length
-        if good is None:
-            if damage and not start == self._seen > len(self.HEAD):
-                self._rewrite_foreign()
-                self._open()
-                return self._end()
-            good = start
-        self._set_damage_aside([part for part in damage if part.place >= good])
-        write_at(self._file, self.TAIL, good)
-        os.ftruncate(self._file, good + len(self.TAIL))
-        os.fsync(self._file)
-        return good
+            kept = f"could not be set aside: {error}"
+        size, first = sum(gap.length for gap in gaps), gaps[0].place
+        log.warning("jobs.json is damaged in %d places, from byte %d on: %d bytes %s", len(gaps), first, size, kept)
 
     # Reading
 
     def _load(self) -> Iterator[None]:
         """Reads what the index does not know yet, a piece at a time."""
-        before, began = len(self._index), time.monotonic()
+        began = time.monotonic()
         while True:
-            with self._exclusive():
+            with self._exclusive() as opened:
                 end = self._end()
-            if self._seen >= end:
-                break
-            yield from self._read_lines(end)
-        damage, self._damage = self._damage, []
-        if damage and not self._index.lines:
-            with self._exclusive():
-                self._rewrite_foreign()
-            yield from self._load()
-        elif damage:
-            self._set_damage_aside(damage)
-            yield from self._compact()
+                if opened.seen == end:
+                    opened.ahead = end
+                    break
+            yield from self._read_lines(opened, end)
+        if opened.gaps:
+            self._keep_damage(opened.gaps)
+            opened.gaps = []
+        self._said = None
         if time.monotonic() - began > 1:
-            log.info("jobs.json: %d jobs loaded in %.1f s", len(self._index) - before, time.monotonic() - began)
+            log.info("jobs.json: %d jobs loaded in %.1f s", len(opened.index), time.monotonic() - began)
 
-    def _read_lines(self, end: int) -> Iterator[None]:
+    def _read_lines(self, opened: Opened, end: int) -> Iterator[None]:
         """Brings the index from where it is to `end`, the end of a line."""
-        file, step = self._file, self.PIECE
-        while self._seen < end and self._file is file:
-            data = read_at(file, min(step, end - self._seen), self._seen)
-            if self._seen + len(data) < end:
-                cut = data.rfind(b"\n", 1)
-                if cut < 0 and step < self.LINE_LIMIT:
-                    step *= 2
-                    continue
-                data = data[:cut] if cut > 0 else data
-                step = self.PIECE
+        step = self.PIECE
+        while opened.file is not None and opened.seen < end:
+            data = read_at(opened.file, min(step, end - int(opened.seen)), int(opened.seen))
+            if not data:
+                return  # somebody cut the file
+            found, read = list(read_lines(data, int(opened.seen))), opened.seen + len(data)
+            if isinstance(found[-1], Gap) and read < end:
+                if found[-1].place > opened.seen or step < self.LINE_LIMIT:
+                    read = found.pop().place  # the begin of a line, perhaps
+            step = 2 * step if read == opened.seen else self.PIECE
             with self._lock:
-                for found in self._parse(data, self._seen, self._damage):
-                    self._apply(*found)
-                self._seen += len(data)
+                for item in found:
+                    if isinstance(item, Line):
+                        self._apply(opened, item)
+                    else:
+                        opened.foreign = True
+                        opened.gaps += [] if item.blank else [item]
+                opened.seen = read
             yield
 
-    @classmethod
-    def _parse(cls, data: bytes, base: int, damage: List[Damaged]) -> Iterator[Tuple[str, Optional[Job], int, int]]:
-        """The lines of a part of the file that lies at `base`: ID, job or None, place and length of the record."""
-        place = base
-        for line in data.split(b"\n"):
-            text = line.rstrip(b", \r\t")
-            match = cls.LINE.match(text)
-            if match:
-                try:
-                    job_id, job = match.group(1).decode(), None
-                    if match.group(2) != b"null":
-                        job = job_from_record(json.loads(match.group(2).decode()))
-                        if job.id != job_id:
-                            raise ValueError("the ID is not the key")
-                    yield job_id, job, place + match.start(2), len(match.group(2))
-                except (ValueError, RecursionError):
-                    match = None
-            if not match and text not in (b"", b"{", b"}"):
-                damage.append(Damaged(place, line))
-            place += len(line) + 1
-
-    def _apply(self, job_id: str, job: Optional[Job], place: int, length: int) -> None:
-        """A line of the file."""
-        latest = self._unwritten.get(job_id)
-        if latest is not None and job is not None:
-            # A later change is in force already, though its line is still to come.
-            self._index.apply(job_id, latest, place, length)
-        else:
-            self._index.apply(job_id, job, place, length)
-        self._index.lines += 1
-        if latest is not None and latest == job:
-            del self._unwritten[job_id]
-
-    def _matching(self, wanted: Filter, below: Optional[int] = None) -> Iterator[Tuple[int, Optional[Job]]]:
-        """Slots, and the job where it had to be read for finding out."""
-        for slot in self._index.find(wanted, below):
-            job = None
-            if wanted.text and self._index.must_check(slot):
-                job = self._read(slot)
-                if job is None or wanted.text not in fold(job.prompt):
-                    continue
-            yield slot, job
-
-    def _read(self, slot: int) -> Optional[Job]:
-        job = self._unwritten.get(self._index.id(slot))
-        if job is not None:
-            return job
-        data = read_at(self._file, self._index.length[slot], self._index.place[slot])
-        try:
-            return job_from_record(json.loads(data.decode()))
-        except ValueError:
-            log.error("jobs.json: the record of job %s can no longer be read", self._index.id(slot))
-            return None
+    def _apply(self, opened: Opened, line: Line) -> None:
+        """A line of the file. A later change may be in force already, though its line is still to come."""
+        job, latest = line.job, self._unwritten.get(line.id, line.job)
+        if latest == job:
+            self._unwritten.pop(line.id, None)
+        elif job is not None:
+            job = latest
+        opened.index.apply(line.id, job, line.place, line.length)
+        opened.index.lines += 1
 
     # Writing
 
     def _write(self, changes: List[Change]) -> None:
-        changes = [*self._retry.values(), *changes]
-        self._retry = {}
+        latest = dict(self._retry)
+        for change in changes:
+            latest.update(change.jobs)
+        appended = False
         try:
-            with self._exclusive():
-                self._append([(change.id, change.job) for change in changes])
-            os.fsync(self._file)
+            with self._exclusive() as opened:
+                self._append(latest)
+            appended = True
+            os.fsync(opened.file)
         except Exception as error:
             self._say(error)
+            self._retry_at = time.monotonic() + self.RETRY
             for change in changes:
-                if not change.new:
-                    self._retry[change.id] = change._replace(written=Future())
-                    continue
-                with self._lock:
-                    if self._unwritten.get(change.id) is change.job:
-                        del self._unwritten[change.id]
-            for change in changes:
+                if change.new:
+                    self._give_up(change.jobs, appended)
+                else:
+                    self._retry.update(change.jobs)
                 change.written.set_exception(error)
             return
-        self._said = None
+        self._said, self._retry = None, {}
         for change in changes:
             change.written.set_result(None)
         self._consider_compacting()
 
-    def _append(self, changes: List[Tuple[str, Optional[Job]]]) -> None:
-        end = self._end()
-        parts, places, position = [], [], end
-        for job_id, job in changes:
+    def _give_up(self, jobs: Dict[str, Optional[Job]], appended: bool) -> None:
+        """A new job could not be stored. If it is in the file, but perhaps not on disk, it must go from there."""
+        with self._lock:
+            for job_id, job in jobs.items():
+                if appended:
+                    self._unwritten[job_id] = self._retry[job_id] = None
+                    self._show({job_id: None})
+                elif self._unwritten.get(job_id) is job:
+                    del self._unwritten[job_id]
+
+    def _append(self, jobs: Dict[str, Optional[Job]]) -> None:
+        opened, end = self._opened, self._end()
+        if end - opened.seen <= self.PIECE:
+            for _ in self._read_lines(opened, end):  # what other processes wrote
+                pass
+        data, lines = bytearray(), []
+        for job_id, job in jobs.items():
             record = b"null" if job is None else as_json(job._asdict())
-            start = (b",\n" if position > len(self.HEAD) else b"\n") + f'"{job_id}": '.encode()
-            places.append((job_id, job, position + len(start), len(record)))
-            parts += (start, record)
-            position += len(start) + len(record)
+            data += (b",\n" if end + len(data) > len(self.HEAD) else b"\n") + f'"{job_id}": '.encode()
+            lines.append(Line(job_id, job, end + len(data), len(record)))
+            data += record
+        known = opened.seen == end
+        with self._lock:
+            opened.ahead = end + len(data) if known else opened.seen
         try:
-            write_at(self._file, b"".join(parts) + self.TAIL, end)
+            write_at(opened.file, bytes(data) + self.TAIL, end)
+            with self._lock:
+                for line in lines:
+                    if known:
+                        self._apply(opened, line)
+                    elif self._unwritten.get(line.id, line) == line.job:
+                        del self._unwritten[line.id]
+                if known:
+                    opened.seen = opened.ahead
         except OSError:
             # As it was: these bytes have their place on disk already, even when there is no more.
-            write_at(self._file, self.TAIL, end)
-            os.ftruncate(self._file, end + len(self.TAIL))
+            opened.ahead = opened.seen
+            write_at(opened.file, self.TAIL, end)
+            os.ftruncate(opened.file, end + len(self.TAIL))
             raise
-        with self._lock:
-            if self._seen == end:
-                for change in places:
-                    self._apply(*change)
-                self._seen = position
 
     def _compact(self) -> Iterator[None]:
         """Writes the live lines to a new file, a piece at a time, and puts it in the place of the old."""
-        old, index, known = self._file, self._index, self._seen
-        path = f"{self.path}.{self.owner}.part"
-        fresh, position, unsynced = Index(), len(self.HEAD), 0
-        out = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | BINARY, 0o666)
+        yield from self._load()
+        old, known, path = self._opened, int(self._opened.seen), f"{self.path}.{self.owner}.part"
+        if old.foreign:
+            log.warning("jobs.json was not as this program writes it: it is written anew, with %d jobs", len(old.index))
+        fresh = Opened(None)
         try:
-            write_at(out, self.HEAD, 0)
-            copied = 0
-            while copied < len(index.place):
-                parts, start = [], position
-                with self._lock:
-                    if self._file is not old:
-                        return
-                    slots = range(copied, min(copied + 200, len(index.place)))
-                    for slot in slots:
-                        if index.status[slot] == Index.REMOVED:
-                            continue
-                        record = read_at(old, index.length[slot], index.place[slot])
-                        before = (b",\n" if position > len(self.HEAD) else b"\n") + f'"{index.id(slot)}": '.encode()
-                        fresh.copy(index, slot, position + len(before))
-                        fresh.lines += 1
-                        parts += (before, record)
-                        position += len(before) + len(record)
-                copied = slots.stop
-                write_at(out, b"".join(parts), start)
-                unsynced += position - start
-                if unsynced > 1 << 22:
-                    os.fsync(out)
-                    unsynced = 0
-                yield
-            os.fsync(out)
-            yield from self._forget_keys(index)
-            with self._exclusive():
-                if self._file is not old:
+            fresh.file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | BINARY, 0o666)
+            shutil.copymode(self.path, path)
+            write_at(fresh.file, self.HEAD, 0)
+            fresh.seen = synced = len(self.HEAD)
+            for start in range(0, old.index.top, 200):
+                if old.file is None or not self._copy_slots(old, fresh, start, start + 200):
                     return
-                end = self._end()
-                tail = read_at(old, end - known, known)
-                if position == len(self.HEAD):
-                    tail = tail.lstrip(b",")
-                write_at(out, tail + self.TAIL, position)
-                os.fsync(out)
-                for found in self._parse(tail, position, []):
-                    fresh.apply(*found)
-                    fresh.lines += 1
-                with self._lock:
-                    # Windows replaces no open file.
-                    os.close(out)
-                    os.close(old)
-                    self._file = out = None
-                    try:
-                        os.replace(path, self.path)
-                    except OSError:
-                        self._file = self._open_file()
-                        raise
-                    self._file = self._open_file()
-                    self._index, self._seen = fresh, position + len(tail)
-                sync_folder(os.path.dirname(self.path))
-        except OSError as error:
-            self._not_before = time.monotonic() + 600
+                if fresh.seen - synced > 1 << 22:
+                    os.fsync(fresh.file)
+                    synced = fresh.seen
+                yield
+            while old.file is not None and self.PIECE < old.seen - known < math.inf:
+                cut = read_at(old.file, self.PIECE, known).rfind(b",\n")
+                known = self._copy_tail(old, fresh, known, known + cut if cut > 0 else int(old.seen))
+                yield
+            os.fsync(fresh.file)
+            yield
+            with self._exclusive():
+                if self._opened is old and old.seen < math.inf:
+                    self._copy_tail(old, fresh, known, self._end())
+                    self._replace(old, fresh, path)
+        except Exception as error:
+            self._compact_at = time.monotonic() + self.COMPACT_RETRY
             log.warning("jobs.json could not be compacted, it will be tried again: %s", error)
         finally:
-            if out is not None:
-                os.close(out)
-            with contextlib.suppress(OSError):
-                os.unlink(path)
+            if fresh is not self._opened:
+                fresh.close()
+                with contextlib.suppress(OSError):
+                    os.unlink(path)
 
-    def _forget_keys(self, index: Index) -> Iterator[None]:
-        """Forgets the keys of jobs that are gone."""
-        for count, (key, number) in enumerate(list(index.keys.items())):
-            with self._lock:
-                slot = index.slots.get(number)
-                if slot is None or index.status[slot] == Index.REMOVED:
-                    del index.keys[key]
-            if count % 500 == 0:
-                yield
+    def _copy_slots(self, old: Opened, fresh: Opened, start: int, end: int) -> bool:
+        """Writes the live lines of some slots. False if the file is not as the index says."""
+        data, index = bytearray(), old.index
+        for slot in range(start, min(end, index.top)):
+            if index.status[slot] == Index.REMOVED:
+                continue
+            key, place = f'"{index.id(slot)}"'.encode(), index.place[slot]
+            start_of_line = max(0, place - 14)
+            line = read_at(old.file, place + index.length[slot] - start_of_line, start_of_line)
+            before, record = line[: place - start_of_line], line[place - start_of_line :]
+            if key not in before or record[:1] + record[-1:] != b"{}":
+                old.mistrust()
+                return False
+            if b"\n" in record:
+                record = as_json(json.loads(record.decode()))
+            data += (b",\n" if fresh.seen + len(data) > len(self.HEAD) else b"\n") + key + b": "
+            fresh.index.copy(index, slot, int(fresh.seen) + len(data), len(record))
+            fresh.index.lines += 1
+            data += record
+        write_at(fresh.file, bytes(data), int(fresh.seen))
+        fresh.seen += len(data)
+        return True
+
+    def _copy_tail(self, old: Opened, fresh: Opened, start: int, end: int) -> int:
+        """Copies what was appended meanwhile, and returns where that ended."""
+        data = read_at(old.file, end - start, start)
+        if fresh.seen == len(self.HEAD):
+            data = data.lstrip(b",")
+        write_at(fresh.file, data, int(fresh.seen))
+        for _ in self._read_lines(fresh, int(fresh.seen) + len(data)):
+            pass
+        return end
+
+    def _replace(self, old: Opened, fresh: Opened, path: str) -> None:
+        """Puts a new file, and what is known of it, in the place of the old."""
+        write_at(fresh.file, self.TAIL, int(fresh.seen))
+        os.fsync(fresh.file)
+        with self._lock:
+            if os.name == "nt":  # which replaces no open file
+                old.close()
+                fresh.close()
+            try:
+                os.replace(path, self.path)
+            except OSError:
+                old.file = old.file or self._open_file()
+                raise
+            fresh.file = fresh.file or self._open_file()
+            fresh.ahead = fresh.seen
+            fresh.index.copy_keys(old.index)
+            self._opened = fresh
+            self._show(self._unwritten)
+        old.close()
+        sync_folder(os.path.dirname(self.path))
+
+    # Jobs of processes that are gone
 
     def _recover(self, fail: Callable[[Job], Job]) -> Iterator[None]:
-        yield from self._load()
-        changed: List[Job] = []
-        with self._exclusive():
-            for _ in self._read_lines(self._end()):
-                pass
-            gone: Dict[Optional[str], bool] = {self.owner: False}
-            with self._lock:
-                unfinished = [self._read(slot) for slot in sorted(self._index.unfinished)]
-            for job in unfinished:
-                if job is None:
+        while True:
+            yield from self._load()
+            with self._exclusive() as opened:
+                if opened.seen != self._end():
                     continue
-                if job.owner not in gone:
-                    gone[job.owner] = self._is_gone(job.owner)
-                if gone[job.owner]:
-                    changed.append(fail(job))
-            if changed:
-                self._append([(job.id, job) for job in changed])
-                os.fsync(self._file)
-            self._remove_leftovers()
-        return changed
+                with self._lock:
+                    jobs = [self._read(slot) for slot in sorted(opened.index.unfinished)]
+                gone = {owner: self._is_gone(owner) for owner in {job.owner for job in jobs if job is not None}}
+                changed = [fail(job) for job in jobs if job is not None and gone[job.owner]]
+                if changed:
+                    self._append({job.id: job for job in changed})
+                    os.fsync(opened.file)
+                self._remove_leftovers()
+                return changed
 
     def _is_gone(self, owner: Optional[str]) -> bool:
         """Whether a process has ended: then its lock can be had."""
+        if owner == self.owner:
+            return False
         path = f"{self.path}.owner-{owner}"
         if owner is None or not re.match(r"[0-9a-f]{8}\Z", owner) or not os.path.exists(path):
             return True
@@ -1274,22 +1429,9 @@ class JobStore:
         form = re.compile(re.escape(name) + r"\.(?:owner-([0-9a-f]{8})|([0-9a-f]{8})\.part)\Z")
         for entry in os.listdir(folder):
             match = form.match(entry)
-            owner = match and (match.group(1) or match.group(2))
-            if owner and owner != self.owner and self._is_gone(owner):
+            if match and self._is_gone(match.group(1) or match.group(2)):
                 with contextlib.suppress(OSError):
                     os.unlink(os.path.join(folder, entry))
-
-    def _close_files(self) -> None:
-        with self._lock:
-            if self._file is not None:
-                os.close(self._file)
-                self._file = None
-        if self._alive is not None:
-            with contextlib.suppress(OSError):
-                if os.name != "nt":
-                    os.unlink(self._alive.path)
-                self._alive.close()
-        self._between.close()
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -1348,7 +1490,7 @@ def split_answer(body: bytes) -> Answer:
     if not isinstance(data, dict):
         raise ValueError("the answer is no JSON object")
     found = data.pop("images", None) or []
-    rest = as_json({"images": [], **data})
+    rest = as_host_json({"images": [], **data})
     return Answer([str(image).encode("utf-8", "surrogatepass") for image in found], rest)
 
 
@@ -1363,12 +1505,14 @@ class ImageStore:
 
     def __init__(self, folder: str):
         self.folder = folder
+        with contextlib.suppress(OSError):
+            self._make_folder(folder)
 
     def save(self, job: Job, answer: Answer) -> Job:
         """Stores an answer, safe from a power cut, and returns the job with the names and the size of its files."""
         folder = os.path.join(self.folder, job.day)
-        os.makedirs(folder, exist_ok=True)
-        self._refuse_link(folder)
+        self._make_folder(self.folder)
+        self._make_folder(folder, links=False)
         names: List[str] = []
         try:
             total = self._write(job.answer, [answer.rest])
@@ -1382,6 +1526,13 @@ class ImageStore:
             self.remove([job.answer, *names])
             raise
         return job._replace(images=tuple(names), bytes=total)
+
+    @staticmethod
+    def _make_folder(path: str, links: bool = True) -> None:
+        """Sets aside what stands where a folder should be."""
+        if os.path.lexists(path) and (not os.path.isdir(path) or (os.path.islink(path) and not links)):
+            log.warning("%s is no folder, it was set aside as %s", path, set_aside(path))
+        make_folder(path)
 
     def _save_image(self, base: str, image: Union[bytes, memoryview]) -> Tuple[str, int]:
         if bytes(image[:5]) == b"data:":
@@ -1413,7 +1564,7 @@ class ImageStore:
         part = f"{os.path.splitext(path)[0]}.{secrets.token_hex(4)}.part"
         size = 0
         try:
-            file = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | BINARY, 0o666)
+            file = self._create(part)
             try:
                 for piece in pieces:
                     write_at(file, piece, size)
@@ -1427,6 +1578,15 @@ class ImageStore:
                 os.unlink(part)
             raise
         return size
+
+    @staticmethod
+    def _create(path: str) -> int:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | BINARY
+        try:
+            return os.open(path, flags, 0o666)
+        except FileNotFoundError:  # a purge took the folder together with its last file
+            make_folder(os.path.dirname(path))
+            return os.open(path, flags, 0o666)
 
     def _path(self, name: str) -> str:
         return os.path.join(self.folder, *name.split("/"))
@@ -1474,7 +1634,7 @@ class ImageStore:
     def read_as_json(self, name: str) -> Iterator[bytes]:
         """The JSON string that the host answered for this file, a piece at a time."""
         if name.endswith(".txt"):
-            yield as_json(b"".join(self.read(name)).decode("utf-8", "surrogatepass"))
+            yield as_host_json(b"".join(self.read(name)).decode("utf-8", "surrogatepass"))
             return
         yield b'"'
         for data in self.read(name):
@@ -1499,20 +1659,21 @@ class ImageStore:
         return freed
 
     def older_than(self, before: float) -> Iterator[str]:
-        """Names of all files that were last changed before a time (Unix seconds)."""
+        """Names of all files that this program made and last changed before a time (Unix seconds)."""
         try:
             days = sorted(os.listdir(self.folder))
         except (FileNotFoundError, NotADirectoryError):
             return
         for day in days:
             folder = os.path.join(self.folder, day)
-            if not re.match(r"\d{4}-\d\d-\d\d\Z", day) or os.path.islink(folder) or not os.path.isdir(folder):
+            if os.path.islink(folder) or not os.path.isdir(folder):
                 continue
             with os.scandir(folder) as entries:
                 for entry in entries:
+                    name = f"{day}/{entry.name}"
                     with contextlib.suppress(FileNotFoundError):
-                        if entry.stat(follow_symlinks=False).st_mtime < before and not entry.is_dir(follow_symlinks=False):
-                            yield f"{day}/{entry.name}"
+                        if OWN_FILE_FORM.match(name) and entry.stat(follow_symlinks=False).st_mtime < before:
+                            yield name
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -1541,9 +1702,11 @@ class Conflict(Exception):
 class Claim:
     """That a generation was the first with its idempotency key. Others with the key wait for what becomes of it."""
 
-    def __init__(self, digest: str):
+    def __init__(self, digest: str, job_id: Optional[str] = None):
         self.digest = digest  # of the request's body
         self.job_id: Future = Future()  # None: it was no job in the end
+        if job_id is not None:
+            self.job_id.set_result(job_id)
 
 
 Progress = Tuple[Optional[float], Optional[float]]  # 0 to 1, and the seconds that are left; None where unknown
@@ -1561,8 +1724,11 @@ class Tracker:
     RECOVER_EVERY = 60  # seconds between two looks for processes that are gone
     LOOK_EVERY = 5  # seconds between two looks at config.json
 
-    def __init__(self, settings: Settings, progress: Callable[[], Progress], interrupt: Callable[[], None]):
-        """`progress` and `interrupt` are the host's, for the generation that has its queue lock."""
+    def __init__(self, settings: Settings, progress: Callable[[float], Progress], interrupt: Callable[[], None]):
+        """`progress` and `interrupt` are the host's, for the generation that has its queue lock.
+
+        `progress` is given when that generation got the lock, in Unix seconds.
+        """
         self.settings = settings
         self.progress = progress
         self.interrupt = interrupt
@@ -1575,7 +1741,9 @@ class Tracker:
         self._accepted: Dict[str, Future] = {}
         self._cancels: Dict[str, Callable[[], None]] = {}
         self._waiting: Dict[str, List[Callable[[], None]]] = {}
+        self._holder: Optional[str] = None  # the job that has the host's queue lock
         self._claims: Dict[str, Claim] = {}
+        self._claiming = threading.Lock()
         self._purging = threading.Lock()
         self._stop = threading.Event()
         self._housekeeper = threading.Thread(target=self._keep_house, name="job-tracker-housekeeping", daemon=True)
@@ -1590,10 +1758,11 @@ class Tracker:
             job_id = new_id()
         return job_id
 
-    def accept(self, job: Job, cancel: Callable[[], None]) -> Future:
+    def accept(self, job: Job, cancel: Callable[[], bool]) -> Future:
         """A new job. The Future ends when it is on disk, or with OSError: then there is no job.
 
-        `cancel` is called for a job that is to be cancelled; its generation then sees to it that the job fails.
+        `cancel` is called for a job that is to be cancelled; its generation then sees to it that the job fails, or
+        returns False, since it has ended.
         """
         with self._lock:
             written = self.store.put(job._replace(owner=self.store.owner), new=True)
@@ -1611,7 +1780,12 @@ class Tracker:
 
     def start(self, job_id: str) -> None:
         """The job has the queue lock: generation begins."""
+        self._holder = job_id
         self._change(job_id, status=PROCESSING, started=time.time())
+
+    def generated(self) -> None:
+        """The job that has the queue lock is about to give it back."""
+        self._holder = None
 
     def finish(self, job_id: str, answer: Answer, prompt: str = "") -> None:
         """The host answered with success. Stores the images; a job whose images cannot be stored has failed.
@@ -1629,9 +1803,7 @@ class Tracker:
             self.fail(job_id, f"Generated, but the images could not be stored: {error}")
             return
         prompt = job.prompt or prompt[:PROMPT_LIMIT]
-        self._change(
-            job_id, status=COMPLETED, finished=time.time(), prompt=prompt, images=job.images, bytes=job.bytes
-        )
+        self._change(job_id, status=COMPLETED, finished=time.time(), prompt=prompt, images=job.images, bytes=job.bytes)
 
     def fail(self, job_id: str, error: str) -> None:
         """The job ends without images. `error` is for its user."""
@@ -1684,6 +1856,13 @@ class Tracker:
             pending = [job.id for job in self._running.values() if job.status == PENDING]
         return pending.index(job_id) + 1 if job_id in pending else None
 
+    def progress_of(self, job: Job) -> Progress:
+        """How far a Processing job is, by the host's state, and never that of another generation."""
+        if job.status != PROCESSING or not self.is_own(job.id):
+            return None, None
+        progress = self.progress(job.started)
+        return progress if self._holder == job.id else (1.0, 0.0)  # it gave the lock back, and is being stored
+
     async def wait(self, job_id: str, seconds: float) -> None:
         """Returns when a job has ended or is unknown, or after some seconds. Holds no thread."""
         loop = asyncio.get_running_loop()
@@ -1715,7 +1894,7 @@ class Tracker:
 
     def describe(self, job: Job) -> Dict[str, Any]:
         """A job as the API shows it, without its images. Reads the file with the answer."""
-        parameters = info = progress = eta = None
+        parameters = info = None
         error = job.error
         if job.status == COMPLETED:
             try:
@@ -1723,8 +1902,7 @@ class Tracker:
                 parameters, info = answer.get("parameters"), answer.get("info")
             except (OSError, ValueError, AttributeError):
                 error = "The parameters are no longer on disk"
-        if job.status == PROCESSING and self.is_own(job.id):
-            progress, eta = self.progress()
+        progress, eta = self.progress_of(job)
         return {
             "id": job.id,
             "type": job.type,
@@ -1778,26 +1956,28 @@ class Tracker:
     def claim(self, key: str, digest: str) -> Tuple[Claim, bool]:
         """Who was first with a key, and whether that is the caller, who then must `release` the claim at its end.
 
-        A Failed job frees its key. Raises OSError.
+        A Failed job frees its key, also while its generation still waits in the queue. Raises OSError.
         """
-        with self._lock:
+        with self._claiming:
             claim = self._claims.get(key)
-        if claim is None:
+            if claim is not None and not (claim.job_id.done() and self._is_free(claim.job_id.result())):
+                return claim, False
             job = self.store.with_key(key)
-            with self._lock:
-                claim = self._claims.get(key)
-                if claim is None and (job is None or job.status == FAILED):
-                    claim = self._claims[key] = Claim(digest)
-                    return claim, True
-            if claim is None:
-                claim = Claim(job.digest or "")
-                claim.job_id.set_result(job.id)
-        return claim, False
+            if job is not None and not self._is_free(job.id):
+                return Claim(job.digest or "", job.id), False
+            claim = self._claims[key] = Claim(digest)
+            return claim, True
+
+    def _is_free(self, job_id: Optional[str]) -> bool:
+        """Whether the key of a job can be used anew."""
+        job = None if job_id is None else self.get(job_id)
+        return job is None or job.status == FAILED
 
     def release(self, key: str, claim: Claim) -> None:
         """The generation of a claim has ended, as a job or as none."""
         with self._lock:
-            del self._claims[key]
+            if self._claims.get(key) is claim:
+                del self._claims[key]
         if not claim.job_id.done():
             claim.job_id.set_result(None)
 
@@ -1811,7 +1991,8 @@ class Tracker:
         with self._lock:
             cancel = self._cancels.get(job_id)
         if cancel is not None:
-            cancel()
+            if not cancel():
+                raise Conflict("The generation has ended, its images are being stored")
             return True
         job = self.get(job_id)
         if job is None:
@@ -1856,10 +2037,15 @@ class Tracker:
 
     def _remove_orphans(self) -> Purged:
         images = freed = 0
+        set_aside = self.store.set_aside_ids()
+        if set_aside is None:
+            return Purged()  # their jobs may be in it
         for name in self.images.older_than(time.time() - self.ORPHAN_AGE):
             job = self.get(os.path.basename(name)[:8])
             if job is not None and (not job.ended or name in job.images or name == job.answer):
                 continue
+            if os.path.basename(name)[:8] in set_aside:
+                continue  # its record may be read by somebody yet
             freed += self.images.remove([name])
             images += not name.endswith((".json", ".part"))
         return Purged(0, images, freed)
@@ -1920,7 +2106,7 @@ App = Callable[[Scope, Receive, Send], Any]
 JOB_HEADER = "X-Job-ID"
 HEARTBEAT = 15.0  # seconds between two bytes of white space
 GRACE = 0.02  # seconds in which a generation that has just begun may still fail with the host's own answer
-PIECE = 1 << 17  # bytes of an answer that are sent at a time
+PIECE = 1 << 19  # bytes of an answer that are sent at a time
 IDEMPOTENCY_KEY_LIMIT = 255  # characters
 CANCELLED = "Cancelled"
 SPARE_THREADS = 1000  # the most worker threads that are lent to the host
@@ -1953,8 +2139,8 @@ def user_of(scope: Scope) -> str:
 
 def prefers_async(scope: Scope) -> bool:
     """By RFC 7240, 4.1."""
-    preferences = header_of(scope, b"prefer").lower().split(",")
-    return any(preference.partition(";")[0].strip() == "respond-async" for preference in preferences)
+    preferences = re.sub(r'"(\\.|[^"\\])*"', "", header_of(scope, b"prefer").lower()).split(",")
+    return any(re.match(r"\s*respond-async\s*(=\s*)?(;|\Z)", preference) for preference in preferences)
 
 
 class Gzip:
@@ -1972,6 +2158,17 @@ class Gzip:
         for piece in pieces:
             yield self.encode(piece)
         yield self.encode(b"", last=True)
+
+
+def giving(body: List[Message]) -> Receive:
+    """A `receive` that gives the body once, and after it never says that the client left."""
+
+    async def receive() -> Message:
+        if not body:
+            await asyncio.get_running_loop().create_future()
+        return body.pop(0)
+
+    return receive
 
 
 def in_pieces(data: bytes) -> Iterator[bytes]:
@@ -2009,6 +2206,7 @@ class Shell:
     """
 
     KEY = "job_tracker.valve"
+    ABORT = struct.pack("hh" if os.name == "nt" else "ii", 1, 0)  # a close drops what is unsent and resets
 
     def __init__(self, app: App):
         self.app = app
@@ -2029,8 +2227,17 @@ class Shell:
             if not valve.cut:
                 raise
         finally:
-            if valve.work is not None and not valve.cut:
+            if valve.cut:
+                self._abort(scope, send)
+            elif valve.work is not None:
                 await asyncio.wait({valve.work})
+
+    def _abort(self, scope: Scope, send: Send) -> None:
+        """To HTTP/1.0, as nginx speaks it by default, a closed connection is the clean end: only a reset is not."""
+        transport = getattr(getattr(send, "__self__", None), "transport", None)  # uvicorn's
+        if scope.get("http_version") == "1.0" and transport is not None:
+            with contextlib.suppress(OSError):
+                transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, self.ABORT)
 
 
 class ObservedLock:
@@ -2057,9 +2264,11 @@ class ObservedLock:
 
     def release(self) -> None:
         generation = current.get()
-        if generation is not None:
-            generation.released()
-        self._lock.release()
+        try:
+            if generation is not None:
+                generation.released()
+        finally:
+            self._lock.release()
 
     def __enter__(self) -> Any:
         return self.acquire()
@@ -2147,22 +2356,22 @@ class Generation:
         self.hide_images = False  # the client sent send_images: false
         self.messages: List[Message] = []  # what the host answered
         self.error: Optional[BaseException] = None  # or what it raised
-        self._state = threading.Lock()  # guards the two that follow
+        self._state = threading.Lock()  # guards what follows
         self.lock: Optional[str] = None  # the host's queue lock is "held", then "released"
         self.cancelled = False
+        self.ended = False  # too late to be cancelled
 
     # On the host's worker thread
 
     def called(self, arguments: Dict[str, Any]) -> None:
         """The host has checked credentials and body, and its endpoint is about to run. Raises what is to end it."""
-        key = header_of(self.scope, b"idempotency-key")
-        if key:
-            self._claim(key)
+        if any(name == b"idempotency-key" for name, _ in self.scope["headers"]):
+            self._claim(header_of(self.scope, b"idempotency-key"))
         self._look_at(arguments)
 
     def _claim(self, key: str) -> None:
-        if len(key) > IDEMPOTENCY_KEY_LIMIT:
-            raise HTTPException(422, f"Idempotency-Key has more than {IDEMPOTENCY_KEY_LIMIT} characters")
+        if not 1 <= len(key) <= IDEMPOTENCY_KEY_LIMIT:
+            raise HTTPException(422, f"Idempotency-Key must have 1 to {IDEMPOTENCY_KEY_LIMIT} characters")
         digest = hashlib.sha256()
         for message in self.body:
             digest.update(message.get("body", b""))
@@ -2205,8 +2414,8 @@ class Generation:
                 key=self.key,
                 digest=self.claim.digest if self.claim else None,
             )
-            written = self.tracker.accept(job, self.cancel)
             self.job_id = job.id
+            written = self.tracker.accept(job, self.cancel)
             self.body.clear()  # the host has read it, and it may be large
         except Exception:
             self._in_loop(self._accept, False)
@@ -2229,12 +2438,15 @@ class Generation:
     def released(self) -> None:
         with self._state:
             self.lock = "released"
+        self.tracker.generated()
 
     # On any thread
 
-    def cancel(self) -> None:
-        """Fails the job now if it waits, or when the host has stopped it if it runs."""
+    def cancel(self) -> bool:
+        """Fails the job now if it waits, or when the host has stopped it if it runs. False if that has ended."""
         with self._state:
+            if self.cancelled or self.ended:
+                return self.cancelled
             self.cancelled = True
             waiting = self.lock is None
         if waiting:
@@ -2242,6 +2454,7 @@ class Generation:
             self._in_loop(self._end)
         else:
             self._in_loop(self._interrupt)
+        return True
 
     def _interrupt(self) -> None:
         """Interrupts the host again and again, for a generation resets the mark when it begins."""
@@ -2277,10 +2490,12 @@ class Generation:
         current.set(self)
         try:
             with lent_thread():
-                await self.app(dict(self.scope), self._giving(list(self.body)), self._capture)
+                await self.app(dict(self.scope), giving(list(self.body)), self._capture)
         except BaseException as error:
             self.error = error
         finally:
+            with self._state:
+                self.ended = True
             self._end()
         try:
             if self.job_id is not None and await self.accepted:
@@ -2292,19 +2507,12 @@ class Generation:
             if self.claim:
                 self.tracker.release(self.key, self.claim)
 
-    @staticmethod
-    def _giving(body: List[Message]) -> Receive:
-        """A `receive` that gives the body once and never says that the client left."""
-
-        async def receive() -> Message:
-            if not body:
-                await asyncio.get_running_loop().create_future()
-            return body.pop(0)
-
-        return receive
-
     async def _capture(self, message: Message) -> None:
         self.messages.append(message)
+
+    def forget(self, _: Any) -> None:
+        """Lets go of what is large when all is done: an idle worker thread of the host keeps its last context."""
+        self.messages, self.error, self.request = [], None, None
 
     @property
     def failed(self) -> bool:
@@ -2337,7 +2545,7 @@ class Generation:
         data = json.loads(answer.rest.decode())
         if "send_images" in data["parameters"]:
             data["parameters"]["send_images"] = False
-        return answer._replace(rest=json.dumps(data, separators=(",", ":"), ensure_ascii=False).encode())
+        return answer._replace(rest=as_host_json(data))
 
     def for_client(self) -> Iterator[bytes]:
         """The same as the client asked for it, a piece at a time."""
@@ -2368,20 +2576,22 @@ class Exchange:
 
     async def serve(self) -> None:
         body = await self._read_body()
-        served = body is None
+        served = body[-1]["type"] != "http.request"
+        if served:  # the client left before the end of its body, and the host is to see that
+            await self.middleware.app(self.scope, giving(body), self.send)
         while not served:
             generation = Generation(self.middleware, self.scope, body)
             self.valve.work = generation.begin()
-            served = await self._serve(generation)
+            try:
+                served = await self._serve(generation)
+            finally:
+                self.valve.work.add_done_callback(generation.forget)
 
-    async def _read_body(self) -> Optional[List[Message]]:
-        """The body as it came, None if the client left before its end."""
-        body: List[Message] = []
-        while not body or body[-1].get("more_body", False):
-            message = await self.receive()
-            if message["type"] != "http.request":
-                return None
-            body.append(message)
+    async def _read_body(self) -> List[Message]:
+        """The body as it came. If the client left before its end, the last message says so."""
+        body = [await self.receive()]
+        while body[-1].get("more_body", False):
+            body.append(await self.receive())
         return body
 
     async def _serve(self, generation: Generation) -> bool:
@@ -2429,7 +2639,7 @@ class Exchange:
 
     async def _repeat(self, claim: Claim) -> bool:
         """Answers from the job that was first with the idempotency key. False if there is none any more."""
-        job_id = await asyncio.wrap_future(claim.job_id)
+        job_id = await asyncio.shield(asyncio.wrap_future(claim.job_id))  # not ours to cancel
         job = None if job_id is None else await self._in_pool(self.tracker.get, job_id)
         if job is None or job.status == FAILED:
             return False
@@ -2479,7 +2689,11 @@ class Exchange:
             gone.cancel()
 
     async def _start(self, status: int, headers: List[Tuple[bytes, bytes]]) -> None:
-        headers += [(b"content-type", b"application/json"), (b"vary", b"Accept-Encoding")]
+        headers += [
+            (b"content-type", b"application/json"),
+            (b"vary", b"Accept-Encoding"),
+            (b"x-accel-buffering", b"no"),  # nginx would keep the head back until the end
+        ]
         if self.encoder:
             headers.append((b"content-encoding", b"gzip"))
         await self.send({"type": "http.response.start", "status": status, "headers": headers})
@@ -2509,31 +2723,36 @@ class Exchange:
 # ------------------------------------------------------------------------------------------------------------------
 
 
+def maybe(description: str) -> Any:
+    """A field that can be null. Only pydantic 2 says so by itself in the documentation."""
+    return Field(None, description=description, **({"nullable": True} if PYDANTIC.startswith("1.") else {}))
+
+
 class JobSummary(BaseModel):
     """A job without image data."""
 
     id: str = Field(description="8 characters of A-Z a-z 0-9, as sent in the header X-Job-ID")
-    type: str = Field(description="txt2img or img2img")
-    status: str = Field(description="Pending, Processing, Completed or Failed")
+    type: Literal[TYPES]
+    status: Literal[STATUSES]
     prompt: str
     timestamp: int = Field(description="when the job was accepted, in Unix seconds")
-    ip: Optional[str] = Field(None, description="address of the client")
-    started: Optional[float] = Field(None, description="when generation began, in Unix seconds")
-    finished: Optional[float] = Field(None, description="when the job ended, in Unix seconds")
-    error: Optional[str] = Field(None, description="why the job failed, or what is missing of it")
-    queue_position: Optional[int] = Field(None, description="while Pending: 1 is next")
-    progress: Optional[float] = Field(None, description="while Processing: 0 to 1")
-    eta: Optional[float] = Field(None, description="while Processing: seconds that are left, if that can be told")
-    parameters: Optional[Dict[str, Any]] = Field(None, description="as the webui answered; null until Completed")
-    info: Optional[str] = Field(None, description="JSON text, as the webui answered; null until Completed")
+    ip: Optional[str] = maybe("address of the client")
+    started: Optional[float] = maybe("when generation began, in Unix seconds")
+    finished: Optional[float] = maybe("when the job ended, in Unix seconds")
+    error: Optional[str] = maybe("why the job failed, or what is missing of it")
+    queue_position: Optional[int] = maybe("while Pending: 1 is next")
+    progress: Optional[float] = maybe("while Processing: 0 to 1")
+    eta: Optional[float] = maybe("while Processing: seconds that are left, if that can be told")
+    parameters: Optional[Dict[str, Any]] = maybe("as the webui answered; null until Completed")
+    info: Optional[str] = maybe("JSON text, as the webui answered; null until Completed")
     image_count: int = Field(description="how many images the job has")
 
 
 class JobWithImages(JobSummary):
     """A job. With `images=false` it has no `images`."""
 
-    images: Optional[List[Optional[str]]] = Field(
-        None, description="base64, in the webui's order; empty until Completed; null for a file that is gone"
+    images: List[Optional[str]] = Field(
+        [], description="base64, in the webui's order; empty until Completed; null for a file that is gone"
     )
 
 
@@ -2547,11 +2766,55 @@ def text_header(description: str) -> Dict[str, Any]:
     return {"description": description, "schema": {"type": "string"}}
 
 
+def json_like(example: Any) -> Dict[str, Any]:
+    return {"application/json": {"example": example}}
+
+
+COMPLETED_EXAMPLE = {
+    "id": "A3f9K2xY",
+    "type": "txt2img",
+    "status": COMPLETED,
+    "prompt": "a lighthouse",
+    "timestamp": 1736712000,
+    "ip": "192.0.2.7",
+    "started": 1736712000.25,
+    "finished": 1736712009.5,
+    "error": None,
+    "queue_position": None,
+    "progress": None,
+    "eta": None,
+    "parameters": {"prompt": "a lighthouse", "seed": -1, "steps": 20},
+    "info": '{"prompt": "a lighthouse", "seed": 7, "infotexts": ["a lighthouse\\nSteps: 20, Seed: 7"]}',
+    "image_count": 1,
+}
+UNFINISHED = {"finished": None, "parameters": None, "info": None, "image_count": 0}
+PENDING_EXAMPLE = {**COMPLETED_EXAMPLE, **UNFINISHED, "status": PENDING, "started": None, "queue_position": 3}
+CANCELLED_EXAMPLE = {**COMPLETED_EXAMPLE, **UNFINISHED, "status": FAILED, "finished": 1736712002.5, "error": CANCELLED}
+
+ANY_ROUTE_DOCS = {
+    401: {"model": Problem, "description": "The webui asks for credentials, and these are none"},
+    404: {"model": Problem, "description": "There is no such job", "content": json_like({"detail": "Job not found"})},
+    503: {"model": Problem, "description": "The jobs cannot be read from disk"},
+}
+CONFLICT_DOCS = {
+    409: {
+        "model": Problem,
+        "description": "It does not go with the job's status",
+        "content": json_like({"detail": "The job is Completed"}),
+    },
+}
 IMAGE_DOCS = {
     200: {
         "description": "The image",
-        "content": {media_type: {"schema": {"type": "string", "format": "binary"}} for media_type in MEDIA_TYPES.values()},
-        "headers": {"ETag": text_header("changes never: an image does not")},
+        "content": {
+            kind: {"schema": {"type": "string", "format": "binary"}}
+            for kind in (*MEDIA_TYPES.values(), OTHER_MEDIA_TYPE)
+        },
+        "headers": {
+            "ETag": text_header("for If-None-Match"),
+            "Cache-Control": text_header("an image never changes: it may be kept, but not shared"),
+            "Content-Disposition": text_header("with the name of the file"),
+        },
     },
     304: {"description": "If-None-Match names the image that the client has"},
 }
@@ -2582,8 +2845,18 @@ GENERATION_DOCS = {
         },
         "202": {
             "description": "The job is accepted, as Prefer: respond-async asked for",
-            "headers": {JOB_HEADER: text_header("the job's ID"), "Location": text_header("the job's path")},
-            "content": {"application/json": {"schema": {"$ref": "#/components/schemas/JobSummary"}}},
+            "headers": {
+                JOB_HEADER: text_header("the job's ID"),
+                "Location": text_header("the job's path"),
+                "Preference-Applied": text_header("respond-async"),
+                "Idempotent-Replayed": text_header("true if the job had ended already"),
+            },
+            "content": {
+                "application/json": {
+                    "schema": {"$ref": "#/components/schemas/JobSummary"},
+                    "example": PENDING_EXAMPLE,
+                }
+            },
         },
     },
 }
@@ -2595,30 +2868,33 @@ class Api:
     JOB = "/sdapi/v1/job/{id}"
     IMAGE = "/sdapi/v1/job/{id}/images/{n}"
     JOBS = "/sdapi/v1/jobs"
-    CURSOR = re.compile(r"(\d{1,12})-([A-Za-z0-9]{8})\Z")
+    CURSOR = r"([0-9]{1,12})((-[A-Za-z0-9]{8}){1,10})"
 
     def __init__(self, tracker: Tracker):
         self.tracker = tracker
 
     def add_to(self, add_route: Callable[..., Any]) -> None:
         """Registers the routes through the host's own `add_api_route`, which guards them as it guards its own."""
-        missing = {404: {"model": Problem, "description": "There is no such job"}}
-        conflict = {409: {"model": Problem, "description": "It does not go with the job's status"}}
-        unread = {503: {"model": Problem, "description": "The jobs cannot be read from disk"}}
-        for method, path, endpoint, more in (
-            ("GET", self.JOB, self.get_job, {"response_model": JobWithImages, "responses": {**missing, **unread}}),
-            ("DELETE", self.JOB, self.delete_job, {"status_code": 204, "responses": {**missing, **conflict, **unread}}),
-            ("GET", self.JOBS, self.get_jobs, {"response_model": List[JobSummary], "responses": unread}),
-            ("GET", self.IMAGE, self.get_image, {"response_class": Response, "responses": {**IMAGE_DOCS, **missing}}),
-            ("HEAD", self.IMAGE, self.get_image, {"include_in_schema": False}),
-            (
-                "POST",
-                self.JOB + "/cancel",
-                self.cancel_job,
-                {"response_model": JobSummary, "responses": {**missing, **conflict, **unread}},
-            ),
-        ):
-            add_route(path, endpoint, methods=[method], tags=["Job Tracker"], **more)
+
+        def add(method: str, path: str, endpoint: Callable[..., Any], docs: Dict[int, Any], **more: Any) -> None:
+            responses = {**ANY_ROUTE_DOCS, **docs}
+            add_route(path, endpoint, methods=[method], tags=["Job Tracker"], responses=responses, **more)
+
+        one = {200: {"description": "The job", "content": json_like({**COMPLETED_EXAMPLE, "images": ["iVBORw0K…"]})}}
+        many = {
+            200: {
+                "description": "The jobs, newest first",
+                "content": json_like([PENDING_EXAMPLE, COMPLETED_EXAMPLE]),
+                "headers": {"Link": text_header('the next page: <…>; rel="next"')},
+            }
+        }
+        ended = {200: {"description": "The job", "content": json_like(CANCELLED_EXAMPLE)}, **CONFLICT_DOCS}
+        add("GET", self.JOB, self.get_job, one, response_model=JobWithImages)
+        add("GET", self.JOBS, self.get_jobs, many, response_model=List[JobSummary])
+        add("GET", self.IMAGE, self.get_image, IMAGE_DOCS, response_class=Response)
+        add("HEAD", self.IMAGE, self.get_image, {}, include_in_schema=False)
+        add("POST", self.JOB + "/cancel", self.cancel_job, ended, response_model=JobSummary)
+        add("DELETE", self.JOB, self.delete_job, CONFLICT_DOCS, status_code=204)
 
     async def _run(self, function: Callable[..., Any], *args: Any) -> Any:
         """Runs a function that may block; trouble with the disk is a 503."""
@@ -2642,21 +2918,26 @@ class Api:
     ) -> Response:
         """The job as it is now, or, with `wait`, once it has ended."""
         if wait and ID_FORM.match(id):
-            await self.tracker.wait(id, wait)
+            with contextlib.suppress(OSError):  # said below
+                await self.tracker.wait(id, wait)
         job = await self._get(id)
-        return self._respond(request, self.tracker.as_json(job) if images else iter([as_json(await self._run(self.tracker.describe, job))]))
+        if images:
+            return self._respond(request, self.tracker.as_json(job))
+        return self._respond(request, iter([as_json(await self._run(self.tracker.describe, job))]))
 
     async def get_jobs(
         self,
         request: Request,
         ip: Optional[str] = Query(None, description="address of the client"),
-        status: Optional[str] = Query(None, description="Pending, Processing, Completed or Failed, case ignored"),
-        type: Optional[str] = Query(None, description="txt2img or img2img"),
+        status: Optional[str] = Query(None, description="case ignored", enum=STATUSES),
+        type: Optional[str] = Query(None, enum=TYPES),
         after: Optional[float] = Query(None, description="accepted after this moment, in Unix seconds"),
         before: Optional[float] = Query(None, description="accepted before this moment, in Unix seconds"),
         q: Optional[str] = Query(None, description="text in the prompt, case ignored"),
-        limit: int = Query(50, ge=1, le=1000),
-        cursor: Optional[str] = Query(None, description="from the Link header of the page before"),
+        limit: int = Query(50, ge=1, le=1000, description="jobs at most"),
+        cursor: Optional[str] = Query(
+            None, description="from the Link header of the page before", pattern=f"^{CURSOR}$"
+        ),
     ) -> Response:
         """Jobs that match all filters. When there are more, the header `Link` with `rel="next"` has the next page."""
         wanted = Filter(
@@ -2667,17 +2948,20 @@ class Api:
             self._moment("before", before),
             q,
         )
-        after_time, after_id = 0, None
+        after_time, shown = 0, []
         if cursor is not None:
-            form = self.CURSOR.match(cursor)
+            form = re.match(self.CURSOR + r"\Z", cursor)
             if not form:
                 raise self._invalid("cursor", "it must come from a Link header")
-            after_time, after_id = int(form.group(1)), form.group(2)
+            after_time, shown = int(form.group(1)), form.group(2).split("-")[1:]
 
         def look() -> Tuple[bytes, Optional[str]]:
-            page = self.tracker.store.query(wanted, limit, 0, after_id, after_time)
-            last = f"{page.jobs[-1].timestamp}-{page.jobs[-1].id}" if page.more else None
-            return as_json([self.tracker.describe(job) for job in page.jobs]), last
+            store = self.tracker.store
+            after_id = next(filter(store.knows, shown), shown[0] if shown else None)
+            page = store.query(wanted, limit, 0, after_id, after_time)
+            # The last ones, for the page goes on behind the first of them that is still there.
+            last = [str(page.jobs[-1].timestamp), *(job.id for job in page.jobs[:-11:-1])] if page.more else []
+            return as_json([self.tracker.describe(job) for job in page.jobs]), "-".join(last)
 
         body, last = await self._run(look)
         response = self._respond(request, iter([body]))
@@ -2701,8 +2985,9 @@ class Api:
         if size is None:
             raise HTTPException(404, "The image is no longer on disk")
         file_name = os.path.basename(name)
+        gzip = accepts_gzip(request.scope)
         headers = {
-            "ETag": f'"{file_name}-{size}"',
+            "ETag": f'"{file_name}-{size}{"-gzip" * gzip}"',
             "Cache-Control": "private, max-age=31536000, immutable",
             "Content-Disposition": f'inline; filename="{file_name}"',
             "Content-Security-Policy": "default-src 'none'",
@@ -2712,23 +2997,27 @@ class Api:
         known = [tag.strip() for tag in request.headers.get("If-None-Match", "").replace("W/", "").split(",")]
         if headers["ETag"] in known or known == ["*"]:
             return Response(None, 304, headers)
-        media_type = MEDIA_TYPES.get(name.rpartition(".")[2], OTHER_MEDIA_TYPE)
-        pieces = self.tracker.images.read(name)
-        if accepts_gzip(request.scope):
+        pieces: Iterator[bytes] = iter(())
+        if request.method != "HEAD":
+            pieces = self.tracker.images.read(name)
+            try:
+                first = await asyncio.get_running_loop().run_in_executor(self.tracker.pool, next, pieces, b"")
+            except OSError:
+                raise HTTPException(404, "The image is no longer on disk") from None
+            pieces = itertools.chain([first], pieces)  # from now on the file is open, and may be deleted
+        if gzip:
             # Otherwise the host would compress the image, in the event loop and in vain.
             pieces = Gzip(level=0).encode_all(pieces)
             headers["Content-Encoding"] = "gzip"
         else:
             headers["Content-Length"] = str(size)
-        if request.method == "HEAD":
-            pieces.close()
-            pieces = iter(())
+        media_type = MEDIA_TYPES.get(name.rpartition(".")[2], OTHER_MEDIA_TYPE)
         return StreamingResponse(from_pool(self.tracker.pool, pieces), 200, headers, media_type)
 
-    async def cancel_job(self, id: str = Path(description="the job's ID")) -> Response:
+    async def cancel_job(self, request: Request, id: str = Path(description="the job's ID")) -> Response:
         """Takes a Pending job out of the queue, or interrupts a Processing one. It ends as Failed, "Cancelled"."""
         await self._end(self.tracker.cancel, id)
-        return JSONResponse(await self._run(self.tracker.describe, await self._get(id)))
+        return self._respond(request, iter([as_json(await self._run(self.tracker.describe, await self._get(id)))]))
 
     async def delete_job(self, id: str = Path(description="the job's ID")) -> Response:
         """Removes a job that has ended, and its images."""
@@ -2769,6 +3058,641 @@ class Api:
 
 
 # ------------------------------------------------------------------------------------------------------------------
+# Tab: the page "Job Tracker" in the webui
+# ------------------------------------------------------------------------------------------------------------------
+
+UNPRINTABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
+
+
+def as_html(text: str, limit: int) -> str:
+    """Foreign text as HTML that shows it as text, cut, and with no say in the direction of what is beside it."""
+    if not text:
+        return ""
+    rest = len(text) - limit
+    more = f" <em>\u2026 and {rest:,} characters more</em>" if rest > 0 else ""
+    return f"<bdi>{escape(UNPRINTABLE.sub(chr(0xFFFD), text[:limit]))}</bdi>{more}"
+
+
+def as_time(moment: float) -> str:
+    """A moment as HTML, in UTC; the page's script turns it into the time of who looks at it."""
+    text = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(moment))
+    return f'<time datetime="{text}">{text}</time>'
+
+
+def as_duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{round(max(seconds, 0), 1)} s"
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds:02} s"
+
+
+def as_size(size: float) -> str:
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if size < 1000 or unit == "GB":
+            break
+        size /= 1000
+    return f"{size:,.0f} {unit}" if unit == "bytes" else f"{size:,.1f} {unit}"
+
+
+class View(NamedTuple):
+    """What one open page shows. It comes from the browser with every look."""
+
+    page: int = 0
+    job: str = ""  # the ID of the job that is open
+
+    @classmethod
+    def parse(cls, text: Any) -> "View":
+        """Anybody can send anything: what is no view is the first page."""
+        with contextlib.suppress(TypeError, ValueError, RecursionError):
+            view = cls(**json.loads(text))
+            if type(view.page) is int and 0 <= view.page < 1 << 32 and (view.job == "" or ID_FORM.match(view.job)):
+                return view
+        return cls()
+
+
+class Markup:
+    """Jobs as HTML. What came from a client goes through `as_html`."""
+
+    ROWS = 50
+    ROW_TEXT, FULL_TEXT = 300, 20_000  # characters of a prompt in the table, and of any text in an open job
+    INFOTEXTS = 20
+    IMAGE = "/job-tracker/{id}/{n}"  # for whom gradio shows the page; the API has credentials of its own
+    SHOWN = ("png", "jpg", "webp", "gif", "avif", "bmp")  # by every browser
+
+    def __init__(self, tracker: Tracker):
+        self.tracker = tracker
+
+    @classmethod
+    def note(cls, text: str, kind: str = "plain") -> str:
+        return f'<p class="note {kind}">{as_html(text, cls.FULL_TEXT)}</p>'
+
+    def figures(self) -> str:
+        counts, size = self.tracker.store.figures()
+        figures = [(self._status(status), f"{counts[status]:,}") for status in STATUSES]
+        figures += [("On disk", as_size(size)), ("Next purge", self._next_purge())]
+        cells = "".join(f"<div><b>{value}</b>{name}</div>" for name, value in figures)
+        return f'<div class="figures">{cells}</div>'
+
+    def _next_purge(self) -> str:
+        at = self.tracker.next_purge
+        if self.tracker.settings.retention_days is None:
+            return "Off"
+        if at is None:
+            return "soon"
+        hours, minutes = divmod(max(int(at - time.time()) // 60, 0), 60)
+        return f"in {hours} h {minutes:02} min" if hours else f"in {minutes} min"
+
+    @staticmethod
+    def _status(status: str, more: str = "") -> str:
+        return f'<span class="status {status}">{status}{more}</span>'
+
+    def _status_of(self, job: Job) -> str:
+        progress, _ = self.tracker.progress_of(job)
+        position = self.tracker.position(job.id)
+        more = ""
+        if progress is not None:
+            more = f' {progress:.0%}<progress value="{progress:.2f}"></progress>'
+        elif position is not None:
+            more = f" <small>{'next' if position == 1 else f'no. {position}'}</small>"
+        return self._status(job.status, more)
+
+    def table(self, view: View, wanted: Filter) -> str:
+        """A page of the jobs that match."""
+        store, total = self.tracker.store, None
+        if wanted == Filter(status=wanted.status):  # all others would have to be counted
+            counts = store.figures()[0]
+            total = sum(counts.values()) if wanted.status is None else counts[wanted.status]
+        page = view.page if total is None else min(view.page, max(total - 1, 0) // self.ROWS)
+        found = store.query(wanted, self.ROWS, page * self.ROWS)
+        if page and not found.jobs:
+            page, found = 0, store.query(wanted, self.ROWS)
+        if not found.jobs:
+            text = "No jobs yet." if wanted == Filter() else "No job matches these filters."
+            return f'<p class="empty">{text}</p>'
+        columns = ("ID", "Time", "Type", "Status", "Prompt", "Images", "Seconds", "IP")
+        head = "".join(f'<th class="{column.lower()}" scope="col">{column}</th>' for column in columns)
+        rows = "".join(self._row(self.tracker.get(job.id) or job, job.id == view.job) for job in found.jobs)
+        pages = self._pages(page, len(found.jobs), total, found.more)
+        return f'<div class="frame"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>{pages}'
+
+    def _row(self, job: Job, is_open: bool) -> str:
+        ran = "" if job.started is None else f"{max((job.finished or time.time()) - job.started, 0):.1f}"
+        cells = {
+            "id": f'<button type="button" aria-expanded="{"true" if is_open else "false"}">{job.id}</button>',
+            "time": as_time(job.timestamp),
+            "type": job.type,
+            "status": self._status_of(job),
+            "prompt": as_html(job.prompt[: self.ROW_TEXT], self.ROW_TEXT),
+            "images": str(len(job.images) or ""),
+            "seconds": ran,
+            "ip": as_html(job.ip or "", 100),
+        }
+        row = "".join(f'<td class="{name}">{cell}</td>' for name, cell in cells.items())
+        return f'<tr data-job="{"" if is_open else job.id}" class="{"open" if is_open else ""}">{row}</tr>'
+
+    def _pages(self, page: int, rows: int, total: Optional[int], more: bool) -> str:
+        def button(text: str, to: int, possible: bool) -> str:
+            return f'<button type="button" data-page="{to}"{"" if possible else " disabled"}>{text}</button>'
+
+        first = page * self.ROWS + 1
+        where = f"{first:,} to {first + rows - 1:,}"
+        newer = button("Newest", 0, page > 0) + button("Newer", page - 1, page > 0)
+        older = button("Older", page + 1, more)
+        if total is not None:
+            where += f" of {total:,}"
+            older += button("Oldest", (total - 1) // self.ROWS, more)
+        return f"<nav>{newer}<span>{where}</span>{older}</nav>"
+
+    def details(self, job_id: str) -> str:
+        """All there is to know of a job."""
+        close = '<button type="button" data-job="">Close</button>'
+        job = self.tracker.get(job_id)
+        if job is None:
+            return f'<header><b>{job_id}</b>{close}</header><p class="empty">This job is no longer kept.</p>'
+        known = self.tracker.describe(job)
+        info = self._info(known["info"])
+        error = self.note(known["error"], "error") if known["error"] else ""
+        texts = [("Prompt", job.prompt)]
+        if info["negative_prompt"]:
+            texts.append(("Negative prompt", info["negative_prompt"]))
+        infotexts = info["infotexts"][: self.INFOTEXTS]
+        return (
+            f"<header><b>{job.id}</b>{self._status_of(job)}{close}</header><div>{error}</div>"
+            + self._gallery(job)
+            + "".join(self._text(name, text) for name, text in texts)
+            + self._facts(job, known, info)
+            + "".join(
+                self._text("Infotext" if len(infotexts) == 1 else f"Infotext of image {number + 1}", text, number == 0)
+                for number, text in enumerate(infotexts)
+            )
+        )
+
+    @staticmethod
+    def _info(text: Any) -> Dict[str, Any]:
+        """What is shown of the host's `info`, whatever that is."""
+        info: Any = None
+        with contextlib.suppress(TypeError, ValueError, RecursionError):
+            info = json.loads(text)
+        if not isinstance(info, dict):
+            info = {}
+        lists = {name: info[name] if isinstance(info.get(name), list) else [] for name in ("all_seeds", "infotexts")}
+        return {
+            "negative_prompt": str(info.get("negative_prompt") or ""),
+            "seeds": ", ".join(map(str, lists["all_seeds"] or [info.get("seed", "")])),
+            "infotexts": list(map(str, lists["infotexts"])),
+        }
+
+    def _facts(self, job: Job, known: Dict[str, Any], info: Dict[str, Any]) -> str:
+        facts = {
+            "Type": job.type,
+            "Client": as_html(job.ip or "", 100),
+            "Accepted": as_time(job.timestamp),
+            "Waited": as_duration(int(job.started - job.timestamp)) if job.started else "",
+            "Took": as_duration(job.finished - job.started) if job.started and job.finished else "",
+            "Left": as_duration(known["eta"]) if known["eta"] is not None else "",
+            "On disk": as_size(job.bytes) if job.bytes else "",
+            "Seed": as_html(info["seeds"], 1000),
+        }
+        shown = "".join(
+            f'<div class="{name.lower()}"><dt>{name}</dt><dd>{fact}</dd></div>' for name, fact in facts.items() if fact
+        )
+        return f"<dl>{shown}</dl>"
+
+    def _text(self, name: str, text: str, is_open: bool = True) -> str:
+        return (
+            f"<details{' open' if is_open else ''}><summary>{name}</summary>"
+            f'<div class="text">{as_html(text, self.FULL_TEXT) or "&nbsp;"}</div></details>'
+        )
+
+    def _gallery(self, job: Job) -> str:
+        figures = ""
+        for number, name in enumerate(job.images):
+            file_name, size = os.path.basename(name), self.tracker.images.size(name)
+            url = "." + self.IMAGE.format(id=job.id, n=number)
+            link, end = f'<a href="{url}" target="_blank" rel="noopener">', "</a>"
+            ending = name.rpartition(".")[2]
+            picture, note = f'<div class="blank">{ending}</div>', ""
+            if size is None:
+                link = end = ""
+                picture = '<div class="blank">no longer on disk</div>'
+            else:
+                note = f" <small>{as_size(size)}</small>"
+                if ending in self.SHOWN:
+                    picture = f'<img src="{url}" alt="Image {number + 1}" loading="lazy">'
+            caption = f"<figcaption>{link}{file_name}{end}{note}</figcaption>"
+            figures += f"<figure>{link}{picture}{end}{caption}</figure>"
+        return f'<div class="gallery">{figures}</div>'
+
+
+class Tab:
+    """The page: settings, figures, the table of jobs, and the job that is open.
+
+    Gradio has the controls, HTML is the rest. A script in the page asks `look` for all of it again and again while
+    somebody sees it, and after each click. So `look` is the only way for data into the page, several pages agree,
+    and nothing is asked while nobody looks.
+    """
+
+    RETENTIONS = {"30 days": 30, "7 days": 7, "3 days": 3, "1 day": 1, "Off": None}
+
+    def __init__(self, tracker: Tracker, trouble: Callable[[], Optional[str]]):
+        """`trouble` says why generations are not tracked, None if they are."""
+        self.tracker = tracker
+        self.trouble = trouble
+        self.markup = Markup(tracker)
+        self._purge: Optional[Future] = None  # the last one that was asked for here
+        self._purge_began = 0.0
+
+    # The controls
+
+    def build(self) -> Any:
+        """The page as gradio's Blocks, for gradio 3.41 and 4.40."""
+        import gradio as gr
+
+        settings = self.tracker.settings
+
+        def state(name: str, info: str) -> Dict[str, Any]:
+            if name in settings.locked:
+                return {"interactive": False, "info": f"Set by the variable {settings.locked[name]}, and locked by it."}
+            return {"interactive": True, "info": info}
+
+        with gr.Blocks(analytics_enabled=False) as blocks, gr.Column(elem_id="job_tracker"):
+            gr.HTML(f"<style>{TAB_STYLE}</style>", elem_id="job_tracker_style")
+            with gr.Row(elem_id="job_tracker_settings"):
+                enabled = gr.Checkbox(
+                    settings.enabled,
+                    label="Enable Tracking",
+                    elem_id="job_tracker_enabled",
+                    **state("enabled", "Each generation through the API becomes a job that is kept."),
+                )
+                retention = gr.Radio(
+                    self._retentions(),
+                    value=self._retention(),
+                    label="Retention",
+                    elem_id="job_tracker_retention",
+                    **state("retention_days", "Older jobs are removed, with their images."),
+                )
+                purge = gr.Button("Purge Now", size="sm", elem_id="job_tracker_purge")
+            gr.HTML('<div class="top"></div>')
+            with gr.Row(elem_id="job_tracker_filters"):
+                status = gr.Dropdown(["All", *STATUSES], value="All", label="Status", elem_id="job_tracker_status")
+                ip = gr.Textbox(label="IP", placeholder="Any address", max_lines=1, elem_id="job_tracker_ip")
+                text = gr.Textbox(label="Prompt", placeholder="Any text", max_lines=1, elem_id="job_tracker_text")
+            gr.HTML('<div class="main"><p class="empty">Loading</p></div>')
+            fresh = gr.HTML(elem_id="job_tracker_fresh")  # the script brings it into the top and the main part
+            view = gr.Textbox(visible=False)
+            look = gr.Button("Look", elem_id="job_tracker_look")  # for the script, nobody sees it
+
+            script_argument = "js" if int(gr.__version__.split(".")[0]) >= 4 else "_js"
+
+            def on(event: Any, function: Any = None, inputs: Any = None, outputs: Any = None, script: str = "") -> Any:
+                options = {"queue": False, "show_progress": "hidden", "api_name": False}
+                return event(function, inputs, outputs, **options, **{script_argument: script or None})
+
+            on(blocks.load, script=TAB_SCRIPT)
+            inputs, outputs = [view, enabled, retention, status, ip, text], [enabled, retention, purge, fresh]
+            looked = on(look.click, self.look, inputs, outputs, "(...values) => window.jobTracker.ask(values)")
+            on(looked.success, script="() => window.jobTracker.answered()")
+            for control in (status, ip, text):
+                on(control.change, script="() => window.jobTracker.filter()")
+            for done in (
+                on(enabled.input, self.set_enabled, enabled),
+                on(retention.input, self.set_retention, retention, retention),
+                on(purge.click, self.purge),
+            ):
+                on(done.then, script="() => window.jobTracker.act()")
+
+        for block in blocks.blocks.values():
+            block.do_not_save_to_config = True  # or the webui puts the values of its ui-config.json back
+        return blocks
+
+    def _retention(self) -> str:
+        days = self.tracker.settings.retention_days
+        known = [text for text, value in self.RETENTIONS.items() if value == days]
+        return known[0] if known else f"{days:g} days"
+
+    def _retentions(self) -> List[str]:
+        now = self._retention()
+        return [*([] if now in self.RETENTIONS else [now]), *self.RETENTIONS]
+
+    # What they do, in threads of the tracker's own, so that the host's are never needed
+
+    async def set_enabled(self, enabled: Any) -> None:
+        await self._save(enabled=bool(enabled))
+
+    async def set_retention(self, retention: Any) -> Any:
+        import gradio as gr
+
+        if retention in self.RETENTIONS:
+            await self._save(retention_days=self.RETENTIONS[retention])
+        return gr.update(choices=self._retentions(), value=self._retention())
+
+    async def _save(self, **changes: Any) -> None:
+        import gradio as gr
+
+        try:
+            await self._run(lambda: self.tracker.settings.save(**changes))
+        except (OSError, ValueError) as error:
+            raise gr.Error(f"Not saved: {error}") from None
+
+    async def purge(self) -> None:
+        """Begins a purge. It may take minutes, so its result comes with a later look."""
+        if self._purge is None or self._purge.done():
+            self._purge_began = time.time()
+            self._purge = self.tracker.pool.submit(self.tracker.purge)
+
+    async def look(self, *values: Any) -> List[Any]:
+        return await self._run(self._look, *values)
+
+    async def _run(self, function: Callable[..., Any], *args: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self.tracker.pool, function, *args)
+
+    def _look(self, view: Any, enabled: Any, retention: Any, status: Any, ip: Any, text: Any) -> List[Any]:
+        """The outputs of `build`, for the values of its inputs."""
+        import gradio as gr
+
+        settings = self.tracker.settings
+        settings.refresh()
+        shown = View.parse(view)
+        wanted = Filter(
+            ip=str(ip or "").strip() or None,
+            status=status if status in STATUSES else None,
+            q=str(text or "").strip() or None,
+        )
+        top, main = self._notes(), ""
+        try:
+            top += self.markup.figures()
+            main = f"<section>{self.markup.table(shown, wanted)}</section>"
+            if shown.job:
+                main += f'<aside data-key="{shown.job}">{self.markup.details(shown.job)}</aside>'
+        except OSError as error:
+            top += self.markup.note(f"The jobs cannot be read: {error}", "error")
+        # A control that agrees is left alone: it may be changing under somebody's hand.
+        same = gr.update()
+        days = self._retention()
+        return [
+            same if enabled == settings.enabled else gr.update(value=settings.enabled),
+            same if retention == days else gr.update(choices=self._retentions(), value=days),
+            gr.update(interactive=not self._purging, value="Purging \u2026" if self._purging else "Purge Now"),
+            f'<div class="top">{top}</div><div class="main">{main}</div>',
+        ]
+
+    @property
+    def _purging(self) -> bool:
+        return self._purge is not None and not self._purge.done()
+
+    def _notes(self) -> str:
+        """What has to be said before all else."""
+        settings, note, notes = self.tracker.settings, self.markup.note, ""
+        if self.trouble():
+            notes += note(f"Generations are not tracked: {self.trouble()}.", "error")
+        elif not settings.enabled and "enabled" in settings.locked:
+            notes += note(f"Tracking is off: {settings.locked['enabled']} says so.")
+        elif not settings.enabled:
+            notes += note("Tracking is off: generations leave no job. Enable Tracking takes effect at once.")
+        if self._purging:
+            notes += note("Purging: old jobs are being removed. All else goes on meanwhile.")
+        elif self._purge is not None and self._purge.exception() is not None:
+            notes += note(f"The purge failed: {self._purge.exception()}", "error")
+        elif self._purge is not None:
+            jobs, images, size = self._purge.result()
+            off = " Retention is off, so no job is too old." if settings.retention_days is None else ""
+            removed = f"removed {jobs:,} jobs, {images:,} images, {as_size(size)}.{off}"
+            notes += f'<p class="note">Purge at {as_time(self._purge_began)}: {removed}</p>'
+        return notes
+
+
+TAB_SCRIPT = """() => {
+    if (window.jobTracker) window.jobTracker.end();
+    const EVERY = 1500, AWAY = 30000;  // milliseconds between two looks, and until an answer is given up
+    const view = {page: 0, job: ""};
+    let due = 0, asked = null, acted = false, watched = null;
+
+    const act = (delay = 0) => {
+        acted = true;
+        due = Date.now() + delay;
+        tick();
+    };
+    const answered = () => {
+        asked = null;
+        if (!acted) due = Date.now() + EVERY;
+        tick();
+    };
+    const tick = () => {
+        const root = [...document.querySelectorAll("#job_tracker")].find((element) => element.offsetParent);
+        if (document.hidden || !root) return;
+        if (root !== watched) watch(root);
+        const now = Date.now();
+        if (now < due || asked !== null && now - asked < (acted ? EVERY : AWAY)) return;
+        asked = now;
+        acted = false;
+        root.querySelector("#job_tracker_look").click();
+    };
+
+    // What is alike stays in place, so that focus, selection and a click under way live on.
+    const morph = (old, fresh) => {
+        if (old.isEqualNode(fresh)) return;
+        if (old.nodeType !== 1 || old.nodeName !== fresh.nodeName || old.dataset.key !== fresh.dataset.key)
+            return old.replaceWith(fresh.cloneNode(true));
+        if (old.nodeName !== "DETAILS") {  // which are the reader's to open and close
+            for (const {name} of [...old.attributes]) if (!fresh.hasAttribute(name)) old.removeAttribute(name);
+            for (const {name, value} of fresh.attributes) old.setAttribute(name, value);
+        }
+        [...fresh.childNodes].forEach((child, place) => {
+            if (old.childNodes[place]) morph(old.childNodes[place], child);
+            else old.append(child.cloneNode(true));
+        });
+        while (old.childNodes.length > fresh.childNodes.length) old.lastChild.remove();
+    };
+    const changed = () => {
+        watched.querySelectorAll("time:not([title])").forEach(inLocalTime);
+        for (const part of [".top", ".main"]) {
+            const fresh = watched.querySelector("#job_tracker_fresh " + part);
+            if (fresh) morph(watched.querySelector(part), fresh);  // the first of them, not the fresh one
+        }
+    };
+    const inLocalTime = (element) => {
+        const moment = new Date(element.dateTime);
+        const day = {month: "short", day: "2-digit"};
+        const clock = {hour: "2-digit", minute: "2-digit", second: "2-digit", hourCycle: "h23"};
+        element.title = moment.toLocaleString([], {dateStyle: "full", timeStyle: "long"});
+        element.textContent = moment.toLocaleString([], {...day, ...clock});
+    };
+    const observer = new MutationObserver(changed);
+    const watch = (root) => {
+        observer.disconnect();
+        observer.observe(root, {childList: true, subtree: true});
+        watched = root;
+        changed();
+    };
+
+    const open = (job) => {
+        view.job = job;
+        act();
+    };
+    const onClick = (event) => {
+        const target = event.target.closest("#job_tracker [data-job], #job_tracker [data-page]");
+        if (!target || target.tagName === "TR" && String(getSelection())) return;
+        if (target.dataset.page === undefined) return open(target.dataset.job);
+        view.page = Number(target.dataset.page);
+        act();
+    };
+    const onKey = (event) => {
+        if (event.key === "Escape" && view.job && watched && watched.offsetParent) open("");
+    };
+    document.addEventListener("click", onClick);
+    document.addEventListener("keydown", onKey);
+    document.addEventListener("visibilitychange", tick);
+    const timer = setInterval(tick, 200);
+
+    window.jobTracker = {
+        act,
+        answered,
+        ask: (values) => [JSON.stringify(view), ...values.slice(1, 6)],
+        filter: () => {
+            view.page = 0;
+            act(300);
+        },
+        end: () => {
+            clearInterval(timer);
+            observer.disconnect();
+            document.removeEventListener("click", onClick);
+            document.removeEventListener("keydown", onKey);
+            document.removeEventListener("visibilitychange", tick);
+        },
+    };
+}"""
+
+TAB_STYLE = """
+#job_tracker { gap: 16px; }
+#job_tracker_style, #job_tracker_look, #job_tracker_fresh { display: none !important; }
+#job_tracker .pending { opacity: 1; }
+#job_tracker :is(b, th) { font-weight: 600; }
+#job_tracker :is(small, em) { font-size: inherit; font-style: normal; color: var(--body-text-color-subdued); }
+#job_tracker :is(button, p, table, figure, img, summary) { margin: 0; }
+#job_tracker :is(td, nav, header) button { padding: 4px 12px; border: 1px solid var(--border-color-primary);
+    border-radius: var(--radius-md); background: none; color: var(--body-text-color); cursor: pointer; }
+#job_tracker :is(nav, header) button:hover { border-color: var(--color-accent); }
+
+#job_tracker_settings { align-items: flex-start; gap: 16px; padding: 4px 0; }
+#job_tracker_settings .form { display: flex; flex-flow: row wrap; gap: 16px 64px; border: 0; background: none;
+    box-shadow: none; overflow: visible; }
+#job_tracker_settings .block { flex: 0 1 auto; width: auto; padding: 0; border: 0 !important; background: none;
+    box-shadow: none; }
+#job_tracker_enabled { display: flex; flex-direction: column; gap: 6px; }
+#job_tracker_enabled label { order: -1; }
+#job_tracker_settings label:has(:disabled) { cursor: default; }
+#job_tracker_settings label:has(:disabled):not(.selected) { opacity: 0.5; }
+#job_tracker_purge { flex: none; align-self: center; margin-left: auto; padding: 6px 20px;
+    border: 1px solid var(--border-color-primary); }
+
+#job_tracker .note { margin-bottom: 8px; padding: 8px 12px; border-left: 3px solid var(--border-color-primary);
+    background: var(--background-fill-secondary); color: var(--body-text-color); overflow-wrap: anywhere; }
+#job_tracker .note.error { border-color: var(--color-red-500); }
+#job_tracker .empty { padding: 64px 16px; border: 1px solid var(--border-color-primary);
+    border-radius: var(--radius-lg); text-align: center; color: var(--body-text-color-subdued); }
+
+#job_tracker .figures { display: grid; grid-template-columns: repeat(6, 1fr); gap: 1px; overflow: hidden;
+    border: 1px solid var(--border-color-primary); border-radius: var(--radius-lg);
+    background: var(--border-color-primary); }
+#job_tracker .figures > div { padding: 10px 14px; background: var(--background-fill-primary);
+    color: var(--body-text-color-subdued); font-size: var(--text-sm); }
+#job_tracker .figures b { display: block; font-size: var(--text-lg); color: var(--body-text-color);
+    font-variant-numeric: tabular-nums; white-space: nowrap; }
+
+#job_tracker span.status { white-space: nowrap; }
+#job_tracker span.status::before { content: ""; display: inline-block; width: 8px; height: 8px; margin-right: 7px;
+    border: 2px solid var(--dot); border-radius: 50%; background: var(--dot); box-sizing: border-box;
+    vertical-align: 1px; }
+#job_tracker .Pending { --dot: var(--body-text-color-subdued); }
+#job_tracker span.Pending::before { background: none; }
+#job_tracker .Processing { --dot: var(--color-accent); }
+#job_tracker .Completed { --dot: var(--color-green-500); }
+#job_tracker .Failed { --dot: var(--color-red-500); }
+#job_tracker progress { display: block; width: 100%; height: 3px; margin: 3px 0 -6px; border: 0; border-radius: 2px;
+    overflow: hidden; appearance: none; background: var(--border-color-primary); }
+#job_tracker progress::-webkit-progress-bar { background: var(--border-color-primary); }
+#job_tracker progress::-webkit-progress-value { background: var(--color-accent); }
+#job_tracker progress::-moz-progress-bar { background: var(--color-accent); }
+
+#job_tracker .main { display: flex; align-items: flex-start; gap: 16px; }
+#job_tracker .main > * { flex: 1 1 0; min-width: 0; }
+#job_tracker .frame { overflow: hidden; border: 1px solid var(--border-color-primary);
+    border-radius: var(--radius-lg); }
+#job_tracker table { width: 100%; border: 0; border-collapse: collapse; table-layout: fixed;
+    font-size: var(--text-sm); line-height: 1.4; }
+#job_tracker :is(th, td) { padding: 8px 10px; border: 0; text-align: left; vertical-align: middle; white-space: nowrap;
+    overflow: hidden; text-overflow: ellipsis; color: var(--body-text-color); }
+#job_tracker th { font-weight: 500; color: var(--body-text-color-subdued);
+    background: var(--background-fill-secondary); }
+#job_tracker :is(thead, tbody, tr) { border: 0; }
+#job_tracker tbody tr { border-top: 1px solid var(--border-color-primary); cursor: pointer;
+    background: none; }
+#job_tracker tbody tr:is(:hover, .open) { background: var(--background-fill-secondary); }
+#job_tracker tbody tr.open { box-shadow: inset 3px 0 var(--color-accent); }
+#job_tracker td button { display: block; padding: 0; border: 0; font: inherit; font-family: var(--font-mono); }
+#job_tracker .id { width: 100px; }
+#job_tracker .time { width: 132px; }
+#job_tracker .type { width: 80px; }
+#job_tracker :is(th, td).status { width: 150px; }
+#job_tracker .images { width: 70px; text-align: right; }
+#job_tracker .seconds { width: 80px; text-align: right; font-variant-numeric: tabular-nums; }
+#job_tracker .ip { width: 130px; }
+#job_tracker .main:has(aside) :is(.type, .images, .seconds, .ip) { display: none; }
+#job_tracker nav { display: flex; justify-content: center; align-items: center; gap: 4px; padding: 12px 0;
+    font-size: var(--text-sm); white-space: nowrap; }
+#job_tracker nav span { min-width: 110px; text-align: center; font-variant-numeric: tabular-nums; }
+#job_tracker nav button:disabled { opacity: 0.4; cursor: default; border-color: var(--border-color-primary); }
+
+#job_tracker .main aside { flex: 0 0 min(480px, 45%); position: sticky; top: 8px; max-height: calc(100vh - 16px);
+    overflow-y: auto; padding: 0 16px; border: 1px solid var(--border-color-primary); border-radius: var(--radius-lg);
+    background: var(--background-fill-primary); }
+#job_tracker header { display: flex; align-items: center; gap: 14px; position: sticky; top: 0; z-index: 1;
+    padding: 12px 0; background: var(--background-fill-primary); }
+#job_tracker header b { font-family: var(--font-mono); }
+#job_tracker header button { margin-left: auto; font-size: var(--text-sm); }
+#job_tracker header progress { width: 80px; margin: 2px 0 0; }
+#job_tracker .gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(160px, 1fr)); gap: 12px; }
+#job_tracker .gallery:not(:empty), #job_tracker dl, #job_tracker details { margin: 0 0 14px; }
+#job_tracker figure:only-child { grid-column: 1 / -1; }
+#job_tracker figure img, #job_tracker .blank { display: block; width: 100%; max-height: 420px; object-fit: contain;
+    border-radius: var(--radius-md); background: var(--background-fill-secondary); }
+#job_tracker figure img { aspect-ratio: auto 1; }  /* room for what is still to come */
+#job_tracker .blank { padding: 48px 8px; text-align: center; color: var(--body-text-color-subdued); }
+#job_tracker figcaption { margin-top: 4px; font-size: var(--text-xs); overflow-wrap: anywhere; }
+#job_tracker :is(summary, dt) { font-size: var(--text-sm); font-weight: 400; color: var(--body-text-color-subdued); }
+#job_tracker summary { cursor: pointer; }
+#job_tracker .text { max-height: 240px; margin-top: 4px; padding: 8px 10px; overflow: auto; white-space: pre-wrap;
+    overflow-wrap: anywhere; border-radius: var(--radius-md); background: var(--background-fill-secondary);
+    font-size: var(--text-sm); line-height: 1.5; }
+#job_tracker dl { display: grid; grid-template-columns: repeat(3, 1fr); gap: 8px 16px; font-size: var(--text-sm); }
+#job_tracker dl .seed { grid-column: 1 / -1; }
+#job_tracker dd { margin: 0; overflow-wrap: anywhere; }
+
+@media (max-width: 1000px) {
+    #job_tracker .figures { grid-template-columns: repeat(3, 1fr); }
+    #job_tracker :is(.type, .ip) { display: none; }
+    #job_tracker .main aside { position: fixed; z-index: 100; inset: 0; max-height: none; border: 0; border-radius: 0; }
+}
+@media (max-width: 640px) {
+    #job_tracker .figures { grid-template-columns: repeat(2, 1fr); }
+    #job_tracker_purge { margin-left: 0; }
+    #job_tracker_filters .form { display: grid; grid-template-columns: 1fr 1fr; }
+    #job_tracker_filters .form > * { min-width: 0 !important; }
+    #job_tracker_filters .form > :last-child { grid-column: 1 / -1; }
+    #job_tracker thead { display: none; }
+    #job_tracker tbody tr:first-child { border: 0; }
+    #job_tracker tbody tr { display: grid; grid-template-columns: 1fr auto; padding: 8px 10px; }
+    #job_tracker :is(td.id, td.prompt, td.status, td.time) { display: block; width: auto; padding: 1px 0; }
+    #job_tracker td.prompt { grid-area: 1 / 1 / 2 / 3; }
+    #job_tracker :is(.id, .images, .seconds):is(th, td) { display: none; }
+    #job_tracker nav { flex-wrap: wrap; }
+    #job_tracker nav span { flex: 1 0 100%; order: -1; }
+}
+"""
+
+
+# ------------------------------------------------------------------------------------------------------------------
 # Host: the only part that knows the webui
 # ------------------------------------------------------------------------------------------------------------------
 
@@ -2784,9 +3708,16 @@ class Extension:
         self.tracker = Tracker(Settings(EXTENSION_FOLDER, dict(os.environ)), self._progress, self._interrupt)
         self.trouble: Optional[str] = None  # why generations are not tracked, for the tab
 
-    def start(self, _: Any, app: Any) -> None:
+    def tab(self) -> List[Tuple[Any, str, str]]:
+        """`ui_tabs`: the pages beside the host's own."""
+        return [(Tab(self.tracker, lambda: self.trouble).build(), "Job Tracker", "job_tracker")]
+
+    def start(self, demo: Any, app: Any) -> None:
         """`app_started`: everything of the host is in place."""
         try:
+            # gradio 3 gives every file below the webui's folder to whoever can open the UI.
+            if hasattr(demo, "blocked_paths"):
+                demo.blocked_paths = [*demo.blocked_paths, EXTENSION_FOLDER, self.tracker.settings.data_folder]
             self._attach(app)
         except Unsuitable as reason:
             self.trouble = str(reason)
@@ -2794,6 +3725,8 @@ class Extension:
         except Exception as error:
             self.trouble = f"{type(error).__name__}: {error}"
             log.exception("Generations are not tracked, the webui is none that we know")
+        if demo is not None:
+            self._serve_images(app)
 
     def stop(self) -> None:
         """`script_unloaded`: the webui reloads its scripts."""
@@ -2830,7 +3763,20 @@ class Extension:
             route.openapi_extra = {**(route.openapi_extra or {}), **GENERATION_DOCS}
         app.openapi_schema = None  # it may have been asked for already
         settings = self.tracker.settings
-        log.info("Ready, tracking is %s, jobs are kept in %s", "on" if settings.enabled else "off", settings.data_folder)
+        log.info("Ready, tracking is %s, jobs are in %s", "on" if settings.enabled else "off", settings.data_folder)
+
+    def _serve_images(self, app: Any) -> None:
+        """The API's images once more, for the tab: for everyone whom gradio lets see the page, --api-auth or not."""
+        paths = {route.path: route for route in app.routes if hasattr(route, "dependencies")}
+        login = next((route.dependencies for path, route in paths.items() if path.startswith("/file=")), None)
+        if login is None:
+            log.warning("The tab shows no images, since gradio guards its files in an unknown way")
+            return
+        generation = f"/sdapi/v1/{TYPES[0]}"
+        roots = {path[: -len(generation)] for path in paths if path.endswith(generation)}  # SD.Next has a subpath
+        image = Api(self.tracker).get_image
+        for root in {"", *roots}:
+            app.add_api_route(root + Markup.IMAGE, image, dependencies=login, include_in_schema=False)
 
     @staticmethod
     def _find_add_route(owners: List[Any]) -> Callable[..., Any]:
@@ -2870,15 +3816,16 @@ class Extension:
         shared.state.interrupt()
 
     @staticmethod
-    def _progress() -> Progress:
+    def _progress(since: float) -> Progress:
         from modules import shared
 
         try:
             state = shared.state
-            jobs = max(state.job_count, 1)
-            progress = state.job_no / jobs
+            if (state.time_start or 0) < since or state.job_count <= 0:  # the rest is from the generation before
+                return 0.0, None
+            progress = state.job_no / state.job_count
             if state.sampling_steps:
-                progress += state.sampling_step / state.sampling_steps / jobs
+                progress += state.sampling_step / state.sampling_steps / state.job_count
             progress = min(max(progress, 0.0), 1.0)
             passed = time.time() - state.time_start
             return progress, round(passed / progress - passed, 3) if progress else None
@@ -2886,6 +3833,7 @@ class Extension:
             return None, None
 
     def register(self, callbacks: Any) -> None:
+        callbacks.on_ui_tabs(self.tab)
         callbacks.on_app_started(self.start)
         callbacks.on_script_unloaded(self.stop)
 
