@@ -1,0 +1,813 @@
+"""README.md is true: each snippet runs as it is printed, and what the text and the tables say is so."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import importlib
+import importlib.util
+import json
+import os
+import re
+import shlex
+import shutil
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import urllib.request
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Set
+
+import httpx
+import pytest
+
+from harness import MODE_FLAGS, MODES, PROJECT, SHAPE, TESTS, Gate, Webui, body, free_port, until
+
+README = (PROJECT / "README.md").read_text(encoding="utf-8")
+ADDRESS = "http://127.0.0.1:7860"
+FAILURE = {"seconds": 5, "fail": "OutOfMemoryError", "fail_after": 0.3}
+
+
+class Snippet(NamedTuple):
+    """A block of code in README.md."""
+
+    line: int
+    language: str
+    text: str
+
+
+def snippets() -> List[Snippet]:
+    found = re.finditer(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    return [Snippet(README.count("\n", 0, it.start()) + 2, it.group(1), it.group(2)) for it in found]
+
+
+def tables() -> List[List[List[str]]]:
+    """The cells of each table's rows, without its head."""
+    found = re.findall(r"^\|[^\n]*\|\n\|[ |-]+\|\n((?:\|[^\n]*\|\n)+)", README, re.MULTILINE)
+    return [[[cell.strip() for cell in row.strip("|").split(" | ")] for row in it.splitlines()] for it in found]
+
+
+def table(first: str) -> List[List[str]]:
+    """The rows of the table whose first cell has a text."""
+    (rows,) = [it for it in tables() if first in it[0][0]]
+    return rows
+
+
+def names(cell: str) -> List[str]:
+    """What stands in a cell as code."""
+    return re.findall(r"`([^`]+)`", cell)
+
+
+def need(program: str) -> str:
+    path = shutil.which(program)
+    if path is None:
+        pytest.skip(f"{program} is not on this machine")
+    return path
+
+
+def load_extension() -> Any:
+    spec = importlib.util.spec_from_file_location("job_tracker", str(PROJECT / "scripts" / "job_tracker.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# The webui, and a connection to it that breaks
+
+
+class Breaking:
+    """A proxy in front of a webui. It breaks the first `times` connections with a POST, where `at` says so:
+    "head" after the response's head, "body" within its images, "request" before any of it. After each, it refuses the
+    next connection altogether.
+    """
+
+    def __init__(self, webui: Webui, at: str, times: int = 1):
+        self.upstream, self.at, self.times = webui.port, at, times
+        self.broken, self.refused, self._refuse = 0, 0, False
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                if self._refuse:
+                    self._refuse = False
+                    self.refused += 1
+                    self._reset(client)
+                else:
+                    threading.Thread(target=self._serve, args=(client,), daemon=True).start()
+
+    @staticmethod
+    def _reset(client: socket.socket) -> None:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        client.close()
+
+    def _serve(self, client: socket.socket) -> None:
+        webui = socket.create_connection(("127.0.0.1", self.upstream))
+        with contextlib.suppress(OSError), client, webui:
+            request = client.recv(65536)
+            webui.sendall(request)
+            cut = request.startswith(b"POST") and self.broken < self.times
+            self.broken += cut
+            threading.Thread(target=self._pass_on, args=(client, webui), daemon=True).start()
+            answer = b""
+            while True:
+                data = webui.recv(4096)
+                if not data:
+                    return
+                answer += data
+                if not (cut and self.at == "request"):
+                    client.sendall(data)
+                if cut and (len(answer) > 8000 if self.at == "body" else b"\r\n\r\n" in answer):
+                    self._refuse = True
+                    client.shutdown(socket.SHUT_RDWR)
+                    return
+
+    @staticmethod
+    def _pass_on(client: socket.socket, webui: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                data = client.recv(65536)
+                if not data:
+                    return
+                webui.sendall(data)
+
+    def close(self) -> None:
+        self._listener.close()
+
+
+@pytest.fixture
+def breaking(site: Webui) -> Iterator[Callable[..., Breaking]]:
+    made: List[Breaking] = []
+
+    def make(*args: Any) -> Breaking:
+        made.append(Breaking(site, *args))
+        return made[-1]
+
+    yield make
+    for it in made:
+        it.close()
+
+
+@pytest.fixture(scope="module")
+def site(start_shared: Callable[..., Webui]) -> Webui:
+    """The webui that the snippets talk to."""
+    webui = start_shared(*MODE_FLAGS[MODES[-1]], tracking="variable", step_time=0.01)
+    assert webui.client.get("/sdapi/v1/jobs").status_code == 200, webui.log
+    return webui
+
+
+class Run:
+    """Runs snippets in a folder of their own."""
+
+    def __init__(self, site: Webui, folder: Path):
+        self.site = site
+        self.folder = folder
+        self.known = set(site.records())
+
+    def new_jobs(self) -> Set[str]:
+        return set(self.site.records()) - self.known
+
+    def new_job(self) -> Dict[str, Any]:
+        """The one job that came of it, when it has ended."""
+        (job_id,) = self.new_jobs()
+        return self.site.job(job_id, wait=30)
+
+    def start(self, language: str, text: str, url: Optional[str] = None, **options: Any) -> subprocess.Popen[bytes]:
+        """Starts a program that is to talk to `url` instead of the address in README.md."""
+        text = text.replace(ADDRESS, url or self.site.url)
+        if language == "bash":
+            need("jq" if "jq " in text else "bash")
+            need("curl" if "curl " in text else "bash")
+            command = [need("bash"), "-euo", "pipefail", "-c", text]
+        elif language == "python":
+            self.write("snippet.py", text)
+            command = [sys.executable, "snippet.py"]
+        else:
+            node = need("node")
+            version = subprocess.run([node, "--version"], stdout=subprocess.PIPE).stdout.decode().strip()
+            if int(version[1:].split(".")[0]) < 18:
+                pytest.skip(f"node {version} has no fetch")
+            self.write("snippet.mjs", text)
+            command = [node, "snippet.mjs"]
+        environ = {**os.environ, "NO_PROXY": "*", **options.pop("env", {})}
+        options = {"cwd": str(self.folder), "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
+        return subprocess.Popen(command, env=environ, **options)
+
+    def finish(self, process: subprocess.Popen[bytes], status: int = 0) -> str:
+        """Waits for its end, and returns what it printed; or, where it is to fail, what it complained."""
+        output, errors = process.communicate(timeout=60)
+        assert process.returncode == status, (output + errors).decode()
+        return (errors if status else output).decode()
+
+    def run(self, language: str, text: str, url: Optional[str] = None, status: int = 0, **options: Any) -> str:
+        return self.finish(self.start(language, text, url, **options), status)
+
+    def write(self, name: str, text: str) -> None:
+        (self.folder / name).write_text(text, encoding="utf-8")
+
+    def read(self, name: str) -> bytes:
+        return (self.folder / name).read_bytes()
+
+    def exists(self, name: str) -> bool:
+        path = self.folder / name
+        return path.exists() and path.stat().st_size > 0
+
+    def busy(self) -> Gate:
+        """Makes the queue wait until the gate that this returns is opened."""
+        gate = self.site.gate()
+        job_id = self.site.send(body(standin={"hold": gate})).job_id()
+        self.site.until_status(job_id, "Processing")
+        self.known.add(job_id)
+        return gate
+
+    def settings(self, environ: Dict[str, str]) -> Any:
+        """What the extension makes of variables."""
+        folder = self.folder / "settings"
+        folder.mkdir(exist_ok=True)
+        return load_extension().Settings(str(folder), environ)
+
+
+@pytest.fixture
+def run(site: Webui, tmp_path: Path) -> Run:
+    until(site.is_idle)
+    return Run(site, tmp_path)
+
+
+def decoded(job: Dict[str, Any]) -> List[bytes]:
+    return [base64.b64decode(image) for image in job["images"]]
+
+
+# The snippets: what each is to bring about
+
+CHECKS: Dict[str, Callable[..., None]] = {}
+
+
+def snippet_with(mark: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """The check for the snippet that has this text. It is called with the run, the snippet and pytest's request."""
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        CHECKS[mark] = function
+        return function
+
+    return register
+
+
+@pytest.mark.parametrize("snippet", snippets(), ids=lambda it: f"line{it.line}-{it.language}")
+def test_snippet(snippet: Snippet, request: pytest.FixtureRequest) -> None:
+    checks = [check for mark, check in CHECKS.items() if mark in snippet.text]
+    assert len(checks) == 1, f"{len(checks)} checks are for the snippet in line {snippet.line}"
+    checks[0](request.getfixturevalue("run"), snippet, request)
+
+
+@snippet_with("python3 tests/run.py demo")
+def check_commands(run, snippet, request):
+    if Path(sys.prefix) != PROJECT / ".venv" / f"{SHAPE}-{sys.version_info[0]}.{sys.version_info[1]}":
+        pytest.skip("only where run.py has made the environment, which it might make anew otherwise")
+    more = {"demo": ["--once"], "test": ["--collect-only", "-q", "tests/test_readme.py"]}
+    for line in snippet.text.splitlines():
+        program, *words = shlex.split(line)
+        assert program == "python3"
+        command = [sys.executable, *words, "--host", SHAPE, *more.pop(words[-1])]
+        done = subprocess.run(command, cwd=str(PROJECT), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=120)
+        assert done.returncode == 0, done.stdout.decode()
+    assert not more
+
+
+@snippet_with("git clone")
+def check_clone(run, snippet, request):
+    need("git")
+    if not (PROJECT / ".git").exists():
+        pytest.skip("this is no clone")
+    (run.folder / "stable-diffusion-webui" / "extensions").mkdir(parents=True)
+    assert snippet.text.count("ADDRESS_OF_THIS_REPOSITORY") == 1
+    run.run("bash", snippet.text.replace("ADDRESS_OF_THIS_REPOSITORY", shlex.quote(str(PROJECT))))
+    assert run.exists("stable-diffusion-webui/extensions/job-tracker/scripts/job_tracker.py")
+
+
+@snippet_with("curl -i")
+def check_first_curl(run, snippet, request):
+    head, _, answer = run.run("bash", snippet.text).replace("\r", "").partition("\n\n")
+    job = run.new_job()
+    assert f"\nx-job-id: {job['id']}\n" in head
+    assert json.loads(answer)["images"] == []
+    assert job["status"] == "Completed" and len(job["images"]) == 1
+
+
+@snippet_with("--no-buffer -D -")
+def check_curl_head(run, snippet, request):
+    gate = run.busy()
+    process = run.start("bash", snippet.text)
+    head = b""
+    while b"x-job-id" not in head:
+        line = process.stdout.readline()
+        assert line, process.stderr.read()
+        head += line
+    (job_id,) = run.new_jobs()
+    assert job_id.encode() in head
+    assert run.site.job(job_id)["status"] == "Pending"
+    gate.open()
+    run.finish(process)
+    assert [run.read("lighthouse.png")] == decoded(run.new_job())
+
+
+def check_stored_id(run, snippet, request):
+    gate = run.busy()
+    process = run.start(snippet.language, snippet.text)
+    until(lambda: process.poll() is not None or run.exists("job-id.txt"))
+    assert run.exists("job-id.txt"), run.finish(process)
+    assert run.site.job(run.read("job-id.txt").decode())["status"] == "Pending"
+    gate.open()
+    run.finish(process)
+    job = run.new_job()
+    assert run.read("job-id.txt").decode() == job["id"]
+    assert [run.read("lighthouse.png")] == decoded(job)
+
+
+snippet_with('Path("job-id.txt")')(check_stored_id)
+snippet_with('writeFile("job-id.txt"')(check_stored_id)
+
+
+@snippet_with("def generate(request):")
+def check_recovery(run, snippet, request):
+    breaking = request.getfixturevalue("breaking")
+
+    def saved() -> List[bytes]:
+        return [run.read(f"lighthouse-{number}.png") for number in range(2)]
+
+    for at in ("head", "body"):
+        proxy = breaking(at)
+        run.known |= run.new_jobs()
+        gate = run.busy()
+        process = run.start("python", snippet.text, proxy.url)
+        if at == "head":
+            until(lambda proxy=proxy: proxy.refused, what="the program asks for its job")
+        gate.open()
+        run.finish(process)
+        assert (proxy.broken, proxy.refused) == (1, 1)
+        job = run.new_job()
+        assert saved() == decoded(job) and len(job["images"]) == 2
+
+    run.run("python", snippet.text)  # and without any trouble
+    job = run.site.jobs(limit=1)[0]
+    assert saved() == decoded(run.site.job(job["id"]))
+
+    failing = snippet.text.replace('"steps": 20', f'"steps": 20, "alwayson_scripts": {wish(FAILURE)}')
+    assert failing != snippet.text
+    assert "RuntimeError: OutOfMemoryError" in run.run("python", failing, status=1)
+    run.known |= run.new_jobs()
+    proxy = breaking("request")
+    assert "ConnectionError" in run.run("python", snippet.text, proxy.url, status=1)
+    assert run.new_job()["status"] == "Completed", "what the client cannot know of is kept"
+
+
+def wish(standin: Dict[str, Any]) -> str:
+    return json.dumps({"Stand-in": {"args": [standin]}})
+
+
+@snippet_with("--retry-all-errors")
+def check_curl_retry(run, snippet, request):
+    for at in ("request", "body"):
+        run.known |= run.new_jobs()
+        proxy = request.getfixturevalue("breaking")(at)
+        if "option --retry-all-errors: is unknown" in run.run("bash", "curl --retry-all-errors file:///dev/null 2>&1"):
+            pytest.skip("this curl is older than 7.71")
+        run.run("bash", snippet.text, proxy.url)
+        assert (proxy.broken, proxy.refused) == (1, 1)
+        answer = json.loads(run.read("answer.json"))
+        job = run.new_job()
+        assert (answer["images"], answer["info"]) == (job["images"], job["info"])
+
+
+def check_retry_client(run, name, language, use):
+    text = (TESTS / "clients" / name).read_text(encoding="utf-8")
+    (printed,) = [it.text for it in snippets() if it.text.strip() == text.strip()]
+    run.write(name, printed)
+    run.run(language, use)
+    assert [run.read("lighthouse.png")] == decoded(run.new_job())
+
+
+@snippet_with('"Idempotency-Key": str(uuid.uuid4())')
+def check_retry_py(run, snippet, request):
+    use = "\n".join(line[4:] for line in snippet.text.splitlines()[2:5])
+    check_retry_client(run, "retry.py", "python", f"import base64\n{use}")
+
+
+@snippet_with('"Idempotency-Key": randomUUID()')
+def check_retry_mjs(run, snippet, request):
+    use = "\n".join(line[7:] for line in snippet.text.splitlines()[2:5])
+    check_retry_client(run, "retry.mjs", "javascript", f'import fs from "node:fs";\n{use}')
+
+
+@snippet_with("Prefer: respond-async' -d")
+def check_fire_and_forget(run, snippet, request):
+    assert run.run("bash", snippet.text).strip() == "Completed"
+    image = run.read("lighthouse.png")
+    assert image.startswith(b"\x89PNG") and struct.unpack(">II", image[16:24]) == (512, 512)
+    until(lambda: not run.new_jobs(), what="the job is deleted")
+
+    gate = run.busy()
+    head = run.site.post(body(), headers={"Prefer": "respond-async"})
+    assert head.status_code == 202 and head.json()["status"] == "Pending", "at once"
+    gate.open()
+
+
+@snippet_with("/cancel")
+def check_cancel(run, snippet, request):
+    gate = run.busy()
+    job_id = run.site.send(body("to be cancelled")).job_id()
+    job = json.loads(run.run("bash", snippet.text))
+    assert (job["id"], job["status"], job["error"]) == (job_id, "Failed", "Cancelled")
+    gate.open()
+
+
+@snippet_with("export TRACKER_ENABLED")
+def check_shell_settings(run, snippet, request):
+    run.write("webui-user.sh", snippet.text)
+    show = "import json, os; print(json.dumps(dict(os.environ)))"
+    environ = json.loads(run.run("bash", f"source ./webui-user.sh; {shlex.quote(sys.executable)} -c '{show}'"))
+    check_settings(run, environ)
+
+
+@snippet_with("set TRACKER_ENABLED")
+def check_batch_settings(run, snippet, request):
+    environ = {}
+    for line in snippet.text.splitlines():
+        name, value = re.match(r"set (\w+)=(.*)\Z", line).groups()
+        environ[name] = value
+    check_settings(run, environ)
+
+
+def check_settings(run, environ):
+    settings = run.settings(environ)
+    assert (settings.enabled, settings.retention_days) == (True, 7)
+    assert environ["COMMANDLINE_ARGS"] == "--api"
+
+
+@snippet_with("docker run")
+def check_docker(run, snippet, request):
+    docker = run.folder / "docker"
+    docker.write_text(f"#!{sys.executable}\nimport json, sys\nprint(json.dumps(sys.argv[1:]))\n")
+    docker.chmod(0o755)
+    words = json.loads(run.run("bash", snippet.text, env={"PATH": f"{run.folder}{os.pathsep}{os.environ['PATH']}"}))
+    assert words[0] == "run" and words[-1] == "YOUR_WEBUI_IMAGE"
+    options = list(zip(words[1:-1:2], words[2:-1:2]))
+    check_container(run, [value for name, value in options if name == "-e"], dict(options)["-v"])
+
+
+@snippet_with("services:")
+def check_compose(run, snippet, request):
+    yaml = pytest.importorskip("yaml")
+    file = yaml.safe_load(snippet.text)
+    (service,) = file["services"].values()
+    assert all(isinstance(value, str) for value in service["environment"].values()), "Compose takes no bare booleans"
+    (volume,) = service["volumes"]
+    assert volume.split(":")[0] in file["volumes"]
+    check_container(run, [f"{name}={value}" for name, value in service["environment"].items()], volume)
+
+
+def check_container(run, variables, volume):
+    settings = run.settings(dict(variable.split("=", 1) for variable in variables))
+    assert settings.enabled
+    assert settings.data_folder == os.path.abspath(volume.split(":")[1]), "the data is on the volume"
+
+
+@snippet_with('"A3f9K2xY": {')
+def check_format(run, snippet, request):
+    """The file is one that the extension reads without a complaint, and its records are as it writes them."""
+    data = run.folder / "data"
+    data.mkdir()
+    (data / "jobs.json").write_text(snippet.text, encoding="utf-8", newline="\n")
+    environ = {"TRACKER_DATA_DIR": str(data), "TRACKER_RETENTION": "off"}
+    webui = request.getfixturevalue("start")(*MODE_FLAGS[MODES[-1]], tracking="variable", environ=environ)
+    seen = {job["id"]: (job["status"], job["image_count"]) for job in webui.jobs()}
+    assert seen == {"A3f9K2xY": ("Failed", 0), "Zk3vQ80b": ("Completed", 1)}
+    assert (data / "jobs.json").read_text(encoding="utf-8") == snippet.text
+    webui.post(body())
+    written = (data / "jobs.json").read_text(encoding="utf-8").splitlines()[-2]
+    for line in snippet.text.splitlines()[1:-1]:
+        job_id, record = re.match(r'"(\w{8})": (\{"id":.*\}),?\Z', line).groups()
+        assert set(json.loads(record)) <= set(json.loads(f"{{{written}}}").popitem()[1])
+        assert json.loads(record)["id"] == job_id
+
+
+@snippet_with("jq -r '.[] | select(.status")
+def check_jq(run, snippet, request):
+    site = run.site
+    site.post(body("a Lighthouse, for jq"))
+    sent = site.send(body("to fail, for jq", standin=FAILURE))
+    sent.to_end()
+    until(site.is_idle)
+    removed = site.post(body()).headers["x-job-id"]
+    site.job(removed, wait=30)
+    assert site.client.delete(f"/sdapi/v1/job/{removed}").status_code == 204
+    records = site.records().values()
+    failed = [f"{it['id']}  {it['error']}" for it in records if it["status"] == "Failed"]
+    images = [image for it in records if "lighthouse" in it["prompt"].lower() for image in it["images"]]
+    assert failed and images
+    lines = run.run("bash", snippet.text, cwd=str(site.data)).splitlines()
+    assert lines == [*failed, f"{len(records)}  127.0.0.1", *images]
+    assert all((site.data / "images" / image).is_file() for image in images)
+
+
+@snippet_with("job-tracker-backup")
+def check_backup(run, snippet, request):
+    job_id = run.site.post(body("worth a backup")).headers["x-job-id"]
+    job = run.site.job(job_id, wait=30)
+    run.run("bash", snippet.text, cwd=str(run.site.data), env={"HOME": str(run.folder)})
+    environ = {"TRACKER_DATA_DIR": str(run.folder / "job-tracker-backup")}
+    webui = request.getfixturevalue("start")(*MODE_FLAGS[MODES[-1]], environ=environ)
+    assert webui.job(job_id) == job and job["status"] == "Completed"
+    assert not any("damaged" in line for line in webui.our_log())
+
+
+@snippet_with("proxy_pass")
+def check_nginx(run, snippet, request):
+    """As printed, and with all defaults, also by its old protocol, HTTP/1.0."""
+    nginx = need("nginx")
+    locations = {
+        free_port(): snippet.text,
+        free_port(): f"location / {{ proxy_pass {ADDRESS}; proxy_http_version 1.1; }}",
+        free_port(): f"location / {{ proxy_pass {ADDRESS}; proxy_http_version 1.0; }}",
+    }
+    folder = run.folder
+    servers = "".join(f"server {{ listen 127.0.0.1:{port}; {text} }}\n" for port, text in locations.items())
+    paths = "".join(f"{it}_temp_path {folder};\n" for it in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
+    user = "user root;\n" if hasattr(os, "geteuid") and os.geteuid() == 0 else ""
+    run.write(
+        "nginx.conf",
+        f"{user}daemon off; pid {folder}/nginx.pid; error_log {folder}/error.log; worker_processes 1;\n"
+        f"events {{}}\nhttp {{ access_log off;\n{paths}{servers.replace(ADDRESS, run.site.url)}}}\n",
+    )
+    process = subprocess.Popen([nginx, "-c", str(folder / "nginx.conf")], stderr=subprocess.DEVNULL)
+    try:
+        for port in locations:
+            until(lambda port=port: process.poll() is not None or is_open(port), what="nginx serves")
+            assert process.poll() is None, (folder / "error.log").read_text()
+            check_proxy(run, f"http://127.0.0.1:{port}")
+    finally:
+        process.terminate()
+        process.wait(10)
+
+
+def is_open(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def check_proxy(run, url):
+    gate = run.busy()
+    with httpx.Client(base_url=url, trust_env=False, timeout=30) as client:
+        with client.stream("POST", "/sdapi/v1/txt2img", json=body()) as response:
+            job_id = response.headers["x-job-id"]
+            assert run.site.job(job_id)["status"] == "Pending", "the head comes at once"
+            gate.open()
+            answer = json.loads(response.read())
+        assert answer["images"] == run.site.job(job_id, wait=30)["images"]
+        with pytest.raises(httpx.RemoteProtocolError):
+            client.post("/sdapi/v1/txt2img", json=body(standin=FAILURE))
+
+
+# The tables
+
+
+def test_endpoints(site):
+    schema = site.client.get("/openapi.json").json()
+    there = {
+        f"{method.upper()} {path}": {it["name"] for it in operation.get("parameters", []) if it["in"] == "query"}
+        for path, methods in schema["paths"].items()
+        if path.startswith("/sdapi/v1/job")
+        for method, operation in methods.items()
+    }
+    rows = {names(cell)[0]: cell + text for cell, text in table("GET /sdapi/v1/job/")}
+    assert set(rows) == set(there)
+    for endpoint, parameters in there.items():
+        for parameter in parameters - {"cursor"}:  # comes from the header Link
+            assert re.search(rf"`{parameter}\b", rows[endpoint]), (endpoint, parameter)
+
+
+def test_fields_of_a_job(site):
+    job_id = site.post(body()).headers["x-job-id"]
+    job = site.job(job_id, wait=30)
+    fields = {name: text for cell, text in table("`id`") for name in names(cell)}
+    assert set(fields) == set(job)
+    assert set(fields) - set(site.jobs(limit=1)[0]) == {"images"} and "Not in lists" in fields["images"]
+    assert type(job["timestamp"]) is int
+
+
+def test_statuses():
+    assert tuple(names(cell)[0] for cell, _ in table("`Pending`")) == load_extension().STATUSES
+
+
+def test_variables(tmp_path):
+    settings = load_extension().Settings
+    rows = {names(cell)[0]: names(text) for cell, text in table("TRACKER_ENABLED")}
+    for variable, values in rows.items():
+        for value in values if variable != "TRACKER_DATA_DIR" else []:
+            read = settings(str(tmp_path), {variable: value.upper()})
+            assert list(read.locked.values()) == [variable], f"{variable}={value}"
+    truths = [settings(str(tmp_path), {"TRACKER_ENABLED": value}).enabled for value in rows["TRACKER_ENABLED"]]
+    assert truths == [True] * 4 + [False] * 4
+    assert [settings(str(tmp_path), {"TRACKER_RETENTION": it}).retention_days for it in ("0", "off")] == [None, None]
+    data = settings(str(tmp_path), {"TRACKER_DATA_DIR": str(tmp_path / "data")}).data_folder
+    assert data == str(tmp_path / "data")
+    assert set(rows) == set(re.findall(r"TRACKER_[A-Z_]+", README))
+
+
+def test_first_settings(start):
+    webui = start(*MODE_FLAGS[MODES[-1]], tracking=None)
+    (printed,) = re.findall(r'`(\{"enabled": .*?\})`', README)
+    assert json.loads((webui.extension / "config.json").read_text()) == json.loads(printed)
+    line = "[Job Tracker] Ready, tracking is off, jobs are in "
+    assert line in README and any(it.startswith(line) for it in webui.our_log())
+
+
+def test_files(site):
+    """Nothing lies in the extension's folder that the table does not name."""
+    site.post(body())
+    until(site.is_idle)
+    shipped = {"scripts", "install.py"}
+    patterns = [name for cell, _ in table("`config.json`") for name in names(cell)]
+    forms = [re.escape(it).replace(r"\*", ".+").replace("<n>_<id>", r"\w+") for it in patterns]
+    forms = [re.sub(r"<\w+>", r"[\\w-]+", form) for form in forms]
+    for path in site.data.glob("**/*"):
+        name = path.relative_to(site.data).as_posix()
+        if path.is_file() and name.split("/")[0] not in shipped:
+            assert any(re.match(form + r"\Z", name) for form in forms), name
+            if name.startswith("jobs.json."):
+                assert path.stat().st_size == 0, name
+    if shutil.which("git") and (PROJECT / ".git").exists():
+        examples = [re.sub(r"<\w+>", "1", it).replace("*", "jobs.json") for it in patterns]
+        command = ["git", "check-ignore", "--no-index", *examples]
+        ignored = subprocess.run(command, cwd=str(PROJECT), stdout=subprocess.PIPE).stdout.decode().split()
+        assert set(ignored) == set(examples), "the webui's update leaves them alone"
+
+
+# What clients make of a failure
+
+
+class FailingClients:
+    """Each returns when it takes the failed generation for a good one."""
+
+    def __init__(self, url: str):
+        self.url = f"{url}/sdapi/v1/txt2img"
+        self.base = f"{url}/sdapi/v1"
+        self.request = body(standin=FAILURE)
+
+    def requests(self) -> None:
+        import requests
+
+        requests.post(self.url, json=self.request)
+
+    def httpx(self) -> None:
+        httpx.post(self.url, json=self.request, trust_env=False, timeout=30)
+
+    def aiohttp(self) -> None:
+        aiohttp = pytest.importorskip("aiohttp")
+
+        async def post() -> None:
+            async with aiohttp.ClientSession() as session, session.post(self.url, json=self.request) as response:
+                await response.read()
+
+        asyncio.run(post())
+
+    def urllib(self) -> None:
+        data = json.dumps(self.request).encode()
+        request = urllib.request.Request(self.url, data, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=30) as response:
+            response.read()
+
+    def webuiapi(self) -> None:
+        webuiapi = pytest.importorskip("webuiapi")
+        scripts = self.request["alwayson_scripts"]
+        webuiapi.WebUIApi(baseurl=self.base).txt2img(prompt="a lighthouse", steps=2, alwayson_scripts=scripts)
+
+
+def clients() -> Dict[str, str]:
+    return dict(table("curl"))
+
+
+@pytest.mark.parametrize(
+    "client",
+    [
+        ("Python requests", "requests"),
+        ("Python httpx", "httpx"),
+        ("Python aiohttp", "aiohttp"),
+        ("Python urllib", "urllib"),
+        ("webuiapi", "webuiapi"),
+    ],
+    ids=lambda it: it[1],
+)
+def test_failure_in_python(site, client, monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "*")
+    name, function = client
+    (raised,) = names(clients()[name])
+    module, _, attribute = raised.rpartition(".")
+    expected = getattr(importlib.import_module(module), attribute)
+    with pytest.raises(expected) as caught:
+        getattr(FailingClients(site.url), function)()
+    assert caught.type is expected
+
+
+def test_failure_in_curl(run):
+    request = shlex.quote(json.dumps(body(standin=FAILURE)))
+    rest = f"-sS -H 'Content-Type: application/json' -d {request} {ADDRESS}/sdapi/v1/txt2img"
+    assert clients()["curl"] == "exits with 18"
+    run.run("bash", f"curl {rest}", status=18)
+    assert "reset" in run.run("bash", f"curl --http1.0 {rest}", status=56)
+
+
+def test_failure_in_node(run):
+    (call, error) = names(clients()["fetch in Node"])
+    request = json.dumps(body(standin=FAILURE))
+    text = f"""
+        const headers = {{ "Content-Type": "application/json" }};
+        const response = await fetch("{ADDRESS}/sdapi/v1/txt2img", {{ method: "POST", headers, body: `{request}` }});
+        console.log(response.status);
+        await {call}.catch((error) => console.log(`${{error}}`));
+    """
+    assert run.run("javascript", text).split("\n", 1) == ["200", error + "\n"]
+
+
+# What else the text says
+
+
+def test_unmodified_clients(start):
+    """config.json is noticed within five seconds, and then the answer is what it was before, but for what is said."""
+    webui = start(*MODE_FLAGS[MODES[-1]], tracking=None)
+    before = webui.post(body())
+    assert "x-job-id" not in before.headers
+    (webui.extension / "config.json").write_text('{"enabled": true, "retention_days": 30}')
+    after = until(lambda: (lambda it: it if "x-job-id" in it.headers else None)(webui.post(body())), 5.5)
+    assert (after.status_code, after.headers["content-type"]) == (before.status_code, before.headers["content-type"])
+    assert "content-length" in before.headers and "content-length" not in after.headers
+    old, new = before.json(), after.json()
+    assert list(new) == list(old) and new["images"] == old["images"]
+    changed = {name for name in old["parameters"] if old["parameters"][name] != new["parameters"][name]}
+    assert changed == (set() if SHAPE == "sdnext" else {"force_task_id"})
+    assert changed == set() or new["parameters"]["force_task_id"] == after.headers["x-job-id"]
+
+
+def test_heartbeat_of_15_seconds():
+    assert load_extension().HEARTBEAT == 15 and "15 seconds" in README
+
+
+def test_interrupted_by_the_webui(site):
+    sent = site.send(body(standin={"seconds": 20}))
+    job_id = sent.job_id()
+    site.until_status(job_id, "Processing")
+    until(lambda: site.client.get("/sdapi/v1/progress").json()["state"]["sampling_steps"])
+    assert site.client.post("/sdapi/v1/interrupt").status_code == 200
+    assert site.job(job_id, wait=15)["status"] == "Completed"
+
+
+def test_no_room_for_a_job(start, tmp_path):
+    (tmp_path / "file").write_text("")
+    environ = {"TRACKER_DATA_DIR": str(tmp_path / "file" / "below")}
+    webui = start(*MODE_FLAGS[MODES[-1]], tracking="variable", environ=environ)
+    answer = webui.post(body())
+    assert answer.status_code == 200 and len(answer.json()["images"]) == 1
+    assert "x-job-id" not in answer.headers
+    assert any("not tracked" in line for line in webui.our_log())
+
+
+def test_address_of_the_client(site):
+    """As the section on security has it: uvicorn believes its own machine."""
+    answer = site.post(body(), headers={"X-Forwarded-For": "203.0.113.9"})
+    assert site.job(answer.headers["x-job-id"])["ip"] == "203.0.113.9"
+
+
+def test_another_layout_of_jobs_json(start):
+    webui = start(*MODE_FLAGS[MODES[-1]])
+    job_id = webui.post(body()).headers["x-job-id"]
+    job = webui.job(job_id, wait=30)
+    webui.kill()
+    path = webui.data / "jobs.json"
+    path.write_text(json.dumps(webui.records(), indent=2))
+    webui.start()
+    assert webui.job(job_id) == job
+    assert not list(webui.data.glob("*.damaged-*"))
+
+
+# The text itself
+
+
+def test_links():
+    for target in re.findall(r"\]\(([^)]+)\)", README):
+        if target.startswith("#"):
+            assert f"\n## {target[1:].title()}\n" in README
+        else:
+            assert (PROJECT / target).exists(), target
+
+
+def test_plain_text():
+    assert README.isascii()
+    assert set(re.findall(r"https?://[\w.:-]+", README)) == {ADDRESS}
+    text = re.sub(r"^```.*?^```$", "", README, flags=re.MULTILINE | re.DOTALL)
+    too_long = [line for line in text.splitlines() if len(line) > 120 and not line.startswith(("|", "!["))]
+    assert not too_long
