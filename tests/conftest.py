@@ -1,0 +1,133 @@
+"""Fixtures that start webuis, and their logs beside the tests that fail."""
+
+from __future__ import annotations
+
+import signal
+from typing import Any, Callable, Dict, Iterator, Tuple
+
+import pytest
+
+import harness
+from harness import AUTH, MODE_FLAGS, MODES, Webui
+
+Start = Callable[..., Webui]
+
+ORIGIN = "http://example.org"
+
+
+def pytest_configure() -> None:
+    def end(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt  # ends the fixtures, and so the webuis
+
+    signal.signal(signal.SIGTERM, end)
+
+
+@pytest.fixture
+def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
+    """`start(*flags, **options)` starts a webui for one test; the arguments are those of harness.Webui."""
+    with harness.started(lambda: tmp_path_factory.mktemp("webui")) as function:
+        yield function
+
+
+@pytest.fixture(scope="module")
+def start_shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
+    """The same for all tests of a module."""
+    with harness.started(lambda: tmp_path_factory.mktemp("webui")) as function:
+        yield function
+
+
+class Pool:
+    """The webuis that tests share which leave them as they were. Each is started when it is first needed."""
+
+    def __init__(self, start: Start):
+        self._start = start
+        self._webuis: Dict[Tuple[str, str, bool], Webui] = {}
+
+    def get(self, what: str, mode: str, auth: bool = False) -> Webui:
+        key = what, mode, auth
+        if key not in self._webuis:
+            flags = (*MODE_FLAGS[mode], "--cors-allow-origins", ORIGIN, *(AUTH if auth else ()))
+            self._webuis[key] = self._start(*flags, **self._options(what, mode, auth))
+        return self._webuis[key]
+
+    @staticmethod
+    def _options(what: str, mode: str, auth: bool) -> Dict[str, Any]:
+        if what == "alone":
+            return {"copies": 0}
+        if what == "tracked":  # by config.json and by the variable, in each mode
+            return {"tracking": "config" if (mode == "ui") == auth else "variable"}
+        if mode == "ui":
+            return {"tracking": "config", "environ": {"TRACKER_ENABLED": "Off"}}
+        return {"tracking": None}
+
+
+@pytest.fixture(scope="session")
+def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
+    with harness.started(lambda: tmp_path_factory.mktemp("webui")) as function:
+        yield Pool(function)
+
+
+@pytest.fixture(scope="session", params=MODES)
+def webui(request: pytest.FixtureRequest, pool: Pool) -> Webui:
+    """A webui that tracks, in each mode. Others use it too: leave it as it was."""
+    return pool.get("tracked", request.param)
+
+
+@pytest.fixture(scope="session", params=MODES)
+def guarded(request: pytest.FixtureRequest, pool: Pool) -> Webui:
+    """The same with --api-auth. Its client sends the credentials."""
+    return pool.get("tracked", request.param, auth=True)
+
+
+@pytest.fixture(
+    scope="session",
+    params=[(mode, auth) for mode in MODES for auth in (False, True)],
+    ids=lambda it: it[0] + "-auth" * it[1],
+)
+def every_webui(request: pytest.FixtureRequest, pool: Pool) -> Webui:
+    """Both of these."""
+    return pool.get("tracked", *request.param)
+
+
+@pytest.fixture(scope="session", params=MODES)
+def off(request: pytest.FixtureRequest, pool: Pool) -> Webui:
+    """A webui with Job Tracker, that does not track, with --api-auth."""
+    return pool.get("off", request.param, auth=True)
+
+
+@pytest.fixture(scope="session")
+def alone(pool: Pool) -> Callable[[Webui], Webui]:
+    """`alone(webui)` is a webui in the same mode without Job Tracker, with --api-auth."""
+    return lambda webui: pool.get("alone", webui.mode, auth=True)
+
+
+@pytest.fixture(autouse=True)
+def no_closed_gates() -> Iterator[None]:
+    """A test that fails must not hold up the others."""
+    yield
+    for webui in Webui.alive:
+        for gate in webui.gates:
+            gate.open()
+        if webui.gates and (webui.data / "jobs.json").exists():
+            harness.until(webui.is_idle, what="all jobs have ended")
+        webui.gates.clear()
+
+
+log_marks = pytest.StashKey[Dict[Webui, int]]()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    item.stash[log_marks] = {webui: webui.log_path.stat().st_size for webui in Webui.alive}
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Iterator[None]:
+    outcome = yield
+    report = outcome.get_result()
+    if report.failed:
+        marks = item.stash.get(log_marks, {})
+        for webui in Webui.alive:
+            text = webui.log_since(marks.get(webui, 0))
+            if text:
+                report.sections.append((f"log of the webui in {webui.folder}", text[-20000:]))

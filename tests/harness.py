@@ -1,0 +1,404 @@
+"""Starts the stand-in webui with Job Tracker in it, as a process of its own, and talks to it over HTTP.
+
+    def test_something(start):                     # `start` and `start_shared` come from conftest.py
+        webui = start("--nowebui", "--api-auth", "user:secret", tracking="config")
+        gate = webui.gate()                        # a generation with hold=gate waits until gate.open()
+        sent = webui.send(body(standin={"hold": gate}))
+        status, headers = sent.head()              # the head arrives before the generation ends
+        assert webui.records()[headers["x-job-id"]]["status"] == "Pending"
+        gate.open()
+        assert webui.job(headers["x-job-id"], wait=30)["status"] == "Completed"
+
+`webui.client` is an httpx.Client with the URL and the credentials in it. `webui.kill()`, `webui.terminate()` and
+`webui.start()` end and start the process on the same folders. Each start takes a free port.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+
+import httpx
+
+TESTS = Path(__file__).resolve().parent
+PROJECT = TESTS.parent
+SHAPE = os.environ.get("WEBUI_SHAPE", "a1111")
+MODES = ("ui",) if SHAPE == "sdnext" else ("ui", "nowebui")  # SD.Next has no mode without the UI
+MODE_FLAGS: Dict[str, Tuple[str, ...]] = {"ui": ("--api",), "nowebui": ("--nowebui",)}
+AUTH = ("--api-auth", "user:secret")
+TRACKING = ("config", "variable")
+KINDS = ("txt2img", "img2img")
+SECONDS = 60.0  # the longest that anything here is waited for
+
+# A red square of 8x8.
+PNG = "iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAIAAABLbSncAAAAEklEQVR4nGP8z4AdMOEQH6QSAM1BAQ/oQeJvAAAAAElFTkSuQmCC"
+
+
+def until(condition: Callable[[], Any], seconds: float = SECONDS, what: str = "") -> Any:
+    """Waits until a condition holds, and returns what it gave."""
+    end = time.monotonic() + seconds
+    while True:
+        result = condition()
+        if result:
+            return result
+        if time.monotonic() > end:
+            raise AssertionError(f"not within {seconds:g} s: {what or condition}")
+        time.sleep(0.01)
+
+
+def body(
+    prompt: str = "a lighthouse", standin: Optional[Dict[str, Any]] = None, kind: str = "txt2img", **fields: Any
+) -> Dict[str, Any]:
+    """The body of a quick generation request. What `standin` can be is in webui/modules/standin.py."""
+    request = {"prompt": prompt, "seed": 7, "subseed": 8, "steps": 2, "width": 64, "height": 64}
+    if kind == "img2img":
+        request["init_images"] = [PNG]
+    request.update(fields)
+    if standin is not None:
+        request["alwayson_scripts"] = {"Stand-in": {"args": [standin]}}
+    return request
+
+
+def as_bytes(data: Any) -> bytes:
+    return data if isinstance(data, bytes) else json.dumps(data, default=os.fspath).encode()
+
+
+def without_time(answer: bytes) -> bytes:
+    """An answer of the webui without the one thing that differs between two generations with the same seed."""
+    return re.sub(rb'(job_timestamp\\": )\\"\d*\\"', rb"\1null", answer)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Gate(os.PathLike):
+    """Holds the generations that were given it as `hold`, until it is opened."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    def open(self) -> None:
+        self.path.touch()
+
+
+class Sent:
+    """A request over a socket of its own, for a client that reads as little as it likes."""
+
+    def __init__(self, port: int, data: bytes):
+        self.socket = socket.create_connection(("127.0.0.1", port), SECONDS)
+        self.socket.sendall(data)
+        self.received = b""
+
+    def read_until(self, end: bytes) -> None:
+        while end not in self.received:
+            data = self.socket.recv(65536)
+            if not data:
+                raise ConnectionError(f"the connection ended after {self.received[-300:]!r}")
+            self.received += data
+
+    def head(self) -> Tuple[int, Dict[str, str]]:
+        """Status and headers, their names in small letters."""
+        self.read_until(b"\r\n\r\n")
+        first, *lines = self.received.split(b"\r\n\r\n")[0].decode("latin-1").split("\r\n")
+        headers = dict(line.split(": ", 1) for line in lines)
+        return int(first.split()[1]), {name.lower(): value for name, value in headers.items()}
+
+    def job_id(self) -> str:
+        status, headers = self.head()
+        assert status == 200 and "x-job-id" in headers, self.received
+        return headers["x-job-id"]
+
+    def to_end(self) -> bytes:
+        """Everything that came until the server closed the connection, as it came."""
+        with contextlib.suppress(ConnectionError):
+            while True:
+                data = self.socket.recv(65536)
+                if not data:
+                    break
+                self.received += data
+        self.socket.close()
+        return self.received
+
+    def content(self) -> bytes:
+        """The content of the response. Raises ConnectionError if it has no clean end."""
+        self.to_end()
+        head, _, rest = self.received.partition(b"\r\n\r\n")
+        length = re.search(rb"(?i)\r\ncontent-length: (\d+)", head)
+        if length:
+            if len(rest) != int(length.group(1)):
+                raise ConnectionError("the content is cut")
+            return rest
+        content = b""
+        while True:
+            size, _, rest = rest.partition(b"\r\n")
+            if not size or len(rest) < int(size, 16) + 2:
+                raise ConnectionError("the content is cut")
+            if int(size, 16) == 0:
+                return content
+            content += rest[: int(size, 16)]
+            rest = rest[int(size, 16) + 2 :]
+
+    def leave(self, reset: bool = False) -> None:
+        """Goes away, by FIN or by RST."""
+        if reset:
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.socket.close()
+
+
+class Webui:
+    """One stand-in with its folders. They stay the same from start to start.
+
+    `tracking` is "config" (config.json says on), "variable" (TRACKER_ENABLED does), or None (off, as shipped).
+    `copies` is how many times Job Tracker is installed. `scripts` maps names of further extensions to the source of
+    their script; they are loaded in the order of their names. `prepare` is called with this object before the start.
+    """
+
+    alive: List[Webui] = []
+
+    def __init__(
+        self,
+        folder: Path,
+        *flags: str,
+        tracking: Optional[str] = "config",
+        environ: Optional[Dict[str, str]] = None,
+        copies: int = 1,
+        scripts: Optional[Dict[str, str]] = None,
+        step_time: float = 0.002,
+        shape: str = SHAPE,
+    ):
+        self.flags = [*flags, "--shape", shape, "--step-time", str(step_time), "--data-dir", str(folder / "webui")]
+        if shape == "sdnext":
+            self.flags.append("--no-rate-limit")
+        self.environ = dict(environ or {})
+        if tracking == "variable":
+            self.environ["TRACKER_ENABLED"] = "1"
+        self.folder = folder
+        self.extension = folder / "webui" / "extensions" / "job-tracker"
+        self.data = Path(self.environ.get("TRACKER_DATA_DIR", self.extension))
+        self.log_path = folder / "webui.log"
+        self.process: Optional[subprocess.Popen[bytes]] = None
+        self.port = 0
+        self.client = httpx.Client()
+        self._log_start = 0
+        self.gates: List[Gate] = []
+        for number in range(copies):
+            target = self.extension.with_name("job-tracker" + (f"-{number + 1}" if number else ""))
+            self._install(target, tracking == "config")
+        for name, source in (scripts or {}).items():
+            path = self.extension.with_name(name) / "scripts" / "script.py"
+            path.parent.mkdir(parents=True)
+            path.write_text(source, encoding="utf-8")
+
+    @staticmethod
+    def _install(target: Path, enabled: bool) -> None:
+        shutil.copytree(str(PROJECT / "scripts"), str(target / "scripts"), ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(str(PROJECT / "install.py"), str(target))
+        if enabled:
+            (target / "config.json").write_text('{"enabled": true, "retention_days": 30}')
+
+    # The process
+
+    def start(self) -> Webui:
+        """Starts the process and waits until it serves and the extensions have been told that it does."""
+        return self.launch().wait()
+
+    def launch(self) -> Webui:
+        """Starts the process without waiting, so that two can start side by side."""
+        self.port = free_port()
+        self._log_start = self.log_path.stat().st_size if self.log_path.exists() else 0
+        environ = {name: value for name, value in os.environ.items() if not name.startswith("TRACKER_")}
+        with self.log_path.open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, str(TESTS / "webui" / "launch.py"), "--port", str(self.port), *self.flags],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**environ, **self.environ},
+            )
+        self.alive.append(self)
+        self.client.close()
+        self.client = httpx.Client(base_url=self.url, auth=self.auth, timeout=SECONDS, trust_env=False)
+        return self
+
+    def wait(self, times: int = 1) -> Webui:
+        def serves() -> bool:
+            assert self.process.poll() is None, "the webui ended:\n" + self.log
+            return min(self.log.count("Running on local URL"), self.log.count("Startup time: ")) >= times
+
+        until(serves, what="the webui serves")
+        return self
+
+    def kill(self) -> None:
+        """Ends the process at once, as a crash would. Does nothing if it has ended."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            self._ended()
+
+    def terminate(self, seconds: float = SECONDS) -> int:
+        """SIGTERM, and the exit status."""
+        self.process.send_signal(signal.SIGTERM)
+        status = self.process.wait(seconds)
+        self._ended()
+        return status
+
+    def _ended(self) -> None:
+        if self in self.alive:
+            self.alive.remove(self)
+
+    def restart(self) -> Webui:
+        self.kill()
+        return self.start()
+
+    def reload_ui(self) -> None:
+        """Reload UI, as the button of the webui does it; returns when it serves again."""
+        times = self.log.count("Startup time: ")
+        self.client.post("/standin/reload")
+        self.wait(times + 1)
+
+    @property
+    def mode(self) -> str:
+        return "nowebui" if "--nowebui" in self.flags else "ui"
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    # What it says and keeps
+
+    @property
+    def log(self) -> str:
+        """What the process has said since its last start."""
+        return self.log_since(self._log_start)
+
+    def log_since(self, position: int) -> str:
+        with self.log_path.open("rb") as file:
+            file.seek(position)
+            return file.read().decode("utf-8", "replace")
+
+    def our_log(self) -> List[str]:
+        """The lines of Job Tracker."""
+        return [line for line in self.log.splitlines() if line.startswith("[Job Tracker] ")]
+
+    def records(self) -> Dict[str, Dict[str, Any]]:
+        """jobs.json as everybody reads it, without those that were removed."""
+        with (self.data / "jobs.json").open(encoding="utf-8") as file:
+            return {job_id: record for job_id, record in json.load(file).items() if record is not None}
+
+    def images(self) -> List[Path]:
+        """All files below images/."""
+        return sorted(path for path in (self.data / "images").glob("**/*") if path.is_file())
+
+    def is_idle(self) -> bool:
+        """Whether no job waits or runs, by jobs.json."""
+        return all(record["status"] in ("Completed", "Failed") for record in self.records().values())
+
+    # Talking to it
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def auth(self) -> Optional[Tuple[str, str]]:
+        if "--api-auth" not in self.flags:
+            return None
+        user, password = self.flags[self.flags.index("--api-auth") + 1].split(",")[0].split(":")
+        return user, password
+
+    def gate(self) -> Gate:
+        """It is opened at the end of the test, if not before."""
+        self.gates.append(Gate(self.folder / f"gate-{os.urandom(4).hex()}"))
+        return self.gates[-1]
+
+    def post(self, data: Any, kind: str = "txt2img", **options: Any) -> httpx.Response:
+        """A generation, from its request to the end of its answer."""
+        headers = {"Content-Type": "application/json", **options.pop("headers", {})}
+        return self.client.post(f"/sdapi/v1/{kind}", content=as_bytes(data), headers=headers, **options)
+
+    def raw(self, data: Any, kind: str = "txt2img", headers: Optional[Dict[str, str]] = None) -> bytes:
+        """The bytes of a generation request."""
+        content = as_bytes(data)
+        request = httpx.Request(
+            "POST",
+            f"{self.url}/sdapi/v1/{kind}",
+            content=content,
+            headers={"Content-Type": "application/json", "Connection": "close", **(headers or {})},
+        )
+        if self.auth and "authorization" not in request.headers:
+            request = next(httpx.BasicAuth(*self.auth).auth_flow(request))
+        lines = [f"POST /sdapi/v1/{kind} HTTP/1.1", *(f"{name}: {value}" for name, value in request.headers.items())]
+        return "\r\n".join([*lines, "", ""]).encode("latin-1") + content
+
+    def send(self, data: Any, kind: str = "txt2img", headers: Optional[Dict[str, str]] = None) -> Sent:
+        """A generation request over a raw socket; reads nothing."""
+        return Sent(self.port, self.raw(data, kind, headers))
+
+    def job(self, job_id: str, wait: Optional[float] = None, images: bool = True) -> Dict[str, Any]:
+        params = {"images": str(images).lower()}
+        if wait is not None:
+            params["wait"] = str(wait)
+        response = self.client.get(f"/sdapi/v1/job/{job_id}", params=params)
+        assert response.status_code == 200, response.text
+        return response.json()
+
+    def jobs(self, **filters: Any) -> List[Dict[str, Any]]:
+        response = self.client.get("/sdapi/v1/jobs", params=filters)
+        assert response.status_code == 200, response.text
+        return response.json()
+
+    def until_status(self, job_id: str, status: str) -> Dict[str, Any]:
+        """Waits until a job has a status, and returns the job without its images."""
+
+        def reached() -> Optional[Dict[str, Any]]:
+            job = self.job(job_id, images=False)
+            return job if job["status"] == status else None
+
+        return until(reached, what=f"job {job_id} is {status}")
+
+
+@contextlib.contextmanager
+def started(make_folder: Callable[[], Path]) -> Iterator[Callable[..., Webui]]:
+    """Gives a function that starts a Webui, and ends all that it started."""
+    mine: List[Webui] = []
+
+    def start(
+        *flags: str, prepare: Optional[Callable[[Webui], Any]] = None, wait: bool = True, **options: Any
+    ) -> Webui:
+        webui = Webui(make_folder(), *flags, **options)
+        mine.append(webui)
+        if prepare:
+            prepare(webui)
+        webui.launch()
+        return webui.wait() if wait else webui
+
+    try:
+        yield start
+    finally:
+        for webui in mine:
+            webui.kill()
+            webui.client.close()
+
+
+@atexit.register
+def _kill_all() -> None:
+    for webui in list(Webui.alive):
+        webui.kill()

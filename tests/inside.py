@@ -1,0 +1,106 @@
+"""The extension's script inside a test's or tool's own process, without a webui."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import importlib.util
+import json
+import random
+import shutil
+import subprocess
+import time
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Optional
+
+SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "job_tracker.py"
+JQ = shutil.which("jq")
+WORDS = "castle river photo lighthouse golden hour intricate portrait forest mist snow Ärger Straße 猫 film grain".split()
+
+
+def load_script() -> Any:
+    """Executes the script as a webui does, each time anew."""
+    spec = importlib.util.spec_from_file_location("job_tracker.py", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def until(condition: Callable[[], Any], seconds: float = 60, what: str = "") -> Any:
+    end = time.monotonic() + seconds
+    while True:
+        result = condition()
+        if result:
+            return result
+        assert time.monotonic() < end, f"not within {seconds:g} s: {what or condition}"
+        time.sleep(0.005)
+
+
+def a_prompt(dice: random.Random, length: int = 100) -> str:
+    return " ".join(dice.choice(WORDS) for _ in range(length // 6))[:length]
+
+
+def a_job(script: Any, dice: random.Random, **fields: Any) -> Any:
+    """A Pending job."""
+    values: Dict[str, Any] = {
+        "id": "".join(dice.choice(script.ID_ALPHABET) for _ in range(8)),
+        "type": dice.choice(script.TYPES),
+        "status": "Pending",
+        "timestamp": 1736712000 + dice.randrange(100000),
+        "ip": f"10.0.0.{dice.randrange(20)}",
+        "prompt": a_prompt(dice),
+    }
+    return script.Job(**{**values, **fields})
+
+
+def completed(job: Any, images: int = 1) -> Any:
+    names = tuple(f"{job.day}/{job.id}_{number}.png" for number in range(images))
+    return job._replace(
+        status="Completed", started=job.timestamp + 0.5, finished=job.timestamp + 3.25, images=names, bytes=1000 * images
+    )
+
+
+def read_jobs(path: Path) -> Dict[str, Optional[Dict[str, Any]]]:
+    """jobs.json as everybody reads it. Fails unless it is valid JSON, for jq too where there is one."""
+    data = path.read_bytes()
+    jobs = json.loads(data.decode())
+    assert isinstance(jobs, dict)
+    if JQ:
+        seen = subprocess.run([JQ, "-c", "."], input=data, stdout=subprocess.PIPE, check=True).stdout
+        assert json.loads(seen.decode()).keys() == jobs.keys()
+    return jobs
+
+
+def alive(path: Path) -> Dict[str, Dict[str, Any]]:
+    return {job_id: record for job_id, record in read_jobs(path).items() if record is not None}
+
+
+def lines_of(path: Path) -> List[bytes]:
+    return path.read_bytes().split(b"\n")
+
+
+def make_tracker(script: Any, folder: Path, **environ: str) -> Any:
+    """A tracker without a webui."""
+    return script.Tracker(script.Settings(str(folder), environ), lambda *_: (None, None), lambda: None)
+
+
+def pixels(job_id: str, number: int, size: int = 0) -> bytes:
+    """The picture that a job of these tests has: always the same."""
+    seed = hashlib.sha256(f"{job_id} {number}".encode()).digest()
+    return b"\x89PNG\r\n\x1a\n" + seed * ((size or 100 + seed[0] * 200) // 32)
+
+
+def an_answer(script: Any, job_id: str, images: int) -> Any:
+    """What the host would have answered for it."""
+    rest = json.dumps({"images": [], "parameters": {"prompt": job_id}, "info": "{}"}).encode()
+    return script.Answer([base64.b64encode(pixels(job_id, number)) for number in range(images)], rest)
+
+
+def files_are_whole(tracker: Any, job: Any) -> bool:
+    """Whether a Completed job has all its files, byte for byte."""
+    try:
+        return all(
+            b"".join(tracker.images.read(name)) == pixels(job.id, number) for number, name in enumerate(job.images)
+        ) and json.loads(b"".join(tracker.images.read(job.answer)).decode())["parameters"] == {"prompt": job.id}
+    except (OSError, ValueError):
+        return False
