@@ -1,0 +1,37 @@
+// Generates images over a bad connection: none is lost, and none is generated twice.
+//
+//     import { generate } from "./retry.mjs";
+//     const job = await generate("http://127.0.0.1:7860", { prompt: "a lighthouse", steps: 20 });
+//     await fs.promises.writeFile("lighthouse.png", Buffer.from(job.images[0], "base64"));
+
+import { randomUUID } from "node:crypto";
+
+// One request, again and again until it is answered.
+async function call(url, options) {
+  for (;;) {
+    const response = await fetch(url, { ...options, signal: AbortSignal.timeout(90_000) }).catch(() => null);
+    const answer = await response?.json().catch(() => null); // null: no connection, or it broke
+    if (response?.ok && answer) return answer;
+    if (answer && ![502, 503, 504].includes(response.status)) throw new Error(JSON.stringify(answer));
+    await new Promise((resolve) => setTimeout(resolve, 1000));
+  }
+}
+
+export async function generate(url, request, headers = {}) {
+  // The key makes all attempts one generation; it is accepted at once, and we come back for the images.
+  let job = await call(`${url}/sdapi/v1/txt2img`, {
+    method: "POST",
+    body: JSON.stringify(request),
+    headers: {
+      "Content-Type": "application/json",
+      "Idempotency-Key": randomUUID(),
+      Prefer: "respond-async",
+      ...headers,
+    },
+  });
+  for (;;) {
+    job = await call(`${url}/sdapi/v1/job/${job.id}?wait=60`, { headers });
+    if (job.status === "Completed") return job;
+    if (job.status === "Failed") throw new Error(job.error);
+  }
+}

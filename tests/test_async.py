@@ -1,0 +1,176 @@
+"""Prefer: respond-async. The answer is the job, as soon as it is accepted."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from typing import Any, Dict
+
+import httpx
+import pytest
+from conftest import ORIGIN, Pool
+
+from harness import MODES, Sent, Webui, body, until
+
+ASYNC = {"Prefer": "respond-async"}
+
+
+@pytest.fixture(scope="session")
+def webui(pool: Pool) -> Webui:
+    return pool.get("tracked", MODES[-1])
+
+
+@pytest.fixture(scope="session")
+def guarded(pool: Pool) -> Webui:
+    return pool.get("tracked", MODES[-1], auth=True)
+
+
+@pytest.fixture
+def request_body() -> Dict[str, Any]:
+    """One that no other test sends."""
+    return body(f"of {uuid.uuid4()}")
+
+
+@pytest.mark.parametrize("kind", ["txt2img", "img2img"])
+@pytest.mark.parametrize("encoding", ["gzip", "identity"])
+def test_accepted(webui, kind, encoding):
+    gate = webui.gate()
+    request = body(f"of {uuid.uuid4()}", kind=kind, standin={"hold": gate})
+    answer = webui.post(request, kind, headers={**ASYNC, "Accept-Encoding": encoding})
+    assert answer.status_code == 202
+    job_id = answer.headers["x-job-id"]
+    assert answer.headers["location"] == f"/sdapi/v1/job/{job_id}"
+    assert answer.headers["preference-applied"] == "respond-async"
+    assert answer.headers["content-type"] == "application/json"
+    assert answer.headers.get("content-encoding", "identity") == encoding
+    job = answer.json()
+    assert job["id"] == job_id and job["type"] == kind and job["prompt"] == request["prompt"]
+    assert job["status"] in ("Pending", "Processing")
+    assert job["info"] is None and job["parameters"] is None and job["image_count"] == 0
+    assert "images" not in job
+    assert webui.records()[job_id]["prompt"] == request["prompt"]  # on disk before its ID was known
+    gate.open()
+    done = webui.client.get(answer.headers["location"], params={"wait": 30}).json()
+    assert set(done) - {"images"} == set(job)
+    assert done["status"] == "Completed" and len(done["images"]) == done["image_count"] == 1
+
+
+@pytest.mark.parametrize(
+    "values, applied",
+    [
+        (["respond-async"], True),
+        (["Respond-ASYNC"], True),
+        (["respond-async, wait=10"], True),
+        (["return=minimal,respond-async"], True),
+        (['wait="1", handling=lenient; x="a,b" , respond-async; priority=5'], True),
+        (['say="a \\" , b", respond-async'], True),
+        (["respond-async;"], True),
+        (["respond-async=", "wait=1"], True),
+        (["return=minimal", "respond-async"], True),
+        ([" , ,respond-async,"], True),
+        ([""], False),
+        (["wait=10"], False),
+        (["respond-sync"], False),
+        (["x-respond-async"], False),
+        (["respond-asynchronously"], False),
+        (["wait=10; respond-async"], False),
+        (['say="respond-async"'], False),
+        (['say="a, respond-async, b"'], False),
+        (['say="\\", respond-async"'], False),
+        (["return=respond-async"], False),
+    ],
+    ids=str,
+)
+def test_ways_to_say_it(webui, request_body, values, applied):
+    head, _, rest = webui.raw(request_body).partition(b"\r\n\r\n")
+    fields = "".join(f"\r\nPrefer: {value}" for value in values).encode()
+    sent = Sent(webui.port, head + fields + b"\r\n\r\n" + rest)
+    status, headers = sent.head()
+    sent.to_end()
+    assert status == (202 if applied else 200)
+    assert ("location" in headers) == ("preference-applied" in headers) == applied
+    assert webui.job(headers["x-job-id"], wait=30)["status"] == "Completed"
+
+
+def test_refusals_stay_refusals(guarded, request_body):
+    def refusal(data: Any, kind: str = "txt2img", **options: Any) -> httpx.Response:
+        plain = guarded.post(data, kind, **options)
+        preferring = guarded.post(data, kind, headers=ASYNC, **options)
+        assert preferring.status_code == plain.status_code
+        assert preferring.content == plain.content
+        assert not {"x-job-id", "location", "preference-applied"} & set(preferring.headers)
+        return preferring
+
+    assert refusal(request_body, auth=("user", "wrong")).status_code == 401
+    assert refusal(b"{").status_code == 422
+    assert refusal({**request_body, "steps": "many"}).status_code == 422
+    assert refusal({**request_body, "script_name": "no such script"}).status_code == 422
+    assert refusal({**request_body, "alwayson_scripts": {"no such script": {}}}).status_code == 422
+    assert refusal(request_body, "img2img").status_code == 404
+    assert not guarded.jobs(q=request_body["prompt"])
+
+
+def test_an_early_failure_is_told_either_way(webui, request_body):
+    answer = webui.post({**request_body, "steps": 0}, headers=ASYNC)
+    assert answer.status_code in (202, 500)
+    (job,) = webui.jobs(q=request_body["prompt"])
+    assert webui.job(job["id"], wait=30)["status"] == "Failed"
+    assert answer.status_code == 500 or answer.headers["x-job-id"] == job["id"]
+
+
+def test_a_later_failure_is_seen_in_the_job(webui, request_body):
+    request = body(request_body["prompt"], standin={"fail": "OutOfMemoryError", "fail_after": 0.1})
+    answer = webui.post(request, headers=ASYNC)
+    assert answer.status_code == 202
+    job = webui.job(answer.headers["x-job-id"], wait=30)
+    assert job["status"] == "Failed" and "OutOfMemoryError" in job["error"]
+
+
+@pytest.mark.parametrize("reset", [False, True])
+def test_a_client_that_leaves(webui, request_body, reset):
+    """It has not even read the head."""
+    gate = webui.gate()
+    sent = webui.send(body(request_body["prompt"], standin={"hold": gate}), headers=ASYNC)
+    (job,) = until(lambda: webui.jobs(q=request_body["prompt"]), what="the job is there")
+    sent.leave(reset)
+    gate.open()
+    assert webui.job(job["id"], wait=30)["status"] == "Completed"
+
+
+def test_a_queue_of_them(webui, request_body):
+    """A queue can be filled over one connection, and each is told its place in it."""
+    gate = webui.gate()
+    first = webui.post(body(standin={"hold": gate}), headers=ASYNC).json()["id"]
+    webui.until_status(first, "Processing")
+    jobs = [webui.post(request_body, headers=ASYNC).json() for _ in range(20)]
+    assert [job["status"] for job in jobs] == ["Pending"] * 20
+    assert [job["queue_position"] for job in jobs] == list(range(1, 21))
+    listed = webui.jobs(q=request_body["prompt"])
+    assert [job["id"] for job in listed] == [job["id"] for job in reversed(jobs)]
+    gate.open()
+    ended = [webui.job(job["id"], wait=30) for job in jobs]
+    assert [job["status"] for job in ended] == ["Completed"] * 20
+    starts = [job["started"] for job in ended]
+    assert starts == sorted(starts)
+
+
+def test_from_another_origin(webui, request_body):
+    answer = webui.post(request_body, headers={**ASYNC, "Origin": ORIGIN})
+    assert answer.status_code == 202
+    assert "X-Job-ID" in answer.headers["access-control-expose-headers"]
+    assert answer.headers["access-control-allow-origin"] in (ORIGIN, "*")
+    assert webui.job(answer.headers["x-job-id"], wait=30)["status"] == "Completed"
+
+
+def test_tracking_off(off, request_body):
+    answer = off.post(request_body, headers=ASYNC)
+    assert answer.status_code == 200 and answer.json()["images"]
+    assert not {"x-job-id", "location", "preference-applied"} & set(answer.headers)
+
+
+def test_answers_can_be_read_by_any_parser(webui):
+    """A prompt with what JSON must escape, and more than fits a line."""
+    prompt = f'"{uuid.uuid4()}"\n\t\\ 灯台 🗼 </script> ' + "x" * 5000
+    answer = webui.post(body(prompt), headers=ASYNC)
+    assert json.loads(answer.content.decode("ascii"))["prompt"] == prompt
+    assert webui.job(answer.headers["x-job-id"], wait=30)["parameters"]["prompt"] == prompt

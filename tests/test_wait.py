@@ -1,0 +1,169 @@
+"""GET /sdapi/v1/job/{id}?wait=S answers the moment the job ends, and holds nobody up until then."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from typing import Any, Dict, List
+
+import pytest
+from conftest import Pool
+
+from harness import MODES, Sent, Webui, body, until
+
+ASYNC = {"Prefer": "respond-async"}
+SOON = 0.15  # seconds; it is a few milliseconds where nothing else runs
+
+
+@pytest.fixture(scope="session")
+def webui(pool: Pool) -> Webui:
+    return pool.get("tracked", MODES[-1])
+
+
+def held_job(webui: Webui, **standin: Any) -> str:
+    """A job that runs until its gate, the latest, is opened."""
+    answer = webui.post(body(standin={"hold": webui.gate(), **standin}), headers=ASYNC)
+    webui.until_status(answer.headers["x-job-id"], "Processing")
+    return answer.headers["x-job-id"]
+
+
+def wait_for(webui: Webui, job_id: str, seconds: float) -> Sent:
+    path = f"/sdapi/v1/job/{job_id}?images=false&wait={seconds}"
+    return Sent(webui.port, f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
+
+
+def threads(webui: Webui) -> Dict[str, Any]:
+    return webui.client.get("/standin/threads").json()
+
+
+def test_answers_when_the_job_ends(webui):
+    delays = []
+    for _ in range(9):
+        job_id = held_job(webui)
+        sent = wait_for(webui, job_id, 30)
+        webui.gates[-1].open()
+        sent.read_until(b"\r\n\r\n")
+        arrived = time.time()
+        sent.to_end()
+        job = webui.job(job_id)
+        assert job["status"] == "Completed"
+        delays.append(arrived - job["finished"])
+    assert statistics.median(delays) < SOON, delays
+
+
+def test_answers_when_the_job_fails(webui):
+    delays = []
+    for _ in range(5):
+        job_id = held_job(webui, fail="RuntimeError")
+        sent = wait_for(webui, job_id, 30)
+        webui.gates[-1].open()
+        job = json.loads(sent.content())
+        delays.append(time.time() - job["finished"])
+        assert job["status"] == "Failed"
+    assert statistics.median(delays) < SOON, delays
+
+
+def test_answers_when_a_waiting_job_is_cancelled(webui):
+    held_job(webui)
+    job_id = webui.post(body(), headers=ASYNC).headers["x-job-id"]
+    sent = wait_for(webui, job_id, 30)
+    began = time.monotonic()
+    assert webui.client.post(f"/sdapi/v1/job/{job_id}/cancel").status_code == 200
+    assert json.loads(sent.content())["status"] == "Failed"
+    assert time.monotonic() - began < 5
+
+
+def test_answers_after_the_time(webui):
+    job_id = held_job(webui)
+    began = time.monotonic()
+    assert webui.job(job_id, wait=0.4)["status"] == "Processing"
+    assert 0.4 <= time.monotonic() - began < 5
+    began = time.monotonic()
+    assert webui.job(job_id, wait=0)["status"] == "Processing"
+    assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("job_id", ["AAAAAAAA", "short", "much-too-long", "%00%00%00%00%00%00%00%00", "äöüßäöüß"])
+def test_unknown_is_answered_at_once(webui, job_id):
+    began = time.monotonic()
+    answer = webui.client.get(f"/sdapi/v1/job/{job_id}", params={"wait": 300})
+    assert answer.status_code == 404 and answer.json()["detail"]
+    assert time.monotonic() - began < 5
+
+
+def test_ended_is_answered_at_once(webui):
+    job_id = webui.post(body()).headers["x-job-id"]
+    webui.job(job_id, wait=30)
+    began = time.monotonic()
+    assert webui.job(job_id, wait=300)["status"] == "Completed"
+    assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("seconds", ["-0.1", "-1", "300.1", "1e9", "nan", "inf", "-inf", "x", "", "1,5", "0x1"])
+def test_out_of_bounds(webui, seconds):
+    for job_id in ("AAAAAAAA", webui.jobs(limit=1)[0]["id"]):
+        answer = webui.client.get(f"/sdapi/v1/job/{job_id}", params={"wait": seconds})
+        assert answer.status_code == 422
+        assert answer.json()["detail"][0]["loc"] == ["query", "wait"]
+
+
+@pytest.mark.parametrize("seconds", ["0", "300", "0.0", "299.999", "3e2"])
+def test_in_bounds(webui, seconds):
+    job_id = webui.post(body()).headers["x-job-id"]
+    assert webui.job(job_id, wait=seconds)["id"] == job_id
+
+
+def polls(webui: Webui, job_id: str) -> List[float]:
+    """How long each of some quick requests took."""
+    times = []
+    for path in ["/standin/empty", f"/sdapi/v1/job/{job_id}?images=false", "/sdapi/v1/jobs?limit=5"] * 10:
+        began = time.monotonic()
+        assert webui.client.get(path).status_code == 200
+        times.append(time.monotonic() - began)
+    return times
+
+
+def test_a_thousand_wait_and_hold_nobody_up(webui):
+    job_id = held_job(webui)
+    polls(webui, job_id)
+    before = threads(webui)
+    clients = [wait_for(webui, job_id, 300) for _ in range(1000)]
+    until(lambda: threads(webui)["tasks"] >= before["tasks"] + 1000, what="all are there")
+    times = polls(webui, job_id)
+    meanwhile = threads(webui)
+    assert statistics.median(times) < SOON and max(times) < 2, times
+    assert meanwhile["threads"] <= before["threads"] + 8  # of the tracker's own pool, made as they are needed
+    assert meanwhile["total_tokens"] == before["total_tokens"]
+    assert meanwhile["borrowed_tokens"] == before["borrowed_tokens"]
+
+    for client in clients[::3]:
+        client.leave()
+    webui.gates[-1].open()
+    staying = [client for number, client in enumerate(clients) if number % 3]
+    assert {json.loads(client.content())["status"] for client in staying} == {"Completed"}
+    until(lambda: threads(webui)["tasks"] < before["tasks"] + 5, what="nothing of them is left")
+    assert webui.post(body()).status_code == 200
+
+
+def test_a_job_of_another_process(start, tmp_path):
+    environ = {"TRACKER_DATA_DIR": str(tmp_path / "data")}
+    one, two = start("--nowebui", environ=environ), start("--nowebui", environ=environ)
+    job_id = held_job(one)
+    assert two.job(job_id)["status"] == "Processing"
+    before = threads(two)
+    clients = [wait_for(two, job_id, 300) for _ in range(200)]
+    until(lambda: threads(two)["tasks"] >= before["tasks"] + 200, what="all are there")
+    times = polls(two, job_id)
+    assert statistics.median(times) < SOON and max(times) < 2, times
+    one.gates[-1].open()
+    assert {json.loads(client.content())["status"] for client in clients} == {"Completed"}
+    assert time.time() - one.job(job_id)["finished"] < 10
+
+    # It is killed: its job fails as soon as that is noticed, at the latest when a webui starts again.
+    job_id = held_job(one)
+    sent = wait_for(two, job_id, 300)
+    one.kill()
+    one.start()
+    job = json.loads(sent.content())
+    assert job["status"] == "Failed" and "ended before" in job["error"]
