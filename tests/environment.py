@@ -20,13 +20,13 @@ from typing import Iterator
 PROJECT = Path(__file__).resolve().parent.parent
 REQUIREMENTS = PROJECT / "tests" / "requirements"
 FOLDER = PROJECT / ".venv"
-OLDEST = {"a1111": (3, 8), "forge": (3, 8), "sdnext": (3, 10)}
+OLDEST = {"a1111": (3, 8), "forge": (3, 8), "sdnext": (3, 10), "schemathesis": (3, 9)}
 NEWEST = (3, 13)
-HOSTS = tuple(OLDEST)
+HOSTS = ("a1111", "forge", "sdnext")
 
 
 def ensure(host: str, *extra: str) -> str:
-    """The Python of an environment that has the host's list and the extra ones."""
+    """The Python of an environment that has the host's list, or another program's, and the extra ones."""
     if not OLDEST[host] <= sys.version_info[:2] <= NEWEST:
         sys.exit(
             f"The packages of {host} exist for Python {_dotted(OLDEST[host])} to {_dotted(NEWEST)}; "

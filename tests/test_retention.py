@@ -5,9 +5,9 @@ import os
 import time
 
 import pytest
+from test_settings import script  # noqa: F401 - a fixture
 
 from harness import body, until
-from test_settings import script  # noqa: F401 - a fixture
 
 DAY = 86400
 
