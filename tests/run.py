@@ -16,6 +16,7 @@ Everything there is to do with Job Tracker's tests, on any Python from 3.8.
   python3 tests/run.py demo               watch Job Tracker work, then try it yourself
   python3 tests/run.py test               run the tests
   python3 tests/run.py test -k purge -x   run some of them: more words go to pytest
+  python3 tests/run.py bench              measure what it costs, with a table and a picture
   python3 tests/run.py matrix             the tests on all hosts' packages and all Pythons there are
 
 The packages go into .venv/, by themselves, in about a minute the first
@@ -36,6 +37,14 @@ def test(options, pytest_arguments):
     words = [os.path.abspath(w) if os.path.exists(w.split("::")[0]) else w for w in pytest_arguments]
     return environment.call(
         [python, "-m", "pytest", *words], cwd=environment.PROJECT, env={"WEBUI_SHAPE": options.host}
+    )
+
+
+def bench(options, parts):
+    python = environment.ensure(options.host, "test")
+    script = str(environment.PROJECT / "tests" / "bench.py")
+    return environment.call(
+        [python, script, str(options.jobs), *parts], cwd=environment.PROJECT, env={"WEBUI_SHAPE": options.host}
     )
 
 
@@ -67,10 +76,13 @@ def main():
 
     add_command(test, "run the tests; every argument not listed here goes to pytest")
 
+    command = add_command(bench, "measure what it costs; parts: requests, http, store, growth (default: all)")
+    command.add_argument("--jobs", type=int, default=100_000, help="how many jobs there are (default: 100000)")
+
     add_command(matrix, "run the tests with each host's packages on each Python of this machine, and print a table")
 
     options, rest = parser.parse_known_args()
-    if rest and options.function not in (test, matrix):
+    if rest and options.function not in (test, bench, matrix):
         parser.error("unknown: " + " ".join(rest))
     try:
         return options.function(options, rest)

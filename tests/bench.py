@@ -1,0 +1,174 @@
+"""Measures what Job Tracker costs, as a table and a picture. Started by run.py.
+
+Every figure stands beside what it is compared with in the same run: the webui alone, an empty route, a bare write and
+fsync, or a jobs.json that is written whole for each change.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Tuple
+
+import bench_requests
+import bench_store
+import harness
+from harness import MODE_FLAGS, MODES, PROJECT, SHAPE, body
+from inside import a_job, load_script
+
+PICTURE = PROJECT / ".github" / "growth.png"
+SIZES = (1_000, 10_000, 100_000, 1_000_000)
+REPEATS = 200
+
+
+def over_http(start: Callable[..., Any], jobs: int, progress: bench_store.Progress) -> List[Tuple[str, str, str]]:
+    """How long the endpoints take with so many jobs, beside an empty route of the same host."""
+    script = load_script()
+
+    def prepare(webui: Any) -> None:
+        bench_store.write_file(script, webui.data / "jobs.json", jobs, 1, progress)
+
+    webui = start(*MODE_FLAGS[MODES[-1]], prepare=prepare)
+    job_id = webui.post(body()).headers["x-job-id"]
+    webui.job(job_id, wait=60)
+    paths = {
+        "an empty route": "/standin/empty",
+        "one job": f"/sdapi/v1/job/{job_id}",
+        "the newest 50": "/sdapi/v1/jobs",
+        "50 with a status": "/sdapi/v1/jobs?status=completed",
+        "a status that none has": "/sdapi/v1/jobs?status=failed",
+        "an address that none has": "/sdapi/v1/jobs?ip=10.9.9.9",
+        "a time that none has": "/sdapi/v1/jobs?before=1",
+        "text in some prompts": "/sdapi/v1/jobs?q=castle+snow",
+        "text in no prompt": "/sdapi/v1/jobs?q=not+there",
+    }
+    times: Dict[str, List[float]] = {name: [] for name in paths}
+    for number in range(REPEATS):  # in turns, since the machine is not the same from moment to moment
+        progress("asking", number / REPEATS)
+        for name, path in paths.items():
+            began = time.perf_counter()
+            assert webui.client.get(path).status_code == 200
+            times[name].append(1000 * (time.perf_counter() - began))
+
+    def at(name: str) -> str:
+        ordered = sorted(times[name])
+        return f"{statistics.median(ordered):.1f} / {ordered[int(len(ordered) * 0.95)]:.1f} ms"
+
+    empty = next(iter(paths))
+    return [(f"{name}, of {jobs:,} jobs", at(name), f"{at(empty)} for {empty}") for name in paths if name != empty]
+
+
+def growth(progress: bench_store.Progress) -> Dict[str, List[Tuple[int, float]]]:
+    """Seconds of an append, a query and a start, by the number of jobs, for Job Tracker and for a naive jobs.json."""
+    script, dice = load_script(), random.Random(5)
+    lines: Dict[str, List[Tuple[int, float]]] = {}
+
+    def note(line: str, jobs: int, call: Callable[[], Any], repeats: int) -> Any:
+        seconds = []
+        for _ in range(repeats):
+            began = time.perf_counter()
+            result = call()
+            seconds.append(time.perf_counter() - began)
+        lines.setdefault(line, []).append((jobs, statistics.median(seconds)))
+        return result
+
+    for jobs in SIZES:
+        with bench_store.a_folder() as folder:
+            path = folder / "jobs.json"
+            bench_store.write_file(script, path, jobs, 1, progress)
+            progress(f"growth, {jobs:,} jobs", 0)
+            everything = note("start, naive", jobs, lambda path=path: json.loads(path.read_bytes().decode()), 1)
+            naive = str(folder / "naive.json")
+
+            def rewrite(everything: Any = everything, naive: str = naive) -> None:
+                job = a_job(script, dice)
+                everything[job.id] = job._asdict()
+                script.replace_file(naive, json.dumps(everything).encode())
+
+            def scan(everything: Any = everything) -> List[Any]:
+                return [job for job in reversed(list(everything.values())) if "not there" in job["prompt"].casefold()]
+
+            note("append, naive", jobs, rewrite, 3)
+            note("query, naive", jobs, scan, 3)
+            del everything, rewrite, scan
+
+            def begin(folder: Path = folder) -> Any:
+                store = script.JobStore(str(folder))
+                store.figures()
+                return store
+
+            store = note("start", jobs, begin, 1)
+            note("append", jobs, lambda store=store: store.put(a_job(script, dice), new=True).result(), 50)
+            note("query", jobs, lambda store=store: store.query(script.Filter(q="not there"), 50), 20)
+            store.close()
+    return lines
+
+
+def draw(lines: Dict[str, List[Tuple[int, float]]]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 4.5))
+    colours = {"start": "tab:orange", "query": "tab:green", "append": "tab:blue"}
+    names = {"start": "start", "query": "query that finds nothing", "append": "durable append"}
+    for line, points in sorted(lines.items()):
+        what, _, naive = line.partition(", ")
+        style = {"linestyle": "--", "alpha": 0.55} if naive else {"marker": "o"}
+        label = f"{names[what]}, {'naive jobs.json' if naive else 'Job Tracker'}"
+        axes.plot(*zip(*points), color=colours[what], label=label, **style)
+    axes.set(xscale="log", yscale="log", xlabel="jobs", ylabel="seconds")
+    axes.grid(True, which="major", alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8, loc="upper left")
+    figure.tight_layout()
+    figure.savefig(PICTURE, dpi=110)
+
+
+def run(parts: List[str], jobs: int) -> int:
+    live = sys.stdout.isatty()
+
+    def progress(text: str, share: float) -> None:
+        if live:
+            print(f"\r[{'#' * int(share * 30):30}] {text:30}", end="", flush=True)
+
+    def row(*cells: Any) -> None:
+        if live:
+            print("\r" + " " * 64 + "\r", end="")
+        print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+
+    print(
+        f"Packages of {SHAPE}, Python {sys.version.split()[0]}. Times with slashes: typical / 95th of 100 / longest.\n"
+    )
+    row("what", "Job Tracker", "beside")
+    row("---", "---", "---")
+    if "requests" in parts:
+        for figure in bench_requests.figures():
+            print(figure, flush=True)
+    if "http" in parts:
+        with harness.started(lambda: Path(tempfile.mkdtemp(prefix="bench-"))) as start:
+            for cells in over_http(start, jobs, progress):
+                row(*cells)
+    if "store" in parts:
+        for bench in bench_store.BENCHES.values():
+            for figure in bench(jobs, progress):
+                row(*figure)
+    if "growth" in parts:
+        lines = growth(progress)
+        draw(lines)
+        for line, points in sorted(lines.items()):
+            row(line, ", ".join(f"{seconds:.3g} s" for _, seconds in points), "for 1,000 to 1,000,000 jobs")
+        print(f"\nThe picture is {PICTURE.relative_to(PROJECT)}")
+    return 0
+
+
+PARTS = ("requests", "http", "store", "growth")
+
+if __name__ == "__main__":
+    sys.exit(run(sys.argv[2:] or list(PARTS), int(sys.argv[1])))
