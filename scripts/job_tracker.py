@@ -24,7 +24,6 @@ import contextlib
 import contextvars
 import errno
 import hashlib
-import itertools
 import json
 import logging
 import math
@@ -423,6 +422,21 @@ def as_host_json(data: Any) -> bytes:
         return as_json(data)
 
 
+def without_surrogates(text: str) -> str:
+    """Text with a sign in the place of each half of a character: jq refuses those."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+def record_of(job: Job) -> bytes:
+    """A job as it stands in jobs.json."""
+    fields = job._asdict().items()
+    return as_json({name: without_surrogates(value) if isinstance(value, str) else value for name, value in fields})
+
+
 def job_from_record(record: Any) -> Job:
     """A job from its JSON in jobs.json. Raises ValueError for anything that is no valid job."""
     if not isinstance(record, dict):
@@ -686,7 +700,13 @@ LINE = re.compile(rb'(,?)\n"([A-Za-z0-9]{8})": (null|\{[^\n]*\})(?=,?(?:\n|\Z))'
 TORN_LINES = re.compile(rb'(?:,?\n"[ -~]*\n)*\Z')  # what a crash leaves, or a few spoilt bytes
 FOREIGN_LINE = re.compile(r'(?<!\\)"([A-Za-z0-9]{8})"\s*:\s*(?=null|\{)')
 BLANK = b" \t\r\n,{}\xef\xbb\xbf"
-DECODER = json.JSONDecoder()
+
+
+def refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
+
+
+DECODER = json.JSONDecoder(parse_constant=refuse)
 
 
 def read_line(job_id: str, record: bytes, place: int) -> Line:
@@ -740,19 +760,16 @@ class Opened:
     def __init__(self, file: Optional[int]):
         self.file = file
         self.index = Index()
-        self.seen: float = 0  # the index knows the file up to here
-        self.ahead: float = 0  # what lies between `seen` and here is this process's own
+        self.seen = 0  # the index knows the file up to here
+        self.ahead = 0  # what lies between `seen` and here is this process's own
         self.gaps: List[Gap] = []  # which are to be set aside
         self.foreign = False  # it holds what this program would have written in another way
+        self.stale = False  # somebody changed it where the index knows it
 
     def close(self) -> None:
         if self.file is not None:
             os.close(self.file)
             self.file = None
-
-    def mistrust(self) -> None:
-        """What the index says is no longer so: somebody changed the file in its middle."""
-        self.seen = math.inf
 
 
 class Change(NamedTuple):
@@ -780,9 +797,9 @@ class JobStore:
     with duplicate keys, and `null` ends a job. A change is one write over the closing brace. When dead lines
     outnumber live ones, the live ones go to a new file that replaces the old.
 
-    One thread, the store's own, writes the file and the index. It does one small piece of work at a time, and what
-    waits to be written comes first, all of it with one fsync. Loading and compacting are such pieces, so neither the
-    start nor a compaction with a million jobs keeps a request waiting.
+    One thread, the store's own, writes the file and the index. In turns it writes all that waits to be written, with
+    one fsync, and does a small piece of other work. Loading and compacting are such pieces, so neither the start nor a
+    compaction with a million jobs keeps a request waiting.
 
     Any thread may call any method; none is for the event loop. Several processes may share the file: each holds
     `jobs.json.lock` while it writes, and follows what the others appended or replaced. What a Future of `put` or
@@ -790,16 +807,16 @@ class JobStore:
     """
 
     HEAD, TAIL, EMPTY = b"{", b"\n}\n", b"{\n}\n"
-    PIECE = 1 << 17  # bytes read between two looks at what waits to be written
+    PIECE = 1 << 16  # bytes read between two looks at what waits to be written
     LINE_LIMIT = 1 << 23  # a longer line is damage
     SPARE_DEAD = 1000  # dead lines that are not worth a compaction
     RETRY = 5.0  # seconds until a write that failed is tried again
-    COMPACT_RETRY = 600.0
+    COMPACT_RETRY = 600.0  # the same for a compaction
 
     def __init__(self, folder: str):
         self.path = os.path.realpath(os.path.join(folder, "jobs.json"))
         self.owner = secrets.token_hex(4)
-        self._lock = threading.RLock()  # guards these two and the index
+        self._lock = threading.Lock()  # guards these two and the index
         self._opened = Opened(None)
         self._unwritten: Dict[str, Optional[Job]] = {}  # what is not in the file yet
         self._work = threading.Condition()  # guards these four
@@ -811,7 +828,7 @@ class JobStore:
         self._alive: Optional[FileLock] = None  # held for as long as this process lives
         self._retry: Dict[str, Optional[Job]] = {}
         self._retry_at = self._compact_at = 0.0
-        self._said: Optional[str] = None
+        self._troubles: Dict[str, str] = {}
         self._thread = threading.Thread(target=self._run, name="job-tracker-store", daemon=True)
         self._thread.start()
 
@@ -831,8 +848,9 @@ class JobStore:
 
     def knows(self, job_id: str) -> bool:
         """Whether an ID is taken, in any spelling. What is still being loaded is not looked at."""
+        number = id_number(job_id)
         with self._lock:
-            return id_number(job_id) in self._opened.index.slots or job_id in self._unwritten
+            return number in self._opened.index.slots or number in map(id_number, self._unwritten)
 
     def get(self, job_id: str) -> Optional[Job]:
         """A job, None if there is none. Waits while the file is being loaded. Raises OSError."""
@@ -866,12 +884,10 @@ class JobStore:
         OSError.
         """
         with self._current() as index:
-            below: Optional[int] = index.top
-            if after_id is not None:
-                below = index.slots.get(id_number(after_id))
-            if below is None:
-                times = index.timestamp
-                below = next((slot + 1 for slot in range(index.top - 1, -1, -1) if times[slot] <= after_time), 0)
+            below = index.top if after_id is None else index.slots.get(id_number(after_id))
+        if below is None:
+            times = index.timestamp
+            below = next((slot + 1 for slot in range(index.top - 1, -1, -1) if times[slot] <= after_time), 0)
         jobs: List[Job] = []
         for slot in self._matching(index, wanted, below):
             if skip > 0:
@@ -965,7 +981,7 @@ class JobStore:
 
     def _is_current(self) -> bool:
         opened = self._opened
-        if opened.file is None:
+        if opened.file is None or opened.stale:
             return False
         with contextlib.suppress(OSError):
             status = os.stat(self.path)
@@ -997,7 +1013,7 @@ class JobStore:
             return read_line(job_id, read_at(opened.file, length, place), place).job
         except (ValueError, RecursionError):
             log.error("jobs.json: the record of job %s is not where it was, all is read again", job_id)
-            opened.mistrust()
+            opened.stale = True
             return None
 
     # The thread and what it is asked for
@@ -1031,14 +1047,14 @@ class JobStore:
                 if not (self._queue or self._following or self._chores or self._closing):
                     self._work.wait(max(0, self._retry_at - time.monotonic()) if self._retry else None)
                 changes, self._queue = self._queue, []
-                chore = self._following or next(iter(self._chores), None)
+                chore = self._following or (self._chores[0] if self._chores else None)
                 self._closed = self._closing and not changes
             if changes or (self._retry and (self._closed or time.monotonic() >= self._retry_at)):
                 self._write(changes)
-            elif chore and not self._closed:
-                self._do_piece(chore)
             if self._closed:
                 break
+            if chore is not None:
+                self._do_piece(chore)
         for work, result in filter(None, [self._following, *self._chores]):
             work.close()
             result.set_exception(OSError("the store is closed"))
@@ -1059,11 +1075,11 @@ class JobStore:
                 self._following = None
             else:
                 self._chores.remove(chore)
+        self._tell("read", failure)
         if failure is None:
             result.set_result(value)
             self._consider_compacting()
         else:
-            self._say(failure)
             result.set_exception(failure)
 
     def _consider_compacting(self) -> None:
@@ -1072,12 +1088,12 @@ class JobStore:
             if not (self._following or self._chores) and time.monotonic() >= self._compact_at:
                 self._add_chore(self._compact())
 
-    def _say(self, error: Exception) -> None:
-        """One line for a trouble, not one for each time that it shows."""
-        text = f"{type(error).__name__}: {error}"
-        if text != self._said:
-            self._said = text
-            log.error("jobs.json cannot be used: %s", text)
+    def _tell(self, what: str, error: Optional[Exception]) -> None:
+        """Logs a trouble when it begins and when it is over, not each time that it shows."""
+        text = f"jobs.json cannot be {what}: {type(error).__name__}: {error}" if error else ""
+        if text != self._troubles.get(what, ""):
+            self._troubles[what] = text
+            log.error("%s", text or f"jobs.json can be {what} again")
 
     # The file
 
@@ -1096,7 +1112,7 @@ class JobStore:
             yield self._opened
 
     def _is_same_file(self) -> bool:
-        if self._opened.file is None:
+        if self._opened.file is None or self._opened.stale:
             return False
         own = os.fstat(self._opened.file)
         with contextlib.suppress(FileNotFoundError):
@@ -1147,9 +1163,9 @@ class JobStore:
         end = size - len(self.TAIL)
         if (end == len(self.HEAD) or end > 16) and read_at(opened.file, len(self.TAIL), end) == self.TAIL:
             return end
-        start, span, good = size, self.LINE_LIMIT, None
+        start, span, good = size, self.PIECE, None
         while good is None and start > opened.seen:
-            start, span = max(int(opened.seen), size - span), 2 * span
+            start, span = max(opened.seen, size - span), 2 * span
             for found in read_lines(read_at(opened.file, size - start, start), start):
                 if isinstance(found, Line):
                     good = found.place + found.length
@@ -1196,7 +1212,6 @@ class JobStore:
         if opened.gaps:
             self._keep_damage(opened.gaps)
             opened.gaps = []
-        self._said = None
         if time.monotonic() - began > 1:
             log.info("jobs.json: %d jobs loaded in %.1f s", len(opened.index), time.monotonic() - began)
 
@@ -1204,10 +1219,10 @@ class JobStore:
         """Brings the index from where it is to `end`, the end of a line."""
         step = self.PIECE
         while opened.file is not None and opened.seen < end:
-            data = read_at(opened.file, min(step, end - int(opened.seen)), int(opened.seen))
+            data = read_at(opened.file, min(step, end - opened.seen), opened.seen)
             if not data:
                 return  # somebody cut the file
-            found, read = list(read_lines(data, int(opened.seen))), opened.seen + len(data)
+            found, read = list(read_lines(data, opened.seen)), opened.seen + len(data)
             if isinstance(found[-1], Gap) and read < end:
                 if found[-1].place > opened.seen or step < self.LINE_LIMIT:
                     read = found.pop().place  # the begin of a line, perhaps
@@ -1245,7 +1260,7 @@ class JobStore:
             appended = True
             os.fsync(opened.file)
         except Exception as error:
-            self._say(error)
+            self._tell("written", error)
             self._retry_at = time.monotonic() + self.RETRY
             for change in changes:
                 if change.new:
@@ -1254,7 +1269,8 @@ class JobStore:
                     self._retry.update(change.jobs)
                 change.written.set_exception(error)
             return
-        self._said, self._retry = None, {}
+        self._tell("written", None)
+        self._retry = {}
         for change in changes:
             change.written.set_result(None)
         self._consider_compacting()
@@ -1276,7 +1292,7 @@ class JobStore:
                 pass
         data, lines = bytearray(), []
         for job_id, job in jobs.items():
-            record = b"null" if job is None else as_json(job._asdict())
+            record = b"null" if job is None else record_of(job)
             data += (b",\n" if end + len(data) > len(self.HEAD) else b"\n") + f'"{job_id}": '.encode()
             lines.append(Line(job_id, job, end + len(data), len(record)))
             data += record
@@ -1303,7 +1319,7 @@ class JobStore:
     def _compact(self) -> Iterator[None]:
         """Writes the live lines to a new file, a piece at a time, and puts it in the place of the old."""
         yield from self._load()
-        old, known, path = self._opened, int(self._opened.seen), f"{self.path}.{self.owner}.part"
+        old, known, path = self._opened, self._opened.seen, f"{self.path}.{self.owner}.part"
         if old.foreign:
             log.warning("jobs.json was not as this program writes it: it is written anew, with %d jobs", len(old.index))
         fresh = Opened(None)
@@ -1319,14 +1335,14 @@ class JobStore:
                     os.fsync(fresh.file)
                     synced = fresh.seen
                 yield
-            while old.file is not None and self.PIECE < old.seen - known < math.inf:
+            while old.file is not None and old.seen - known > self.PIECE:
                 cut = read_at(old.file, self.PIECE, known).rfind(b",\n")
-                known = self._copy_tail(old, fresh, known, known + cut if cut > 0 else int(old.seen))
+                known = self._copy_tail(old, fresh, known, known + cut if cut > 0 else old.seen)
                 yield
             os.fsync(fresh.file)
             yield
             with self._exclusive():
-                if self._opened is old and old.seen < math.inf:
+                if self._opened is old and not old.stale:
                     self._copy_tail(old, fresh, known, self._end())
                     self._replace(old, fresh, path)
         except Exception as error:
@@ -1344,20 +1360,19 @@ class JobStore:
         for slot in range(start, min(end, index.top)):
             if index.status[slot] == Index.REMOVED:
                 continue
-            key, place = f'"{index.id(slot)}"'.encode(), index.place[slot]
-            start_of_line = max(0, place - 14)
-            line = read_at(old.file, place + index.length[slot] - start_of_line, start_of_line)
-            before, record = line[: place - start_of_line], line[place - start_of_line :]
-            if key not in before or record[:1] + record[-1:] != b"{}":
-                old.mistrust()
+            job_id, record = index.id(slot), read_at(old.file, index.length[slot], index.place[slot])
+            try:
+                read_line(job_id, record, 0)
+            except (ValueError, RecursionError):
+                old.stale = True
                 return False
             if b"\n" in record:
                 record = as_json(json.loads(record.decode()))
-            data += (b",\n" if fresh.seen + len(data) > len(self.HEAD) else b"\n") + key + b": "
-            fresh.index.copy(index, slot, int(fresh.seen) + len(data), len(record))
+            data += (b",\n" if fresh.seen + len(data) > len(self.HEAD) else b"\n") + f'"{job_id}": '.encode()
+            fresh.index.copy(index, slot, fresh.seen + len(data), len(record))
             fresh.index.lines += 1
             data += record
-        write_at(fresh.file, bytes(data), int(fresh.seen))
+        write_at(fresh.file, bytes(data), fresh.seen)
         fresh.seen += len(data)
         return True
 
@@ -1366,14 +1381,14 @@ class JobStore:
         data = read_at(old.file, end - start, start)
         if fresh.seen == len(self.HEAD):
             data = data.lstrip(b",")
-        write_at(fresh.file, data, int(fresh.seen))
-        for _ in self._read_lines(fresh, int(fresh.seen) + len(data)):
+        write_at(fresh.file, data, fresh.seen)
+        for _ in self._read_lines(fresh, fresh.seen + len(data)):
             pass
         return end
 
     def _replace(self, old: Opened, fresh: Opened, path: str) -> None:
         """Puts a new file, and what is known of it, in the place of the old."""
-        write_at(fresh.file, self.TAIL, int(fresh.seen))
+        write_at(fresh.file, self.TAIL, fresh.seen)
         os.fsync(fresh.file)
         with self._lock:
             if os.name == "nt":  # which replaces no open file
@@ -1449,7 +1464,7 @@ IMAGE_TYPES = (  # how a file begins, its ending, its media type
     (re.compile(rb"BM"), "bmp", "image/bmp"),
 )
 MEDIA_TYPES = {ending: media_type for _, ending, media_type in IMAGE_TYPES}
-MEDIA_TYPES["txt"] = "text/plain; charset=utf-8"
+MEDIA_TYPES["txt"] = "text/plain"  # starlette adds the charset
 OTHER_MEDIA_TYPE = "application/octet-stream"
 
 
@@ -2175,14 +2190,28 @@ def in_pieces(data: bytes) -> Iterator[bytes]:
     return (data[position : position + PIECE] for position in range(0, len(data), PIECE))
 
 
-async def from_pool(pool: ThreadPoolExecutor, pieces: Iterator[bytes]) -> Any:
-    """The same pieces, each made in a thread."""
-    loop = asyncio.get_running_loop()
-    while True:
-        piece = await loop.run_in_executor(pool, next, pieces, None)
+class FromPool:
+    """The pieces that a generator makes, each made in a thread."""
+
+    def __init__(self, pool: ThreadPoolExecutor, pieces: Iterator[bytes]):
+        self._pool = pool
+        self._pieces = pieces
+        self._making: "Future[Optional[bytes]]" = Future()
+        self._making.set_result(None)
+
+    def __aiter__(self) -> "FromPool":
+        return self
+
+    async def __anext__(self) -> bytes:
+        self._making = self._pool.submit(next, self._pieces, None)
+        piece = await asyncio.wrap_future(self._making)
         if piece is None:
-            return
-        yield piece
+            raise StopAsyncIteration
+        return piece
+
+    def close(self) -> None:
+        """Ends the generator, and so closes its file, as soon as no thread is in it."""
+        self._making.add_done_callback(lambda _: self._pieces.close())
 
 
 def one_line(text: str) -> str:
@@ -2555,11 +2584,10 @@ class Generation:
         try:
             answer = self.answer()
             prompt = json.loads(answer.rest.decode())["parameters"].get("prompt")
+            self.tracker.finish(self.job_id, answer, prompt if isinstance(prompt, str) else "")
         except Exception as error:
-            log.error("Job %s: the webui's answer cannot be read: %s", self.job_id, one_line(str(error)))
-            self.tracker.fail(self.job_id, f"Generated, but the webui's answer cannot be read: {error}")
-            return
-        self.tracker.finish(self.job_id, answer, prompt if isinstance(prompt, str) else "")
+            log.error("Job %s was generated, but could not be stored: %s", self.job_id, one_line(repr(error)))
+            self.tracker.fail(self.job_id, f"Generated, but it could not be stored: {error!r}")
 
 
 class Exchange:
@@ -2667,7 +2695,7 @@ class Exchange:
             job = await self._in_pool(self.tracker.get, job_id)
             data = as_json(await self._in_pool(self.tracker.describe, job))
             await self._start(202, headers)
-            await self._send_all(iter([data]))
+            await self._send_all(in_pieces(data))
             return
         gone = asyncio.get_running_loop().create_task(self._until_gone())
         try:
@@ -2701,10 +2729,11 @@ class Exchange:
     async def _send_all(self, pieces: Iterator[bytes], gone: Optional["asyncio.Task[None]"] = None) -> None:
         if self.encoder:
             pieces = self.encoder.encode_all(pieces)
-        async for piece in from_pool(self.tracker.pool, pieces):
-            await self._send_piece(piece)
-            if gone is not None and gone.done():
-                return
+        with contextlib.closing(FromPool(self.tracker.pool, pieces)) as made:
+            async for piece in made:
+                await self._send_piece(piece)
+                if gone is not None and gone.done():
+                    return
         await self.send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _send_piece(self, data: bytes) -> None:
@@ -2862,6 +2891,21 @@ GENERATION_DOCS = {
 }
 
 
+class Streamed(StreamingResponse):
+    """Its content is closed at the end, also when the client leaves before."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.body_iterator.close()
+
+
+def preceded(first: bytes, rest: Iterator[bytes]) -> Iterator[bytes]:
+    yield first
+    yield from rest
+
+
 class Api:
     """The endpoints. They look at jobs in threads of the tracker's own, so that the host's are never needed."""
 
@@ -2923,7 +2967,7 @@ class Api:
         job = await self._get(id)
         if images:
             return self._respond(request, self.tracker.as_json(job))
-        return self._respond(request, iter([as_json(await self._run(self.tracker.describe, job))]))
+        return self._respond(request, in_pieces(as_json(await self._run(self.tracker.describe, job))))
 
     async def get_jobs(
         self,
@@ -2964,7 +3008,7 @@ class Api:
             return as_json([self.tracker.describe(job) for job in page.jobs]), "-".join(last)
 
         body, last = await self._run(look)
-        response = self._respond(request, iter([body]))
+        response = self._respond(request, in_pieces(body))
         if last:
             following = request.url.include_query_params(cursor=last)
             response.headers["Link"] = f'<{following.path}?{following.query}>; rel="next"'
@@ -2997,14 +3041,12 @@ class Api:
         known = [tag.strip() for tag in request.headers.get("If-None-Match", "").replace("W/", "").split(",")]
         if headers["ETag"] in known or known == ["*"]:
             return Response(None, 304, headers)
-        pieces: Iterator[bytes] = iter(())
-        if request.method != "HEAD":
-            pieces = self.tracker.images.read(name)
-            try:
-                first = await asyncio.get_running_loop().run_in_executor(self.tracker.pool, next, pieces, b"")
-            except OSError:
-                raise HTTPException(404, "The image is no longer on disk") from None
-            pieces = itertools.chain([first], pieces)  # from now on the file is open, and may be deleted
+        pieces = self.tracker.images.read(name)
+        try:
+            first = await asyncio.get_running_loop().run_in_executor(self.tracker.pool, next, pieces, b"")
+        except OSError:
+            raise HTTPException(404, "The image is no longer on disk") from None
+        pieces = preceded(first, pieces)  # its file is open, and may be deleted from now on
         if gzip:
             # Otherwise the host would compress the image, in the event loop and in vain.
             pieces = Gzip(level=0).encode_all(pieces)
@@ -3012,12 +3054,14 @@ class Api:
         else:
             headers["Content-Length"] = str(size)
         media_type = MEDIA_TYPES.get(name.rpartition(".")[2], OTHER_MEDIA_TYPE)
-        return StreamingResponse(from_pool(self.tracker.pool, pieces), 200, headers, media_type)
+        if request.method == "HEAD":
+            pieces.close()
+        return Streamed(FromPool(self.tracker.pool, pieces), 200, headers, media_type)
 
     async def cancel_job(self, request: Request, id: str = Path(description="the job's ID")) -> Response:
         """Takes a Pending job out of the queue, or interrupts a Processing one. It ends as Failed, "Cancelled"."""
         await self._end(self.tracker.cancel, id)
-        return self._respond(request, iter([as_json(await self._run(self.tracker.describe, await self._get(id)))]))
+        return self._respond(request, in_pieces(as_json(await self._run(self.tracker.describe, await self._get(id)))))
 
     async def delete_job(self, id: str = Path(description="the job's ID")) -> Response:
         """Removes a job that has ended, and its images."""
@@ -3054,7 +3098,7 @@ class Api:
         if accepts_gzip(request.scope):
             pieces = Gzip().encode_all(pieces)
             headers["Content-Encoding"] = "gzip"
-        return StreamingResponse(from_pool(self.tracker.pool, pieces), 200, headers, "application/json")
+        return Streamed(FromPool(self.tracker.pool, pieces), 200, headers, "application/json")
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -3100,6 +3144,7 @@ class View(NamedTuple):
 
     page: int = 0
     job: str = ""  # the ID of the job that is open
+    version: str = ""  # of the HTML that it has
 
     @classmethod
     def parse(cls, text: Any) -> "View":
@@ -3252,12 +3297,11 @@ class Markup:
             "Took": as_duration(job.finished - job.started) if job.started and job.finished else "",
             "Left": as_duration(known["eta"]) if known["eta"] is not None else "",
             "On disk": as_size(job.bytes) if job.bytes else "",
-            "Seed": as_html(info["seeds"], 1000),
         }
-        shown = "".join(
-            f'<div class="{name.lower()}"><dt>{name}</dt><dd>{fact}</dd></div>' for name, fact in facts.items() if fact
-        )
-        return f"<dl>{shown}</dl>"
+        shown = [f"<div><dt>{name}</dt><dd>{fact}</dd></div>" for name, fact in facts.items() if fact]
+        if info["seeds"]:
+            shown.append(f'<div class="wide"><dt>Seed</dt><dd>{as_html(info["seeds"], 1000)}</dd></div>')
+        return f"<dl>{''.join(shown)}</dl>"
 
     def _text(self, name: str, text: str, is_open: bool = True) -> str:
         return (
@@ -3430,11 +3474,13 @@ class Tab:
         # A control that agrees is left alone: it may be changing under somebody's hand.
         same = gr.update()
         days = self._retention()
+        version = str(zlib.crc32(f"{top}\0{main}".encode()))
+        html = f'<div class="top" data-version="{version}">{top}</div><div class="main">{main}</div>'
         return [
             same if enabled == settings.enabled else gr.update(value=settings.enabled),
             same if retention == days else gr.update(choices=self._retentions(), value=days),
             gr.update(interactive=not self._purging, value="Purging \u2026" if self._purging else "Purge Now"),
-            f'<div class="top">{top}</div><div class="main">{main}</div>',
+            same if version == shown.version else html,
         ]
 
     @property
@@ -3548,7 +3594,10 @@ TAB_SCRIPT = """() => {
     window.jobTracker = {
         act,
         answered,
-        ask: (values) => [JSON.stringify(view), ...values.slice(1, 6)],
+        ask: (values) => {
+            const {version} = watched.querySelector("#job_tracker_fresh .top")?.dataset ?? {};
+            return [JSON.stringify({...view, version}), ...values.slice(1, 6)];
+        },
         filter: () => {
             view.page = 0;
             act(300);
@@ -3666,7 +3715,7 @@ TAB_STYLE = """
     overflow-wrap: anywhere; border-radius: var(--radius-md); background: var(--background-fill-secondary);
     font-size: var(--text-sm); line-height: 1.5; }
 #job_tracker dl { display: grid; grid-template-columns: repeat(3, 1fr); gap: 8px 16px; font-size: var(--text-sm); }
-#job_tracker dl .seed { grid-column: 1 / -1; }
+#job_tracker dl .wide { grid-column: 1 / -1; }
 #job_tracker dd { margin: 0; overflow-wrap: anywhere; }
 
 @media (max-width: 1000px) {
@@ -3682,6 +3731,7 @@ TAB_STYLE = """
     #job_tracker_filters .form > :last-child { grid-column: 1 / -1; }
     #job_tracker thead { display: none; }
     #job_tracker tbody tr:first-child { border: 0; }
+    #job_tracker td progress { margin: 3px 0 0; }
     #job_tracker tbody tr { display: grid; grid-template-columns: 1fr auto; padding: 8px 10px; }
     #job_tracker :is(td.id, td.prompt, td.status, td.time) { display: block; width: auto; padding: 1px 0; }
     #job_tracker td.prompt { grid-area: 1 / 1 / 2 / 3; }

@@ -68,11 +68,18 @@ def opened() -> Iterator[webdriver.Chrome]:
 class Page:
     """The tab Job Tracker of a webui, in one window of the browser."""
 
-    def __init__(self, driver: webdriver.Chrome, webui: Webui, theme: str = "light", login: Optional[str] = None):
+    def __init__(
+        self,
+        driver: webdriver.Chrome,
+        webui: Webui,
+        theme: str = "light",
+        login: Optional[str] = None,
+        path: str = "/",
+    ):
         self.driver = driver
         self.webui = webui
         self.resize(*WIDE)
-        self.url = f"{webui.url}/?__theme={theme}"
+        self.url = f"{webui.url}{path}?__theme={theme}"
         driver.get(self.url)
         if login:
             self._log_in(*login.split(":"))

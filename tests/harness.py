@@ -299,7 +299,13 @@ class Webui:
         return [line for line in self.log.splitlines() if line.startswith("[Job Tracker] ")]
 
     def records(self) -> Dict[str, Dict[str, Any]]:
-        """jobs.json as everybody reads it, without those that were removed."""
+        """jobs.json as everybody reads it, without those that were removed. One that meets a write reads again."""
+        for _ in range(5):
+            with contextlib.suppress(ValueError):
+                return self._read_records()
+        return self._read_records()
+
+    def _read_records(self) -> Dict[str, Dict[str, Any]]:
         with (self.data / "jobs.json").open(encoding="utf-8") as file:
             return {job_id: record for job_id, record in json.load(file).items() if record is not None}
 

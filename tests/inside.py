@@ -15,7 +15,9 @@ from typing import Any, Callable, Dict, List, Optional
 
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "job_tracker.py"
 JQ = shutil.which("jq")
-WORDS = "castle river photo lighthouse golden hour intricate portrait forest mist snow Ärger Straße 猫 film grain".split()
+WORDS = (
+    "castle river photo lighthouse golden hour intricate portrait forest mist snow Ärger Straße 猫 film grain".split()
+)
 
 
 def load_script() -> Any:
@@ -56,7 +58,11 @@ def a_job(script: Any, dice: random.Random, **fields: Any) -> Any:
 def completed(job: Any, images: int = 1) -> Any:
     names = tuple(f"{job.day}/{job.id}_{number}.png" for number in range(images))
     return job._replace(
-        status="Completed", started=job.timestamp + 0.5, finished=job.timestamp + 3.25, images=names, bytes=1000 * images
+        status="Completed",
+        started=job.timestamp + 0.5,
+        finished=job.timestamp + 3.25,
+        images=names,
+        bytes=1000 * images,
     )
 
 

@@ -58,7 +58,7 @@ def main() -> None:
         spread(webui)
         webui.start()
         page = Page(driver, webui)
-        page.resize(1400, 1080)
+        page.resize(1400, 1160)
         page.run(
             "document.head.append(Object.assign(document.createElement('style'), {textContent: arguments[0]}))", PLAIN
         )
