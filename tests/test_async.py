@@ -119,9 +119,11 @@ def test_an_early_failure_is_told_either_way(webui, request_body):
 
 
 def test_a_later_failure_is_seen_in_the_job(webui, request_body):
-    request = body(request_body["prompt"], standin={"fail": "OutOfMemoryError", "fail_after": 0.1})
+    gate = webui.gate()
+    request = body(request_body["prompt"], standin={"hold": gate, "fail": "OutOfMemoryError"})
     answer = webui.post(request, headers=ASYNC)
     assert answer.status_code == 202
+    gate.open()
     job = webui.job(answer.headers["x-job-id"], wait=30)
     assert job["status"] == "Failed" and "OutOfMemoryError" in job["error"]
 

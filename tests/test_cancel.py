@@ -138,7 +138,9 @@ def test_twice(webui):
 
 @pytest.mark.parametrize("status", ["Completed", "Failed"])
 def test_a_job_that_has_ended(webui, status):
-    job_id = submit(webui, standin={"fail": "RuntimeError", "fail_after": 0.1} if status == "Failed" else None)
+    gate = webui.gate()
+    job_id = submit(webui, standin={"hold": gate, **({"fail": "RuntimeError"} if status == "Failed" else {})})
+    gate.open()
     before = webui.job(job_id, wait=30)
     assert before["status"] == status
     answer = cancel(webui, job_id)

@@ -262,11 +262,13 @@ def test_two_fields_are_one_key(webui, request_body):
 
 
 def test_a_failed_job_frees_its_key(webui, request_body, key):
-    request = body(standin={"fail": "OutOfMemoryError", "fail_after": 0.2}, **request_body)
     ids = set()
     for _ in range(2):
+        gate = webui.gate()
+        request = body(standin={"hold": gate, "fail": "OutOfMemoryError"}, **request_body)
         sent = webui.send(request, headers=keyed(key))
         ids.add(sent.job_id())
+        gate.open()
         assert is_cut(sent)
     assert len(ids) == 2
     answer = webui.post(request_body, headers=keyed(key))  # another body, too

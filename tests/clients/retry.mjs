@@ -9,8 +9,11 @@ import { randomUUID } from "node:crypto";
 // One request, again and again until it is answered.
 async function call(url, options) {
   for (;;) {
-    const response = await fetch(url, { ...options, signal: AbortSignal.timeout(90_000) }).catch(() => null);
+    const attempt = new AbortController();
+    const timer = setTimeout(() => attempt.abort(), 60_000);
+    const response = await fetch(url, { ...options, signal: attempt.signal }).catch(() => null);
     const answer = await response?.json().catch(() => null); // null: no connection, or it broke
+    clearTimeout(timer);
     if (response?.ok && answer) return answer;
     if (answer && ![502, 503, 504].includes(response.status)) throw new Error(JSON.stringify(answer));
     await new Promise((resolve) => setTimeout(resolve, 1000));
@@ -30,7 +33,7 @@ export async function generate(url, request, headers = {}) {
     },
   });
   for (;;) {
-    job = await call(`${url}/sdapi/v1/job/${job.id}?wait=60`, { headers });
+    job = await call(`${url}/sdapi/v1/job/${job.id}?wait=20`, { headers });
     if (job.status === "Completed") return job;
     if (job.status === "Failed") throw new Error(job.error);
   }

@@ -15,7 +15,7 @@ def call(method, url, **options):
     """One request, again and again until it is answered."""
     while True:
         try:
-            response = requests.request(method, url, timeout=90, **options)
+            response = requests.request(method, url, timeout=60, **options)
             answer = response.json()
         except requests.RequestException:  # no connection, or it broke
             response = None
@@ -30,7 +30,7 @@ def generate(url, request, auth=None):
     headers = {"Idempotency-Key": str(uuid.uuid4()), "Prefer": "respond-async"}
     job = call("POST", f"{url}/sdapi/v1/txt2img", json=request, headers=headers, auth=auth)
     while True:
-        job = call("GET", f"{url}/sdapi/v1/job/{job['id']}?wait=60", auth=auth)
+        job = call("GET", f"{url}/sdapi/v1/job/{job['id']}?wait=20", auth=auth)
         if job["status"] == "Completed":
             return job
         if job["status"] == "Failed":

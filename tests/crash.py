@@ -1,0 +1,611 @@
+"""Kills processes at random moments, again and again, and checks that nothing was lost.
+
+    python3 tests/crash.py --rounds 500          about a quarter of an hour
+    python3 tests/crash.py trackers --rounds 50  one of the kinds alone
+
+trackers    a process that uses the Tracker itself, under load from several threads; killed, started again on the same
+            folder, which it checks first. Some are killed while they check.
+webui       the stand-in webui, under load over HTTP; killed, started again, asked for every ID that a client has seen.
+neighbours  three processes on one folder, each of them killed and started again while the others go on.
+
+A round is one kill. Of N rounds, the webui has a twentieth. What is checked: every ID that was acknowledged resolves;
+Completed jobs have all their images, byte for byte; jobs that were running are Failed and say so, once; what was
+removed stays so; no file is left that nobody names; jobs.json is valid JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import os
+import random
+import re
+import select
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, Optional, Set
+
+try:
+    import fastapi  # noqa: F401
+    import httpx
+except ImportError:
+    import environment
+
+    sys.exit(environment.call([environment.ensure("a1111", "test"), *sys.argv], cwd=Path.cwd(), env={}))
+
+import lossy
+from inside import an_answer, files_are_whole, load_script, make_tracker, until
+
+import harness
+
+FAST_FOLDER = "/dev/shm" if os.path.isdir("/dev/shm") else None
+END_OF_CRASHED = "The webui ended before the generation did"
+
+
+class Known:
+    """What the processes have said of their jobs."""
+
+    def __init__(self) -> None:
+        self.accepted: Set[str] = set()
+        self.completed: Set[str] = set()
+        self.going: Set[str] = set()  # being removed, perhaps
+        self.removed: Set[str] = set()
+        self.checks = 0
+
+    def hear(self, line: str) -> None:
+        word, _, job_id = line.partition(" ")
+        if word == "error":
+            raise AssertionError(job_id)
+        if word == "checked":
+            self.checks += 1
+        else:
+            getattr(self, word).add(job_id)
+
+    @property
+    def kept(self) -> Set[str]:
+        return self.accepted - self.going
+
+
+class Child:
+    """A process with a Tracker, forked off. It says what is done, and only when it is done."""
+
+    def __init__(self, script: Any, folder: Path, known: Known, options: argparse.Namespace):
+        ours, theirs = os.pipe()
+        self.known = known
+        self.rest = b""
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.close(ours)
+            with contextlib.suppress(BaseException):
+                Work(script, folder, known, options, theirs).run()
+            os._exit(1)
+        os.close(theirs)
+        self.pipe = ours
+
+    def listen(self, seconds: float) -> bool:
+        """Hears what it says for some time. False when it has ended."""
+        end = time.monotonic() + seconds
+        while True:
+            left = end - time.monotonic()
+            if left <= 0 or not select.select([self.pipe], [], [], left)[0]:
+                return True
+            data = os.read(self.pipe, 1 << 16)
+            if not data:
+                return False
+            *lines, self.rest = (self.rest + data).split(b"\n")
+            for line in lines:
+                self.known.hear(line.decode())
+
+    def kill(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+        status = os.waitpid(self.pid, 0)[1]
+        assert os.WIFSIGNALED(status), "a process ended by itself"
+        while self.listen(60):
+            pass
+        os.close(self.pipe)
+
+
+class CutShort:
+    """Stands for the module `os` in the script. Once in many writes the process is killed in the middle of it."""
+
+    def __init__(self, dice: random.Random):
+        self.dice = dice
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(os, name)
+
+    def pwrite(self, file: int, data: bytes, position: int) -> int:
+        if self.dice.random() < 0.003:
+            os.pwrite(file, data[: self.dice.randrange(len(data))], position)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return os.pwrite(file, data, position)
+
+
+class Work:
+    """What a child does: it checks what is there, and then works until it is killed."""
+
+    def __init__(self, script: Any, folder: Path, known: Known, options: argparse.Namespace, pipe: int):
+        self.script = script
+        self.folder = folder
+        self.known = known
+        self.options = options
+        self.pipe = pipe
+        self.shared = os.open(str(folder / "said"), os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        self.dice = random.Random(os.urandom(8))
+        script.os = CutShort(self.dice)
+        script.JobStore.SPARE_DEAD = options.spare_dead
+        script.JobStore.PIECE = 4000
+        script.Tracker.LOOK_EVERY = 0.02
+        script.Tracker.RECOVER_EVERY = 0.02 if options.together else 3600
+
+    def say(self, word: str, job_id: str = "") -> None:
+        line = f"{word} {job_id}\n".encode()
+        os.write(self.pipe, line)
+        if self.options.together and word in ("accepted", "going"):
+            os.write(self.shared, line)
+
+    def run(self) -> None:
+        try:
+            data = self.folder / "data"
+            self.tracker = make_tracker(self.script, data, TRACKER_RETENTION="1")
+            put = self.tracker.store.put
+
+            def heard(job: Any, new: bool = False) -> Any:
+                written = put(job, new)
+                if job.status == self.script.COMPLETED:
+                    written.add_done_callback(lambda done: done.exception() or self.say("completed", job.id))
+                return written
+
+            self.tracker.store.put = heard
+            if not self.options.together:
+                self.check()
+                self.say("checked")
+            loops = [self.generate] * 4 + [self.remove, self.purge] + [self.look] * self.options.together
+            for loop in loops:
+                threading.Thread(target=self.guard, args=(loop,)).start()
+        except BaseException as error:
+            self.say("error", f"{type(error).__name__}: {error}".replace("\n", " "))
+        time.sleep(3600)
+
+    def guard(self, loop: Callable[[], None]) -> None:
+        try:
+            while True:
+                loop()
+        except BaseException as error:
+            self.say("error", f"{loop.__name__}: {type(error).__name__}: {error}".replace("\n", " ")[:1000])
+
+    # The load
+
+    def generate(self) -> None:
+        script, tracker, dice = self.script, self.tracker, self.dice
+        old = dice.random() < 0.1
+        timestamp = int(time.time()) - old * 2 * 86400
+        prompt = "a cat " * (20_000 if dice.random() < 0.05 else 1)  # a kill may cut a long line
+        job = script.Job(tracker.reserve_id(), dice.choice(script.TYPES), script.PENDING, timestamp, None, prompt)
+        if old:
+            self.say("going", job.id)  # a purge removes it as soon as it has ended
+        tracker.accept(job, lambda: True).result()
+        self.say("accepted", job.id)
+        time.sleep(dice.random() * 0.02)
+        tracker.start(job.id)
+        time.sleep(dice.random() * 0.02)
+        if dice.random() < 0.1:
+            tracker.fail(job.id, "as it happens")
+        else:
+            tracker.finish(job.id, an_answer(script, job.id, dice.randrange(4)))
+
+    def remove(self) -> None:
+        time.sleep(self.dice.random() * 0.05)
+        page = self.tracker.store.query(self.script.Filter(status=self.dice.choice(self.script.ENDED)), 20)
+        if page.jobs:
+            job_id = self.dice.choice(page.jobs).id
+            self.say("going", job_id)
+            self.tracker.delete(job_id)
+            self.say("removed", job_id)
+
+    def purge(self) -> None:
+        time.sleep(0.1)
+        self.tracker.purge()
+
+    def look(self) -> None:
+        """What one process has acknowledged, the others see."""
+        time.sleep(0.01)
+        accepted, going = self.said()
+        for job_id in self.dice.sample(sorted(accepted), min(20, len(accepted))):
+            if job_id not in going and self.tracker.get(job_id) is None:
+                assert job_id in self.said()[1], f"{job_id} of another process is not seen"
+
+    def said(self) -> Any:
+        words: Dict[str, Set[str]] = {"accepted": set(), "going": set()}
+        text = (self.folder / "said").read_text()
+        for line in text[: text.rfind("\n") + 1].splitlines():
+            word, _, job_id = line.partition(" ")
+            words[word].add(job_id)
+        return words["accepted"], words["going"]
+
+    # The check, before anything else
+
+    def check(self) -> None:
+        script, tracker, known = self.script, self.tracker, self.known
+        until(lambda: tracker.next_purge, what="the housekeeper has looked for jobs left behind")
+        age, script.Tracker.ORPHAN_AGE = script.Tracker.ORPHAN_AGE, -1
+        tracker.purge()
+        script.Tracker.ORPHAN_AGE = age
+        jobs = {job.id: job for job in self.all_jobs()}
+        for job_id in known.kept:
+            assert job_id in jobs, f"{job_id} was acknowledged and is gone"
+            assert tracker.get(job_id) == jobs[job_id], f"{job_id} is {tracker.get(job_id)}, was {jobs[job_id]}"
+        assert not known.removed & set(jobs), "what was removed is back"
+        for job in jobs.values():
+            assert job.ended, f"{job.id} is {job.status}, but nobody runs it"
+            if job.id in known.completed:
+                assert job.status == script.COMPLETED, f"{job.id} was Completed and is {job.status}: {job.error}"
+            if job.status == script.COMPLETED:
+                assert files_are_whole(tracker, job), f"{job.id} has not all its images"
+            else:
+                assert job.error in ("as it happens", END_OF_CRASHED), f"{job.id} has failed for {job.error}"
+        self.check_files(jobs)
+
+    def all_jobs(self) -> Iterator[Any]:
+        after: Any = None
+        while True:
+            page = self.tracker.store.query(
+                self.script.Filter(), 1000, 0, after and after.id, after.timestamp if after else 0
+            )
+            yield from page.jobs
+            if not page.more:
+                return
+            after = page.jobs[-1]
+
+    def check_files(self, jobs: Dict[str, Any]) -> None:
+        """Nothing is left that nobody names."""
+        tracker = self.tracker
+        named = {name for job in jobs.values() for name in (*job.images, job.answer)}
+        doubtful = tracker.store.set_aside_ids()
+        for path in tracker_files(tracker, "images/*/*"):
+            name = "/".join(path.parts[-2:])
+            assert name in named or doubtful is None or path.name[:8] in doubtful, f"nobody names {name}"
+        for path in tracker_files(tracker, "*"):
+            left = "jobs.json.owner-" in path.name or ("jobs.json." in path.name and path.name.endswith(".part"))
+            assert not left or tracker.store.owner in path.name, f"{path.name} is left"
+
+
+def tracker_files(tracker: Any, pattern: str) -> List[Path]:
+    return list(Path(tracker.settings.data_folder).glob(pattern))
+
+
+# The loops
+
+
+def final_check(script: Any, folder: Path, known: Known, options: argparse.Namespace) -> None:
+    before = known.checks
+    options = argparse.Namespace(**{**vars(options), "together": False})
+    child = Child(script, folder, known, options)
+    while known.checks == before:
+        if not child.listen(0.1):
+            child.kill()
+            child = Child(script, folder, known, options)
+    child.kill()
+
+
+def history(path: Path) -> Dict[str, List[str]]:
+    """Each job's line after line, from a jobs.json that was not compacted."""
+    lines: Dict[str, List[str]] = {}
+
+    def collect(pairs: Any) -> Any:
+        for key, value in pairs:
+            if value is None or (isinstance(value, dict) and "status" in value):
+                lines.setdefault(key, []).append("gone" if value is None else value["status"])
+        return dict(pairs)
+
+    json.loads(path.read_text(), object_pairs_hook=collect)
+    lines.pop("finished", None)  # and the like, of records
+    return lines
+
+
+def check_history(path: Path) -> None:
+    """Every job went its way once: no neighbour has ended it, and nobody has ended it twice."""
+    for job_id, steps in history(path).items():
+        way = " ".join(steps)
+        assert re.fullmatch("(Pending ?)?(Processing ?)?((Completed|Failed) ?)?(gone ?)*", way), f"{job_id} went {way}"
+
+
+def trackers(rounds: int, progress: Callable[[str], None]) -> str:
+    """One process at a time."""
+    script, dice = load_script(), random.Random()
+    jobs = checks = torn = damaged = 0
+    options = argparse.Namespace(together=False, spare_dead=30)
+    done = 0
+    while done < rounds:
+        with tempfile.TemporaryDirectory(prefix="crash-") as name:
+            folder, known = Path(name), Known()
+            for _ in range(min(25, rounds - done)):
+                child, wanted = Child(script, folder, known, options), known.checks + 1
+                early = dice.random() < 0.15
+                try:
+                    while not early and known.checks < wanted and child.listen(0.05):
+                        pass
+                    child.listen(dice.random() * (0.05 if early else 0.3))
+                finally:
+                    child.kill()
+                done += 1
+                with contextlib.suppress(FileNotFoundError):
+                    torn += not is_json(folder / "data" / "jobs.json")
+                progress(f"{done} of {rounds} kills, {jobs + len(known.accepted)} jobs")
+            final_check(script, folder, known, options)
+            jobs += len(known.accepted)
+            checks += known.checks
+            damaged += len(list(folder.glob("data/jobs.json.damaged-*")))
+    return f"{done} kills of a tracker, {jobs} jobs, {checks} checks, {torn} lines cut by a kill, {damaged} set aside"
+
+
+def is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_text())
+    except ValueError:
+        return False
+    return True
+
+
+def neighbours(rounds: int, progress: Callable[[str], None], processes: int = 3) -> str:
+    """Several processes on one folder. Every second time without compaction, so that each line can be seen."""
+    script, dice = load_script(), random.Random()
+    done = jobs = 0
+    turn = 0
+    while done < rounds:
+        turn += 1
+        options = argparse.Namespace(together=True, spare_dead=30 if turn % 2 else 1 << 60)
+        with tempfile.TemporaryDirectory(prefix="crash-") as name:
+            folder, known = Path(name), Known()
+            children = [Child(script, folder, known, options) for _ in range(processes)]
+            try:
+                for _ in range(min(20, rounds - done)):
+                    end, place = time.monotonic() + dice.random() * 0.6, dice.randrange(processes)
+                    while time.monotonic() < end:
+                        for number, child in enumerate(children):
+                            if not child.listen(0.01):
+                                end, place = 0, number
+                    children[place].kill()
+                    children[place] = Child(script, folder, known, options)
+                    done += 1
+                    progress(f"{done} of {rounds} kills, {jobs + len(known.accepted)} jobs")
+            finally:
+                for child in children:
+                    child.kill()
+            final_check(script, folder, known, options)
+            if not turn % 2:
+                check_history(folder / "data" / "jobs.json")
+            jobs += len(known.accepted)
+    return f"{done} kills among {processes} processes on one folder, {jobs} jobs"
+
+
+def power(rounds: int, progress: Callable[[str], None], dice: Optional[random.Random] = None) -> str:
+    """Records a tracker's work, cuts the power in thought after each step of it, and opens what could be left."""
+    dice = dice or random.Random()
+    logging.getLogger("job_tracker").setLevel(logging.CRITICAL)
+    script, checker = load_script(), load_script()
+    seen: Set[int] = set()
+    steps = 0
+    for module in (script, checker):
+        module.JobStore.SPARE_DEAD = 8
+        module.JobStore.PIECE = 4000
+        module.Tracker.LOOK_EVERY = 0.005
+    while len(seen) < rounds:
+        with tempfile.TemporaryDirectory(prefix="crash-", dir=FAST_FOLDER) as name:
+            trace = record(script, Path(name) / "data", dice)
+            steps += len(trace)
+            cuts = list(range(1, len(trace) + 1))
+            if (len(seen) + 20 * len(cuts)) > rounds:
+                dice.shuffle(cuts)
+            for end in cuts:
+                for lost, torn in lossy.choices(trace, end, dice, 16):
+                    files, folders = lossy.after_power_cut(trace, end, lost, torn, dice)
+                    said = [op.what for op in trace[:end] if op.kind == "said"]
+                    state = hash((frozenset(files.items()), frozenset(folders), frozenset(said)))
+                    if state in seen:
+                        continue
+                    seen.add(state)
+                    folder = Path(name) / str(len(seen))
+                    lossy.put_down(files, folders, Path(name) / "data", folder)
+                    try:
+                        check_state(checker, folder, said)
+                    except AssertionError as error:
+                        story = [f"{number} {trace[number]}"[:150] for number in [*sorted(lost), end - 1]]
+                        raise AssertionError("\n".join([f"{error}; lost, and last:", *story])) from None
+                    shutil.rmtree(str(folder))
+                    if len(seen) % 20 == 0:
+                        progress(f"{len(seen)} of {rounds} states after a power cut")
+                if len(seen) >= rounds:
+                    break
+    return f"{len(seen)} states after a power cut, during {steps} steps"
+
+
+def record(script: Any, folder: Path, dice: random.Random) -> List[lossy.Op]:
+    """What a tracker does to files while jobs come, end and go."""
+    script.os = recorder = lossy.Recorder()
+    folder.mkdir()
+    tracker = make_tracker(script, folder, TRACKER_RETENTION="1")
+    put = tracker.store.put
+
+    def heard(job: Any, new: bool = False) -> Any:
+        written = put(job, new)
+        if job.status == script.COMPLETED:
+            written.add_done_callback(lambda done: recorder.said("completed", job.id))
+        return written
+
+    tracker.store.put = heard
+
+    def generate(old: bool) -> str:
+        timestamp = int(time.time()) - old * 2 * 86400
+        prompt = "a cat" * dice.choice([1, 1, 300])
+        job = script.Job(tracker.reserve_id(), "txt2img", script.PENDING, timestamp, None, prompt)
+        if old:
+            recorder.said("going", job.id)
+        tracker.accept(job, lambda: True).result()
+        recorder.said("accepted", job.id)
+        tracker.start(job.id)
+        if dice.random() < 0.2:
+            tracker.fail(job.id, "as it happens")
+        else:
+            tracker.finish(job.id, an_answer(script, job.id, dice.randrange(3)))
+        return job.id
+
+    def many() -> None:
+        for number in range(5):
+            job_id = generate(number == 2)
+            if number == 3:
+                recorder.said("going", job_id)
+                tracker.delete(job_id)
+                recorder.said("removed", job_id)
+
+    threads = [threading.Thread(target=many) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    tracker.purge()
+    tracker.close()
+    until(lambda: not tracker.store._thread.is_alive(), what="the store has closed")
+    return recorder.trace
+
+
+def check_state(script: Any, folder: Path, said: List[Any]) -> None:
+    known = Known()
+    for word, job_id in said:
+        known.hear(f"{word} {job_id}")
+    work = Work.__new__(Work)
+    work.script, work.known = script, known
+    work.tracker = make_tracker(script, folder, TRACKER_RETENTION="off")
+    try:
+        work.check()
+        until(lambda: is_json(folder / "jobs.json"), what="jobs.json is valid JSON")
+    finally:
+        work.tracker.close()
+        until(lambda: not work.tracker.store._thread.is_alive(), what="the store has closed")
+
+
+class Clients:
+    """What those who use a webui send and see. The same seed gives the same pictures."""
+
+    SEEDS = range(12)
+
+    def __init__(self, served: Any):
+        self.served = served
+        self.pictures = {seed: served.post(self.request(seed)).json()["images"] for seed in self.SEEDS}
+        self.seen: Dict[str, int] = {}  # ID -> seed
+        self.whole = 0  # answers that came to their end
+        self.wrong: List[str] = []
+        self.stop = threading.Event()
+
+    @staticmethod
+    def request(seed: int) -> Dict[str, Any]:
+        return harness.body(f"cat {seed}", {"seconds": 0.02}, seed=seed, batch_size=1 + seed % 3)
+
+    def run(self) -> None:
+        with httpx.Client(base_url=self.served.url, timeout=60, trust_env=False) as http:
+            while not self.stop.is_set():
+                with contextlib.suppress(httpx.HTTPError):
+                    self.generate(http, random.choice(self.SEEDS))
+
+    def generate(self, http: httpx.Client, seed: int) -> None:
+        with http.stream("POST", "/sdapi/v1/txt2img", json=self.request(seed)) as response:
+            job_id = response.headers["X-Job-ID"]
+            self.seen[job_id] = seed
+            if random.random() < 0.3:
+                return
+            response.read()
+        self.whole += 1
+        if response.json()["images"] != self.pictures[seed]:
+            self.wrong.append(f"{job_id} came out wrong")
+
+    def until_killed(self, seconds: float) -> None:
+        self.stop.clear()
+        threads = [threading.Thread(target=self.run) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        time.sleep(seconds)
+        self.served.kill()
+        self.stop.set()
+        for thread in threads:
+            thread.join()
+
+    def check(self) -> None:
+        """Of a webui that was started again."""
+        assert not self.wrong, self.wrong
+        records = self.served.records()
+        for job_id in self.seen:
+            assert job_id in records, f"{job_id} was in a header and is gone"
+        for job_id in random.sample(sorted(self.seen), min(60, len(self.seen))):
+            job = self.served.job(job_id)
+            if job["status"] == "Completed":
+                assert job["images"] == self.pictures[self.seen[job_id]], f"{job_id} has other images"
+            else:
+                assert (job["status"], job["error"]) == ("Failed", END_OF_CRASHED), f"{job_id} is {job}"
+        until(lambda: all(path.name[:8] in records for path in self.served.images()), what="nobody names a file")
+
+
+def webui(rounds: int, progress: Callable[[str], None]) -> str:
+    """The stand-in webui, and what its clients saw."""
+    with tempfile.TemporaryDirectory(prefix="crash-") as name:
+        served = harness.Webui(Path(name), "--nowebui", tracking="variable")
+        try:
+            clients = Clients(served.start())
+            for done in range(1, rounds + 1):
+                clients.until_killed(0.1 + random.random())
+                for path in served.images():
+                    os.utime(str(path), (1, 1))  # as old as need be for a purge
+                served.start()
+                clients.check()
+                progress(f"{done} of {rounds} kills, {len(clients.seen)} jobs")
+        finally:
+            served.kill()
+    return f"{rounds} kills of a webui, {len(clients.seen)} IDs seen, {clients.whole} answers read to their end"
+
+
+# The command
+
+LOOPS: Dict[str, Callable[..., str]] = {
+    "trackers": trackers,
+    "webui": webui,
+    "neighbours": neighbours,
+    "power": power,
+}
+SHARES = {"trackers": 0.6, "webui": 0.1, "neighbours": 0.3, "power": 10}
+
+
+def main(arguments: Optional[List[str]] = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kinds", nargs="*", help="trackers, webui, neighbours (default: all)")
+    parser.add_argument("--rounds", type=int, default=500, help="how many kills in all (default: 500)")
+    options = parser.parse_args(arguments)
+    kinds = options.kinds or list(LOOPS)
+    if set(kinds) - set(LOOPS):
+        parser.error("the kinds are " + ", ".join(LOOPS))
+    live = sys.stdout.isatty()
+    logging.getLogger("job_tracker").setLevel(logging.CRITICAL)
+    for kind in kinds:
+        began = time.monotonic()
+        rounds = options.rounds if len(kinds) == 1 else max(1, round(options.rounds * SHARES[kind]))
+
+        def progress(text: str, kind: str = kind, began: float = began) -> None:
+            if live:
+                print(f"\r{kind:11}{text}, {time.monotonic() - began:.0f} s   ", end="", flush=True)
+
+        try:
+            result = LOOPS[kind](rounds, progress)
+        except AssertionError as error:
+            print(f"\n{kind:11}FAILED: {error}")
+            return 1
+        print("\r" * live + f"{kind:11}{result}, {time.monotonic() - began:.0f} s: nothing lost", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
