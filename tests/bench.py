@@ -17,9 +17,10 @@ from typing import Any, Callable, Dict, List, Tuple
 
 import bench_requests
 import bench_store
+from inside import a_job, load_script
+
 import harness
 from harness import MODE_FLAGS, MODES, PROJECT, SHAPE, body
-from inside import a_job, load_script
 
 PICTURE = PROJECT / ".github" / "growth.png"
 SIZES = (1_000, 10_000, 100_000, 1_000_000)

@@ -34,7 +34,8 @@ def run(pytest_arguments: list[str]) -> int:
             print(f"  {result}, {time.monotonic() - started:.0f} s", flush=True)
     print(f"\n| {'host':6} | Python | result\n| ------ | ------ | ------")
     for host, version, result, log in rows:
-        print(f"| {host:6} | {version:6} | {result}" + (f"  ({log})" if "failed" in result or "error" in result else ""))
+        where = f"  ({log})" if "failed" in result or "error" in result else ""
+        print(f"| {host:6} | {version:6} | {result}{where}")
     return int(failed)
 
 

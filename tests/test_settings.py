@@ -61,7 +61,7 @@ def test_values(settings, text, enabled, days):
 @pytest.mark.parametrize("value", ['"7"', "-1", "true", "[]", "NaN", "Infinity", "1e999", '"off"'])
 def test_a_value_that_is_none_is_a_warning_and_the_default_holds(settings, caplog, value):
     with caplog.at_level(logging.WARNING, "job_tracker"):
-        made = settings('{"enabled": true, "retention_days": %s}' % value)
+        made = settings('{"enabled": true, "retention_days": ' + value + "}")
     assert (made.enabled, made.retention_days) == (True, 30)
     assert "retention_days" in caplog.text
 
@@ -92,7 +92,7 @@ def test_a_broken_file_is_set_aside(settings, tmp_path, config, caplog, text):
     ],
 )
 def test_enabled_by_variable(settings, text, value):
-    made = settings('{"enabled": %s}' % json.dumps(not value), TRACKER_ENABLED=f" {text} ")
+    made = settings(json.dumps({"enabled": not value}), TRACKER_ENABLED=f" {text} ")
     assert made.enabled is value
     assert made.locked == {"enabled": "TRACKER_ENABLED"}
 
