@@ -1,8 +1,8 @@
 """Generates images over a bad connection: none is lost, and none is generated twice.
 
-from retry import generate
-job = generate("http://127.0.0.1:7860", {"prompt": "a lighthouse", "steps": 20})
-open("lighthouse.png", "wb").write(base64.b64decode(job["images"][0]))
+    from retry import generate
+    job = generate("http://127.0.0.1:7860", {"prompt": "a lighthouse", "steps": 20})
+    open("lighthouse.png", "wb").write(base64.b64decode(job["images"][0]))
 """
 
 import time
