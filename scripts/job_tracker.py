@@ -73,18 +73,26 @@ class FileLock:
     """A lock between processes: an open file that the system unlocks when its holder ends, however it ends.
 
     It also excludes other instances in the same process, since `flock` and `msvcrt.locking` belong to the open file.
-    One instance is used by one thread at a time, and may be entered again while it is held.
+    One instance is used by one thread at a time.
     """
 
     def __init__(self, path: str):
         self.path = path
         self._file: Optional[int] = None
-        self._depth = 0
 
     def acquire(self, blocking: bool = True) -> bool:
         """Takes the lock. False when another holds it and `blocking` is false. Raises OSError."""
-        if self._file is None:
-            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | BINARY, 0o666)
+        while True:
+            if self._file is None:
+                self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | BINARY, 0o666)
+            if not self._take(blocking):
+                return False
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.stat(self.path), os.fstat(self._file)):
+                    return True
+            self.close()  # somebody has tidied it away, and others lock a new one
+
+    def _take(self, blocking: bool) -> bool:
         if fcntl:
             try:
                 fcntl.flock(self._file, fcntl.LOCK_EX | (0 if blocking else fcntl.LOCK_NB))
@@ -100,7 +108,9 @@ class FileLock:
                 os.lseek(self._file, 0, os.SEEK_SET)
                 msvcrt.locking(self._file, msvcrt.LK_NBLCK, 1)
                 return True
-            except OSError:
+            except OSError as error:
+                if error.errno not in (errno.EACCES, errno.EDEADLK):
+                    raise
                 if not blocking:
                     return False
                 time.sleep(0.005)
@@ -120,15 +130,11 @@ class FileLock:
             self._file = None
 
     def __enter__(self) -> "FileLock":
-        if self._depth == 0:
-            self.acquire()
-        self._depth += 1
+        self.acquire()
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self._depth -= 1
-        if self._depth == 0:
-            self.release()
+        self.release()
 
 
 seeking = threading.Lock()  # where a file has but one position, Windows
@@ -619,8 +625,12 @@ class Index:
         """Slots from `above` up to `below` that match, newest first. For some the text remains: see `must_check`."""
         text = wanted.text
         slots: Any = range(below - 1, above - 1, -1)
-        if text and self.text.count(text, *self._text_range(above, below)) * 8 < below - above:
-            text, slots = b"", self._with_text(text, below, above)  # it is rare: quicker than looking at each slot
+        if text:
+            hits = self.text.count(text, *self._text_range(above, below))
+            if hits == 0 and not self.unsure:
+                return []
+            if hits * 8 < below - above:
+                text, slots = b"", self._with_text(text, below, above)  # quicker than looking at each slot
         if wanted.ip is not None:
             ips, ip = self.ip, self.ips.get(wanted.ip, -1)
             slots = [slot for slot in slots if ips[slot] == ip]
@@ -822,10 +832,10 @@ class JobStore:
         self._work = threading.Condition()  # guards these four
         self._queue: List[Change] = []
         self._chores: List[Chore] = []
-        self._following: Optional[Chore] = None
+        self._following: Optional[Future] = None
         self._closing = self._closed = False
         self._between = FileLock(self.path + ".lock")  # of the thread alone, as is what follows
-        self._alive: Optional[FileLock] = None  # held for as long as this process lives
+        self._alive = FileLock(f"{self.path}.owner-{self.owner}")  # held for as long as this process lives
         self._retry: Dict[str, Optional[Job]] = {}
         self._retry_at = self._compact_at = 0.0
         self._troubles: Dict[str, str] = {}
@@ -980,14 +990,19 @@ class JobStore:
             self._follow().result()
 
     def _is_current(self) -> bool:
-        opened = self._opened
-        if opened.file is None or opened.stale:
-            return False
         with contextlib.suppress(OSError):
-            status = os.stat(self.path)
-            end = status.st_size - len(self.TAIL)
-            return os.path.samestat(status, os.fstat(opened.file)) and opened.seen <= end <= opened.ahead
+            return self._opened.seen <= self._length() <= self._opened.ahead
         return False
+
+    def _length(self) -> int:
+        """Of the file without its closing, -1 if it is no longer the one that is open. Raises OSError."""
+        opened = self._opened
+        if opened.file is not None and not opened.stale:
+            with contextlib.suppress(FileNotFoundError):
+                status = os.stat(self.path)
+                if os.path.samestat(status, os.fstat(opened.file)):
+                    return status.st_size - len(self.TAIL)
+        return -1
 
     def _matching(self, index: Index, wanted: Filter, below: int) -> Iterator[int]:
         """Slots of an index, newest first. Holds the lock for a moment at a time."""
@@ -1018,36 +1033,31 @@ class JobStore:
 
     # The thread and what it is asked for
 
-    def _add_chore(self, work: Iterator[None]) -> Future:
-        chore = (work, promise())
+    def _add_chore(self, work: Iterator[None], first: bool = False) -> Future:
+        result = promise()
         with self._work:
             if self._closed:
-                chore[1].set_exception(OSError("the store is closed"))
+                result.set_exception(OSError("the store is closed"))
             else:
-                self._chores.append(chore)
+                self._chores.insert(0 if first else len(self._chores), (work, result))
                 self._work.notify()
-        return chore[1]
+        return result
 
     def _follow(self) -> Future:
         """Reads what the index does not know yet. The Future ends when it does, or with OSError."""
         with self._work:
-            if self._following is None:
-                chore = (self._load(), promise())
-                if self._closed:
-                    chore[1].set_exception(OSError("the store is closed"))
-                    return chore[1]
-                self._following = chore
-                self._work.notify()
-            return self._following[1]
+            if self._following is None or self._following.done():
+                self._following = self._add_chore(self._load(), first=True)
+            return self._following
 
     def _run(self) -> None:
         self._follow()
         while True:
             with self._work:
-                if not (self._queue or self._following or self._chores or self._closing):
+                if not (self._queue or self._chores or self._closing):
                     self._work.wait(max(0, self._retry_at - time.monotonic()) if self._retry else None)
                 changes, self._queue = self._queue, []
-                chore = self._following or (self._chores[0] if self._chores else None)
+                chore = self._chores[0] if self._chores else None
                 self._closed = self._closing and not changes
             if changes or (self._retry and (self._closed or time.monotonic() >= self._retry_at)):
                 self._write(changes)
@@ -1055,7 +1065,7 @@ class JobStore:
                 break
             if chore is not None:
                 self._do_piece(chore)
-        for work, result in filter(None, [self._following, *self._chores]):
+        for work, result in self._chores:
             work.close()
             result.set_exception(OSError("the store is closed"))
         self._close_files()
@@ -1071,10 +1081,7 @@ class JobStore:
         except Exception as error:
             failure = error
         with self._work:
-            if chore is self._following:
-                self._following = None
-            else:
-                self._chores.remove(chore)
+            self._chores.remove(chore)
         self._tell("read", failure)
         if failure is None:
             result.set_result(value)
@@ -1085,7 +1092,7 @@ class JobStore:
     def _consider_compacting(self) -> None:
         index = self._opened.index
         if self._opened.foreign or index.dead > len(index) + self.SPARE_DEAD:
-            if not (self._following or self._chores) and time.monotonic() >= self._compact_at:
+            if not self._chores and time.monotonic() >= self._compact_at:
                 self._add_chore(self._compact())
 
     def _tell(self, what: str, error: Optional[Exception]) -> None:
@@ -1100,27 +1107,16 @@ class JobStore:
     @contextlib.contextmanager
     def _exclusive(self) -> Iterator[Opened]:
         """Holds the lock between processes, with the file open that the name stands for now."""
-        if self._alive is None:
-            make_folder(os.path.dirname(self.path))
+        make_folder(os.path.dirname(self.path))
         with self._between:
-            if self._alive is None:
-                alive = FileLock(f"{self.path}.owner-{self.owner}")
-                alive.acquire()
-                self._alive = alive
-            if not self._is_same_file():
+            if not os.path.exists(self._alive.path):
+                self._alive.close()
+                self._alive.acquire()
+            if self._length() < self._opened.seen:
                 self._open()
             yield self._opened
 
-    def _is_same_file(self) -> bool:
-        if self._opened.file is None or self._opened.stale:
-            return False
-        own = os.fstat(self._opened.file)
-        with contextlib.suppress(FileNotFoundError):
-            return os.path.samestat(os.stat(self.path), own) and own.st_size - len(self.TAIL) >= self._opened.seen
-        return False
-
     def _open(self) -> None:
-        make_folder(os.path.dirname(self.path))
         with self._lock:
             self._opened.close()
             self._opened = Opened(None)
@@ -1149,11 +1145,10 @@ class JobStore:
     def _close_files(self) -> None:
         with self._lock:
             self._opened.close()
-        if self._alive is not None:
+        if os.name != "nt":  # which removes no open file
             with contextlib.suppress(OSError):
-                if os.name != "nt":  # which removes no open file
-                    os.unlink(self._alive.path)
-                self._alive.close()
+                os.unlink(self._alive.path)
+        self._alive.close()
         self._between.close()
 
     def _end(self) -> int:
@@ -1335,15 +1330,16 @@ class JobStore:
                     os.fsync(fresh.file)
                     synced = fresh.seen
                 yield
-            while old.file is not None and old.seen - known > self.PIECE:
-                cut = read_at(old.file, self.PIECE, known).rfind(b",\n")
-                known = self._copy_tail(old, fresh, known, known + cut if cut > 0 else old.seen)
+            while old.file is not None and old.seen - known > self.PIECE // 8:
+                known += self._copy_tail(old, fresh, known, old.seen)
                 yield
             os.fsync(fresh.file)
             yield
             with self._exclusive():
                 if self._opened is old and not old.stale:
-                    self._copy_tail(old, fresh, known, self._end())
+                    end = self._end()
+                    while known < end:
+                        known += self._copy_tail(old, fresh, known, end)
                     self._replace(old, fresh, path)
         except Exception as error:
             self._compact_at = time.monotonic() + self.COMPACT_RETRY
@@ -1377,14 +1373,18 @@ class JobStore:
         return True
 
     def _copy_tail(self, old: Opened, fresh: Opened, start: int, end: int) -> int:
-        """Copies what was appended meanwhile, and returns where that ended."""
-        data = read_at(old.file, end - start, start)
-        if fresh.seen == len(self.HEAD):
-            data = data.lstrip(b",")
-        write_at(fresh.file, data, fresh.seen)
-        for _ in self._read_lines(fresh, fresh.seen + len(data)):
+        """Copies lines that were appended meanwhile, about a piece of them, and returns how many bytes."""
+        data = read_at(old.file, min(self.PIECE, end - start), start)
+        if not data:
+            raise OSError(errno.EIO, "somebody cut the file")
+        if start + len(data) < end:
+            cut = data.rfind(b",\n")
+            data = data[:cut] if cut > 0 else read_at(old.file, end - start, start)
+        copied = data.lstrip(b",") if fresh.seen == len(self.HEAD) else data
+        write_at(fresh.file, copied, fresh.seen)
+        for _ in self._read_lines(fresh, fresh.seen + len(copied)):
             pass
-        return end
+        return len(data)
 
     def _replace(self, old: Opened, fresh: Opened, path: str) -> None:
         """Puts a new file, and what is known of it, in the place of the old."""

@@ -14,7 +14,6 @@ import gc
 import json
 import os
 import random
-import resource
 import sys
 import tempfile
 import threading
@@ -84,7 +83,11 @@ def memory() -> int:
     """Of this process, in bytes."""
     gc.collect()
     with contextlib.suppress(OSError):
-        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

@@ -96,6 +96,14 @@ def off(request: pytest.FixtureRequest, pool: Pool) -> Webui:
 
 
 @pytest.fixture(scope="session")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tuple[Webui, Webui]]:
+    """Two webuis that track, with one folder for their jobs."""
+    environ = {"TRACKER_DATA_DIR": str(tmp_path_factory.mktemp("data"))}
+    with harness.started(lambda: tmp_path_factory.mktemp("webui")) as function:
+        yield function(*harness.QUICK, environ=environ), function(*harness.QUICK, environ=environ)
+
+
+@pytest.fixture(scope="session")
 def alone(pool: Pool) -> Callable[[Webui], Webui]:
     """`alone(webui)` is a webui in the same mode without Job Tracker, with --api-auth."""
     return lambda webui: pool.get("alone", webui.mode, auth=True)

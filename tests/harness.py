@@ -37,6 +37,7 @@ PROJECT = TESTS.parent
 SHAPE = os.environ.get("WEBUI_SHAPE", "a1111")
 MODES = ("ui",) if SHAPE == "sdnext" else ("ui", "nowebui")  # SD.Next has no mode without the UI
 MODE_FLAGS: Dict[str, Tuple[str, ...]] = {"ui": ("--api",), "nowebui": ("--nowebui",)}
+QUICK = MODE_FLAGS[MODES[-1]]  # for what is the same in both
 AUTH = ("--api-auth", "user:secret")
 TRACKING = ("config", "variable")
 KINDS = ("txt2img", "img2img")

@@ -14,7 +14,7 @@ import pytest
 from conftest import Pool, Start
 from neighbours import HOLDS, HURRY, UI, FromUi, held_at, reached
 
-from harness import MODES, Sent, Webui, body, until
+from harness import MODES, QUICK, Sent, Webui, body, until
 
 ASYNC = {"Prefer": "respond-async"}
 
@@ -27,9 +27,7 @@ def webui(pool: Pool) -> Webui:
 @pytest.fixture(scope="module")
 def crowded(start_shared: Start) -> Webui:
     """A webui whose UI generates as well."""
-    return start_shared(
-        *(["--nowebui"] if "nowebui" in MODES else ["--api"]), scripts={"ui": UI, "holds": HOLDS, "hurry": HURRY}
-    )
+    return start_shared(*QUICK, scripts={"ui": UI, "holds": HOLDS, "hurry": HURRY})
 
 
 def cancel(webui: Webui, job_id: str) -> httpx.Response:
@@ -181,9 +179,8 @@ def test_a_prompt_that_is_no_text(webui):
     assert answer.status_code == 200 and answer.json()["status"] == "Failed"
 
 
-def test_a_job_of_another_process(start, tmp_path):
-    environ = {"TRACKER_DATA_DIR": str(tmp_path / "data")}
-    one, two = start("--nowebui", environ=environ), start("--nowebui", environ=environ)
+def test_a_job_of_another_process(pair):
+    one, two = pair
     running, waiting = hold_the_queue(one), submit(one)
     own = hold_the_queue(two)
     for job_id in (running, waiting):

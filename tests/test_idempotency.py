@@ -13,7 +13,7 @@ import pytest
 from conftest import Pool
 from neighbours import HOLDS, HURRY, held_at, reached
 
-from harness import MODES, Sent, Webui, body, until
+from harness import MODES, QUICK, Sent, Webui, body, until
 
 
 @pytest.fixture(scope="session")
@@ -123,7 +123,7 @@ def test_a_repeat_waits_while_the_first_runs(webui, request_body, key):
 
 
 def test_fifty_at_once_are_one_generation(start):
-    webui = start("--nowebui", scripts={"hurry": HURRY})
+    webui = start(*QUICK, scripts={"hurry": HURRY})
 
     def send(data: bytes) -> Sent:
         everyone.wait(30)
@@ -140,7 +140,7 @@ def test_fifty_at_once_are_one_generation(start):
 
 
 def test_after_a_restart(start, request_body, key):
-    webui = start("--nowebui")
+    webui = start(*QUICK)
     first = webui.post(request_body, headers=keyed(key))
     webui.job(first.headers["x-job-id"], wait=30)
     webui.restart()
@@ -190,7 +190,7 @@ def test_another_path_is_another_generation(webui, request_body, key):
 
 
 def test_another_user_is_another_generation(start, request_body, key):
-    webui = start("--nowebui", "--api-auth", "user:secret,other:word")
+    webui = start(*QUICK, "--api-auth", "user:secret,other:word")
     answers = [
         webui.post(request_body, headers=keyed(key), auth=auth)
         for auth in (("user", "secret"), ("other", "word"), ("user", "secret"))
@@ -362,7 +362,7 @@ def test_a_refused_request_leaves_its_key_free(webui, request_body, key):
 
 
 def test_repeats_while_the_host_still_checks_the_first(start, request_body):
-    webui = start("--nowebui", scripts={"holds": HOLDS})
+    webui = start(*QUICK, scripts={"holds": HOLDS})
 
     # The first is refused in the end: one of the others takes its place, and is refused as well.
     gate = webui.gate()
@@ -434,9 +434,8 @@ def test_tracking_off(off, request_body, key):
     assert off.post(request_body, headers=keyed("k" * 256)).status_code == 200
 
 
-def test_two_webuis_on_one_folder(start, tmp_path, request_body, key):
-    environ = {"TRACKER_DATA_DIR": str(tmp_path / "data")}
-    one, two = start("--nowebui", environ=environ), start("--nowebui", environ=environ)
+def test_two_webuis_on_one_folder(pair, request_body, key):
+    one, two = pair
     gate = one.gate()
     request = body(standin={"hold": gate}, **request_body)
     first = one.send(request, headers=keyed(key))

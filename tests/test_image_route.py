@@ -16,7 +16,7 @@ import pytest
 from conftest import Pool
 from PIL import Image
 
-from harness import MODE_FLAGS, MODES, Sent, Webui, body, until
+from harness import MODES, QUICK, Sent, Webui, body, until
 
 ASYNC = {"Prefer": "respond-async"}
 
@@ -64,14 +64,13 @@ def test_each_image(webui, job, coding):
         assert "access-control-allow-origin" not in answer.headers
 
 
-@pytest.mark.parametrize("samples_format, kind", [("jpg", "jpeg"), ("webp", "webp"), ("png", "png")])
-def test_true_type(start, samples_format, kind):
-    webui = start(*MODE_FLAGS[MODES[-1]])
-    webui.client.post("/sdapi/v1/options", json={"samples_format": samples_format})
-    job = ended_job(webui)
-    answer = image_of(webui, job)
-    assert answer.headers["content-type"] == f"image/{kind}"
-    assert Image.open(io.BytesIO(answer.content)).format == kind.upper()
+def test_true_type(start):
+    webui = start(*QUICK)
+    for samples_format, kind in (("jpg", "jpeg"), ("webp", "webp"), ("png", "png")):
+        webui.client.post("/sdapi/v1/options", json={"samples_format": samples_format})
+        answer = image_of(webui, ended_job(webui))
+        assert answer.headers["content-type"] == f"image/{kind}"
+        assert Image.open(io.BytesIO(answer.content)).format == kind.upper()
 
 
 TEXTS = {
@@ -259,7 +258,7 @@ def test_delete(webui, status):
 
 
 def test_delete_survives_a_restart(start):
-    webui = start(*MODE_FLAGS[MODES[-1]])
+    webui = start(*QUICK)
     jobs = [ended_job(webui) for _ in range(3)]
     assert delete(webui, jobs[1]["id"]).status_code == 204
     webui.restart()
@@ -315,9 +314,8 @@ def test_delete_needs_credentials(pool):
     assert delete(webui, job_id).status_code == 204
 
 
-def test_delete_of_a_job_of_another_process(start, tmp_path):
-    environ = {"TRACKER_DATA_DIR": str(tmp_path / "data")}
-    one, two = start("--nowebui", environ=environ), start("--nowebui", environ=environ)
+def test_delete_of_a_job_of_another_process(pair):
+    one, two = pair
     ended = ended_job(one)["id"]
     gate = one.gate()
     running = one.post(body(standin={"hold": gate}), headers=ASYNC).headers["x-job-id"]

@@ -8,6 +8,7 @@ import io
 import json
 
 import pytest
+from inside import load_script
 from PIL import Image
 
 from harness import KINDS, PNG, body, until, without_time
@@ -216,6 +217,25 @@ def test_gzip_is_not_accepted(webui, alone, coding):
     if "Content-Encoding" in headers:
         data = gzip.decompress(data)
     assert json.loads(data)["images"] == webui.job(headers["X-Job-ID"], wait=30)["images"]
+
+
+@pytest.mark.parametrize(
+    "header, accepted",
+    [
+        ("gzip", True),
+        ("GZip ; Q=1", True),
+        ("br, x-gzip;q=0.001", True),
+        ("gzip;q=0", False),
+        ("gzip; q=0.0, identity", False),
+        ("identity, gzip;q=0.000", False),
+        ("gzippy, not gzip", False),
+        ("", False),
+    ],
+)
+def test_who_accepts_gzip(header, accepted):
+    """As asked of us alone, for the webui's own layer packs whatever has the word."""
+    scope = {"headers": [(b"accept-encoding", header.encode())]}
+    assert load_script().accepts_gzip(scope) == accepted
 
 
 def test_gzip_is_smaller(webui):

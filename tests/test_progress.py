@@ -10,7 +10,7 @@ import pytest
 from conftest import Start
 from neighbours import HOLDS, UI, FromUi, held_at, reached
 
-from harness import MODE_FLAGS, MODES, SHAPE, Webui, body, until
+from harness import QUICK, SHAPE, Webui, body, until
 
 ASYNC = {"Prefer": "respond-async"}
 
@@ -18,7 +18,7 @@ ASYNC = {"Prefer": "respond-async"}
 @pytest.fixture(scope="module")
 def webui(start_shared: Start) -> Webui:
     """One whose UI generates as well."""
-    return start_shared(*MODE_FLAGS[MODES[-1]], scripts={"ui": UI, "holds": HOLDS})
+    return start_shared(*QUICK, scripts={"ui": UI, "holds": HOLDS})
 
 
 def submit(webui: Webui, **fields: Any) -> str:
@@ -119,9 +119,8 @@ def test_after_it_ended(webui):
     from_ui.result()
 
 
-def test_a_job_of_another_process(start, tmp_path):
-    environ = {"TRACKER_DATA_DIR": str(tmp_path / "data")}
-    one, two = start("--nowebui", environ=environ), start("--nowebui", environ=environ)
+def test_a_job_of_another_process(pair):
+    one, two = pair
     jobs = [held_job(one)["id"], submit(one)]
     held_job(two)
     for job_id, status in zip(jobs, ("Processing", "Pending")):

@@ -17,7 +17,7 @@ import httpx
 import pytest
 from conftest import ORIGIN
 
-from harness import KINDS, MODE_FLAGS, MODES, body, until, without_time
+from harness import KINDS, QUICK, body, until, without_time
 
 try:
     import fcntl
@@ -95,7 +95,7 @@ def test_id_is_on_disk_before_it_is_in_the_header(webui, kind):
 def test_head_waits_for_a_slow_disk(start, tmp_path):
     """The job is safe from a power cut before anybody hears of it."""
     slow = tmp_path / "slow"
-    webui = start(*MODE_FLAGS[MODES[-1]], scripts={"a-slow-disk": SLOW_DISK.format(gate=str(slow))})
+    webui = start(*QUICK, scripts={"a-slow-disk": SLOW_DISK.format(gate=str(slow))})
     slow.touch()
     gate = webui.gate()
     began = time.monotonic()
@@ -244,7 +244,7 @@ def test_heartbeat_keeps_a_silent_connection_busy(start):
         assert "\nHEARTBEAT = 15.0 " in source
         script.write_text(source.replace("\nHEARTBEAT = 15.0 ", "\nHEARTBEAT = 0.1 "), encoding="utf-8")
 
-    webui = start(*MODE_FLAGS[MODES[-1]], prepare=hurry)
+    webui = start(*QUICK, prepare=hurry)
     first_gate = webui.gate()
     first = webui.send(body(standin={"hold": first_gate}), headers={"Accept-Encoding": "identity"})
     first.job_id()

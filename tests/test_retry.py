@@ -18,8 +18,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import pytest
+from conftest import Start
 
-from harness import MODE_FLAGS, MODES, SECONDS, TESTS, Webui, body
+from harness import AUTH, QUICK, SECONDS, TESTS, Webui, body
 
 CLIENTS = TESTS / "clients"
 RESET = struct.pack("ii", 1, 0)
@@ -107,9 +108,9 @@ class BadLine:
         writer.close()
 
 
-@pytest.fixture(params=[False, True], ids=["open", "api-auth"])
-def webui(request, start) -> Webui:
-    return start(*MODE_FLAGS[MODES[-1]], *(["--api-auth", "user:secret"] if request.param else []))
+@pytest.fixture(scope="module")
+def webui(start_shared: Start) -> Webui:
+    return start_shared(*QUICK, *AUTH)
 
 
 @contextlib.contextmanager
@@ -121,8 +122,13 @@ def bad_line(webui: Webui, places: Tuple[str, ...] = BadLine.PLACES) -> Iterator
         line.close()
 
 
-def requests_for(count: int) -> List[Dict[str, Any]]:
-    return [body(f"picture {number}", seed=-1, save_images=True) for number in range(count)]
+def requests_of(client: str) -> List[Dict[str, Any]]:
+    return [body(f"for {client}, {number}", seed=-1, save_images=True) for number in range(40)]
+
+
+def saved(webui: Webui) -> int:
+    """How many images the webui itself has kept, whatever we say."""
+    return len(list((webui.folder / "webui").glob("output*/**/*.png")))
 
 
 def check(webui: Webui, line: BadLine, requests: List[Dict[str, Any]], jobs: List[Dict[str, Any]]) -> None:
@@ -131,9 +137,7 @@ def check(webui: Webui, line: BadLine, requests: List[Dict[str, Any]], jobs: Lis
     for job in jobs:
         assert job == webui.job(job["id"])
         assert len(job["images"]) == 1
-    assert len(webui.jobs(limit=1000)) == len(requests)
-    saved = list((webui.folder / "webui").glob("output*/**/*.png"))  # by the webui, whatever we say
-    assert len(saved) == len(requests)
+    assert len(webui.jobs(limit=1000, q=requests[0]["prompt"].partition(",")[0])) == len(requests)
 
 
 REFUSED = body(script_name="no such script")
@@ -144,10 +148,11 @@ def test_python(webui):
     spec = importlib.util.spec_from_file_location("retry", CLIENTS / "retry.py")
     retry = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(retry)
-    requests = requests_for(40)
+    requests, before = requests_of("python"), saved(webui)
     with bad_line(webui) as line, ThreadPoolExecutor(20) as executor:
         jobs = list(executor.map(lambda request: retry.generate(line.url, request, webui.auth), requests))
         check(webui, line, requests, jobs)
+        assert saved(webui) - before == len(requests)
 
         # What cannot be repaired is said.
         with pytest.raises(retry.requests.HTTPError, match="422"):
@@ -167,9 +172,7 @@ def node() -> str:
 
 
 def test_javascript(webui):
-    headers = {}
-    if webui.auth:
-        headers["Authorization"] = "Basic " + base64.b64encode(":".join(webui.auth).encode()).decode()
+    headers = {"Authorization": "Basic " + base64.b64encode(":".join(webui.auth).encode()).decode()}
     script = IN_NODE % json.dumps((CLIENTS / "retry.mjs").as_uri())
     command = [node(), "--input-type=module", "--eval", script]
 
@@ -177,12 +180,13 @@ def test_javascript(webui):
         arguments = json.dumps([line.url, requests, headers])
         return subprocess.run([*command, arguments], capture_output=True, encoding="utf-8", timeout=180)
 
-    requests = requests_for(40)
+    requests, before = requests_of("node"), saved(webui)
     # Not "at once": that can leave node's fetch waiting, until the client gives up a minute later.
     with bad_line(webui, BadLine.PLACES[:3]) as line:
         done = generate(*requests)
         assert done.returncode == 0, done.stderr
         check(webui, line, requests, json.loads(done.stdout))
+        assert saved(webui) - before == len(requests)
 
         done = generate(REFUSED)
         assert done.returncode and "no such script" in done.stderr

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import json
 import os
 import random
 import subprocess
 import threading
 import time
+import tracemalloc
 from concurrent.futures import wait
 from typing import Any, Dict, Iterator, List
 
+import bench_store
 import pytest
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
@@ -963,6 +966,141 @@ def test_the_end_comes_while_it_loads_and_compacts(script, opened, path, dice):
     assert read_jobs(path)[jobs[0].id]["error"] == "14"
 
 
+def test_what_others_wrote_is_seen_under_load(script, opened, dice):
+    """There is always something to write, and the file is compacted besides."""
+    script.JobStore.SPARE_DEAD = 50
+    busy, other = opened(), opened()
+    stop = threading.Event()
+
+    def write() -> None:
+        own = random.Random()
+        job = a_job(script, own)
+        while not stop.is_set():
+            busy.put(job._replace(error=str(own.random()))).result()
+
+    threads = [threading.Thread(target=write) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for _ in range(100):
+        job = a_job(script, dice)
+        other.put(job, new=True).result(10)
+        began = time.monotonic()
+        assert busy.get(job.id) == job
+        assert time.monotonic() - began < 5
+    stop.set()
+    for thread in threads:
+        thread.join()
+
+
+def test_a_store_that_waits_for_nobody(script, tmp_path, opened, dice):
+    """While another process compacts or loads for long, this one writes and reads."""
+    one = opened()
+    jobs = [a_job(script, dice) for _ in range(500)]
+    for job in jobs:
+        written = one.put(job, new=True)
+    written.result()
+    other = opened()
+    compact = type(other)._compact
+
+    def slowly(store: Any) -> Any:
+        for step in compact(store):
+            time.sleep(0.05)
+            yield step
+
+    other._compact = lambda: slowly(other)
+    other.figures()
+    other._add_chore(other._compact())
+    timer = []
+    for job in jobs[:100]:
+        began = time.monotonic()
+        one.put(completed(job)).result()
+        assert other.get(job.id) == completed(job)
+        timer.append(time.monotonic() - began)
+    assert sorted(timer)[50] < 0.5
+    assert every(script, other) == every(script, one)
+
+
+def test_locks(script, tmp_path):
+    """One at a time, also within the process; whoever does not wait is told."""
+    path = str(tmp_path / "lock")
+    one, two = script.FileLock(path), script.FileLock(path)
+    with one:
+        assert not two.acquire(blocking=False)
+    assert two.acquire(blocking=False)
+    taken = []
+    thread = threading.Thread(target=lambda: taken.append(one.acquire()))
+    thread.start()
+    time.sleep(0.05)
+    assert not taken
+    two.close()
+    thread.join(10)
+    assert taken == [True]
+    one.close()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="an open file cannot be removed")
+def test_a_lock_that_was_tidied_away_still_locks(script, tmp_path):
+    path = tmp_path / "lock"
+    one, two = script.FileLock(str(path)), script.FileLock(str(path))
+    assert one.acquire()
+    one.release()
+    path.unlink()
+    assert two.acquire()
+    assert not one.acquire(blocking=False)
+    two.close()
+    assert one.acquire(blocking=False)
+    one.close()
+
+
+def test_the_whole_folder_goes_while_it_is_used(script, tmp_path, dice):
+    folder = tmp_path / "data"
+    one = script.JobStore(str(folder))
+    one.put(a_job(script, dice), new=True).result()
+    script.shutil.rmtree(str(folder))
+    other = script.JobStore(str(folder))
+    jobs = [a_job(script, dice) for _ in range(40)]
+    for written in [store.put(job, new=True) for job, store in zip(jobs, [one, other] * 20)]:
+        written.result()
+    assert every(script, one) == every(script, other) == {job.id: job for job in jobs}
+    one.close()
+    other.close()
+    assert set(alive(folder / "jobs.json")) == {job.id for job in jobs}
+
+
+@pytest.mark.parametrize("piece", [300, 3000, 1 << 16])
+def test_much_is_written_during_a_compaction(script, path, opened, dice, piece):
+    script.JobStore.PIECE = piece
+    one, other = opened(), opened()
+    jobs = [a_job(script, dice) for _ in range(300)]
+    for job in jobs:
+        written = one.put(job, new=True)
+    written.result()
+    inode, turns = path.stat().st_ino, 0
+    one.figures()
+    compaction = one._compact()
+
+    def with_writes_between() -> Any:
+        nonlocal turns
+        for step in compaction:
+            for store in (one, other):
+                job = dice.choice(jobs)
+                store.put(completed(job, turns % 4))
+                if turns % 3 == 0:
+                    jobs.append(a_job(script, dice))
+                    store.put(jobs[-1], new=True)
+            turns += 1
+            yield step
+            if turns < 20:
+                time.sleep(0.01)
+
+    one._add_chore(with_writes_between()).result()
+    expected = {job.id for job in jobs}
+    until(lambda: set(every(script, one)) == expected)
+    assert path.stat().st_ino != inode
+    assert every(script, one) == every(script, other)
+    assert {job_id: script.job_from_record(record) for job_id, record in alive(path).items()} == every(script, one)
+
+
 def test_paging_while_jobs_come_and_go(script, opened, dice):
     """Neither repeats nor skips a job that was there all the time."""
     script.JobStore.SPARE_DEAD = 30
@@ -990,6 +1128,30 @@ def test_paging_while_jobs_come_and_go(script, opened, dice):
         rounds += 1
     thread.join()
     assert rounds
+
+
+# Many jobs; bench_store.py measures it
+
+
+def test_memory_of_many_jobs(script, tmp_path):
+    bench_store.write_file(script, tmp_path / "jobs.json", 20_000, 3, lambda text, share: None)
+    script.JobStore.SPARE_DEAD = 1 << 60
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        store = script.JobStore(str(tmp_path))
+        store.figures()
+        gc.collect()
+        assert (tracemalloc.get_traced_memory()[0] - before) / 20_000 < 400
+    finally:
+        tracemalloc.stop()
+    store.close()
+
+
+@pytest.mark.parametrize("bench", bench_store.BENCHES.values(), ids=bench_store.BENCHES)
+def test_benches(bench):
+    figures = bench(2_000, lambda text, share: None)
+    assert all(figure.measured for figure in figures)
 
 
 # Images

@@ -146,9 +146,8 @@ def test_a_thousand_wait_and_hold_nobody_up(webui):
     assert webui.post(body()).status_code == 200
 
 
-def test_a_job_of_another_process(start, tmp_path):
-    environ = {"TRACKER_DATA_DIR": str(tmp_path / "data")}
-    one, two = start("--nowebui", environ=environ), start("--nowebui", environ=environ)
+def test_a_job_of_another_process(pair):
+    one, two = pair
     job_id = held_job(one)
     assert two.job(job_id)["status"] == "Processing"
     before = threads(two)

@@ -1,0 +1,150 @@
+"""A page from elsewhere, in a real browser: it gets its job's ID before the images, and its images after a reload."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, Iterator, Optional
+
+import httpx
+import pytest
+
+from harness import AUTH, MODE_FLAGS, MODES, SHAPE, Webui, body, until
+
+pytest.importorskip("selenium")
+
+from browser import BROWSER, DRIVER, opened
+
+PAGE = """<!doctype html><meta charset="utf-8"><title>a page from elsewhere</title><link rel="icon" href="data:,">
+<script>
+const { api, headers } = JSON.parse(decodeURIComponent(location.hash.slice(1)));
+
+async function post(request) {
+  return fetch(`${api}/sdapi/v1/txt2img`, { method: "POST", headers, body: JSON.stringify(request) });
+}
+
+function show(images, how) {
+  for (const image of images) {
+    const element = document.body.appendChild(new Image());
+    element.src = `data:image/png;base64,${image}`;
+    element.className = how;
+  }
+}
+
+async function generate(request) {
+  const response = await post(request);
+  localStorage.job = response.headers.get("X-Job-ID");
+  show((await response.json()).images, "answered");
+}
+
+async function recover() {
+  for (;;) {
+    const job = await (await fetch(`${api}/sdapi/v1/job/${localStorage.job}?wait=5`, { headers })).json();
+    if (job.status === "Completed") return show(job.images, "recovered");
+  }
+}
+
+addEventListener("load", () => localStorage.job && recover());
+</script>
+"""
+
+
+class Elsewhere(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:  # noqa: N802
+        self.send_response(200)
+        self.send_header("Content-Type", "text/html")
+        self.end_headers()
+        self.wfile.write(PAGE.encode())
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def served() -> Iterator[str]:
+    """The page, at an origin of its own."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Elsewhere)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture(scope="module")
+def driver() -> Iterator[Any]:
+    if BROWSER is None or DRIVER is None:
+        pytest.skip("no chromium and chromedriver on this machine (on Debian: apt install chromium chromium-driver)")
+    with opened() as it:
+        yield it
+
+
+class Page:
+    def __init__(self, driver: Any, origin: str, webui: Webui):
+        self.driver = driver
+        headers = {"Content-Type": "application/json"}
+        if webui.auth:
+            headers["Authorization"] = f"Basic {base64.b64encode(':'.join(webui.auth).encode()).decode()}"
+        driver.get(f"{origin}/#{json.dumps({'api': webui.url, 'headers': headers})}")
+
+    def generate(self, request: Any) -> None:
+        self.driver.execute_script("window.result = generate(arguments[0])", request)
+
+    def generate_badly(self, request: Any) -> str:
+        """What a script gets to know of a generation that fails."""
+        return self.driver.execute_async_script(
+            """
+            const [request, tell] = arguments;
+            const answer = post(request).then((response) => response.json());
+            answer.then(() => tell("an answer"), (error) => tell(String(error)));
+            """,
+            request,
+        )
+
+    @property
+    def job_id(self) -> Optional[str]:
+        return self.driver.execute_script("return localStorage.job")
+
+    def widths(self, how: str) -> Any:
+        script = "return [...document.images].filter((it) => it.className == arguments[0]).map((it) => it.naturalWidth)"
+        return self.driver.execute_script(script, how)
+
+
+@pytest.mark.parametrize(
+    "mode, auth", [(MODES[0], ()), (MODES[-1], AUTH)], ids=lambda it: it if isinstance(it, str) else "auth" * bool(it)
+)
+def test_page_from_elsewhere(driver, start, mode, auth):
+    with served() as origin:
+        webui = start(*MODE_FLAGS[mode], *auth, "--cors-allow-origins", origin)
+        allowed = httpx.get(webui.url + "/standin/empty", headers={"Origin": origin}).headers
+        if "Access-Control-Allow-Origin" not in allowed and SHAPE == "forge":
+            pytest.skip("with the UI, this webui's layer for other origins does nothing")
+
+        page, gate = Page(driver, origin, webui), webui.gate()
+        page.generate(body(standin={"hold": str(gate.path)}))
+        job_id = until(lambda: page.job_id)
+        assert webui.job(job_id)["status"] in ("Pending", "Processing"), "the page has the ID before the images"
+        assert page.widths("answered") == []
+        driver.refresh()
+        gate.open()
+        assert until(lambda: page.widths("recovered")) == [64]
+
+        driver.execute_script("delete localStorage.job")
+        page.generate(body(batch_size=2, width=128))
+        assert until(lambda: page.widths("answered")) == [128, 128]
+        assert page.job_id not in (None, job_id)
+
+        wishes = {"seconds": 5, "fail": "ValueError", "fail_after": 0.8}
+        assert page.generate_badly(body(standin=wishes)).startswith("TypeError: ")
+
+
+def test_page_that_is_not_allowed(driver, start):
+    with served() as origin:
+        webui = start(*MODE_FLAGS[MODES[-1]], "--cors-allow-origins", "http://example.org")
+        page = Page(driver, origin, webui)
+        assert page.generate_badly(body()).startswith("TypeError: ")
+        assert webui.records() == {}, "the browser asks before it sends"
