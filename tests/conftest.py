@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from typing import Any, Callable, Dict, Iterator, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Tuple
 
 import pytest
 
@@ -20,6 +20,16 @@ def pytest_configure() -> None:
         raise KeyboardInterrupt  # ends the fixtures, and so the webuis
 
     signal.signal(signal.SIGTERM, end)
+
+
+SLOW = ("test_clients", "test_cost", "test_ending", "test_life", "test_load", "test_proxies")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: List[pytest.Item]) -> None:
+    for item in items:
+        if item.path.stem in SLOW:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture
@@ -113,9 +123,9 @@ def alone(pool: Pool) -> Callable[[Webui], Webui]:
 def no_closed_gates() -> Iterator[None]:
     """A test that fails must not hold up the others."""
     yield
+    for gate in [gate for webui in Webui.alive for gate in webui.gates]:
+        gate.open()
     for webui in Webui.alive:
-        for gate in webui.gates:
-            gate.open()
         if webui.gates and (webui.data / "jobs.json").exists():
             harness.until(webui.is_idle, what="all jobs have ended")
         webui.gates.clear()

@@ -166,7 +166,12 @@ class Work:
             self.tracker.store.put = heard
             if not self.options.together:
                 self.check()
+                if self.options.last:
+                    self.tracker.close()
+                    until(lambda: not self.tracker.store._thread.is_alive(), what="the store has closed")
                 self.say("checked")
+            if self.options.last:
+                time.sleep(3600)
             loops = [self.generate] * 4 + [self.remove, self.purge] + [self.look] * self.options.together
             for loop in loops:
                 threading.Thread(target=self.guard, args=(loop,)).start()
@@ -286,7 +291,7 @@ def tracker_files(tracker: Any, pattern: str) -> List[Path]:
 
 def final_check(script: Any, folder: Path, known: Known, options: argparse.Namespace) -> None:
     before = known.checks
-    options = argparse.Namespace(**{**vars(options), "together": False})
+    options = argparse.Namespace(**{**vars(options), "together": False, "last": True})
     child = Child(script, folder, known, options)
     while known.checks == before:
         if not child.listen(0.1):
@@ -321,7 +326,7 @@ def trackers(rounds: int, progress: Callable[[str], None]) -> str:
     """One process at a time."""
     script, dice = load_script(), random.Random()
     jobs = checks = torn = damaged = 0
-    options = argparse.Namespace(together=False, spare_dead=30)
+    options = argparse.Namespace(together=False, last=False, spare_dead=30)
     done = 0
     while done < rounds:
         with tempfile.TemporaryDirectory(prefix="crash-") as name:
@@ -361,7 +366,7 @@ def neighbours(rounds: int, progress: Callable[[str], None], processes: int = 3)
     turn = 0
     while done < rounds:
         turn += 1
-        options = argparse.Namespace(together=True, spare_dead=30 if turn % 2 else 1 << 60)
+        options = argparse.Namespace(together=True, last=False, spare_dead=30 if turn % 2 else 1 << 60)
         with tempfile.TemporaryDirectory(prefix="crash-") as name:
             folder, known = Path(name), Known()
             children = [Child(script, folder, known, options) for _ in range(processes)]

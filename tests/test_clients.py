@@ -1,0 +1,371 @@
+"""What clients that know nothing of Job Tracker see. None of them takes a generation that failed for a good one.
+
+`SEEN` is a table: the client, and what it makes of a success, of a refusal (422), of a generation that fails, and of a
+connection that breaks on its way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import shutil
+import socket
+import struct
+import subprocess
+import threading
+import urllib.request
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional
+
+import httpx
+import pytest
+
+from harness import MODE_FLAGS, MODES, Gate, Webui, body, until
+
+CASES = ("success", "refusal", "failure", "cut")
+IMAGE = "the image"
+SEEN = {
+    # client: success, refusal, failure, cut
+    "curl": (IMAGE, "status 422", "exits with 18", "exits with 18"),
+    "requests": (
+        IMAGE,
+        "status 422",
+        "requests.exceptions.ChunkedEncodingError",
+        "requests.exceptions.ChunkedEncodingError",
+    ),
+    "httpx": (IMAGE, "status 422", "httpx.RemoteProtocolError", "httpx.RemoteProtocolError"),
+    "aiohttp": (
+        IMAGE,
+        "status 422",
+        "aiohttp.client_exceptions.ClientPayloadError",
+        "aiohttp.client_exceptions.ClientPayloadError",
+    ),
+    "urllib": (IMAGE, "urllib.error.HTTPError", "http.client.IncompleteRead", "http.client.IncompleteRead"),
+    "webuiapi": (
+        IMAGE,
+        "builtins.RuntimeError",
+        "requests.exceptions.ChunkedEncodingError",
+        "requests.exceptions.ChunkedEncodingError",
+    ),
+    "webuiapi, use_async": (
+        IMAGE,
+        "builtins.RuntimeError",
+        "aiohttp.client_exceptions.ClientPayloadError",
+        "aiohttp.client_exceptions.ClientPayloadError",
+    ),
+    "fetch": (IMAGE, "status 422", "TypeError: terminated", "TypeError: terminated"),
+    "axios": (
+        IMAGE,
+        "ERR_BAD_REQUEST: Request failed with status code 422",
+        "ECONNRESET: aborted",
+        "ECONNRESET: aborted",
+    ),
+    "stable-diffusion-api": (
+        IMAGE,
+        "ERR_BAD_REQUEST: Request failed with status code 422",
+        "ECONNRESET: aborted",
+        "ECONNRESET: aborted",
+    ),
+}
+
+PACKAGES = {
+    "private": True,
+    "type": "module",
+    "dependencies": {"axios": "1.7.9", "stable-diffusion-api": "0.0.7"},
+    "overrides": {"sharp": "0.33.5"},  # the one that it asks for must be compiled
+}
+
+FETCH = """
+const [url, request] = process.argv.slice(2);
+const clients = {
+  async fetch() {
+    const headers = { "Content-Type": "application/json" };
+    const response = await fetch(`${url}/sdapi/v1/txt2img`, { method: "POST", headers, body: request });
+    return response.ok ? (await response.json()).images : response.status;
+  },
+};
+"""
+
+NPM = """
+import axios from "axios";
+import stableDiffusion from "stable-diffusion-api";
+
+const [url, request] = process.argv.slice(2);
+const clients = {
+  async axios() {
+    return (await axios.post(`${url}/sdapi/v1/txt2img`, JSON.parse(request), { proxy: false })).data.images;
+  },
+  async "stable-diffusion-api"() {
+    const { hostname: host, port } = new URL(url);
+    const api = new stableDiffusion.default({ host, port, protocol: "http" });
+    const result = await api.txt2img(JSON.parse(request));
+    await result.image.metadata(); // a picture
+    return result.response.data.images;
+  },
+};
+"""
+
+TELL = """
+const told = {};
+for (const [name, call] of Object.entries(clients)) {
+  told[name] = await call().catch((error) => `${error.code ?? error.name}: ${error.message}`);
+}
+console.log(JSON.stringify(told));
+"""
+
+
+# stable-diffusion-api names this script in every request, as people who use it have it.
+CONTROLNET = """
+from types import SimpleNamespace
+from modules.api import generation
+
+known = generation.always_on
+
+
+def always_on(request, missing):
+    scripts = {name: value for name, value in (request.alwayson_scripts or {}).items() if name != "ControlNet"}
+    return known(SimpleNamespace(alwayson_scripts=scripts), missing)
+
+
+generation.always_on = always_on
+"""
+
+
+class Cut:
+    """A proxy in front of a webui that ends a connection when the first byte of the answer's body is through."""
+
+    def __init__(self, webui: Webui):
+        self.upstream = webui.port
+        self.ids: List[str] = []
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                threading.Thread(target=self._serve, args=(client,), daemon=True).start()
+
+    def _serve(self, client: socket.socket) -> None:
+        with contextlib.suppress(OSError), client:
+            while True:
+                with socket.create_connection(("127.0.0.1", self.upstream)) as webui:
+                    request = receive(client)
+                    webui.sendall(request)
+                    if not request.startswith(b"POST "):
+                        client.sendall(receive(webui))
+                        continue
+                    answer = b""
+                    while not answer.partition(b"\r\n\r\n")[2]:
+                        answer += webui.recv(65536)
+                    self.ids.append(headers_of(answer)["x-job-id"])
+                    client.sendall(answer)
+                    client.shutdown(socket.SHUT_RDWR)
+                    webui.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                    return
+
+    def close(self) -> None:
+        self._listener.close()
+
+
+def headers_of(message: bytes) -> Dict[str, str]:
+    lines = message.partition(b"\r\n\r\n")[0].decode("latin-1").split("\r\n")[1:]
+    return {line.partition(": ")[0].lower(): line.partition(": ")[2] for line in lines}
+
+
+def receive(connection: socket.socket) -> bytes:
+    """A whole message. Raises OSError if the other side has gone."""
+    message, whole = b"", False
+    while not whole:
+        data = connection.recv(65536)
+        if not data:
+            raise ConnectionError
+        message += data
+        head, end, content = message.partition(b"\r\n\r\n")
+        headers = headers_of(head)
+        if "transfer-encoding" in headers:
+            whole = content.endswith(b"0\r\n\r\n")
+        else:
+            whole = bool(end) and len(content) >= int(headers.get("content-length", 0))
+    return message
+
+
+@pytest.fixture(scope="module")
+def site(start_shared: Callable[..., Webui]) -> Webui:
+    return start_shared(*MODE_FLAGS[MODES[-1]], scripts={"controlnet": CONTROLNET})
+
+
+@pytest.fixture(scope="module")
+def cut(site: Webui) -> Iterator[Cut]:
+    proxy = Cut(site)
+    yield proxy
+    proxy.close()
+
+
+class Case(NamedTuple):
+    name: str
+    url: str
+    request: Dict[str, Any]
+    gate: Optional[Gate]
+
+
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest, site: Webui, cut: Cut, monkeypatch: pytest.MonkeyPatch) -> Case:
+    monkeypatch.setenv("NO_PROXY", "*")
+    if request.param == "refusal":
+        return Case("refusal", site.url, body(steps="many"), None)
+    if request.param == "failure":
+        wishes = {"seconds": 5, "fail": "OutOfMemoryError", "fail_after": 0.8}
+        return Case("failure", site.url, body(standin=wishes), None)
+    if request.param == "cut":
+        gate = site.gate()
+        return Case("cut", cut.url, body(standin={"hold": str(gate.path)}), gate)
+    return Case("success", site.url, body(), None)
+
+
+class Python:
+    """Each gives the images, or the status of an answer that is none; what it raises is what its user sees."""
+
+    def __init__(self, case: Case):
+        self.url = f"{case.url}/sdapi/v1/txt2img"
+        self.case = case
+
+    def requests(self) -> Any:
+        import requests
+
+        response = requests.post(self.url, json=self.case.request)
+        return response.json()["images"] if response.ok else response.status_code
+
+    def httpx(self) -> Any:
+        response = httpx.post(self.url, json=self.case.request, trust_env=False, timeout=30)
+        return response.json()["images"] if response.is_success else response.status_code
+
+    def aiohttp(self) -> Any:
+        aiohttp = pytest.importorskip("aiohttp")
+
+        async def post() -> Any:
+            async with aiohttp.ClientSession() as session, session.post(self.url, json=self.case.request) as response:
+                return (await response.json())["images"] if response.ok else response.status
+
+        return asyncio.run(post())
+
+    def urllib(self) -> Any:
+        data = json.dumps(self.case.request).encode()
+        request = urllib.request.Request(self.url, data, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=30) as response:
+            return json.load(response)["images"]
+
+    def webuiapi(self) -> Any:
+        return self._webuiapi().json["images"]
+
+    def webuiapi_async(self) -> Any:
+        async def post() -> Any:
+            return (await self._webuiapi(use_async=True)).json["images"]
+
+        return asyncio.run(post())
+
+    def _webuiapi(self, **options: Any) -> Any:
+        webuiapi = pytest.importorskip("webuiapi")
+        request = self.case.request
+        fields = {name: request[name] for name in ("alwayson_scripts", "steps") if name in request}
+        return webuiapi.WebUIApi(baseurl=f"{self.case.url}/sdapi/v1").txt2img(**fields, **options)
+
+
+def in_words(images: Any) -> str:
+    """What a client has got. The image is one that can be opened."""
+    if isinstance(images, (str, int)):
+        return f"status {images}" if isinstance(images, int) else images
+    assert len(images) == 1 and images[0].startswith("iVBOR")
+    return IMAGE
+
+
+def check_kept(site: Webui, cut: Cut, case: Case, clients: int = 1) -> None:
+    """What a broken connection cost its client is found by its ID."""
+    if case.gate is None:
+        return
+    case.gate.open()
+    until(lambda: len(cut.ids) >= clients)
+    for job_id in cut.ids:
+        assert len(site.job(job_id, wait=30)["images"]) == 1
+    cut.ids.clear()
+
+
+@pytest.mark.parametrize("client", ["requests", "httpx", "aiohttp", "urllib", "webuiapi", "webuiapi, use_async"])
+def test_python(site, cut, case, client):
+    function = getattr(Python(case), client.replace(", use", ""))
+    try:
+        seen = in_words(function())
+    except Exception as error:
+        seen = f"{type(error).__module__}.{type(error).__qualname__}"
+        if seen == "builtins.RuntimeError":
+            assert error.args[0] == 422
+    assert seen == SEEN[client][CASES.index(case.name)]
+    check_kept(site, cut, case)
+
+
+def test_curl(site, cut, case):
+    curl = shutil.which("curl")
+    if curl is None:
+        pytest.skip("curl is not on this machine")
+    command = [curl, "-sS", "--compressed", "-w", "\n%{http_code}", "-H", "Content-Type: application/json", "-d", "@-"]
+    data = json.dumps(case.request).encode()
+    done = subprocess.run([*command, f"{case.url}/sdapi/v1/txt2img"], input=data, capture_output=True)
+    answer, _, status = done.stdout.rpartition(b"\n")
+    if done.returncode:
+        seen = f"exits with {done.returncode}"
+    elif status == b"200":
+        seen = in_words(json.loads(answer)["images"])
+    else:
+        seen = f"status {status.decode()}"
+    assert seen == SEEN["curl"][CASES.index(case.name)]
+    check_kept(site, cut, case)
+
+
+def run_node(folder: Any, source: str, case: Case) -> Dict[str, str]:
+    (folder / "client.mjs").write_text(source + TELL)
+    command = [shutil.which("node"), "client.mjs", case.url, json.dumps(case.request)]
+    done = subprocess.run(command, cwd=str(folder), capture_output=True, timeout=60)
+    assert done.returncode == 0, done.stderr.decode()
+    return {name: in_words(told) for name, told in json.loads(done.stdout).items()}
+
+
+def need_node() -> None:
+    node = shutil.which("node")
+    if node is None:
+        pytest.skip("node is not on this machine")
+    version = subprocess.run([node, "--version"], stdout=subprocess.PIPE).stdout.decode().strip().lstrip("v")
+    if int(version.split(".")[0]) < 18:
+        pytest.skip(f"node {version} has no fetch")
+
+
+@pytest.fixture(scope="module")
+def npm_folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A folder with the packages from npm."""
+    need_node()
+    npm = shutil.which("npm")
+    if npm is None:
+        pytest.skip("npm is not on this machine")
+    folder = tmp_path_factory.mktemp("npm")
+    (folder / "package.json").write_text(json.dumps(PACKAGES))
+    command = [npm, "install", "--no-audit", "--no-fund", "--ignore-scripts", "--cache", str(folder / "cache")]
+    done = subprocess.run(
+        command, cwd=str(folder), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "CI": "1"}
+    )
+    if done.returncode:
+        pytest.skip(f"npm cannot install the packages: {done.stdout.decode()[-300:]}")
+    return folder
+
+
+def test_fetch(site, cut, case, tmp_path):
+    need_node()
+    (seen,) = run_node(tmp_path, FETCH, case).values()
+    assert seen == SEEN["fetch"][CASES.index(case.name)]
+    check_kept(site, cut, case)
+
+
+def test_npm(site, cut, case, npm_folder):
+    seen = run_node(npm_folder, NPM, case)
+    assert seen == {name: SEEN[name][CASES.index(case.name)] for name in ("axios", "stable-diffusion-api")}
+    check_kept(site, cut, case, clients=2)

@@ -1,0 +1,35 @@
+"""What tracking costs stays within its bounds. `bench_requests.py` measures; here are margins for a busy machine."""
+
+from __future__ import annotations
+
+import sys
+
+import bench_requests as bench
+import pytest
+
+
+def test_gzip_is_cheaper_and_smaller_than_the_webuis_own():
+    seconds, size = bench.gzip_cost()
+    assert seconds.ratio < 1 / 3, seconds
+    assert size.ratio <= 1, size
+
+
+def test_whole_request(start):
+    """Two images of 1024x1024. The bounds on a machine that does nothing else are 0.8 and 1.05."""
+    packed, plain = bench.whole_requests(start, pairs=8)
+    assert packed.ratio < 0.95, packed
+    assert plain.ratio < 1.3, plain
+
+
+def test_event_loop_serves_everybody_else(start):
+    """It is never held by our code for longer than 20 ms, whatever the size."""
+    for figure in bench.event_loop(start):
+        assert figure.ours < (40 if "clock" in figure.name else 20), figure
+        if "gzip" in figure.name and figure.other is not None:
+            assert figure.ratio < 0.1, figure
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells the peak of a process's memory")
+def test_memory_of_a_large_answer(start):
+    for figure in bench.memory(start):
+        assert figure.ours < 1.1 * figure.other + 30, figure

@@ -1,0 +1,245 @@
+"""Jobs outlive interruption, crashes, restarts and Reload UI."""
+
+from __future__ import annotations
+
+import base64
+import itertools
+import json
+import signal
+import socket
+from concurrent.futures import ThreadPoolExecutor, as_completed
+
+import pytest
+
+from harness import AUTH, MODE_FLAGS, MODES, QUICK, SHAPE, body, until
+
+MODE = pytest.mark.parametrize("mode", MODES)
+
+
+def assert_tracks(webui):
+    response = webui.post(body())
+    job = webui.job(response.headers["X-Job-ID"], wait=30)
+    assert (job["status"], job["images"]) == ("Completed", response.json()["images"])
+
+
+def hold_and_queue(webui):
+    """One that has ended, one that runs, one that waits; and the gate of the second."""
+    done = webui.post(body(batch_size=2))
+    job = webui.job(done.headers["X-Job-ID"], wait=30)
+    until(webui.is_idle)
+    gate = webui.gate()
+    running = webui.send(body("runs", standin={"hold": gate}))
+    webui.until_status(running.job_id(), "Processing")
+    waiting = webui.send(body("waits", kind="img2img"), "img2img")
+    waiting.job_id()
+    return job, running, waiting, gate
+
+
+def test_interrupt(every_webui):
+    """The webui answers with what there is of the image, and so does the job."""
+    webui = every_webui
+    whole = webui.post(body("interrupted", steps=20)).json()["images"]
+    until(webui.is_idle)
+    with ThreadPoolExecutor(1) as pool:
+        answering = pool.submit(webui.post, body("interrupted", steps=20, standin={"seconds": 60}))
+        (job,) = until(lambda: webui.jobs(status="Processing", q="interrupted"))
+        until(lambda: webui.job(job["id"], images=False)["progress"])
+        assert webui.client.post("/sdapi/v1/interrupt").status_code in (200, 204)
+        answer = answering.result()
+    assert answer.status_code == 200
+    assert answer.headers["X-Job-ID"] == job["id"]
+    stored = webui.job(job["id"], wait=30)
+    assert stored["status"] == "Completed"
+    assert stored["images"] == answer.json()["images"]
+    assert len(stored["images"]) == 1 and stored["images"] != whole
+    assert stored["error"] is None
+
+
+def test_interrupt_leaves_those_that_wait(webui):
+    gate = webui.gate()
+    running = webui.send(body(standin={"hold": gate})).job_id()
+    webui.until_status(running, "Processing")
+    waiting = webui.send(body(seed=5)).job_id()
+    webui.client.post("/sdapi/v1/interrupt")
+    assert webui.job(running, wait=30)["status"] == "Completed"
+    assert webui.job(waiting, wait=30)["images"] == webui.post(body(seed=5)).json()["images"]
+
+
+@MODE
+def test_crash(start, mode):
+    """What had ended is there, with its images; what had not is Failed and says so. Twice."""
+    webui = start(*MODE_FLAGS[mode], *AUTH)
+    done, running, waiting, _ = hold_and_queue(webui)
+    webui.kill()
+    assert running.to_end()[-5:] != b"0\r\n\r\n"
+    before = webui.records()
+    assert [before[sent.job_id()]["status"] for sent in (running, waiting)] == ["Processing", "Pending"]
+
+    for _ in range(2):
+        webui.restart()
+        assert webui.job(done["id"]) == done
+        for sent, started in ((running, True), (waiting, False)):
+            job = until(lambda sent=sent: webui.job(sent.job_id()) if webui.is_idle() else None)
+            assert job["status"] == "Failed"
+            assert "ended" in job["error"]
+            assert (job["started"] is not None) == started
+            assert job["finished"] and job["images"] == []
+        assert {job["id"] for job in webui.jobs()} == set(webui.records()) == set(before)
+    lines = [line for line in webui.our_log() if "Failed" in line]
+    assert not lines, "the second start has nothing to say about them"
+    assert_tracks(webui)
+    assert not list(webui.data.glob("*.damaged*")) and not list(webui.data.glob("*.part"))
+
+
+def test_crash_at_any_moment(start):
+    """Killed again and again while jobs come and go: what was Completed keeps its images, and nothing is damaged."""
+    webui = start(*QUICK)
+    completed = {}
+    for round_ in range(3):
+        with ThreadPoolExecutor(4) as pool:
+            asking = [pool.submit(webui.post, body(f"round {round_}", seed=seed)) for seed in range(40)]
+            next(itertools.islice(as_completed(asking), 3 + 4 * round_, None))
+            for job in webui.jobs(status="Completed"):
+                completed[job["id"]] = webui.job(job["id"])["images"]
+            webui.kill()
+            for one in asking:
+                one.exception()
+        webui.start()
+        until(webui.is_idle)
+        assert not list(webui.data.glob("jobs.json.damaged*"))
+        for job_id, images in completed.items():
+            job = webui.job(job_id)
+            assert (job["status"], job["images"]) == ("Completed", images)
+        for record in webui.records().values():
+            assert all((webui.data / "images" / name).is_file() for name in record["images"])
+    assert len(completed) > 6
+
+
+@MODE
+def test_terminated_while_idle(start, mode):
+    webui = start(*MODE_FLAGS[mode])
+    answer = webui.post(body())
+    job_id = answer.headers["X-Job-ID"]
+    webui.job(job_id, wait=30)
+    webui.client.close()
+    webui.terminate(20)
+    webui.start()
+    assert webui.job(job_id)["images"] == answer.json()["images"]
+
+
+@MODE
+@pytest.mark.parametrize("number, stays", [(signal.SIGTERM, False), (signal.SIGINT, True)], ids=["TERM", "INT"])
+def test_terminated_while_a_job_runs(start, mode, number, stays):
+    """The API alone waits for all jobs, although clients have left. With the UI the webui dies at once."""
+    webui = start(*MODE_FLAGS[mode])
+    done, running, waiting, gate = hold_and_queue(webui)
+    running.leave()
+    if not stays:
+        waiting.leave()
+    webui.client.get("/standin/empty")
+    webui.client.close()
+    webui.process.send_signal(number)
+    if mode == "nowebui" and SHAPE == "a1111":
+        with pytest.raises(Exception, match="timed out"):
+            webui.process.wait(1)
+        gate.open()
+        webui.process.wait(20)
+        for sent in (running, waiting):
+            record = webui.records()[sent.job_id()]
+            assert record["status"] == "Completed"
+            assert (webui.data / "images" / record["images"][0]).is_file()
+        assert not stays or waiting.to_end().endswith(b"0\r\n\r\n"), "one whose client stays is answered"
+    else:
+        try:
+            webui.process.wait(5)
+        except Exception:
+            gate.open()
+            webui.process.wait(20)
+    webui.kill()
+    webui.start()
+    until(webui.is_idle)
+    assert webui.job(done["id"]) == done
+    for sent in (running, waiting):
+        job = webui.job(sent.job_id())
+        assert (job["status"] == "Completed") == bool(job["images"])
+        assert job["status"] == "Completed" or "ended" in job["error"]
+    assert_tracks(webui)
+
+
+def test_reload_while_a_job_runs_and_one_waits(start):
+    """The running one is interrupted and keeps what there is; the waiting one runs on the old server to its end."""
+    if SHAPE == "sdnext":
+        pytest.skip("it restarts as a process")
+    webui = start(*MODE_FLAGS["ui"])
+    done, running, waiting, _ = hold_and_queue(webui)
+    webui.reload_ui()
+    for sent in (running, waiting):
+        job = webui.job(sent.job_id(), wait=30)
+        assert (job["status"], len(job["images"])) == ("Completed", 1)
+        image = job["images"][0]
+        received = sent.to_end()
+        assert received.endswith(b"0\r\n\r\n")
+        assert image.encode()[:1000] in received
+    assert webui.job(done["id"]) == done
+    assert {job["id"] for job in webui.jobs()} == {done["id"], running.job_id(), waiting.job_id()}
+    assert_tracks(webui)
+    assert "Traceback" not in webui.log
+    assert len([line for line in webui.our_log() if "Ready" in line]) == 2
+
+
+def test_reload_again_and_again(start):
+    """Nothing of the lives before stays."""
+    if SHAPE == "sdnext":
+        pytest.skip("it restarts as a process")
+    webui = start(*MODE_FLAGS["ui"])
+    assert_tracks(webui)
+
+    def held():
+        state = webui.client.get("/standin/threads").json()
+        return state["threads"], state["open_files"] or 0
+
+    webui.reload_ui()
+    assert_tracks(webui)
+    threads, files = held()
+    for _ in range(4):
+        webui.reload_ui()
+        assert_tracks(webui)
+    until(lambda: held()[0] <= threads + 12, 20, "the threads of the lives before end")
+    until(lambda: held()[1] <= files + 6, 20, "their files are closed")
+    assert len(webui.records()) == 6
+    assert len(list(webui.data.glob("jobs.json.owner-*"))) == 1
+
+
+def test_switching_at_run_time(start):
+    """config.json is looked at again and again: a job that began tracked ends tracked."""
+    webui = start(*MODE_FLAGS[MODES[0]], tracking=None)
+    assert "X-Job-ID" not in webui.post(body()).headers
+    config = webui.extension / "config.json"
+    assert json.loads(config.read_text()) == {"enabled": False, "retention_days": 30}
+
+    config.write_text('{"enabled": true, "retention_days": 30}')
+    until(lambda: "X-Job-ID" in webui.post(body()).headers, 20)
+    gate = webui.gate()
+    sent = webui.send(body(standin={"hold": gate}))
+    job_id = sent.job_id()
+    webui.until_status(job_id, "Processing")
+    config.write_text('{"enabled": false, "retention_days": 30}')
+    untracked = until(lambda: without_a_head(webui), 20)
+    gate.open()
+    assert "x-job-id" not in untracked.head()[1]
+    job = webui.job(job_id, wait=30)
+    assert job["status"] == "Completed"
+    assert base64.b64decode(job["images"][0])
+    assert b'"images"' in sent.to_end()
+
+
+def without_a_head(webui):
+    """A request that is in the queue and has no head yet, if that is how it is now."""
+    sent = webui.send(body())
+    sent.socket.settimeout(2)
+    try:
+        sent.head()
+    except socket.timeout:
+        sent.socket.settimeout(30)
+        return sent
+    return None
