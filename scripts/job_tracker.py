@@ -41,7 +41,7 @@ import zlib
 from array import array
 from concurrent.futures import Future, ThreadPoolExecutor
 from html import escape
-from typing import Any, Callable, Dict, Iterator, List, Literal, NamedTuple, Optional, Set, Tuple, Union
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Literal, NamedTuple, Optional, Set, Tuple, Union
 
 import anyio.to_thread
 from fastapi import HTTPException, Path, Query, Request, Response
@@ -84,6 +84,7 @@ class FileLock:
         """Takes the lock. False when another holds it and `blocking` is false. Raises OSError."""
         while True:
             if self._file is None:
+                make_folder(os.path.dirname(self.path))
                 self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | BINARY, 0o666)
             if not self._take(blocking):
                 return False
@@ -623,14 +624,19 @@ class Index:
 
     def find(self, wanted: Filter, below: int, above: int = 0) -> List[int]:
         """Slots from `above` up to `below` that match, newest first. For some the text remains: see `must_check`."""
-        text = wanted.text
-        slots: Any = range(below - 1, above - 1, -1)
-        if text:
+        text, slots = wanted.text, self._fitting(wanted, range(below - 1, above - 1, -1))
+        if not (text and slots):
+            return slots
+        if len(slots) * 8 > below - above:
             hits = self.text.count(text, *self._text_range(above, below))
             if hits == 0 and not self.unsure:
                 return []
-            if hits * 8 < below - above:
-                text, slots = b"", self._with_text(text, below, above)  # quicker than looking at each slot
+            if hits * 8 < len(slots):  # it is quicker to look for the text than at each slot
+                return self._fitting(wanted, self._with_text(text, below, above))
+        return [slot for slot in slots if self._has_text(slot, text)]
+
+    def _fitting(self, wanted: Filter, slots: Iterable[int]) -> List[int]:
+        """Those that match in all but the text."""
         if wanted.ip is not None:
             ips, ip = self.ip, self.ips.get(wanted.ip, -1)
             slots = [slot for slot in slots if ips[slot] == ip]
@@ -645,10 +651,8 @@ class Index:
         statuses = self.status
         if wanted.status is not None:
             status = STATUSES.index(wanted.status)
-            slots = [slot for slot in slots if statuses[slot] == status]
-        else:
-            slots = [slot for slot in slots if statuses[slot] != self.REMOVED]
-        return [slot for slot in slots if self._has_text(slot, text)] if text else slots
+            return [slot for slot in slots if statuses[slot] == status]
+        return [slot for slot in slots if statuses[slot] != self.REMOVED]
 
     def _text_end(self, slot: int) -> int:
         return self.text_start[slot + 1] if slot + 1 < self.top else len(self.text)
@@ -1107,11 +1111,7 @@ class JobStore:
     @contextlib.contextmanager
     def _exclusive(self) -> Iterator[Opened]:
         """Holds the lock between processes, with the file open that the name stands for now."""
-        make_folder(os.path.dirname(self.path))
         with self._between:
-            if not os.path.exists(self._alive.path):
-                self._alive.close()
-                self._alive.acquire()
             if self._length() < self._opened.seen:
                 self._open()
             yield self._opened
@@ -1120,6 +1120,9 @@ class JobStore:
         with self._lock:
             self._opened.close()
             self._opened = Opened(None)
+        if not os.path.exists(self._alive.path):
+            self._alive.close()
+            self._alive.acquire()
         try:
             file = self._open_file()
         except (IsADirectoryError, PermissionError) as error:

@@ -354,14 +354,14 @@ async def _load(webui: Webui, client: Client, idle: Client, count: int) -> Load:
     for path, seconds in polls.items():
         polling.append(asyncio.ensure_future(poll(client, path.format(id=_job_id(head)), seconds)))
     requests = [client.post(body(f"number {number}", standin={"seconds": 0.01})) for number in range(count - 1)]
-    sent = await asyncio.gather(*requests)
+    sent = await asyncio.wait_for(asyncio.gather(*requests), harness.SECONDS)
     loop = asyncio.get_running_loop()
     waiting = await loop.run_in_executor(None, lambda: webui.jobs(status="pending", limit=1000))
     queue = [job["id"] for job in sorted(waiting, key=lambda job: job["queue_position"])]
     gate.open()
     answers = {}
     for _, its_head, reader, writer in [(0, head, *held), *sent]:
-        answers[_job_id(its_head)] = await reader.read()
+        answers[_job_id(its_head)] = await asyncio.wait_for(reader.read(), harness.SECONDS)
         writer.close()
     done.set()
     await asyncio.gather(*polling)

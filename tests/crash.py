@@ -7,10 +7,12 @@ trackers    a process that uses the Tracker itself, under load from several thre
             folder, which it checks first. Some are killed while they check.
 webui       the stand-in webui, under load over HTTP; killed, started again, asked for every ID that a client has seen.
 neighbours  three processes on one folder, each of them killed and started again while the others go on.
+power       what the Tracker asked of the disk is recorded, and opened as it could be left when the power fails after
+            each step: all that was not yet synced may be there or not, in any order. A round is such a state.
 
-A round is one kill. Of N rounds, the webui has a twentieth. What is checked: every ID that was acknowledged resolves;
-Completed jobs have all their images, byte for byte; jobs that were running are Failed and say so, once; what was
-removed stays so; no file is left that nobody names; jobs.json is valid JSON.
+Otherwise a round is one kill. Of N, the trackers have six tenths, the neighbours three, the webui one. What is checked:
+every ID that was acknowledged resolves; Completed jobs have all their images, byte for byte; jobs that were running are
+Failed and say so, once; what was removed stays so; no file is left that nobody names; jobs.json is valid JSON.
 """
 
 from __future__ import annotations
@@ -394,7 +396,6 @@ def neighbours(rounds: int, progress: Callable[[str], None], processes: int = 3)
 def power(rounds: int, progress: Callable[[str], None], dice: Optional[random.Random] = None) -> str:
     """Records a tracker's work, cuts the power in thought after each step of it, and opens what could be left."""
     dice = dice or random.Random()
-    logging.getLogger("job_tracker").setLevel(logging.CRITICAL)
     script, checker = load_script(), load_script()
     seen: Set[int] = set()
     steps = 0
@@ -587,7 +588,7 @@ SHARES = {"trackers": 0.6, "webui": 0.1, "neighbours": 0.3, "power": 10}
 
 def main(arguments: Optional[List[str]] = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kinds", nargs="*", help="trackers, webui, neighbours (default: all)")
+    parser.add_argument("kinds", nargs="*", help="which of them (default: all)", metavar="kind")
     parser.add_argument("--rounds", type=int, default=500, help="how many kills in all (default: 500)")
     options = parser.parse_args(arguments)
     kinds = options.kinds or list(LOOPS)

@@ -245,6 +245,9 @@ def test_no_other_job_is_hit(crowded):
     answers: Dict[str, List[int]] = {}
     pixels: List[str] = []
 
+    def spared(job: Dict[str, Any]) -> bool:
+        return ord(job["id"][-1]) % 2 == 0
+
     def cancel_some(status: str) -> None:
         with httpx.Client(base_url=crowded.url, trust_env=False, timeout=60) as client:
             while not stop.is_set():
@@ -267,7 +270,8 @@ def test_no_other_job_is_hit(crowded):
     for thread in threads:
         thread.start()
     try:
-        jobs = [submit(crowded, standin={"seconds": 0.04}) for _ in range(120)]
+        with ThreadPoolExecutor(8) as executor:  # so that there is always a queue
+            jobs = list(executor.map(lambda _: submit(crowded, standin={"seconds": 0.04}), range(120)))
         ended = [crowded.job(job_id, wait=60) for job_id in jobs]
     finally:
         stop.set()
@@ -283,5 +287,6 @@ def test_no_other_job_is_hit(crowded):
             assert job["status"] == "Completed" and job["images"] == full, job["error"]
     assert pixels and set(pixels) == {from_ui}
     cancelled = [job for job in ended if job["error"] == "Cancelled"]
-    assert 0 < len(cancelled) < len(ended)  # which of them waited and which ran is chance; each has a test of its own
+    assert cancelled  # which of them waited and which ran is chance; each has a test of its own
+    assert not [job for job in cancelled if spared(job)]
     assert not [line for line in crowded.our_log() if "Traceback" in line or "failed in" in line]

@@ -18,9 +18,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import pytest
-from conftest import Start
+from conftest import Pool, Start
 
-from harness import AUTH, QUICK, SECONDS, TESTS, Webui, body
+from harness import AUTH, MODES, QUICK, SECONDS, TESTS, Webui, body
 
 CLIENTS = TESTS / "clients"
 RESET = struct.pack("ii", 1, 0)
@@ -113,6 +113,11 @@ def webui(start_shared: Start) -> Webui:
     return start_shared(*QUICK, *AUTH)
 
 
+@pytest.fixture(scope="module")
+def off(pool: Pool) -> Webui:
+    return pool.get("off", MODES[-1], auth=True)
+
+
 @contextlib.contextmanager
 def bad_line(webui: Webui, places: Tuple[str, ...] = BadLine.PLACES) -> Iterator[BadLine]:
     line = BadLine(webui.port, places)
@@ -144,10 +149,15 @@ REFUSED = body(script_name="no such script")
 FAILING = body(standin={"fail": "OutOfMemoryError", "fail_after": 1})
 
 
-def test_python(webui):
+def load_retry() -> Any:
     spec = importlib.util.spec_from_file_location("retry", CLIENTS / "retry.py")
     retry = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(retry)
+    return retry
+
+
+def test_python(webui):
+    retry = load_retry()
     requests, before = requests_of("python"), saved(webui)
     with bad_line(webui) as line, ThreadPoolExecutor(20) as executor:
         jobs = list(executor.map(lambda request: retry.generate(line.url, request, webui.auth), requests))
@@ -161,6 +171,11 @@ def test_python(webui):
             retry.generate(line.url, FAILING, webui.auth)
 
 
+def test_python_while_nothing_is_tracked(off):
+    with pytest.raises(RuntimeError, match="not tracked"):
+        load_retry().generate(off.url, body(), off.auth)
+
+
 def node() -> str:
     found = shutil.which("node")
     if not found:
@@ -171,14 +186,26 @@ def node() -> str:
     return found
 
 
-def test_javascript(webui):
-    headers = {"Authorization": "Basic " + base64.b64encode(":".join(webui.auth).encode()).decode()}
+def authorization(webui: Webui) -> Dict[str, str]:
+    return {"Authorization": "Basic " + base64.b64encode(":".join(webui.auth).encode()).decode()}
+
+
+def in_node(url: str, requests: List[Dict[str, Any]], headers: Dict[str, str]) -> "subprocess.CompletedProcess[str]":
     script = IN_NODE % json.dumps((CLIENTS / "retry.mjs").as_uri())
-    command = [node(), "--input-type=module", "--eval", script]
+    command = [node(), "--input-type=module", "--eval", script, json.dumps([url, requests, headers])]
+    return subprocess.run(command, capture_output=True, encoding="utf-8", timeout=180)
+
+
+def test_javascript_while_nothing_is_tracked(off):
+    done = in_node(off.url, [body()], authorization(off))
+    assert done.returncode and "not tracked" in done.stderr
+
+
+def test_javascript(webui):
+    headers = authorization(webui)
 
     def generate(*requests: Dict[str, Any]) -> "subprocess.CompletedProcess[str]":
-        arguments = json.dumps([line.url, requests, headers])
-        return subprocess.run([*command, arguments], capture_output=True, encoding="utf-8", timeout=180)
+        return in_node(line.url, list(requests), headers)
 
     requests, before = requests_of("node"), saved(webui)
     # Not "at once": that can leave node's fetch waiting, until the client gives up a minute later.

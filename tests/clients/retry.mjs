@@ -12,10 +12,12 @@ async function call(url, options) {
     const attempt = new AbortController();
     const timer = setTimeout(() => attempt.abort(), 60_000);
     const response = await fetch(url, { ...options, signal: attempt.signal }).catch(() => null);
-    const answer = await response?.json().catch(() => null); // null: no connection, or it broke
+    const text = (await response?.text().catch(() => null)) ?? null; // null: no connection, or it broke
     clearTimeout(timer);
-    if (response?.ok && answer) return answer;
-    if (answer && ![502, 503, 504].includes(response.status)) throw new Error(JSON.stringify(answer));
+    if (text !== null && ![502, 503, 504].includes(response.status)) { // which is a proxy's word, not the webui's
+      if (!response.ok) throw new Error(`${response.status}: ${text}`);
+      return JSON.parse(text);
+    }
     await new Promise((resolve) => setTimeout(resolve, 1000));
   }
 }
@@ -32,6 +34,7 @@ export async function generate(url, request, headers = {}) {
       ...headers,
     },
   });
+  if (!job.id) throw new Error("jobs are not tracked: this webui would generate anew with every attempt");
   for (;;) {
     job = await call(`${url}/sdapi/v1/job/${job.id}?wait=20`, { headers });
     if (job.status === "Completed") return job;

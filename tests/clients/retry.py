@@ -16,12 +16,13 @@ def call(method, url, **options):
     while True:
         try:
             response = requests.request(method, url, timeout=60, **options)
-            answer = response.json()
+            if response.status_code not in (502, 503, 504):  # a proxy's word, not the webui's
+                response.raise_for_status()
+                return response.json()
+        except requests.HTTPError:  # refused
+            raise
         except requests.RequestException:  # no connection, or it broke
-            response = None
-        if response is not None and response.status_code not in (502, 503, 504):  # a proxy's word, not the webui's
-            response.raise_for_status()
-            return answer
+            pass
         time.sleep(1)
 
 
@@ -29,6 +30,8 @@ def generate(url, request, auth=None):
     # The key makes all attempts one generation; it is accepted at once, and we come back for the images.
     headers = {"Idempotency-Key": str(uuid.uuid4()), "Prefer": "respond-async"}
     job = call("POST", f"{url}/sdapi/v1/txt2img", json=request, headers=headers, auth=auth)
+    if "id" not in job:
+        raise RuntimeError("jobs are not tracked: this webui would generate anew with every attempt")
     while True:
         job = call("GET", f"{url}/sdapi/v1/job/{job['id']}?wait=20", auth=auth)
         if job["status"] == "Completed":
