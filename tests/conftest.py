@@ -22,7 +22,7 @@ def pytest_configure() -> None:
     signal.signal(signal.SIGTERM, end)
 
 
-SLOW = ("test_clients", "test_cost", "test_ending", "test_life", "test_load", "test_proxies")
+SLOW = ("test_cost", "test_load")
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -151,8 +151,8 @@ class Cut:
     def _serve(self, client: socket.socket) -> None:
         with contextlib.suppress(OSError), client:
             while True:
+                request = receive(client)
                 with socket.create_connection(("127.0.0.1", self.upstream)) as webui:
-                    request = receive(client)
                     webui.sendall(request)
                     if not request.startswith(b"POST "):
                         client.sendall(receive(webui))
