@@ -29,7 +29,7 @@ from harness import AUTH, MODE_FLAGS, MODES, SHAPE, Sent, Webui, body, until
 Start = Callable[..., Webui]
 
 ENCODINGS = ("gzip", "identity")
-PICTURES = {"width": 1024, "height": 1024, "batch_size": 2}
+PICTURES = {"width": 1024, "height": 1024, "batch_size": 2, "standin": {"image_bytes": 1_500_000}}  # as those of models
 MANY_LARGE = {"batch_size": 1, "standin": {"extra_images": 15, "image_bytes": 4_000_000}}
 HUGE = {"batch_size": 1, "standin": {"extra_images": 49, "image_bytes": 3_000_000}}  # an answer of 200 MB
 

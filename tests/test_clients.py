@@ -1,13 +1,14 @@
-"""What clients that know nothing of Job Tracker see. None of them takes a generation that failed for a good one.
+"""What clients that know nothing of Job Tracker see, as the README has it in a table.
 
-`SEEN` is a table: the client, and what it makes of a success, of a refusal (422), of a generation that fails, and of a
-connection that breaks on its way.
+Each meets a success, a refusal (422), a generation that fails, and a connection that breaks on its way. None takes a
+generation that failed for a good one.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -21,53 +22,23 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional
 import httpx
 import pytest
 
-from harness import MODE_FLAGS, MODES, Gate, Webui, body, until
+from harness import MODE_FLAGS, MODES, PROJECT, Gate, Webui, body, until
 
 CASES = ("success", "refusal", "failure", "cut")
-IMAGE = "the image"
-SEEN = {
-    # client: success, refusal, failure, cut
-    "curl": (IMAGE, "status 422", "exits with 18", "exits with 18"),
-    "requests": (
-        IMAGE,
-        "status 422",
-        "requests.exceptions.ChunkedEncodingError",
-        "requests.exceptions.ChunkedEncodingError",
-    ),
-    "httpx": (IMAGE, "status 422", "httpx.RemoteProtocolError", "httpx.RemoteProtocolError"),
-    "aiohttp": (
-        IMAGE,
-        "status 422",
-        "aiohttp.client_exceptions.ClientPayloadError",
-        "aiohttp.client_exceptions.ClientPayloadError",
-    ),
-    "urllib": (IMAGE, "urllib.error.HTTPError", "http.client.IncompleteRead", "http.client.IncompleteRead"),
-    "webuiapi": (
-        IMAGE,
-        "builtins.RuntimeError",
-        "requests.exceptions.ChunkedEncodingError",
-        "requests.exceptions.ChunkedEncodingError",
-    ),
-    "webuiapi, use_async": (
-        IMAGE,
-        "builtins.RuntimeError",
-        "aiohttp.client_exceptions.ClientPayloadError",
-        "aiohttp.client_exceptions.ClientPayloadError",
-    ),
-    "fetch": (IMAGE, "status 422", "TypeError: terminated", "TypeError: terminated"),
-    "axios": (
-        IMAGE,
-        "ERR_BAD_REQUEST: Request failed with status code 422",
-        "ECONNRESET: aborted",
-        "ECONNRESET: aborted",
-    ),
-    "stable-diffusion-api": (
-        IMAGE,
-        "ERR_BAD_REQUEST: Request failed with status code 422",
-        "ECONNRESET: aborted",
-        "ECONNRESET: aborted",
-    ),
-}
+IMAGE = "the images"
+
+
+def seen_by_readme() -> Dict[str, List[str]]:
+    """The README's table: for each client what it makes of each case. The last two are one column there."""
+    lines = iter((PROJECT / "README.md").read_text(encoding="utf-8").split("\n"))
+    next(line for line in lines if line.startswith("| client | success |"))
+    next(lines)
+    rows = itertools.takewhile(lambda line: line.startswith("|"), lines)
+    cells = [[cell.replace("`", "").strip() for cell in row.strip("|").split(" | ")] for row in rows]
+    return {client: [*seen, seen[-1]] for client, *seen in cells}
+
+
+SEEN = seen_by_readme()
 
 PACKAGES = {
     "private": True,
@@ -273,6 +244,16 @@ class Python:
         return webuiapi.WebUIApi(baseurl=f"{self.case.url}/sdapi/v1").txt2img(**fields, **options)
 
 
+PYTHON = {
+    "Python requests": "requests",
+    "Python httpx": "httpx",
+    "Python aiohttp": "aiohttp",
+    "Python urllib": "urllib",
+    "webuiapi": "webuiapi",
+    "webuiapi, use_async": "webuiapi_async",
+}
+
+
 def in_words(images: Any) -> str:
     """What a client has got. The image is one that can be opened."""
     if isinstance(images, (str, int)):
@@ -292,14 +273,18 @@ def check_kept(site: Webui, cut: Cut, case: Case, clients: int = 1) -> None:
     cut.ids.clear()
 
 
-@pytest.mark.parametrize("client", ["requests", "httpx", "aiohttp", "urllib", "webuiapi", "webuiapi, use_async"])
+def test_every_client_of_the_table_is_tried():
+    assert set(SEEN) == {"curl", *PYTHON, "fetch in Node", "axios", "stable-diffusion-api"}
+
+
+@pytest.mark.parametrize("client", PYTHON)
 def test_python(site, cut, case, client):
-    function = getattr(Python(case), client.replace(", use", ""))
+    function = getattr(Python(case), PYTHON[client])
     try:
         seen = in_words(function())
     except Exception as error:
-        seen = f"{type(error).__module__}.{type(error).__qualname__}"
-        if seen == "builtins.RuntimeError":
+        seen = f"{type(error).__module__}.{type(error).__qualname__}".replace("builtins.", "")
+        if seen == "RuntimeError":
             assert error.args[0] == 422
     assert seen == SEEN[client][CASES.index(case.name)]
     check_kept(site, cut, case)
@@ -361,7 +346,7 @@ def npm_folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def test_fetch(site, cut, case, tmp_path):
     need_node()
     (seen,) = run_node(tmp_path, FETCH, case).values()
-    assert seen == SEEN["fetch"][CASES.index(case.name)]
+    assert seen == SEEN["fetch in Node"][CASES.index(case.name)]
     check_kept(site, cut, case)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import contextlib
 import importlib
@@ -17,7 +16,6 @@ import struct
 import subprocess
 import sys
 import threading
-import urllib.request
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Set
 
@@ -648,93 +646,13 @@ def test_files(site):
         assert set(ignored) == set(examples), "the webui's update leaves them alone"
 
 
-# What clients make of a failure
+# What else the text says
 
 
-class FailingClients:
-    """Each returns when it takes the failed generation for a good one."""
-
-    def __init__(self, url: str):
-        self.url = f"{url}/sdapi/v1/txt2img"
-        self.base = f"{url}/sdapi/v1"
-        self.request = body(standin=FAILURE)
-
-    def requests(self) -> None:
-        import requests
-
-        requests.post(self.url, json=self.request)
-
-    def httpx(self) -> None:
-        httpx.post(self.url, json=self.request, trust_env=False, timeout=30)
-
-    def aiohttp(self) -> None:
-        aiohttp = pytest.importorskip("aiohttp")
-
-        async def post() -> None:
-            async with aiohttp.ClientSession() as session, session.post(self.url, json=self.request) as response:
-                await response.read()
-
-        asyncio.run(post())
-
-    def urllib(self) -> None:
-        data = json.dumps(self.request).encode()
-        request = urllib.request.Request(self.url, data, {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=30) as response:
-            response.read()
-
-    def webuiapi(self) -> None:
-        webuiapi = pytest.importorskip("webuiapi")
-        scripts = self.request["alwayson_scripts"]
-        webuiapi.WebUIApi(baseurl=self.base).txt2img(prompt="a lighthouse", steps=2, alwayson_scripts=scripts)
-
-
-def clients() -> Dict[str, str]:
-    return dict(table("curl"))
-
-
-@pytest.mark.parametrize(
-    "client",
-    [
-        ("Python requests", "requests"),
-        ("Python httpx", "httpx"),
-        ("Python aiohttp", "aiohttp"),
-        ("Python urllib", "urllib"),
-        ("webuiapi", "webuiapi"),
-    ],
-    ids=lambda it: it[1],
-)
-def test_failure_in_python(site, client, monkeypatch):
-    monkeypatch.setenv("NO_PROXY", "*")
-    name, function = client
-    (raised,) = names(clients()[name])
-    module, _, attribute = raised.rpartition(".")
-    expected = getattr(importlib.import_module(module), attribute)
-    with pytest.raises(expected) as caught:
-        getattr(FailingClients(site.url), function)()
-    assert caught.type is expected
-
-
-def test_failure_in_curl(run):
+def test_failure_over_http_1_0(run):
     request = shlex.quote(json.dumps(body(standin=FAILURE)))
     rest = f"-sS -H 'Content-Type: application/json' -d {request} {ADDRESS}/sdapi/v1/txt2img"
-    assert clients()["curl"] == "exits with 18"
-    run.run("bash", f"curl {rest}", status=18)
     assert "reset" in run.run("bash", f"curl --http1.0 {rest}", status=56)
-
-
-def test_failure_in_node(run):
-    (call, error) = names(clients()["fetch in Node"])
-    request = json.dumps(body(standin=FAILURE))
-    text = f"""
-        const headers = {{ "Content-Type": "application/json" }};
-        const response = await fetch("{ADDRESS}/sdapi/v1/txt2img", {{ method: "POST", headers, body: `{request}` }});
-        console.log(response.status);
-        await {call}.catch((error) => console.log(`${{error}}`));
-    """
-    assert run.run("javascript", text).split("\n", 1) == ["200", error + "\n"]
-
-
-# What else the text says
 
 
 def test_unmodified_clients(start):
