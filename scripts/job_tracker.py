@@ -48,6 +48,7 @@ from fastapi import HTTPException, Path, Query, Request, Response
 from fastapi.responses import StreamingResponse
 from pydantic import VERSION as PYDANTIC
 from pydantic import BaseModel, Field
+from starlette.datastructures import URL
 
 log = logging.getLogger("job_tracker")
 
@@ -67,6 +68,10 @@ except ImportError:  # Windows
 BINARY = getattr(os, "O_BINARY", 0)
 NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
 NO_WAIT = getattr(os, "O_NONBLOCK", 0)  # for a pipe where a file should be
+
+OPEN_FILES_STAY = os.name == "nt"  # nobody can remove, rename or replace them
+RESET = struct.pack("hh" if os.name == "nt" else "ii", 1, 0)  # SO_LINGER: a close drops what is unsent and resets
+UNSUPPORTED = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK, errno.ENOTTY, errno.EINVAL)  # by a mount
 
 
 class FileLock:
@@ -88,9 +93,8 @@ class FileLock:
                 self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | BINARY, 0o666)
             if not self._take(blocking):
                 return False
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.stat(self.path), os.fstat(self._file)):
-                    return True
+            if stands_for(self.path, self._file):
+                return True
             self.close()  # somebody has tidied it away, and others lock a new one
 
     def _take(self, blocking: bool) -> bool:
@@ -100,7 +104,7 @@ class FileLock:
             except OSError as error:
                 if not blocking and error.errno in (errno.EWOULDBLOCK, errno.EACCES):
                     return False
-                if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                if error.errno not in UNSUPPORTED:
                     raise
                 # A file system without locks, such as some network mounts: one webui alone is as safe as ever.
             return True
@@ -138,6 +142,13 @@ class FileLock:
         self.release()
 
 
+def stands_for(path: str, file: int) -> bool:
+    """Whether a name stands for a file that is open."""
+    with contextlib.suppress(FileNotFoundError):
+        return OPEN_FILES_STAY or os.path.samestat(os.stat(path), os.fstat(file))
+    return False
+
+
 seeking = threading.Lock()  # where a file has but one position, Windows
 
 
@@ -163,15 +174,27 @@ def write_at(file: int, data: bytes, position: int) -> None:
         position += written
 
 
+def sync_file(file: int) -> None:
+    """Makes what was written survive a power cut. On macOS, `fsync` alone leaves it in the drive's own memory."""
+    if hasattr(fcntl, "F_FULLFSYNC"):
+        try:
+            fcntl.fcntl(file, fcntl.F_FULLFSYNC)
+            return
+        except OSError as error:
+            if error.errno not in UNSUPPORTED:
+                raise
+    os.fsync(file)
+
+
 def sync_folder(path: str) -> None:
     """Makes the names in a folder survive a power cut. Windows has no such call and does it by itself."""
     if os.name == "nt":
         return
     folder = os.open(path, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
     try:
-        os.fsync(folder)
+        sync_file(folder)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network mounts
+        if error.errno not in UNSUPPORTED:
             raise
     finally:
         os.close(folder)
@@ -180,7 +203,9 @@ def sync_folder(path: str) -> None:
 def make_folder(path: str) -> None:
     """Makes a folder, and those above it, so that they survive a power cut."""
     if not os.path.isdir(path):
-        make_folder(os.path.dirname(path))
+        above = os.path.dirname(path)
+        if above != path:  # as of a drive that is not there
+            make_folder(above)
         os.makedirs(path, exist_ok=True)
         sync_folder(os.path.dirname(path))
 
@@ -191,8 +216,10 @@ def replace_file(path: str, data: bytes) -> None:
     try:
         file = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | BINARY, 0o666)
         try:
+            with contextlib.suppress(OSError):
+                shutil.copymode(path, part)
             write_at(file, data, 0)
-            os.fsync(file)
+            sync_file(file)
         finally:
             os.close(file)
         os.replace(part, path)
@@ -226,11 +253,14 @@ DEFAULT_CONFIG = {
 BOOLEANS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 
 
+LONGEST = sys.float_info.max  # an int can be more, and is no float then
+
+
 def as_days(value: Any) -> Optional[float]:
     """A retention as a number of days, None for off. Raises ValueError for anything that is no such number."""
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= LONGEST:
         raise ValueError("it must be a number of days >= 0, or null")
     return float(value) or None
 
@@ -285,6 +315,8 @@ class Settings:
         with self._lock:
             try:
                 status = os.stat(self.path)
+                if not stat.S_ISREG(status.st_mode):
+                    raise OSError(errno.EINVAL, "it is no file", self.path)
                 version = (status.st_ino, status.st_size, status.st_mtime_ns)
                 if version != self._version:
                     self._file = self._load()
@@ -332,9 +364,10 @@ class Settings:
         with open(self.path, "rb") as file:
             data = file.read(1 << 20)
         try:
-            config = json.loads(data.decode("utf-8-sig"))
+            config = json.loads(data.decode("utf-8-sig"), parse_constant=str)
             if not isinstance(config, dict):
                 raise ValueError("it is no JSON object")
+            json.dumps(config, indent=4)  # what is too deep to be written again is broken, too
         except (ValueError, RecursionError) as error:
             log.warning("config.json is broken (%s), set aside as %s; the defaults hold", error, set_aside(self.path))
             raise FileNotFoundError from None
@@ -833,10 +866,11 @@ class JobStore:
         self._lock = threading.Lock()  # guards these two and the index
         self._opened = Opened(None)
         self._unwritten: Dict[str, Optional[Job]] = {}  # what is not in the file yet
-        self._work = threading.Condition()  # guards these four
+        self._work = threading.Condition()  # guards these five
         self._queue: List[Change] = []
         self._chores: List[Chore] = []
         self._following: Optional[Future] = None
+        self._awaited = 0  # how many wait for it
         self._closing = self._closed = False
         self._between = FileLock(self.path + ".lock")  # of the thread alone, as is what follows
         self._alive = FileLock(f"{self.path}.owner-{self.owner}")  # held for as long as this process lives
@@ -991,7 +1025,13 @@ class JobStore:
                 if self._is_current():
                     yield self._opened.index
                     return
-            self._follow().result()
+            with self._work:
+                self._awaited += 1
+            try:
+                self._follow().result()
+            finally:
+                with self._work:
+                    self._awaited -= 1
 
     def _is_current(self) -> bool:
         with contextlib.suppress(OSError):
@@ -1002,10 +1042,8 @@ class JobStore:
         """Of the file without its closing, -1 if it is no longer the one that is open. Raises OSError."""
         opened = self._opened
         if opened.file is not None and not opened.stale:
-            with contextlib.suppress(FileNotFoundError):
-                status = os.stat(self.path)
-                if os.path.samestat(status, os.fstat(opened.file)):
-                    return status.st_size - len(self.TAIL)
+            if stands_for(self.path, opened.file):
+                return os.fstat(opened.file).st_size - len(self.TAIL)
         return -1
 
     def _matching(self, index: Index, wanted: Filter, below: int) -> Iterator[int]:
@@ -1052,6 +1090,7 @@ class JobStore:
         with self._work:
             if self._following is None or self._following.done():
                 self._following = self._add_chore(self._load(), first=True)
+            self._work.notify()
             return self._following
 
     def _run(self) -> None:
@@ -1068,11 +1107,19 @@ class JobStore:
             if self._closed:
                 break
             if chore is not None:
+                began = time.monotonic()
                 self._do_piece(chore)
+                self._be_polite(2 * (time.monotonic() - began))
         for work, result in self._chores:
             work.close()
             result.set_exception(OSError("the store is closed"))
         self._close_files()
+
+    def _be_polite(self, seconds: float) -> None:
+        """Lets others have the interpreter, above all a webui that starts, unless somebody waits for this thread."""
+        with self._work:
+            if self._chores and not (self._queue or self._awaited or self._closing):
+                self._work.wait(seconds)
 
     def _do_piece(self, chore: Chore) -> None:
         work, result = chore
@@ -1136,7 +1183,7 @@ class JobStore:
         opened.foreign = head not in (b"", self.HEAD)
         if not head:
             write_at(file, self.EMPTY, 0)
-        os.fsync(file)
+        sync_file(file)
         sync_folder(os.path.dirname(self.path))
         opened.seen = 0 if opened.foreign else len(self.HEAD)
 
@@ -1148,9 +1195,8 @@ class JobStore:
     def _close_files(self) -> None:
         with self._lock:
             self._opened.close()
-        if os.name != "nt":  # which removes no open file
-            with contextlib.suppress(OSError):
-                os.unlink(self._alive.path)
+        with contextlib.suppress(OSError):
+            os.unlink(self._alive.path)
         self._alive.close()
         self._between.close()
 
@@ -1175,7 +1221,7 @@ class JobStore:
         write_at(opened.file, self.TAIL if good else self.EMPTY, good)
         good = good or len(self.HEAD)
         os.ftruncate(opened.file, good + len(self.TAIL))
-        os.fsync(opened.file)
+        sync_file(opened.file)
         return good
 
     def _keep_damage(self, gaps: List[Gap]) -> None:
@@ -1183,12 +1229,13 @@ class JobStore:
         path = f"{self.path}.damaged-{time.strftime('%Y%m%d-%H%M%S')}"
         try:
             with open(path, "ab") as aside:
+                shutil.copymode(self.path, path)
                 for gap in gaps:
                     for place in range(gap.place, gap.place + gap.length, self.PIECE):
                         aside.write(read_at(self._opened.file, min(self.PIECE, gap.place + gap.length - place), place))
                     aside.write(b"\n")
                 aside.flush()
-                os.fsync(aside.fileno())
+                sync_file(aside.fileno())
             kept = f"set aside in {path}"
         except OSError as error:
             kept = f"could not be set aside: {error}"
@@ -1256,7 +1303,7 @@ class JobStore:
             with self._exclusive() as opened:
                 self._append(latest)
             appended = True
-            os.fsync(opened.file)
+            sync_file(opened.file)
         except Exception as error:
             self._tell("written", error)
             self._retry_at = time.monotonic() + self.RETRY
@@ -1322,7 +1369,7 @@ class JobStore:
             log.warning("jobs.json was not as this program writes it: it is written anew, with %d jobs", len(old.index))
         fresh = Opened(None)
         try:
-            fresh.file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | BINARY, 0o666)
+            fresh.file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | BINARY, 0o666)
             shutil.copymode(self.path, path)
             write_at(fresh.file, self.HEAD, 0)
             fresh.seen = synced = len(self.HEAD)
@@ -1330,13 +1377,13 @@ class JobStore:
                 if old.file is None or not self._copy_slots(old, fresh, start, start + 200):
                     return
                 if fresh.seen - synced > 1 << 22:
-                    os.fsync(fresh.file)
+                    sync_file(fresh.file)
                     synced = fresh.seen
                 yield
             while old.file is not None and old.seen - known > self.PIECE // 8:
                 known += self._copy_tail(old, fresh, known, old.seen)
                 yield
-            os.fsync(fresh.file)
+            sync_file(fresh.file)
             yield
             with self._exclusive():
                 if self._opened is old and not old.stale:
@@ -1392,9 +1439,9 @@ class JobStore:
     def _replace(self, old: Opened, fresh: Opened, path: str) -> None:
         """Puts a new file, and what is known of it, in the place of the old."""
         write_at(fresh.file, self.TAIL, fresh.seen)
-        os.fsync(fresh.file)
+        sync_file(fresh.file)
         with self._lock:
-            if os.name == "nt":  # which replaces no open file
+            if OPEN_FILES_STAY:
                 old.close()
                 fresh.close()
             try:
@@ -1424,7 +1471,7 @@ class JobStore:
                 changed = [fail(job) for job in jobs if job is not None and gone[job.owner]]
                 if changed:
                     self._append({job.id: job for job in changed})
-                    os.fsync(opened.file)
+                    sync_file(opened.file)
                 self._remove_leftovers()
                 return changed
 
@@ -1587,7 +1634,7 @@ class ImageStore:
                 for piece in pieces:
                     write_at(file, piece, size)
                     size += len(piece)
-                os.fsync(file)
+                sync_file(file)
             finally:
                 os.close(file)
             os.replace(part, path)
@@ -1916,9 +1963,9 @@ class Tracker:
         error = job.error
         if job.status == COMPLETED:
             try:
-                answer = json.loads(b"".join(self.images.read(job.answer)).decode())
+                answer = DECODER.decode(b"".join(self.images.read(job.answer)).decode())
                 parameters, info = answer.get("parameters"), answer.get("info")
-            except (OSError, ValueError, AttributeError):
+            except (OSError, ValueError, AttributeError, RecursionError):
                 error = "The parameters are no longer on disk"
         progress, eta = self.progress_of(job)
         return {
@@ -1952,13 +1999,15 @@ class Tracker:
     def answer_as_json(self, job: Job) -> Iterator[bytes]:
         """What the host answered, once more, a piece at a time. Raises OSError."""
         rest = b"".join(self.images.read(job.answer))
-        start = IMAGES_START.match(rest)
-        if not start:
-            raise OSError(errno.EIO, "the stored answer is damaged", job.answer)
-        yield rest[: start.end()]
-        if json.loads(rest.decode())["parameters"].get("send_images", True):
+        try:
+            wanted = json.loads(rest.decode())["parameters"].get("send_images", True)
+            start = IMAGES_START.match(rest).end()
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            raise OSError(errno.EIO, "the stored answer is damaged", job.answer) from None
+        yield rest[:start]
+        if wanted:
             yield from self._images_as_json(job, [True] * len(job.images))
-        yield rest[start.end() :]
+        yield rest[start:]
 
     def _images_as_json(self, job: Job, there: List[bool]) -> Iterator[bytes]:
         for number, name in enumerate(job.images):
@@ -2157,7 +2206,8 @@ def user_of(scope: Scope) -> str:
 
 def prefers_async(scope: Scope) -> bool:
     """By RFC 7240, 4.1."""
-    preferences = re.sub(r'"(\\.|[^"\\])*"', "", header_of(scope, b"prefer").lower()).split(",")
+    # A quote without an end reaches to the end: otherwise each further quote would be looked for there, too.
+    preferences = re.sub(r'"(\\.|[^"\\])*("|\\?\Z)', "", header_of(scope, b"prefer").lower()).split(",")
     return any(re.match(r"\s*respond-async\s*(=\s*)?(;|\Z)", preference) for preference in preferences)
 
 
@@ -2194,23 +2244,37 @@ def in_pieces(data: bytes) -> Iterator[bytes]:
 
 
 class FromPool:
-    """The pieces that a generator makes, each made in a thread."""
+    """What a generator makes, a piece or more at a time, made in a thread."""
 
     def __init__(self, pool: ThreadPoolExecutor, pieces: Iterator[bytes]):
         self._pool = pool
         self._pieces = pieces
-        self._making: "Future[Optional[bytes]]" = Future()
-        self._making.set_result(None)
+        self._making: "Future[bytes]" = Future()
+        self._making.set_result(b"")
+        self._ended = False
 
     def __aiter__(self) -> "FromPool":
         return self
 
     async def __anext__(self) -> bytes:
-        self._making = self._pool.submit(next, self._pieces, None)
-        piece = await asyncio.wrap_future(self._making)
-        if piece is None:
-            raise StopAsyncIteration
-        return piece
+        if not self._ended:
+            self._making = self._pool.submit(self._make)
+            made = await asyncio.wrap_future(self._making)
+            if made:
+                return made
+        raise StopAsyncIteration
+
+    def _make(self) -> bytes:
+        """Small pieces together, for each way to a thread and back takes time."""
+        made, size = [], 0
+        for piece in self._pieces:
+            made.append(piece)
+            size += len(piece)
+            if size >= PIECE:
+                break
+        else:
+            self._ended = True
+        return b"".join(made)
 
     def close(self) -> None:
         """Ends the generator, and so closes its file, as soon as no thread is in it."""
@@ -2238,7 +2302,6 @@ class Shell:
     """
 
     KEY = "job_tracker.valve"
-    ABORT = struct.pack("hh" if os.name == "nt" else "ii", 1, 0)  # a close drops what is unsent and resets
 
     def __init__(self, app: App):
         self.app = app
@@ -2269,7 +2332,7 @@ class Shell:
         transport = getattr(getattr(send, "__self__", None), "transport", None)  # uvicorn's
         if scope.get("http_version") == "1.0" and transport is not None:
             with contextlib.suppress(OSError):
-                transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, self.ABORT)
+                transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
 
 
 class ObservedLock:
@@ -3013,7 +3076,8 @@ class Api:
         body, last = await self._run(look)
         response = self._respond(request, in_pieces(body))
         if last:
-            following = request.url.include_query_params(cursor=last)
+            # Without the header Host, which can be anything.
+            following = URL(scope={**request.scope, "headers": [], "server": None}).include_query_params(cursor=last)
             response.headers["Link"] = f'<{following.path}?{following.query}>; rel="next"'
         return response
 
@@ -3425,12 +3489,13 @@ class Tab:
     # What they do, in threads of the tracker's own, so that the host's are never needed
 
     async def set_enabled(self, enabled: Any) -> None:
-        await self._save(enabled=bool(enabled))
+        if isinstance(enabled, bool):  # anybody can send anything
+            await self._save(enabled=enabled)
 
     async def set_retention(self, retention: Any) -> Any:
         import gradio as gr
 
-        if retention in self.RETENTIONS:
+        if retention in list(self.RETENTIONS):  # a list also looks for what has no hash
             await self._save(retention_days=self.RETENTIONS[retention])
         return gr.update(choices=self._retentions(), value=self._retention())
 
@@ -3770,7 +3835,8 @@ class Extension:
         try:
             # gradio 3 gives every file below the webui's folder to whoever can open the UI.
             if hasattr(demo, "blocked_paths"):
-                demo.blocked_paths = [*demo.blocked_paths, EXTENSION_FOLDER, self.tracker.settings.data_folder]
+                folders = {EXTENSION_FOLDER, self.tracker.settings.data_folder, self.tracker.images.folder}
+                demo.blocked_paths = [*demo.blocked_paths, *folders, *map(os.path.realpath, folders)]
             self._attach(app)
         except Unsuitable as reason:
             self.trouble = str(reason)

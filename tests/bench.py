@@ -34,7 +34,7 @@ def over_http(start: Callable[..., Any], jobs: int, progress: bench_store.Progre
     def prepare(webui: Any) -> None:
         bench_store.write_file(script, webui.data / "jobs.json", jobs, 1, progress)
 
-    webui = start(*MODE_FLAGS[MODES[-1]], prepare=prepare)
+    webui = start(*MODE_FLAGS[MODES[-1]], environ={"TRACKER_RETENTION": "off"}, prepare=prepare)
     job_id = webui.post(body()).headers["x-job-id"]
     webui.job(job_id, wait=60)
     paths = {

@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
+import bench_store
 from inside import load_script
 
 import harness
@@ -32,6 +33,7 @@ ENCODINGS = ("gzip", "identity")
 PICTURES = {"width": 1024, "height": 1024, "batch_size": 2, "standin": {"image_bytes": 1_500_000}}  # as those of models
 MANY_LARGE = {"batch_size": 1, "standin": {"extra_images": 15, "image_bytes": 4_000_000}}
 HUGE = {"batch_size": 1, "standin": {"extra_images": 49, "image_bytes": 3_000_000}}  # an answer of 200 MB
+LARGE = {"batch_size": 1, "standin": {"extra_images": 24, "image_bytes": 4_000_000}}  # images of 100 MB
 
 
 class Figure(NamedTuple):
@@ -273,6 +275,64 @@ def memory(start: Start) -> List[Figure]:
     ]
 
 
+def large_job(start: Start, rounds: int = 5) -> List[Figure]:
+    """A job with 100 MB of images: how soon its first byte comes, and what it takes of the process's memory."""
+    webui = start(*MODE_FLAGS[MODES[-1]])
+    generate(webui, "identity", **LARGE)
+    generate(webui, "identity")
+    webui.restart()  # so that it has no memory to spare from making the answer
+    large, small = (f"/sdapi/v1/job/{job['id']}" for job in reversed(webui.jobs(limit=2)))
+
+    def first_byte(path: str, encoding: str) -> float:
+        began = time.perf_counter()
+        with webui.client.stream("GET", path, headers={"Accept-Encoding": encoding}) as response:
+            pieces = response.iter_raw()
+            next(pieces)
+            seconds = time.perf_counter() - began
+            for _ in pieces:
+                pass
+        return 1000 * seconds
+
+    figures = []
+    for encoding in ENCODINGS:
+        first_byte(small, encoding)
+        if sys.platform.startswith("linux"):
+            peak = memory_for(webui, lambda: first_byte(large, encoding)).peak  # noqa: B023
+            figures.append(Figure(f"memory for a job of 100 MB, {encoding}", peak, None, "MB"))
+        seconds = {
+            path: statistics.median(first_byte(path, encoding) for _ in range(rounds)) for path in (large, small)
+        }
+        name = f"first byte of a job of 100 MB, {encoding}"
+        figures.append(Figure(name, seconds[large], seconds[small], "ms", "of a small job"))
+    return figures
+
+
+# Start
+
+
+def start_up(start: Start, jobs: int = 100_000, rounds: int = 3) -> List[Figure]:
+    """How long the webui takes from the start of its process until it serves, with many jobs and with none."""
+    script = load_script()
+
+    def prepare(webui: Webui) -> None:
+        bench_store.write_file(script, webui.data / "jobs.json", jobs, 1, lambda text, share: None)
+
+    webuis = [
+        start(*MODE_FLAGS[MODES[-1]], environ={"TRACKER_RETENTION": "off"}, prepare=prepare),
+        start(*MODE_FLAGS[MODES[-1]]),
+    ]
+    seconds: List[List[float]] = [[], []]
+    for _ in range(rounds):
+        for webui, own in zip(webuis, seconds):
+            webui.kill()
+            began = time.perf_counter()
+            webui.start()
+            own.append(time.perf_counter() - began)
+    return [
+        Figure(f"start with {jobs:,} jobs, until the webui serves", *map(statistics.median, seconds), "s", "with none")
+    ]
+
+
 # Load
 
 
@@ -389,7 +449,7 @@ def load_figures(start: Start) -> List[Figure]:
 def figures() -> Iterator[Figure]:
     """All of them, each when it is there."""
     yield from gzip_cost()
-    for measurement in (whole_requests, event_loop, memory, load_figures):
+    for measurement in (whole_requests, event_loop, memory, large_job, start_up, load_figures):
         with harness.started(lambda: Path(tempfile.mkdtemp(prefix="bench-"))) as start:
             yield from measurement(start)
 

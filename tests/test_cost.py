@@ -33,3 +33,17 @@ def test_event_loop_serves_everybody_else(start):
 def test_memory_of_a_large_answer(start):
     for figure in bench.memory(start):
         assert figure.ours < 1.1 * figure.other + 30, figure
+
+
+def test_large_job(start):
+    """It is read and sent a piece at a time."""
+    for figure in bench.large_job(start):
+        if figure.unit == "MB":
+            assert figure.ours < 24, figure
+        else:
+            assert figure.ours < 50 + 5 * figure.other, figure
+
+
+def test_start_with_many_jobs(start):
+    (figure,) = bench.start_up(start)
+    assert figure.ours < figure.other + 1, figure
