@@ -1,0 +1,294 @@
+"""Credentials: every route of Job Tracker is guarded as the webui's own are, and tells a stranger nothing."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import tempfile
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Tuple
+
+import httpx
+import pytest
+
+from harness import MODE_FLAGS, MODES, SHAPE, TESTS, Sent, Webui, body
+
+USERS = "user:secret,second:pa:ss:word,third:pässword"
+UNKNOWN, MALFORMED = "AAAAAAAA", "no-job"
+
+ROUTES = [
+    ("GET", "/sdapi/v1/job/{id}"),
+    ("GET", "/sdapi/v1/job/{id}?images=false"),
+    ("GET", "/sdapi/v1/job/{id}?wait=1"),
+    ("GET", "/sdapi/v1/job/{id}?wait=never"),
+    ("GET", "/sdapi/v1/jobs"),
+    ("GET", "/sdapi/v1/jobs?q={id}"),
+    ("GET", "/sdapi/v1/jobs?limit=0&status=none"),
+    ("GET", "/sdapi/v1/jobs?cursor=0-{id}"),
+    ("GET", "/sdapi/v1/job/{id}/images/0"),
+    ("GET", "/sdapi/v1/job/{id}/images/99"),
+    ("GET", "/sdapi/v1/job/{id}/images/none"),
+    ("HEAD", "/sdapi/v1/job/{id}/images/0"),
+    ("POST", "/sdapi/v1/job/{id}/cancel"),
+    ("DELETE", "/sdapi/v1/job/{id}"),
+]
+METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "get", "NONE"]
+PATHS = sorted({path.partition("?")[0] for _, path in ROUTES})
+
+
+def basic(text: str, encoding: str = "utf-8") -> str:
+    return "Basic " + base64.b64encode(text.encode(encoding)).decode()
+
+
+CREDENTIALS: Dict[str, List[str]] = {
+    "none": [],
+    "empty": [""],
+    "no password": [basic("user:")],
+    "no user": [basic(":secret")],
+    "no colon": [basic("usersecret")],
+    "wrong password": [basic("user:wrong")],
+    "part of the password": [basic("user:secre")],
+    "more than the password": [basic("user:secret ")],
+    "another user's password": [basic("user:pa:ss:word")],
+    "unknown user": [basic("nobody:secret")],
+    "user in capitals": [basic("USER:secret")],
+    "password to its colon": [basic("second:pa")],
+    "non-ASCII user": [basic("usér:secret")],
+    "non-ASCII password": [basic("third:pässword")],
+    "non-ASCII password in Latin-1": [basic("third:pässword", "latin-1")],
+    "ASCII password of the user who has another": [basic("third:password")],
+    "not base64": ["Basic ???"],
+    "bytes that are no text": ["Basic //79"],
+    "raw bytes": ["Basic \xe9\xff"],
+    "another scheme": ["Bearer secret"],
+    "no scheme": [basic("user:secret").partition(" ")[2]],
+    "NUL": [basic("user:secret\0")],
+    "very long": [basic("user:" + "x" * 30_000)],
+    "all users at once": [basic(USERS)],
+    "the flag": [basic("user:secret,second:pa:ss:word")],
+    "wrong and right": [basic("user:wrong"), basic("user:secret")],
+    "wrong, right in one field": [f"{basic('user:wrong')}, {basic('user:secret')}"],
+}
+RIGHT: Dict[str, List[str]] = {
+    "first user": [basic("user:secret")],
+    "second user": [basic("second:pa:ss:word")],
+    "scheme in small letters": [basic("user:secret").replace("Basic", "basic")],
+    "right and wrong": [basic("user:secret"), basic("user:wrong")],
+}
+
+
+def ask(webui: Webui, method: str, path: str, headers: List[Tuple[str, str]]) -> bytes:
+    """The response as it came, without what differs from one to the next."""
+    lines = [f"{method} {path} HTTP/1.1", "Host: localhost", "Connection: close"]
+    lines += [f"{name}: {value}" for name, value in headers]
+    answer = Sent(webui.port, "\r\n".join([*lines, "", ""]).encode("latin-1")).to_end()
+    return re.sub(rb"(?i)\r\n(date|x-process-time): [^\r]*", b"", answer)
+
+
+def with_credentials(values: List[str]) -> List[Tuple[str, str]]:
+    return [("Authorization", value) for value in values]
+
+
+def status_of(answer: bytes) -> int:
+    return int(answer.split()[1])
+
+
+def trace(webui: Webui) -> Any:
+    return (webui.data / "jobs.json").read_bytes(), webui.images(), (webui.extension / "config.json").read_bytes()
+
+
+@pytest.fixture(scope="module", params=MODES)
+def crowd(request: pytest.FixtureRequest, start_shared: Any) -> Webui:
+    """A webui with several users and a job."""
+    webui = start_shared(*MODE_FLAGS[request.param], "--api-auth", USERS)
+    job_id = webui.post(body()).headers["x-job-id"]
+    assert webui.job(job_id, wait=30)["status"] == "Completed"
+    return webui
+
+
+@pytest.fixture
+def job_id(crowd: Webui) -> str:
+    return next(iter(crowd.records()))
+
+
+@pytest.mark.parametrize("name", CREDENTIALS)
+def test_every_route_is_guarded_as_the_webuis_own(crowd, job_id, name):
+    """The same bytes, whether there is such a job or not."""
+    before = trace(crowd)
+    headers = with_credentials(CREDENTIALS[name])
+    own = ask(crowd, "GET", "/sdapi/v1/samplers", headers)
+    # The host itself fails where the user has a password that is not ASCII.
+    assert status_of(own) == (500 if "of the user who has another" in name else 401)
+    for method, path in ROUTES:
+        expected = own.partition(b"\r\n\r\n")[0] + b"\r\n\r\n" if method == "HEAD" else own
+        for one in (job_id, UNKNOWN, MALFORMED):
+            answer = ask(crowd, method, path.format(id=one), headers)
+            assert answer.replace(one.encode(), b"") == expected.replace(b"/sdapi/v1/samplers", b""), (method, path)
+    assert trace(crowd) == before
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_every_user_is_let_in(crowd, job_id, name):
+    headers = with_credentials(RIGHT[name])
+    assert status_of(ask(crowd, "GET", "/sdapi/v1/samplers", headers)) == 200
+    for method, path in ROUTES:
+        for one in (UNKNOWN, *([job_id] if method != "DELETE" else [])):
+            assert status_of(ask(crowd, method, path.format(id=one), headers)) in (200, 404, 409, 422), (method, path)
+    assert status_of(ask(crowd, "GET", f"/sdapi/v1/job/{job_id}", headers)) == 200
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("end", ["", "/", "//", "/.", "%20", "?x", ";x"])
+def test_no_method_tells_a_stranger_whether_there_is_a_job(crowd, job_id, method, end):
+    before = trace(crowd)
+    for path in PATHS:
+        answers = {
+            ask(crowd, method, path.format(id=one) + end, []).replace(one.encode(), b"ID") for one in (job_id, UNKNOWN)
+        }
+        assert len(answers) == 1, (path, answers)
+        assert status_of(answers.pop()) in (307, 401, 404, 405), path
+    assert trace(crowd) == before
+
+
+def test_a_stranger_does_not_touch_what_runs_and_waits(crowd):
+    gate = crowd.gate()
+    running, waiting = (crowd.send(body(standin={"hold": gate})).job_id() for _ in range(2))
+    crowd.until_status(running, "Processing")
+    for method, path in ROUTES:
+        answers = {
+            ask(crowd, method, path.format(id=one), []).replace(one.encode(), b"ID")
+            for one in (running, waiting, UNKNOWN)
+        }
+        assert len(answers) == 1 and status_of(answers.pop()) == 401, (method, path)
+    assert [crowd.job(one)["status"] for one in (running, waiting)] == ["Processing", "Pending"]
+    gate.open()
+    assert [crowd.job(one, wait=30)["status"] for one in (running, waiting)] == ["Completed"] * 2
+
+
+# The page
+
+
+@pytest.fixture(scope="module")
+def doors(start_shared: Any) -> Webui:
+    """A webui whose API and pages have credentials, with a job."""
+    both = ("--api-auth", "user:secret", "--gradio-auth", "me:word")
+    webui = start_shared("--api", *(("--auth", "user:secret") if SHAPE == "sdnext" else both))
+    webui.client.auth = ("user", "secret")
+    job_id = webui.post(body("behind a door")).headers["x-job-id"]
+    assert webui.job(job_id, wait=30)["status"] == "Completed"
+    return webui
+
+
+@pytest.fixture(scope="module")
+def resident(doors: Webui) -> Iterator[httpx.Client]:
+    """Somebody who has logged in on the page, and has no credentials of the API."""
+    name, password = ("user", "secret") if SHAPE == "sdnext" else ("me", "word")
+    with httpx.Client(base_url=doors.url, trust_env=False) as client:
+        assert client.post("/login", data={"username": name, "password": password}).status_code == 200
+        yield client
+
+
+STRANGERS = {
+    "nothing": [],
+    "credentials of the API": [("Authorization", basic("user:secret"))],
+    "credentials of the page, as of the API": [("Authorization", basic("me:word"))],
+    "a cookie": [("Cookie", "access-token=me; access-token-unsecure=me")],
+    "an empty cookie": [("Cookie", "access-token=; access-token-unsecure=")],
+    "a long cookie": [("Cookie", "access-token-unsecure=" + "x" * 30_000)],
+}
+
+
+@pytest.mark.parametrize("name", STRANGERS)
+def test_the_pages_images_are_guarded_as_its_files(doors, name):
+    job_id = next(iter(doors.records()))
+    own = ask(doors, "GET", "/file=nothing", STRANGERS[name])
+    assert status_of(own) == 401
+    for path in ("/job-tracker/{id}/0", "/job-tracker/{id}/99", "/job-tracker/{id}/none"):
+        for one in (job_id, UNKNOWN, MALFORMED):
+            assert ask(doors, "GET", path.format(id=one), STRANGERS[name]) == own
+        for method in METHODS[1:]:
+            answers = {ask(doors, method, path.format(id=one), STRANGERS[name]) for one in (job_id, UNKNOWN)}
+            assert len(answers) == 1 and status_of(answers.pop()) == 405, (method, path)
+
+
+def test_the_page_and_the_api_each_have_their_own_credentials(doors, resident):
+    job_id = next(iter(doors.records()))
+    image = resident.get(f"/job-tracker/{job_id}/0")
+    assert image.status_code == 200 and image.content[:8] == b"\x89PNG\r\n\x1a\n"
+    assert image.content == doors.client.get(f"/sdapi/v1/job/{job_id}/images/0").content
+    assert resident.get(f"/job-tracker/{UNKNOWN}/0").status_code == 404
+    assert resident.get(f"/job-tracker/{job_id}/99").status_code == 404
+    for method, path in ROUTES:
+        assert resident.request(method, path.format(id=job_id)).status_code == 401, (method, path)
+
+
+def events_of(client: httpx.Client) -> Dict[str, int]:
+    """The events of the page that call Job Tracker, by the control that fires them."""
+    config = client.get("/config").json()
+    names = {one["id"]: one["props"].get("elem_id") or "" for one in config["components"]}
+    found = {}
+    for number, event in enumerate(config["dependencies"]):
+        target = (event["targets"] or [None])[0]
+        name = names.get(target[0] if isinstance(target, list) else target, "")
+        if name.startswith("job_tracker") and event["backend_fn"]:
+            found[name] = event.get("id", number)
+    return found
+
+
+CALLS = {
+    "job_tracker_look": ["{}", True, "30 days", "All", "", ""],
+    "job_tracker_enabled": [False],
+    "job_tracker_retention": ["1 day"],
+    "job_tracker_purge": [],
+}
+
+
+def test_nobody_uses_the_page_without_a_login(doors, resident):
+    before = trace(doors)
+    events = events_of(resident)
+    assert set(events) == set(CALLS)
+    for name, data in CALLS.items():
+        request = {"fn_index": events[name], "data": data, "session_hash": "x"}
+        for path in ("/run/predict", "/api/predict"):
+            for headers in ({}, {"Authorization": basic("user:secret")}):
+                answer = httpx.post(doors.url + path, json=request, headers=headers, trust_env=False)
+                assert answer.status_code == 401 and "behind a door" not in answer.text
+    assert trace(doors) == before
+    request = {"fn_index": events["job_tracker_look"], "data": CALLS["job_tracker_look"], "session_hash": "x"}
+    assert "behind a door" in resident.post("/run/predict", json=request).text
+
+
+# gradio's own way to files
+
+
+@pytest.fixture(scope="module")
+def below(start_shared: Any) -> Iterator[Tuple[Webui, Path]]:
+    """A webui whose jobs lie below its own folder, which gradio 3 gives away. Its settings name it by a link."""
+    with tempfile.TemporaryDirectory(dir=str(TESTS / "webui"), prefix="data-") as name:
+        folder = Path(name)
+        (folder / "real").mkdir()
+        (folder / "link").symlink_to("real")
+        (folder / "images").mkdir()
+        (folder / "real" / "images").symlink_to("../images")
+        (folder / "beside.txt").write_text("nothing of ours")
+        webui = start_shared("--api", environ={"TRACKER_DATA_DIR": str(folder / "link")})
+        webui.job(webui.post(body()).headers["x-job-id"], wait=30)
+        yield webui, folder
+
+
+def test_gradio_does_not_give_our_files_away(below):
+    webui, folder = below
+    records = json.loads((folder / "real" / "jobs.json").read_text())
+    image = next(iter(records.values()))["images"][0]
+    relative = folder.relative_to(TESTS / "webui")
+    files = [f"{place}/{name}" for place in ("link", "real") for name in ("jobs.json", f"images/{image}")]
+    files += [f"images/{image}", f"images/{image.partition('_')[0]}.json", "real/../link/jobs.json", "link//jobs.json"]
+    for file in files:
+        assert (folder / file).is_file(), file
+        for start in (folder, relative, f"./{relative}", f"modules/../{relative}", f"{folder}/../{folder.name}"):
+            for way in ("/file=", "/file/"):
+                answer = ask(webui, "GET", f"{way}{start}/{file}".replace("..", "%2e%2e"), [])
+                assert status_of(answer) in (403, 404), (way, start, file)
+    if SHAPE != "forge":  # gradio 4 gives nothing of this away
+        assert status_of(ask(webui, "GET", f"/file={relative}/beside.txt", [])) == 200
