@@ -85,7 +85,7 @@ class Held(NamedTuple):
     """What a process holds."""
 
     rss: float
-    pss: float
+    own: float  # without what lies in files, which other processes share
     threads: float
     files: float
 
@@ -101,8 +101,8 @@ class Sample(NamedTuple):
 def held(pid: int) -> Held:
     folder = Path("/proc") / str(pid)
     memory = dict(re.findall(r"(\w+): +(\d+) kB", (folder / "smaps_rollup").read_text()))
-    rss, pss = (1024.0 * int(memory[name]) for name in ("Rss", "Pss"))
-    return Held(rss, pss, len(os.listdir(folder / "task")), len(os.listdir(folder / "fd")))
+    rss, own = (1024.0 * int(memory[name]) for name in ("Rss", "Anonymous"))
+    return Held(rss, own, len(os.listdir(folder / "task")), len(os.listdir(folder / "fd")))
 
 
 def files_of(folder: Path) -> Dict[str, int]:
@@ -587,7 +587,7 @@ def figures(soak: Soak) -> List[Figure]:
     for place, name in enumerate(("webui with the UI", "webui without")):
         more = 0 if place else reloads * RELOAD_MEMORY
         add(f"memory of the {name}, MB", lambda it, place=place: it.processes[place].rss, MEMORY, 1e6, more)
-        add("its proportional memory, MB", lambda it, place=place: it.processes[place].pss, MEMORY, 1e6, more)
+        add("of that, not of files, MB", lambda it, place=place: it.processes[place].own, MEMORY, 1e6, more)
         add("its threads", lambda it, place=place: it.processes[place].threads, HELD)
         add("its open files", lambda it, place=place: it.processes[place].files, HELD)
     add("files in images/", lambda it: it.images, (FOLDER[0], 50))

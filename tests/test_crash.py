@@ -32,7 +32,7 @@ def test_who_forgets_to_sync_is_found(monkeypatch, forgetful):
     fsync = lossy.Recorder.fsync
 
     def forget(recorder, file):
-        caller = sys._getframe(1)
+        caller = sys._getframe(2)  # of sync_file
         name = type(caller.f_locals["self"]).__name__ if "self" in caller.f_locals else caller.f_code.co_name
         if name != forgetful:
             fsync(recorder, file)
