@@ -196,7 +196,7 @@ def settings_are_sane(settings: Any) -> None:
     assert days is None or (isinstance(days, (int, float)) and 0 < days < math.inf)
 
 
-@hypothesis_settings(max_examples=300, **FUZZ)
+@hypothesis_settings(max_examples=150, **FUZZ)
 @given(CONFIG, st.sampled_from([None, 2]), st.booleans())
 @example({"enabled": True, "other": math.nan}, None, True)
 def test_any_settings(tmp_path_factory, config, indent, value):
@@ -238,7 +238,7 @@ BOOLEAN_LIKE = st.sampled_from(["TRUE", " off ", "y", "1\n", "0x1", "tRuE", "\uf
 NUMBER_LIKE = st.sampled_from(["1e400", "-0", "1_0", "\u0663", "nan", "+7", " 7 ", "7\n", "1e-400", "9" * 5000, "0b1"])
 
 
-@hypothesis_settings(max_examples=200, **FUZZ)
+@hypothesis_settings(max_examples=100, **FUZZ)
 @given(st.one_of(NO_ZERO, BOOLEAN_LIKE), st.one_of(NO_ZERO, NUMBER_LIKE))
 def test_any_variables(tmp_path_factory, enabled, retention):
     folder = tmp_path_factory.getbasetemp() / "variables"
