@@ -30,7 +30,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Set, Tuple
 
 try:
     import fastapi  # noqa: F401
@@ -51,7 +51,7 @@ SEEDS = range(9)
 CALM = 12.0  # seconds after which a webui has let go of idle threads
 
 # What may grow from the second quarter to the last, as a share, and in units on top of it.
-MEMORY = 0.03, 3e6
+MEMORY = 0.03, 8e6
 RELOAD_MEMORY = 7e6  # a Reload UI leaves so much; gradio alone leaves half of it
 HELD = 0.15, 4  # threads, open files
 FOLDER = 0.5, 100_000  # bytes in the folder, and of jobs.json at its largest
@@ -164,6 +164,7 @@ class Soak:
             "TRACKER_RETENTION": repr(RETENTION / 86400),
             "TRACKER_DATA_DIR": str(self.folder),
             "TMPDIR": str(self.temporary),
+            "MALLOC_ARENA_MAX": "2",  # or each thread gets a heap of its own, and memory takes long to settle
         }
         self.webuis = [start(*flags, tracking=None, environ=environ) for flags in (MODE_FLAGS[MODES[0]], QUICK)]
         self.kept: Dict[str, Kept] = {}
@@ -179,6 +180,7 @@ class Soak:
         self.stop = threading.Event()
         self.load_began = time.time()
         self.suspects: Dict[str, float] = {}  # files that no job names, and when they were first seen
+        self.loose: Set[str] = set()  # those that were complained of
         self.pictures = {
             seed: self.webuis[0].client.post("/sdapi/v1/txt2img", json=self.request(seed)).json()["images"]
             for seed in SEEDS
@@ -427,7 +429,8 @@ class Soak:
         loose = {name for name in loose if os.path.basename(name)[:8] not in running}
         self.suspects = {name: self.suspects.get(name, time.monotonic()) for name in loose}
         for name, first in self.suspects.items():
-            if time.monotonic() - first > 10:
+            if time.monotonic() - first > 10 and name not in self.loose:
+                self.loose.add(name)
                 self.complain(f"{name} belongs to no job")
         for webui in self.webuis:
             self.check_log(webui)
