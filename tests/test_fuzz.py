@@ -95,6 +95,9 @@ def in_lines(entries: List[bytes]) -> bytes:
     return b"{\n" + b",\n".join(entries) + b"\n}\n"
 
 
+WRONG = {"Broken01": {"images": ["../../etc/passwd"]}, "Broken02": {"ip": 5}, "Broken03": {"prompt": []}}
+
+
 LAYOUTS = {
     "lines": in_lines,
     "one line": lambda entries: b"{" + b", ".join(entries) + b"}",
@@ -115,6 +118,7 @@ def entry_of(key: str, record: Any, ascii_only: bool) -> bytes:
 
 @hypothesis_settings(max_examples=120, **FUZZ)
 @given(st.lists(ENTRY, max_size=7), st.sampled_from(sorted(LAYOUTS)), st.booleans(), st.sampled_from([200, 1 << 16]))
+@example([(name, {**GOOD, "id": name, **fields}) for name, fields in WRONG.items()], "lines", True, 1 << 16)
 def test_any_record(tmp_path_factory, entries, layout, ascii_only, piece):
     """An intact record is found as it was written, whatever stands beside it, and everything can be shown."""
     folder = tmp_path_factory.mktemp("fuzz")
@@ -146,6 +150,8 @@ def test_any_record(tmp_path_factory, entries, layout, ascii_only, piece):
 
 def can_be_shown(tracker: Any, job: Any) -> None:
     """By the API and on the page."""
+    assert isinstance(job.prompt, str) and all(text is None or isinstance(text, str) for text in (job.ip, job.error))
+    assert all(SCRIPT.IMAGE_FORM.match(name).group(1) == job.id for name in job.images)
     assert strictly(b"".join(tracker.as_json(job)))["id"] == job.id
     markup = SCRIPT.Markup(tracker)
     for html in (markup.details(job.id), markup.table(SCRIPT.View(job=job.id), SCRIPT.Filter())):
@@ -199,6 +205,7 @@ def settings_are_sane(settings: Any) -> None:
 @hypothesis_settings(max_examples=150, **FUZZ)
 @given(CONFIG, st.sampled_from([None, 2]), st.booleans())
 @example({"enabled": True, "other": math.nan}, None, True)
+@example({"enabled": True, "retention_days": 10**400}, None, True)
 def test_any_settings(tmp_path_factory, config, indent, value):
     """Nothing is raised, what is no setting is not taken for one, and what else stands there is kept."""
     folder = tmp_path_factory.mktemp("fuzz")

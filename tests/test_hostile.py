@@ -37,7 +37,7 @@ def own(pool: Pool) -> Webui:
 
 @pytest.fixture(scope="module")
 def job_id(webui: Webui) -> str:
-    job_id = webui.post(body()).headers["x-job-id"]
+    job_id, _ = (webui.post(body()).headers["x-job-id"] for _ in range(2))  # two, so that a list has a next page
     assert webui.job(job_id, wait=30)["status"] == "Completed"
     return job_id
 
@@ -381,6 +381,7 @@ def test_nothing_forges_a_line_of_the_log(start):
     failing.to_end()
     assert webui.job(failed_id, wait=30)["status"] == "Failed"
     lines += [line for line in webui.our_log() if failed_id in line]  # the host's own lines are its own affair
+    assert "x\\n[Job Tracker] forged" in lines[-1]
     printable = set(string.printable) - set("\n\r\t\x0b\x0c")
     assert all(set(line) <= printable for line in lines), lines
     for about in ("TRACKER_RETENTION=", "config.json is broken", "jobs.json is damaged", f"Job {failed_id} failed"):
