@@ -404,6 +404,7 @@ ID_FORM = re.compile(r"[A-Za-z0-9]{8}\Z")
 OWN_FILE_FORM = re.compile(r"\d{4}-\d\d-\d\d/[A-Za-z0-9]{8}(_\d{1,6})?(\.[0-9a-f]{8}\.part|\.[a-z]{3,4})\Z")
 IMAGE_FORM = re.compile(r"\d{4}-\d\d-\d\d/([A-Za-z0-9]{8})_\d{1,6}\.[a-z]{3,4}\Z")
 
+LAST_MOMENT = 1 << 34  # Unix seconds, in the year 2514: Windows knows no day after 3000
 PROMPT_LIMIT = 100_000  # characters kept in jobs.json; `parameters` has the whole prompt
 
 
@@ -494,11 +495,11 @@ def job_from_record(record: Any) -> Job:
         raise ValueError("id is no job ID")
     if job.status not in STATUSES or job.type not in TYPES:
         raise ValueError("status or type is unknown")
-    for number in (job.timestamp, job.bytes):
-        if type(number) is not int or not 0 <= number < 1 << 40:
+    for number, end in ((job.timestamp, LAST_MOMENT), (job.bytes, 1 << 50)):
+        if type(number) is not int or not 0 <= number < end:
             raise ValueError("timestamp or bytes is no valid number")
     for moment in (job.started, job.finished):
-        if moment is not None and (type(moment) not in (int, float) or not 0 <= moment < 1 << 40):
+        if moment is not None and (type(moment) not in (int, float) or not 0 <= moment < LAST_MOMENT):
             raise ValueError("started or finished is no valid time")
     if not isinstance(job.prompt, str):
         raise ValueError("prompt is no text")
