@@ -2031,6 +2031,8 @@ class Tracker:
             if claim is not None and not (claim.job_id.done() and self._is_free(claim.job_id.result())):
                 return claim, False
             job = self.store.with_key(key)
+            if job is not None and not job.ended and job.owner != self.store.owner:
+                self._recover()  # the webui that had it may be gone
             if job is not None and not self._is_free(job.id):
                 return Claim(job.digest or "", job.id), False
             claim = self._claims[key] = Claim(digest)
@@ -2292,6 +2294,7 @@ class Valve:
 
     def __init__(self) -> None:
         self.cut = False
+        self.error: Optional[Exception] = None  # the host's, for which it was cut
         self.work: Optional["asyncio.Task[None]"] = None
 
 
@@ -2319,8 +2322,8 @@ class Shell:
 
         try:
             await self.app(scope, receive, pass_on)
-        except Exception:
-            if not valve.cut:
+        except Exception as error:
+            if not valve.cut or error is valve.error:  # which no layer has reported, as on Forge: the server does
                 raise
         finally:
             if valve.cut:
@@ -2717,6 +2720,7 @@ class Exchange:
         if self.valve.cut:
             log.warning("Job %s failed, its connection is cut: %s", generation.job_id, one_line(generation.reason()))
             if isinstance(generation.error, Exception) and not generation.cancelled:
+                self.valve.error = generation.error
                 raise generation.error  # for the host's log
 
     async def _pass_on(self, generation: Generation) -> None:

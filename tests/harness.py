@@ -42,6 +42,7 @@ QUICK = MODE_FLAGS[MODES[-1]]  # for what is the same in both
 AUTH = ("--api-auth", "user:secret")
 TRACKING = ("config", "variable")
 KINDS = ("txt2img", "img2img")
+CLOSE = {"Connection": "close"}  # Forge ends the connection after an error, and a client may reuse it just then
 SECONDS = 60.0  # the longest that anything here is waited for
 
 # A red square of 8x8.

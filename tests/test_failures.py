@@ -8,7 +8,7 @@ import json
 import httpx
 import pytest
 
-from harness import KINDS, body, until
+from harness import CLOSE, KINDS, body, until
 
 MESSAGE = "CUDA out of memory. Tried to allocate 2.00 GiB"
 
@@ -113,7 +113,7 @@ def test_early_failure_keeps_its_own_status(webui, alone):
     own_words, before = 0, set(webui.records())
     for _ in range(10):
         try:
-            response = webui.post(request)
+            response = webui.post(request, headers=CLOSE)
         except httpx.RemoteProtocolError:
             continue
         assert (response.status_code, response.content) == (500, own.content)

@@ -10,7 +10,7 @@ import httpx
 import pytest
 from conftest import ORIGIN
 
-from harness import KINDS, PNG, SHAPE, body
+from harness import CLOSE, KINDS, PNG, SHAPE, body
 
 
 class Refused(NamedTuple):
@@ -131,7 +131,7 @@ def test_refusal_under_the_lock_is_no_clean_success(guarded, alone, broken):
     own_words = 0
     for _ in range(10):
         try:
-            response = guarded.post(request, "img2img")
+            response = guarded.post(request, "img2img", headers=CLOSE)
         except httpx.RemoteProtocolError:
             continue  # the head was out already
         assert (response.status_code, response.content) == (500, own.content)
