@@ -860,6 +860,7 @@ class JobStore:
     SPARE_DEAD = 1000  # dead lines that are not worth a compaction
     RETRY = 5.0  # seconds until a write that failed is tried again
     COMPACT_RETRY = 600.0  # the same for a compaction
+    BREAK = 0.0005  # seconds between two pieces of work for which somebody waits
 
     def __init__(self, folder: str):
         self.path = os.path.realpath(os.path.join(folder, "jobs.json"))
@@ -1117,10 +1118,10 @@ class JobStore:
         self._close_files()
 
     def _be_polite(self, seconds: float) -> None:
-        """Lets others have the interpreter, above all a webui that starts, unless somebody waits for this thread."""
+        """Lets others have the interpreter and the lock: for long, for a webui may be starting, if nobody waits."""
         with self._work:
-            if self._chores and not (self._queue or self._awaited or self._closing):
-                self._work.wait(seconds)
+            if self._chores and not (self._queue or self._closing):
+                self._work.wait(self.BREAK if self._awaited else seconds)
 
     def _do_piece(self, chore: Chore) -> None:
         work, result = chore

@@ -77,6 +77,8 @@ def write_file(script: Any, path: Path, jobs: int, lines: int, progress: Progres
             if number % 5000 == 0:
                 progress("writing a file", number / jobs)
         file.write(b"\n}\n")
+        file.flush()
+        os.fsync(file.fileno())  # or the first to sync waits for all of it
 
 
 def memory() -> int:

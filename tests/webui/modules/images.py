@@ -5,7 +5,10 @@ import datetime
 import io
 import math
 import os
+import struct
+import zlib
 
+import numpy as np
 from fastapi import HTTPException
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -30,7 +33,7 @@ def decode_base64_to_image(encoding):
 
 
 def encode(image, extension):
-    """Returns the bytes of a file with the infotext in it, and with `filler` bytes to make it larger."""
+    """Returns the bytes of a file with the infotext in it, as large as the image's `file_size` wants it."""
     written = io.BytesIO()
     infotext = image.info.get("parameters")
     if extension == "png":
@@ -38,11 +41,9 @@ def encode(image, extension):
         for key, value in image.info.items():
             if isinstance(value, str):
                 texts.add_text(key, value)
-        filler = image.info.get("filler")
-        if filler:
-            texts.add(b"fiLl", filler)  # a chunk of its own that every reader skips
         image.save(written, "PNG", pnginfo=texts, compress_level=1)
-    elif extension in ("jpg", "jpeg", "webp"):
+        return _fill(written.getvalue(), image.info.get("file_size", 0))
+    if extension in ("jpg", "jpeg", "webp"):
         exif = Image.Exif()
         if infotext:
             exif[EXIF_IFD] = {USER_COMMENT: b"UNICODE\0" + infotext.encode("utf-16-be")}
@@ -51,6 +52,15 @@ def encode(image, extension):
     else:
         raise HTTPException(status_code=500, detail="Invalid image format")
     return written.getvalue()
+
+
+def _fill(png, size):
+    """Puts a chunk that every reader skips before the last one, IEND, which has 12 bytes as each has without content."""
+    missing = size - len(png) - 12
+    if missing <= 0:
+        return png
+    content = b"fiLl" + np.random.default_rng(size).bytes(missing)
+    return png[:-12] + struct.pack(">I", missing) + content + struct.pack(">I", zlib.crc32(content)) + png[-12:]
 
 
 def encode_pil_to_base64(image):

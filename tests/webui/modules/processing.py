@@ -5,7 +5,6 @@ import os
 import random
 import time
 
-import numpy as np
 from PIL import Image
 
 from modules import images
@@ -215,8 +214,7 @@ def _as_wished(p, processed):
     for number in range(standin.extra_images):
         processed.images.append(paint(p.prompt, f"extra {number}", p.width, p.height))
     if standin.image_bytes:
-        for number, image in enumerate(processed.images):
-            missing = standin.image_bytes - len(images.encode(image, "png"))
-            image.info["filler"] = np.random.default_rng([p.all_seeds[0], number]).bytes(max(0, missing))
+        for image in processed.images:
+            image.info["file_size"] = standin.image_bytes
     processed.images += standin.strings
     return processed
