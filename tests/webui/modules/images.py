@@ -55,7 +55,7 @@ def encode(image, extension):
 
 
 def _fill(png, size):
-    """Puts a chunk that every reader skips before the last one, IEND, which has 12 bytes as each has without content."""
+    """Puts a chunk that every reader skips before the last one, IEND. A chunk has 12 bytes besides its content."""
     missing = size - len(png) - 12
     if missing <= 0:
         return png
