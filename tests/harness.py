@@ -42,6 +42,10 @@ QUICK = MODE_FLAGS[MODES[-1]]  # for what is the same in both
 AUTH = ("--api-auth", "user:secret")
 TRACKING = ("config", "variable")
 KINDS = ("txt2img", "img2img")
+# What each webui refuses before it asks for its queue lock, and how.
+UNKNOWN, UNKNOWN_STATUS = (
+    ({"sampler_name": "None such"}, 404) if SHAPE == "sdnext" else ({"script_name": "None such"}, 422)
+)
 CLOSE = {"Connection": "close"}  # Forge ends the connection after an error, and a client may reuse it just then
 SECONDS = 60.0  # the longest that anything here is waited for
 

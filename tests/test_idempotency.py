@@ -13,7 +13,7 @@ import pytest
 from conftest import Pool
 from neighbours import HOLDS, HURRY, held_at, reached
 
-from harness import MODES, QUICK, Sent, Webui, body, until
+from harness import MODES, QUICK, SHAPE, UNKNOWN, UNKNOWN_STATUS, Sent, Webui, body, until
 
 
 @pytest.fixture(scope="session")
@@ -352,8 +352,8 @@ def test_the_first_client_may_leave(webui, request_body, key, reset):
 
 def test_a_refused_request_leaves_its_key_free(webui, request_body, key):
     for _ in range(2):
-        answer = webui.post({**request_body, "script_name": "no such script"}, headers=keyed(key))
-        assert answer.status_code == 422 and "not found" in answer.text
+        answer = webui.post({**request_body, **UNKNOWN}, headers=keyed(key))
+        assert answer.status_code == UNKNOWN_STATUS and "not found" in answer.text
     assert webui.post(b"{", headers=keyed(key)).status_code == 422
     assert webui.post({**request_body, "steps": "many"}, headers=keyed(key)).status_code == 422
     answer = webui.post(request_body, headers=keyed(key))
@@ -370,8 +370,9 @@ def test_repeats_while_the_host_still_checks_the_first(start, request_body):
     clients = [webui.send(request, headers=keyed("refused")) for _ in range(3)]
     until(lambda: reached(gate), what="the first is checked")
     gate.open()
-    assert [client.head()[0] for client in clients] == [422, 422, 422]
-    assert not jobs_of(webui, request)
+    if SHAPE != "sdnext":  # which looks at these scripts with the lock held
+        assert [client.head()[0] for client in clients] == [422, 422, 422]
+        assert not jobs_of(webui, request)
 
     # Repeats leave while the first has no ID yet: it and the others are none the worse for it.
     gate = webui.gate()

@@ -9,7 +9,7 @@ import re
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Dict
+from typing import Any, Dict, Set
 
 import httpx
 import pytest
@@ -29,6 +29,11 @@ def webui(pool: Pool) -> Webui:
 def ended_job(webui: Webui, **fields: Any) -> Dict[str, Any]:
     job_id = webui.post(body(**fields), headers=ASYNC).headers["x-job-id"]
     return webui.job(job_id, wait=30)
+
+
+def vary(answer: httpx.Response) -> Set[str]:
+    """Some webui's own gzip says it once more."""
+    return set(answer.headers["vary"].split(", "))
 
 
 def image_of(webui: Webui, job: Dict[str, Any], n: Any = 0, method: str = "GET", **headers: str) -> httpx.Response:
@@ -55,7 +60,7 @@ def test_each_image(webui, job, coding):
         assert answer.content == file_of(webui, job, n)
         assert answer.headers["content-type"] == "image/png"
         assert answer.headers.get("content-encoding", "identity") == coding
-        assert answer.headers["vary"] == "Accept-Encoding"
+        assert vary(answer) == {"Accept-Encoding"}
         assert answer.headers["cache-control"].startswith("private")
         assert answer.headers["content-disposition"] == f'inline; filename="{job["id"]}_{n}.png"'
         assert answer.headers["x-content-type-options"] == "nosniff"
@@ -105,8 +110,9 @@ def test_etag(webui, job, coding):
     for known in (tag, f"W/{tag}", f'"other", {tag}', f'"other",{tag} , W/"more"', "*"):
         again = image_of(webui, job, **{"Accept-Encoding": coding, "If-None-Match": known})
         assert again.status_code == 304 and again.content == b"", known
-        for name in ("etag", "cache-control", "vary"):
+        for name in ("etag", "cache-control"):
             assert again.headers[name] == first.headers[name]
+        assert vary(again) == vary(first)
         assert "content-type" not in again.headers
     for unknown in ('"other"', tag.strip('"'), tag[:-2] + '"', ""):
         again = image_of(webui, job, **{"Accept-Encoding": coding, "If-None-Match": unknown})
@@ -125,7 +131,7 @@ def test_head(webui, job, coding):
     get = image_of(webui, job, **{"Accept-Encoding": coding})
     head = image_of(webui, job, method="HEAD", **{"Accept-Encoding": coding})
     assert head.status_code == 200 and head.content == b""
-    volatile = {"date", "x-process-time"}
+    volatile = {"date", "x-process-time", "vary"}
     assert {name: value for name, value in head.headers.items() if name not in volatile} == {
         name: value for name, value in get.headers.items() if name not in volatile
     }

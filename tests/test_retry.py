@@ -20,7 +20,7 @@ from typing import Any, Dict, Iterator, List, Optional, Tuple
 import pytest
 from conftest import Pool, Start
 
-from harness import AUTH, MODES, QUICK, SECONDS, TESTS, Webui, body
+from harness import AUTH, MODES, QUICK, SECONDS, TESTS, UNKNOWN, UNKNOWN_STATUS, Webui, body
 
 CLIENTS = TESTS / "clients"
 RESET = struct.pack("ii", 1, 0)
@@ -145,7 +145,7 @@ def check(webui: Webui, line: BadLine, requests: List[Dict[str, Any]], jobs: Lis
     assert len(webui.jobs(limit=1000, q=requests[0]["prompt"].partition(",")[0])) == len(requests)
 
 
-REFUSED = body(script_name="no such script")
+REFUSED = body(**UNKNOWN)
 FAILING = body(standin={"fail": "OutOfMemoryError", "fail_after": 1})
 
 
@@ -165,7 +165,7 @@ def test_python(webui):
         assert saved(webui) - before == len(requests)
 
         # What cannot be repaired is said.
-        with pytest.raises(retry.requests.HTTPError, match="422"):
+        with pytest.raises(retry.requests.HTTPError, match=str(UNKNOWN_STATUS)):
             retry.generate(line.url, REFUSED, webui.auth)
         with pytest.raises(RuntimeError, match="OutOfMemoryError"):
             retry.generate(line.url, FAILING, webui.auth)
@@ -216,6 +216,6 @@ def test_javascript(webui):
         assert saved(webui) - before == len(requests)
 
         done = generate(REFUSED)
-        assert done.returncode and "no such script" in done.stderr
+        assert done.returncode and str(UNKNOWN_STATUS) in done.stderr
         done = generate(FAILING)
         assert done.returncode and "OutOfMemoryError" in done.stderr
