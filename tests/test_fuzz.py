@@ -233,7 +233,7 @@ def test_settings_that_are_deep(tmp_path, depth):
     settings = SCRIPT.Settings(str(tmp_path), {})
     set_aside = list(tmp_path.glob("config.json.damaged-*"))
     assert settings.enabled is not bool(set_aside)
-    assert bool(set_aside) == (depth >= 5000) or 50 < depth < 5000
+    assert bool(set_aside) == (depth == 100_000) or 50 < depth < 100_000, "Pythons differ in between"
     settings.save(retention_days=7)
     assert strictly((tmp_path / "config.json").read_bytes())["retention_days"] == 7
 
