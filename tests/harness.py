@@ -27,6 +27,7 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
@@ -98,6 +99,46 @@ def free_port() -> int:
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port
+
+
+RESET = struct.pack("ii", 1, 0)  # SO_LINGER: a close drops what is unsent and resets
+
+
+def with_constant(old: str, new: str) -> Callable[[Webui], None]:
+    """Prepares a webui whose extension has another value in the place of one of its constants."""
+
+    def prepare(webui: Webui) -> None:
+        script = webui.extension / "scripts" / "job_tracker.py"
+        source = script.read_text(encoding="utf-8")
+        assert source.count(old) == 1
+        script.write_text(source.replace(old, new), encoding="utf-8")
+
+    return prepare
+
+
+class Proxy:
+    """A proxy in front of a webui. What it does with a connection is in `_serve`, which runs in a thread."""
+
+    def __init__(self, webui: Webui):
+        self.upstream = webui.port
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                self._meet(client)
+
+    def _meet(self, client: socket.socket) -> None:
+        threading.Thread(target=self._serve, args=(client,), daemon=True).start()
+
+    def _serve(self, client: socket.socket) -> None:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        self._listener.close()
 
 
 class Gate(os.PathLike):
@@ -173,7 +214,7 @@ class Sent:
     def leave(self, reset: bool = False) -> None:
         """Goes away, by FIN or by RST."""
         if reset:
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
         self.socket.close()
 
 

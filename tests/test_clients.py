@@ -13,16 +13,14 @@ import json
 import os
 import shutil
 import socket
-import struct
 import subprocess
-import threading
 import urllib.request
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional
 
 import httpx
 import pytest
 
-from harness import MODE_FLAGS, MODES, PROJECT, Gate, Webui, body, until
+from harness import MODE_FLAGS, MODES, PROJECT, RESET, Gate, Proxy, Webui, body, until
 
 CASES = ("success", "refusal", "failure", "cut")
 IMAGE = "the images"
@@ -103,21 +101,12 @@ generation.always_on = always_on
 """
 
 
-class Cut:
+class Cut(Proxy):
     """A proxy in front of a webui that ends a connection when the first byte of the answer's body is through."""
 
     def __init__(self, webui: Webui):
-        self.upstream = webui.port
         self.ids: List[str] = []
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def _accept(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                client, _ = self._listener.accept()
-                threading.Thread(target=self._serve, args=(client,), daemon=True).start()
+        super().__init__(webui)
 
     def _serve(self, client: socket.socket) -> None:
         with contextlib.suppress(OSError), client:
@@ -134,11 +123,8 @@ class Cut:
                     self.ids.append(headers_of(answer)["x-job-id"])
                     client.sendall(answer)
                     client.shutdown(socket.SHUT_RDWR)
-                    webui.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                    webui.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
                     return
-
-    def close(self) -> None:
-        self._listener.close()
 
 
 def headers_of(message: bytes) -> Dict[str, str]:

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from harness import MODE_FLAGS, MODES, SHAPE, body, until
+from harness import MODE_FLAGS, MODES, SHAPE, body, until, with_constant
 
 OURS = re.compile(r"^\[Job Tracker\] (?!Ready|\d+ jobs? .* left behind).*|^.*job_tracker\.py.*", re.MULTILINE)
 GRACEFUL = pytest.mark.skipif(SHAPE != "a1111", reason="this webui dies at once in every mode")
@@ -73,17 +73,11 @@ def test_second_signal_ends_it_at_once(start):
 def test_tracking_switched_off_and_on(start):
     """Who was accepted as a job stays one, who was not does not become one."""
 
-    def look_often(webui):
-        script = webui.extension / "scripts" / "job_tracker.py"
-        source = script.read_text(encoding="utf-8")
-        assert " LOOK_EVERY = 5 " in source
-        script.write_text(source.replace(" LOOK_EVERY = 5 ", " LOOK_EVERY = 0.1 "), encoding="utf-8")
-
     def switch(enabled):
         (webui.extension / "config.json").write_text(json.dumps({"enabled": enabled, "retention_days": 30}))
         time.sleep(0.7)
 
-    webui = start(*MODE_FLAGS[MODES[-1]], prepare=look_often)
+    webui = start(*MODE_FLAGS[MODES[-1]], prepare=with_constant(" LOOK_EVERY = 5 ", " LOOK_EVERY = 0.1 "))
     gate, sent = busy(webui)
     switch(False)
     untracked = webui.send(body(seed=7), headers={"Accept-Encoding": "identity"})

@@ -17,7 +17,7 @@ from typing import Any, Dict, Iterator, List, Tuple
 import pytest
 import requests
 
-from harness import MODE_FLAGS, MODES, Sent, Webui, body, free_port, until
+from harness import MODE_FLAGS, MODES, Sent, Webui, body, free_port, until, with_constant
 
 SILENCE = 20  # seconds after which this nginx cuts
 DEFAULT, NEWER = "", "proxy_http_version 1.1;"  # to the webui it speaks HTTP/1.0 unless it is told
@@ -58,17 +58,10 @@ def nginx(folder: Path, *upstreams: Tuple[Webui, str]) -> Iterator[List[int]]:
         process.wait(10)
 
 
-def hurry(webui: Webui) -> None:
-    script = webui.extension / "scripts" / "job_tracker.py"
-    source = script.read_text(encoding="utf-8")
-    assert "\nHEARTBEAT = 15.0 " in source
-    script.write_text(source.replace("\nHEARTBEAT = 15.0 ", "\nHEARTBEAT = 0.1 "), encoding="utf-8")
-
-
 @pytest.fixture(scope="module")
 def site(start_shared: Any) -> Webui:
     """Its white space comes often."""
-    return start_shared(*MODE_FLAGS[MODES[-1]], prepare=hurry)
+    return start_shared(*MODE_FLAGS[MODES[-1]], prepare=with_constant("\nHEARTBEAT = 15.0 ", "\nHEARTBEAT = 0.1 "))
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import importlib
-import importlib.util
 import json
 import os
 import re
@@ -21,8 +19,9 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Se
 
 import httpx
 import pytest
+from inside import load_script
 
-from harness import MODE_FLAGS, MODES, PROJECT, SHAPE, TESTS, Gate, Webui, body, free_port, until
+from harness import MODE_FLAGS, MODES, PROJECT, RESET, SHAPE, TESTS, Gate, Proxy, Webui, body, free_port, until
 
 README = (PROJECT / "README.md").read_text(encoding="utf-8")
 ADDRESS = "http://127.0.0.1:7860"
@@ -66,43 +65,27 @@ def need(program: str) -> str:
     return path
 
 
-def load_extension() -> Any:
-    spec = importlib.util.spec_from_file_location("job_tracker", str(PROJECT / "scripts" / "job_tracker.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 # The webui, and a connection to it that breaks
 
 
-class Breaking:
+class Breaking(Proxy):
     """A proxy in front of a webui. It breaks the first `times` connections with a POST, where `at` says so:
     "head" after the response's head, "body" within its images, "request" before any of it. After each, it refuses the
     next connection altogether.
     """
 
     def __init__(self, webui: Webui, at: str, times: int = 1):
-        self.upstream, self.at, self.times = webui.port, at, times
+        self.at, self.times = at, times
         self.broken, self.refused, self._refuse = 0, 0, False
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
-        threading.Thread(target=self._accept, daemon=True).start()
+        super().__init__(webui)
 
-    def _accept(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                client, _ = self._listener.accept()
-                if self._refuse:
-                    self._refuse = False
-                    self.refused += 1
-                    self._reset(client)
-                else:
-                    threading.Thread(target=self._serve, args=(client,), daemon=True).start()
-
-    @staticmethod
-    def _reset(client: socket.socket) -> None:
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    def _meet(self, client: socket.socket) -> None:
+        if not self._refuse:
+            super()._meet(client)
+            return
+        self._refuse = False
+        self.refused += 1
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
         client.close()
 
     def _serve(self, client: socket.socket) -> None:
@@ -134,9 +117,6 @@ class Breaking:
                 if not data:
                     return
                 webui.sendall(data)
-
-    def close(self) -> None:
-        self._listener.close()
 
 
 @pytest.fixture
@@ -228,7 +208,7 @@ class Run:
         """What the extension makes of variables."""
         folder = self.folder / "settings"
         folder.mkdir(exist_ok=True)
-        return load_extension().Settings(str(folder), environ)
+        return load_script().Settings(str(folder), environ)
 
 
 @pytest.fixture
@@ -599,11 +579,11 @@ def test_fields_of_a_job(site):
 
 
 def test_statuses():
-    assert tuple(names(cell)[0] for cell, _ in table("`Pending`")) == load_extension().STATUSES
+    assert tuple(names(cell)[0] for cell, _ in table("`Pending`")) == load_script().STATUSES
 
 
 def test_variables(tmp_path):
-    settings = load_extension().Settings
+    settings = load_script().Settings
     rows = {names(cell)[0]: names(text) for cell, text in table("TRACKER_ENABLED")}
     for variable, values in rows.items():
         for value in values if variable != "TRACKER_DATA_DIR" else []:
@@ -672,7 +652,7 @@ def test_unmodified_clients(start):
 
 
 def test_heartbeat_of_15_seconds():
-    assert load_extension().HEARTBEAT == 15 and "15 seconds" in README
+    assert load_script().HEARTBEAT == 15 and "15 seconds" in README
 
 
 def test_interrupted_by_the_webui(site):

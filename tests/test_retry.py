@@ -10,7 +10,6 @@ import json
 import random
 import shutil
 import socket
-import struct
 import subprocess
 import threading
 from collections import Counter
@@ -20,10 +19,9 @@ from typing import Any, Dict, Iterator, List, Optional, Tuple
 import pytest
 from conftest import Pool, Start
 
-from harness import AUTH, MODES, QUICK, SECONDS, TESTS, UNKNOWN, UNKNOWN_STATUS, Webui, body
+from harness import AUTH, MODES, QUICK, RESET, SECONDS, TESTS, UNKNOWN, UNKNOWN_STATUS, Webui, body
 
 CLIENTS = TESTS / "clients"
-RESET = struct.pack("ii", 1, 0)
 
 IN_NODE = """
 import { generate } from %s;

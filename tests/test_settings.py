@@ -1,23 +1,20 @@
 """config.json and the environment's variables."""
 
-import importlib.util
 import json
 import logging
 import os
 import threading
 
 import pytest
+from inside import load_script
 
-from harness import PROJECT, body, until
+from harness import body, until
 
 
 @pytest.fixture(scope="module")
 def script():
     """The extension's script, loaded as a webui loads it, without a webui."""
-    spec = importlib.util.spec_from_file_location("job_tracker.py", PROJECT / "scripts" / "job_tracker.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script()
 
 
 @pytest.fixture
