@@ -985,9 +985,12 @@ class JobStore:
     def recover(self, fail: Callable[[Job], Job]) -> Future:
         """Changes each unfinished job of a process that is gone by `fail`, once among all processes that try.
 
-        The Future gives the changed jobs, or OSError.
+        The Future gives the changed jobs, or OSError if the file cannot be read. If this is the first call of all,
+        nobody sees such a job unchanged. A change that cannot be written is in force and tried again, as by `put`.
         """
-        return self._add_chore(self._recover(fail))
+        with self._work:
+            self._following = self._add_chore(self._load(fail), first=True)
+            return self._following
 
     def close(self) -> None:
         """Writes what waits to be written and ends the thread. Other work is given up."""
@@ -1096,7 +1099,6 @@ class JobStore:
             return self._following
 
     def _run(self) -> None:
-        self._follow()
         while True:
             with self._work:
                 if not (self._queue or self._chores or self._closing):
@@ -1246,14 +1248,16 @@ class JobStore:
 
     # Reading
 
-    def _load(self) -> Iterator[None]:
-        """Reads what the index does not know yet, a piece at a time."""
-        began = time.monotonic()
+    def _load(self, fail: Optional[Callable[[Job], Job]] = None) -> Iterator[None]:
+        """Reads what the index does not know yet, a piece at a time. Returns the jobs that were changed by `fail`."""
+        began, changed = time.monotonic(), []
         while True:
             with self._exclusive() as opened:
                 end = self._end()
                 if opened.seen == end:
-                    opened.ahead = end
+                    if fail is not None:
+                        changed = self._recover(opened, fail)
+                    opened.ahead = opened.seen
                     break
             yield from self._read_lines(opened, end)
         if opened.gaps:
@@ -1261,6 +1265,7 @@ class JobStore:
             opened.gaps = []
         if time.monotonic() - began > 1:
             log.info("jobs.json: %d jobs loaded in %.1f s", len(opened.index), time.monotonic() - began)
+        return changed
 
     def _read_lines(self, opened: Opened, end: int) -> Iterator[None]:
         """Brings the index from where it is to `end`, the end of a line."""
@@ -1461,21 +1466,25 @@ class JobStore:
 
     # Jobs of processes that are gone
 
-    def _recover(self, fail: Callable[[Job], Job]) -> Iterator[None]:
-        while True:
-            yield from self._load()
-            with self._exclusive() as opened:
-                if opened.seen != self._end():
-                    continue
-                with self._lock:
-                    jobs = [self._read(slot) for slot in sorted(opened.index.unfinished)]
-                gone = {owner: self._is_gone(owner) for owner in {job.owner for job in jobs if job is not None}}
-                changed = [fail(job) for job in jobs if job is not None and gone[job.owner]]
-                if changed:
-                    self._append({job.id: job for job in changed})
-                    sync_file(opened.file)
-                self._remove_leftovers()
-                return changed
+    def _recover(self, opened: Opened, fail: Callable[[Job], Job]) -> List[Job]:
+        with self._lock:
+            jobs = [self._read(slot) for slot in sorted(opened.index.unfinished)]
+        gone = {owner: self._is_gone(owner) for owner in {job.owner for job in jobs if job is not None}}
+        changed = [fail(job) for job in jobs if job is not None and gone[job.owner]]
+        if changed:
+            latest: Dict[str, Optional[Job]] = {job.id: job for job in changed}
+            with self._lock:
+                self._unwritten.update(latest)
+                self._show(latest)
+            try:
+                self._append(latest)
+                sync_file(opened.file)
+            except OSError as error:
+                self._tell("written", error)
+                self._retry.update(latest)
+                self._retry_at = time.monotonic() + self.RETRY
+        self._remove_leftovers()
+        return changed
 
     def _is_gone(self, owner: Optional[str]) -> bool:
         """Whether a process has ended: then its lock can be had."""
@@ -1813,6 +1822,7 @@ class Tracker:
         self._claiming = threading.Lock()
         self._purging = threading.Lock()
         self._stop = threading.Event()
+        self._recover()
         self._housekeeper = threading.Thread(target=self._keep_house, name="job-tracker-housekeeping", daemon=True)
         self._housekeeper.start()
 
@@ -2033,7 +2043,7 @@ class Tracker:
                 return claim, False
             job = self.store.with_key(key)
             if job is not None and not job.ended and job.owner != self.store.owner:
-                self._recover()  # the webui that had it may be gone
+                self._recover().result()  # the webui that had it may be gone
             if job is not None and not self._is_free(job.id):
                 return Claim(job.digest or "", job.id), False
             claim = self._claims[key] = Claim(digest)
@@ -2122,14 +2132,15 @@ class Tracker:
         return Purged(0, images, freed)
 
     def _keep_house(self) -> None:
-        recover_at = purge_at = time.monotonic()
+        purge_at = time.monotonic()
+        recover_at = purge_at + self.RECOVER_EVERY
         while True:
             now = time.monotonic()
             try:
                 self.settings.refresh()
                 if now >= recover_at:
                     recover_at = now + self.RECOVER_EVERY
-                    self._recover()
+                    self._recover().result()
                 if now >= purge_at:
                     purge_at = now + self.PURGE_EVERY
                     self.next_purge = time.time() + self.PURGE_EVERY
@@ -2139,13 +2150,17 @@ class Tracker:
             if self._stop.wait(self.LOOK_EVERY):
                 return
 
-    def _recover(self) -> None:
+    def _recover(self) -> Future:
         def fail(job: Job) -> Job:
             return job._replace(status=FAILED, finished=time.time(), error="The webui ended before the generation did")
 
-        recovered = self.store.recover(fail).result()
-        if recovered:
-            log.warning("%d jobs that a webui left behind are now Failed", len(recovered))
+        def report(recovered: Future) -> None:
+            if recovered.exception() is None and recovered.result():
+                log.warning("%d jobs that a webui left behind are now Failed", len(recovered.result()))
+
+        recovered = self.store.recover(fail)
+        recovered.add_done_callback(report)
+        return recovered
 
     def close(self) -> None:
         """Ends the housekeeping, and the rest when the last running job has ended. Does not wait for it."""
@@ -2176,6 +2191,7 @@ App = Callable[[Scope, Receive, Send], Any]
 
 JOB_HEADER = "X-Job-ID"
 HEARTBEAT = 15.0  # seconds between two bytes of white space
+SENDING = 0.1  # seconds that an answer may take to be sent before its images are stored meanwhile
 GRACE = 0.02  # seconds in which a generation that has just begun may still fail with the host's own answer
 PIECE = 1 << 19  # bytes of an answer that are sent at a time
 IDEMPOTENCY_KEY_LIMIT = 255  # characters
@@ -2448,6 +2464,7 @@ class Generation:
         self.loop = asyncio.get_running_loop()
         self.accepted: "asyncio.Future[bool]" = self.loop.create_future()  # whether the job is on disk
         self.answered: "asyncio.Future[None]" = self.loop.create_future()  # the client need not wait any longer
+        self.served: "asyncio.Future[None]" = self.loop.create_future()  # it has its answer, or is gone
         self.job_id: Optional[str] = None
         self.claim: Optional[Claim] = None
         self.key: Optional[str] = None
@@ -2602,10 +2619,18 @@ class Generation:
                 if self.failed:
                     self.tracker.fail(self.job_id, self.reason())
                 else:
-                    await self.loop.run_in_executor(self.tracker.pool, self._store)
+                    await self._store_soon()
         finally:
             if self.claim:
                 self.tracker.release(self.key, self.claim)
+
+    async def _store_soon(self) -> None:
+        """Stores the answer, when it has been sent if that is soon: both at once would take the client longer."""
+        try:
+            await asyncio.wait({self.served}, timeout=SENDING)
+        finally:  # also if the server is stopped
+            stored = self.tracker.pool.submit(self._store)
+        await asyncio.shield(asyncio.wrap_future(stored))
 
     async def _capture(self, message: Message) -> None:
         self.messages.append(message)
@@ -2684,6 +2709,7 @@ class Exchange:
             try:
                 served = await self._serve(generation)
             finally:
+                generation.served.set_result(None)
                 self.valve.work.add_done_callback(generation.forget)
 
     async def _read_body(self) -> List[Message]:

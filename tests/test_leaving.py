@@ -57,6 +57,15 @@ def test_in_the_middle_of_the_body(webui, expected, reset):
     until(lambda: is_calm(webui))
 
 
+def test_that_stays_and_stops_reading(webui):
+    """Storing the images does not wait for it."""
+    sent = webui.send(body(seed=18, standin={"image_bytes": 20_000_000}), headers={"Accept-Encoding": "identity"})
+    job = webui.job(sent.job_id(), wait=30)
+    assert job["status"] == "Completed"
+    assert json.loads(sent.content())["images"] == job["images"]
+    assert len(job["images"][0]) > 20_000_000
+
+
 @RESET
 def test_while_queued(webui, expected, reset):
     gate = webui.gate()

@@ -172,7 +172,7 @@ def test_purge_and_recovery(script, tracker, tmp_path):
     one.settings.retention_days = 1
     assert one.purge().jobs == len(old)
     assert sorted(ids(script, one)) == sorted([young.id, left.id])
-    one._recover()
+    one._recover().result()
     assert one.get(left.id).status == "Failed"
     day = tmp_path / "data" / "images" / young.day
     assert sorted(path.name[:8] for path in day.iterdir()) == [young.id] * 3
@@ -261,7 +261,7 @@ def test_two_processes_on_one_folder(script, tracker, tmp_path):
                 theirs.append(word)
                 mine.append(generate(script, one, images=1).id)
         assert one.get(left).status == "Processing"
-        one._recover()
+        one._recover().result()
         assert one.get(left).status == "Processing", "its process lives"
         assert sorted(ids(script, one)) == sorted([*mine, *theirs, left])
         one.settings.retention_days = 1
@@ -269,7 +269,7 @@ def test_two_processes_on_one_folder(script, tracker, tmp_path):
     finally:
         os.kill(child, 9)
         os.waitpid(child, 0)
-    one._recover()
+    one._recover().result()
     assert one.get(left).status == "Failed"
     kept = set(ids(script, one))
     assert kept == {*mine, left} | {theirs[index] for index in range(40) if index % 4}

@@ -103,7 +103,7 @@ def settled(store: Any) -> bool:
 
 def test_every_write_leaves_valid_json(script, opened, path, dice):
     store = opened()
-    until(path.exists)
+    assert every(script, store) == {} and path.exists()
     jobs = [a_job(script, dice, prompt='"},\n"AAAAAAAA": null, {} \\ \u2028 \0 猫 \U0001f408' * 3) for _ in range(4)]
     store.put(jobs[0], new=True).result()
     inode, before = path.stat().st_ino, path.read_bytes()
@@ -474,10 +474,10 @@ def test_laid_out_by_others_while_a_request_comes(script, opened, path, three, d
         pytest.skip("no jq here")
     load, go = script.JobStore._load, threading.Event()
 
-    def late(self: Any) -> Any:
+    def late(self: Any, fail: Any = None) -> Any:
         while not go.wait(0.01):
             yield
-        yield from load(self)
+        return (yield from load(self, fail))
 
     script.JobStore._load = late
     path.write_bytes(FOREIGN[name](lines(script, *three)))
@@ -737,6 +737,41 @@ def full_disk(script):
 
     script.os = WrappedOs(pwrite=pwrite)
     return lambda room: left.__setitem__(0, room)
+
+
+def test_what_was_left_behind_is_never_seen_unfinished(script, opened, path, dice):
+    """From the first moment on, however slow the disk is."""
+
+    def pwrite(*args: Any) -> int:
+        time.sleep(0.05)
+        return os.pwrite(*args)
+
+    script.os = WrappedOs(pwrite=pwrite)
+    left = a_job(script, dice)
+    path.write_bytes(lines(script, left))
+    store = opened()
+    recovered = store.recover(lambda job: job._replace(status="Failed"))
+    while not recovered.done():
+        assert store.get(left.id).status == "Failed"
+        assert [job.status for job in every(script, store).values()] == ["Failed"]
+        assert store.figures()[0]["Pending"] == 0
+    assert recovered.result() == [left._replace(status="Failed")]
+    assert alive(path)[left.id]["status"] == "Failed"
+
+
+def test_what_was_left_behind_on_a_full_disk(script, opened, path, dice, full_disk, caplog):
+    script.JobStore.RETRY = 0.05
+    left = a_job(script, dice)
+    path.write_bytes(lines(script, left))
+    before = path.read_bytes()
+    full_disk(0)
+    store = opened()
+    assert len(store.recover(lambda job: job._replace(status="Failed")).result()) == 1
+    assert store.get(left.id).status == "Failed"
+    assert path.read_bytes() == before
+    assert caplog.text.count("No space left") == 1
+    full_disk(None)
+    until(lambda: alive(path)[left.id]["status"] == "Failed")
 
 
 @pytest.mark.parametrize("room", [0, 1, 5, 40, 300])
