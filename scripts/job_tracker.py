@@ -39,7 +39,7 @@ import threading
 import time
 import zlib
 from array import array
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from html import escape
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Literal, NamedTuple, Optional, Set, Tuple, Union
 
@@ -868,10 +868,11 @@ class JobStore:
         self._lock = threading.Lock()  # guards these two and the index
         self._opened = Opened(None)
         self._unwritten: Dict[str, Optional[Job]] = {}  # what is not in the file yet
-        self._work = threading.Condition()  # guards these five
+        self._work = threading.Condition()  # guards these six
         self._queue: List[Change] = []
         self._chores: List[Chore] = []
         self._following: Optional[Future] = None
+        self._fail: Optional[Callable[[Job], Job]] = None  # for jobs left behind, if they are to be looked for
         self._awaited = 0  # how many wait for it
         self._closing = self._closed = False
         self._between = FileLock(self.path + ".lock")  # of the thread alone, as is what follows
@@ -946,15 +947,9 @@ class JobStore:
                 return Page(jobs, True)
             else:
                 job = self.get(index.id(slot))
-                if job is not None:
+                if job is not None and wanted.status in (None, job.status):  # it may have changed since
                     jobs.append(job)
         return Page(jobs, False)
-
-    def count(self, wanted: Filter) -> int:
-        """How many jobs match. Raises OSError."""
-        with self._current() as index:
-            every, top = len(index), index.top
-        return every if wanted == Filter() else sum(1 for _ in self._matching(index, wanted, top))
 
     def figures(self) -> Tuple[Dict[str, int], int]:
         """Jobs by status, and the bytes of all their files. Raises OSError."""
@@ -969,7 +964,10 @@ class JobStore:
         return [index.id(slot) for slot in old if slot not in index.unfinished][::-1]
 
     def set_aside_ids(self) -> Optional[Set[str]]:
-        """IDs of jobs in what was set aside and is still there; None if they cannot be told. Raises OSError."""
+        """IDs of jobs in what was set aside and is still there; None if they cannot be told. Raises OSError.
+
+        Before `get` knows nothing of a job whose record is damaged, it is among them.
+        """
         folder, name = os.path.split(self.path)
         found: Set[str] = set()
         for entry in os.listdir(folder):
@@ -985,11 +983,12 @@ class JobStore:
     def recover(self, fail: Callable[[Job], Job]) -> Future:
         """Changes each unfinished job of a process that is gone by `fail`, once among all processes that try.
 
-        The Future gives the changed jobs, or OSError if the file cannot be read. If this is the first call of all,
-        nobody sees such a job unchanged. A change that cannot be written is in force and tried again, as by `put`.
+        The Future ends when that is done, or with OSError if the file cannot be read. If this is called before
+        anything else, nobody sees such a job unchanged. A change that cannot be written is in force and tried again.
         """
         with self._work:
-            self._following = self._add_chore(self._load(fail), first=True)
+            self._fail = fail
+            self._following = self._add_chore(self._load(), first=True)
             return self._following
 
     def close(self) -> None:
@@ -1248,24 +1247,22 @@ class JobStore:
 
     # Reading
 
-    def _load(self, fail: Optional[Callable[[Job], Job]] = None) -> Iterator[None]:
-        """Reads what the index does not know yet, a piece at a time. Returns the jobs that were changed by `fail`."""
-        began, changed = time.monotonic(), []
+    def _load(self) -> Iterator[None]:
+        """Reads what the index does not know yet, a piece at a time, and recovers if that is due."""
+        began = time.monotonic()
         while True:
             with self._exclusive() as opened:
                 end = self._end()
                 if opened.seen == end:
-                    if fail is not None:
-                        changed = self._recover(opened, fail)
+                    if opened.gaps:
+                        self._keep_damage(opened.gaps)
+                        opened.gaps = []
+                    self._recover(opened)
                     opened.ahead = opened.seen
                     break
             yield from self._read_lines(opened, end)
-        if opened.gaps:
-            self._keep_damage(opened.gaps)
-            opened.gaps = []
         if time.monotonic() - began > 1:
             log.info("jobs.json: %d jobs loaded in %.1f s", len(opened.index), time.monotonic() - began)
-        return changed
 
     def _read_lines(self, opened: Opened, end: int) -> Iterator[None]:
         """Brings the index from where it is to `end`, the end of a line."""
@@ -1348,9 +1345,9 @@ class JobStore:
             data += (b",\n" if end + len(data) > len(self.HEAD) else b"\n") + f'"{job_id}": '.encode()
             lines.append(Line(job_id, job, end + len(data), len(record)))
             data += record
-        known = opened.seen == end
+        known = opened.seen == end and self._fail is None
         with self._lock:
-            opened.ahead = end + len(data) if known else opened.seen
+            opened.ahead = end + len(data) if known else opened.ahead
         try:
             write_at(opened.file, bytes(data) + self.TAIL, end)
             with self._lock:
@@ -1363,7 +1360,7 @@ class JobStore:
                     opened.seen = opened.ahead
         except OSError:
             # As it was: these bytes have their place on disk already, even when there is no more.
-            opened.ahead = opened.seen
+            opened.ahead = opened.seen if known else opened.ahead
             write_at(opened.file, self.TAIL, end)
             os.ftruncate(opened.file, end + len(self.TAIL))
             raise
@@ -1466,25 +1463,31 @@ class JobStore:
 
     # Jobs of processes that are gone
 
-    def _recover(self, opened: Opened, fail: Callable[[Job], Job]) -> List[Job]:
+    def _recover(self, opened: Opened) -> None:
+        """Does not raise: whatever cannot be done now, jobs can be looked at."""
+        with self._work:
+            fail, self._fail = self._fail, None
+        if fail is None:
+            return
         with self._lock:
-            jobs = [self._read(slot) for slot in sorted(opened.index.unfinished)]
-        gone = {owner: self._is_gone(owner) for owner in {job.owner for job in jobs if job is not None}}
-        changed = [fail(job) for job in jobs if job is not None and gone[job.owner]]
-        if changed:
-            latest: Dict[str, Optional[Job]] = {job.id: job for job in changed}
-            with self._lock:
-                self._unwritten.update(latest)
-                self._show(latest)
-            try:
-                self._append(latest)
-                sync_file(opened.file)
-            except OSError as error:
-                self._tell("written", error)
-                self._retry.update(latest)
-                self._retry_at = time.monotonic() + self.RETRY
-        self._remove_leftovers()
-        return changed
+            jobs = [job for job in map(self._read, sorted(opened.index.unfinished)) if job is not None]
+        gone = {owner: self._is_gone(owner) for owner in {job.owner for job in jobs}}
+        left: Dict[str, Optional[Job]] = {job.id: fail(job) for job in jobs if gone[job.owner]}
+        with contextlib.suppress(OSError):
+            self._remove_leftovers()
+        if not left:
+            return
+        log.warning("%d jobs that a webui left behind are now Failed", len(left))
+        with self._lock:
+            self._unwritten.update(left)
+            self._show(left)
+        try:
+            self._append(left)
+            sync_file(opened.file)
+        except OSError as error:
+            self._tell("written", error)
+            self._retry.update(left)
+            self._retry_at = time.monotonic() + self.RETRY
 
     def _is_gone(self, owner: Optional[str]) -> bool:
         """Whether a process has ended: then its lock can be had."""
@@ -1493,11 +1496,15 @@ class JobStore:
         path = f"{self.path}.owner-{owner}"
         if owner is None or not re.match(r"[0-9a-f]{8}\Z", owner) or not os.path.exists(path):
             return True
-        lock = FileLock(path)
+        lock, failure = FileLock(path), None
         try:
             return lock.acquire(blocking=False)
+        except OSError as error:
+            failure = error
+            return False
         finally:
             lock.close()
+            self._tell(f"searched for what process {owner} left", failure)
 
     def _remove_leftovers(self) -> None:
         """Removes the files of processes that are gone."""
@@ -1712,8 +1719,9 @@ class ImageStore:
         if name.endswith(".txt"):
             yield as_host_json(b"".join(self.read(name)).decode("utf-8", "surrogatepass"))
             return
-        yield b'"'
-        for data in self.read(name):
+        pieces = self.read(name)
+        yield b'"' + base64.b64encode(next(pieces, b""))  # the file is open from now on, and may be deleted
+        for data in pieces:
             yield base64.b64encode(data)
         yield b'"'
 
@@ -1797,8 +1805,9 @@ class Tracker:
 
     ORPHAN_AGE = 3600  # seconds; a younger file may belong to a job that is being stored
     PURGE_EVERY = 6 * 3600
-    RECOVER_EVERY = 60  # seconds between two looks for processes that are gone
+    RECOVER_EVERY = 60  # seconds between two looks for processes that are gone, and until a failed purge is repeated
     LOOK_EVERY = 5  # seconds between two looks at config.json
+    SETTLE = 1.0  # seconds that storing images may take before a job is shown Processing to who has its answer
 
     def __init__(self, settings: Settings, progress: Callable[[float], Progress], interrupt: Callable[[], None]):
         """`progress` and `interrupt` are the host's, for the generation that has its queue lock.
@@ -1816,6 +1825,7 @@ class Tracker:
         self._running: Dict[str, Job] = {}  # jobs of this process that have not ended, in order of acceptance
         self._accepted: Dict[str, Future] = {}
         self._cancels: Dict[str, Callable[[], None]] = {}
+        self._answered: Set[str] = set()  # those whose images are being stored
         self._waiting: Dict[str, List[Callable[[], None]]] = {}
         self._holder: Optional[str] = None  # the job that has the host's queue lock
         self._claims: Dict[str, Claim] = {}
@@ -1851,9 +1861,7 @@ class Tracker:
 
     def _forget(self, job_id: str) -> None:
         log.error("A generation is not tracked, since its job could not be stored")
-        with self._lock:
-            for jobs in (self._running, self._accepted, self._cancels):
-                jobs.pop(job_id, None)
+        self._leave(job_id)
 
     def start(self, job_id: str) -> None:
         """The job has the queue lock: generation begins."""
@@ -1863,6 +1871,12 @@ class Tracker:
     def generated(self) -> None:
         """The job that has the queue lock is about to give it back."""
         self._holder = None
+
+    def answered(self, job_id: str) -> None:
+        """The host answered with success, and the client may have that answer before the images are stored."""
+        with self._lock:
+            if job_id in self._running:
+                self._answered.add(job_id)
 
     def finish(self, job_id: str, answer: Answer, prompt: str = "") -> None:
         """The host answered with success. Stores the images; a job whose images cannot be stored has failed.
@@ -1901,16 +1915,23 @@ class Tracker:
             if job is None or accepted.exception() is not None:
                 return
             written = self.store.put(job)
-            waiting = []
             if job.ended:
-                del self._running[job_id], self._accepted[job_id], self._cancels[job_id]
-                waiting = self._waiting.pop(job_id, [])
+                del self._running[job_id]
 
         def report(written: Future) -> None:
             if written.exception() is not None:
                 log.error("Job %s is %s, which could not be written yet: %s", job_id, job.status, written.exception())
 
         written.add_done_callback(report)
+        if job.ended:
+            self._leave(job_id)
+
+    def _leave(self, job_id: str) -> None:
+        with self._lock:
+            for jobs in (self._running, self._accepted, self._cancels):
+                jobs.pop(job_id, None)
+            self._answered.discard(job_id)
+            waiting = self._waiting.pop(job_id, [])
         for wake in waiting:
             wake()
 
@@ -1922,11 +1943,6 @@ class Tracker:
             job = self._running.get(job_id)
         return job or self.store.get(job_id)
 
-    def is_own(self, job_id: str) -> bool:
-        """Whether a job waits or runs in this process."""
-        with self._lock:
-            return job_id in self._running
-
     def position(self, job_id: str) -> Optional[int]:
         """Where a Pending job stands in the queue, 1 is next. None for any other, or one of another process."""
         with self._lock:
@@ -1935,10 +1951,10 @@ class Tracker:
 
     def progress_of(self, job: Job) -> Progress:
         """How far a Processing job is, by the host's state, and never that of another generation."""
-        if job.status != PROCESSING or not self.is_own(job.id):
+        if job.status != PROCESSING or job.owner != self.store.owner:
             return None, None
         progress = self.progress(job.started)
-        return progress if self._holder == job.id else (1.0, 0.0)  # it gave the lock back, and is being stored
+        return progress if self._holder == job.id else (1.0, 0.0)  # it gave the lock back, and is stored by now or soon
 
     async def wait(self, job_id: str, seconds: float) -> None:
         """Returns when a job has ended or is unknown, or after some seconds. Holds no thread."""
@@ -1968,6 +1984,13 @@ class Tracker:
                 self._waiting[job_id].remove(wake)
                 if not self._waiting[job_id]:
                     del self._waiting[job_id]
+
+    async def settle(self, job_id: str) -> None:
+        """Waits a moment for a job that is being stored: who has its answer is to see it ended."""
+        with self._lock:
+            answered = job_id in self._answered
+        if answered:
+            await self.wait(job_id, self.SETTLE)
 
     def describe(self, job: Job) -> Dict[str, Any]:
         """A job as the API shows it, without its images. Reads the file with the answer."""
@@ -2005,7 +2028,7 @@ class Tracker:
         if not all(there):
             description["error"] = f"{there.count(False)} of {len(there)} images are no longer on disk"
         yield as_json(description)[:-1] + b',"images":['
-        yield from self._images_as_json(job, there)
+        yield from self._images_as_json(job, needed=False)
         yield b"]}"
 
     def answer_as_json(self, job: Job) -> Iterator[bytes]:
@@ -2018,17 +2041,23 @@ class Tracker:
             raise OSError(errno.EIO, "the stored answer is damaged", job.answer) from None
         yield rest[:start]
         if wanted:
-            yield from self._images_as_json(job, [True] * len(job.images))
+            yield from self._images_as_json(job, needed=True)
         yield rest[start:]
 
-    def _images_as_json(self, job: Job, there: List[bool]) -> Iterator[bytes]:
+    def _images_as_json(self, job: Job, needed: bool) -> Iterator[bytes]:
+        """An image that is not there is null, or OSError if it is needed."""
         for number, name in enumerate(job.images):
             if number:
                 yield b","
-            if there[number]:
-                yield from self.images.read_as_json(name)
-            else:
-                yield b"null"
+            pieces = self.images.read_as_json(name)
+            try:
+                first = next(pieces)
+            except OSError:
+                if needed:
+                    raise
+                first = b"null"
+            yield first
+            yield from pieces
 
     # Idempotency
 
@@ -2087,6 +2116,11 @@ class Tracker:
             return False
         if not job.ended:
             raise Conflict(f"The job is {job.status}")
+        with self._lock:
+            accepted = self._accepted.get(job_id)
+        if accepted is not None:  # its last record is still to be written, and would bring it back
+            wait([accepted])
+            self._write(job_id, accepted)
         self._remove([job])
         return True
 
@@ -2117,19 +2151,18 @@ class Tracker:
             return purged
 
     def _remove_orphans(self) -> Purged:
-        images = freed = 0
-        set_aside = self.store.set_aside_ids()
+        orphans = [name for name in self.images.older_than(time.time() - self.ORPHAN_AGE) if self._is_orphan(name)]
+        set_aside = self.store.set_aside_ids() if orphans else None  # records that somebody may read yet
         if set_aside is None:
-            return Purged()  # their jobs may be in it
-        for name in self.images.older_than(time.time() - self.ORPHAN_AGE):
-            job = self.get(os.path.basename(name)[:8])
-            if job is not None and (not job.ended or name in job.images or name == job.answer):
-                continue
-            if os.path.basename(name)[:8] in set_aside:
-                continue  # its record may be read by somebody yet
-            freed += self.images.remove([name])
-            images += not name.endswith((".json", ".part"))
-        return Purged(0, images, freed)
+            return Purged()
+        orphans = [name for name in orphans if os.path.basename(name)[:8] not in set_aside]
+        images = sum(not name.endswith((".json", ".part")) for name in orphans)
+        return Purged(0, images, self.images.remove(orphans))
+
+    def _is_orphan(self, name: str) -> bool:
+        """Whether no job names a file."""
+        job = self.get(os.path.basename(name)[:8])
+        return job is None or (job.ended and name not in job.images and name != job.answer)
 
     def _keep_house(self) -> None:
         purge_at = time.monotonic()
@@ -2142,9 +2175,10 @@ class Tracker:
                     recover_at = now + self.RECOVER_EVERY
                     self._recover().result()
                 if now >= purge_at:
-                    purge_at = now + self.PURGE_EVERY
-                    self.next_purge = time.time() + self.PURGE_EVERY
+                    purge_at = now + self.RECOVER_EVERY
                     self.purge()
+                    purge_at = now + self.PURGE_EVERY
+                    self.next_purge = time.time() + purge_at - time.monotonic()
             except Exception as error:
                 log.error("Housekeeping will be tried again: %s: %s", type(error).__name__, error)
             if self._stop.wait(self.LOOK_EVERY):
@@ -2154,13 +2188,7 @@ class Tracker:
         def fail(job: Job) -> Job:
             return job._replace(status=FAILED, finished=time.time(), error="The webui ended before the generation did")
 
-        def report(recovered: Future) -> None:
-            if recovered.exception() is None and recovered.result():
-                log.warning("%d jobs that a webui left behind are now Failed", len(recovered.result()))
-
-        recovered = self.store.recover(fail)
-        recovered.add_done_callback(report)
-        return recovered
+        return self.store.recover(fail)
 
     def close(self) -> None:
         """Ends the housekeeping, and the rest when the last running job has ended. Does not wait for it."""
@@ -2465,7 +2493,7 @@ class Generation:
         self.accepted: "asyncio.Future[bool]" = self.loop.create_future()  # whether the job is on disk
         self.answered: "asyncio.Future[None]" = self.loop.create_future()  # the client need not wait any longer
         self.served: "asyncio.Future[None]" = self.loop.create_future()  # it has its answer, or is gone
-        self.job_id: Optional[str] = None
+        self.job: Optional[Job] = None  # as it was accepted
         self.claim: Optional[Claim] = None
         self.key: Optional[str] = None
         self.request: Any = None  # the host's own view of the body
@@ -2516,7 +2544,7 @@ class Generation:
     @harmless
     def asked(self) -> None:
         """The host's route asks for the queue lock: that makes it a job."""
-        if self.job_id is not None:
+        if self.job is not None:
             return
         try:
             prompt = getattr(self.request, "prompt", "")
@@ -2531,7 +2559,7 @@ class Generation:
                 key=self.key,
                 digest=self.claim.digest if self.claim else None,
             )
-            self.job_id = job.id
+            self.job = job
             written = self.tracker.accept(job, self.cancel)
             self.body.clear()  # the host has read it, and it may be large
         except Exception:
@@ -2549,8 +2577,8 @@ class Generation:
 
     @harmless
     def _start(self) -> None:
-        if self.job_id is not None:
-            self.tracker.start(self.job_id)
+        if self.job is not None:
+            self.tracker.start(self.job.id)
 
     def released(self) -> None:
         with self._state:
@@ -2567,7 +2595,7 @@ class Generation:
             self.cancelled = True
             waiting = self.lock is None
         if waiting:
-            self.tracker.fail(self.job_id, CANCELLED)
+            self.tracker.fail(self.job.id, CANCELLED)
             self._in_loop(self._end)
         else:
             self._in_loop(self._interrupt)
@@ -2588,7 +2616,7 @@ class Generation:
         if not self.accepted.done():
             self.accepted.set_result(accepted)
         if self.claim and accepted and not self.claim.job_id.done():
-            self.claim.job_id.set_result(self.job_id)
+            self.claim.job_id.set_result(self.job.id)
 
     def _end(self) -> None:
         if not self.answered.done():
@@ -2615,19 +2643,21 @@ class Generation:
                 self.ended = True
             self._end()
         try:
-            if self.job_id is not None and await self.accepted:
+            if self.job is not None and await self.accepted:
                 if self.failed:
-                    self.tracker.fail(self.job_id, self.reason())
+                    self.tracker.fail(self.job.id, self.reason())
                 else:
+                    self.tracker.answered(self.job.id)
                     await self._store_soon()
         finally:
             if self.claim:
                 self.tracker.release(self.key, self.claim)
 
     async def _store_soon(self) -> None:
-        """Stores the answer, when it has been sent if that is soon: both at once would take the client longer."""
+        """Stores the answer, after it was sent if that is soon: both at once would take the client longer."""
         try:
-            await asyncio.wait({self.served}, timeout=SENDING)
+            if not accepts_gzip(self.scope):  # packing takes longer still, and leaves room for both
+                await asyncio.wait({self.served}, timeout=SENDING)
         finally:  # also if the server is stopped
             stored = self.tracker.pool.submit(self._store)
         await asyncio.shield(asyncio.wrap_future(stored))
@@ -2680,10 +2710,10 @@ class Generation:
         try:
             answer = self.answer()
             prompt = json.loads(answer.rest.decode())["parameters"].get("prompt")
-            self.tracker.finish(self.job_id, answer, prompt if isinstance(prompt, str) else "")
+            self.tracker.finish(self.job.id, answer, prompt if isinstance(prompt, str) else "")
         except Exception as error:
-            log.error("Job %s was generated, but could not be stored: %s", self.job_id, one_line(repr(error)))
-            self.tracker.fail(self.job_id, f"Generated, but it could not be stored: {error!r}")
+            log.error("Job %s was generated, but could not be stored: %s", self.job.id, one_line(repr(error)))
+            self.tracker.fail(self.job.id, f"Generated, but it could not be stored: {error!r}")
 
 
 class Exchange:
@@ -2723,7 +2753,7 @@ class Exchange:
         """False if the generation turned out to repeat one that came to nothing, so that another is due."""
         accepted, answered = generation.accepted, generation.answered
         await asyncio.wait({accepted, answered}, return_when=asyncio.FIRST_COMPLETED)
-        if generation.job_id is not None and not accepted.done():
+        if generation.job is not None and not accepted.done():
             await asyncio.wait({accepted}, timeout=10)  # the host was faster than the disk
         if accepted.done() and accepted.result():
             if generation.lock:
@@ -2743,9 +2773,9 @@ class Exchange:
         async def result() -> Optional[Iterator[bytes]]:
             return None if generation.failed else generation.for_client()
 
-        await self._tell(generation.job_id, generation.answered, result, [])
+        await self._tell(generation.job, generation.answered, result, [])
         if self.valve.cut:
-            log.warning("Job %s failed, its connection is cut: %s", generation.job_id, one_line(generation.reason()))
+            log.warning("Job %s failed, its connection is cut: %s", generation.job.id, one_line(generation.reason()))
             if isinstance(generation.error, Exception) and not generation.cancelled:
                 self.valve.error = generation.error
                 raise generation.error  # for the host's log
@@ -2766,7 +2796,10 @@ class Exchange:
     async def _repeat(self, claim: Claim) -> bool:
         """Answers from the job that was first with the idempotency key. False if there is none any more."""
         job_id = await asyncio.shield(asyncio.wrap_future(claim.job_id))  # not ours to cancel
-        job = None if job_id is None else await self._in_pool(self.tracker.get, job_id)
+        try:
+            job = None if job_id is None else await self._in_pool(self.tracker.get, job_id)
+        except OSError as error:
+            raise HTTPException(503, f"The stored answer cannot be read: {error}") from None
         if job is None or job.status == FAILED:
             return False
 
@@ -2776,21 +2809,22 @@ class Exchange:
 
         ended = asyncio.get_running_loop().create_task(self.tracker.wait(job_id, math.inf))
         try:
-            await self._tell(job_id, ended, result, [(b"idempotent-replayed", b"true")] if job.ended else [])
+            await self._tell(job, ended, result, [(b"idempotent-replayed", b"true")] if job.ended else [])
         finally:
             ended.cancel()
         return True
 
-    async def _tell(self, job_id: str, ended: Any, result: Any, headers: List[Tuple[bytes, bytes]]) -> None:
+    async def _tell(self, job: Job, ended: Any, result: Any, headers: List[Tuple[bytes, bytes]]) -> None:
         """The head now, heartbeats while the job waits and runs, and then its result; None is no clean end."""
         headers += [
-            (JOB_HEADER.lower().encode(), job_id.encode()),
+            (JOB_HEADER.lower().encode(), job.id.encode()),
             (b"access-control-expose-headers", JOB_HEADER.encode()),
         ]
         if prefers_async(self.scope):
-            location = self.scope.get("root_path", "") + f"/sdapi/v1/job/{job_id}"
+            location = self.scope.get("root_path", "") + f"/sdapi/v1/job/{job.id}"
             headers += [(b"location", location.encode()), (b"preference-applied", b"respond-async")]
-            job = await self._in_pool(self.tracker.get, job_id)
+            with contextlib.suppress(OSError):  # then as it was
+                job = await self._in_pool(self.tracker.get, job.id) or job
             data = as_json(await self._in_pool(self.tracker.describe, job))
             await self._start(202, headers)
             await self._send_all(in_pieces(data))
@@ -2810,7 +2844,7 @@ class Exchange:
                 await self._send_all(pieces, gone)
         except OSError as error:
             self.valve.cut = True
-            log.error("Job %s: the stored answer cannot be read: %s", job_id, error)
+            log.error("Job %s: the stored answer cannot be read: %s", job.id, error)
         finally:
             gone.cancel()
 
@@ -2921,7 +2955,7 @@ CANCELLED_EXAMPLE = {**COMPLETED_EXAMPLE, **UNFINISHED, "status": FAILED, "finis
 ANY_ROUTE_DOCS = {
     401: {"model": Problem, "description": "The webui asks for credentials, and these are none"},
     404: {"model": Problem, "description": "There is no such job", "content": json_like({"detail": "Job not found"})},
-    503: {"model": Problem, "description": "The jobs cannot be read from disk"},
+    503: {"model": Problem, "description": "The jobs cannot be read from disk or changed there"},
 }
 CONFLICT_DOCS = {
     409: {
@@ -3043,7 +3077,7 @@ class Api:
         try:
             return await asyncio.get_running_loop().run_in_executor(self.tracker.pool, function, *args)
         except OSError as error:
-            raise HTTPException(503, f"The jobs cannot be read: {error.strerror or error}") from None
+            raise HTTPException(503, f"The jobs cannot be read or changed: {error.strerror or error}") from None
 
     async def _get(self, job_id: str) -> Job:
         job = await self._run(self.tracker.get, job_id)
@@ -3062,6 +3096,7 @@ class Api:
         if wait and ID_FORM.match(id):
             with contextlib.suppress(OSError):  # said below
                 await self.tracker.wait(id, wait)
+        await self.tracker.settle(id)
         job = await self._get(id)
         if images:
             return self._respond(request, self.tracker.as_json(job))
@@ -3164,6 +3199,7 @@ class Api:
 
     async def delete_job(self, id: str = Path(description="the job's ID")) -> Response:
         """Removes a job that has ended, and its images."""
+        await self.tracker.settle(id)
         await self._end(self.tracker.delete, id)
         return Response(None, 204)
 

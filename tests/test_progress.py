@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import base64
+import time
 import uuid
 from typing import Any, Dict, List
 
 import pytest
 from conftest import Start
+from inside import an_answer, load_script, make_tracker
 from neighbours import HOLDS, UI, FromUi, held_at, reached
 
 from harness import QUICK, SHAPE, Webui, body, until
@@ -72,6 +74,22 @@ def test_share(webui, fields, share):
     assert job["eta"] >= 0
     listed = next(one for one in webui.jobs() if one["id"] == job["id"])
     assert listed["progress"] == pytest.approx(share)
+
+
+def test_a_job_that_ends_while_it_is_described(tmp_path):
+    """Then it is told as it was, whole."""
+    script = load_script()
+    tracker = make_tracker(script, tmp_path)
+    job = script.Job(tracker.reserve_id(), "txt2img", script.PENDING, int(time.time()), None, "a cat")
+    tracker.accept(job, lambda: True).result()
+    tracker.start(job.id)
+    running = tracker.get(job.id)
+    tracker.generated()
+    tracker.finish(job.id, an_answer(script, job.id, 1))
+    assert tracker.describe(running)["status"] == "Processing"
+    assert (tracker.describe(running)["progress"], tracker.describe(running)["eta"]) == (1, 0)
+    assert tracker.describe(tracker.get(job.id))["progress"] is None
+    tracker.close()
 
 
 def test_places_move_up(webui):

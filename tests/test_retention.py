@@ -113,6 +113,24 @@ def test_images_are_kept_while_a_damaged_jobs_json_is_there(tracker, tmp_path, s
     assert not image.exists()
 
 
+def test_a_purge_during_the_start_keeps_images_of_a_damaged_record(script, tracker, tmp_path):  # noqa: F811
+    """It sees what is set aside though the file is read late."""
+    read_lines = script.JobStore._read_lines
+
+    def late(*args):
+        yield
+        time.sleep(0.3)
+        yield from read_lines(*args)
+
+    script.JobStore._read_lines = late
+    image = old(tmp_path / "images" / "2025-01-12" / "LOSTJOB0_0.png")
+    (tmp_path / "jobs.json").write_text('{\n"LOSTJOB0": {"id": "LOSTJOB0", "type"\n}\n')
+    one = tracker(TRACKER_RETENTION="off")
+    assert one.purge() == script.Purged(0, 0, 0)
+    assert list(tmp_path.glob("jobs.json.damaged-*"))
+    assert image.exists()
+
+
 def test_no_link_is_followed(script, tracker, tmp_path):  # noqa: F811
     one = tracker()
     until(lambda: one.next_purge)
@@ -135,7 +153,7 @@ def test_at_start_and_by_the_clock(script, tracker, add, monkeypatch):  # noqa: 
     until(lambda: not ids(second, script), what="the purge at the start")
     add(second, "OLDER001", 8)
     until(lambda: not ids(second, script), what="the next purge")
-    assert 0 < second.next_purge - time.time() < 1
+    assert until(lambda: 0 < second.next_purge - time.time() < 1, what="it is told")
 
 
 def test_one_purge_of_many(script, tracker, add):  # noqa: F811

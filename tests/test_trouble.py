@@ -116,8 +116,8 @@ def test_generation_survives_our_failure(mended, alone, name, how):
     own = alone(mended).post(body())
     with mended.sabotage(name, how):
         response = mended.post(body())
+        lines = until(lambda: own_lines(mended, position), 10, "the log says so")
     assert_same_answer(response, own)
-    lines = until(lambda: own_lines(mended, position), 10, "the log says so")
     assert len(lines) <= 3, lines
     assert "sabotage" in mended.log[position:]
     until(mended.is_idle, 10, "the job ends")
