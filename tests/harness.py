@@ -49,7 +49,7 @@ UNKNOWN, UNKNOWN_STATUS = (
 )
 # starlette 0.26 leaves its gzip files in a way of which Python 3.13 complains, with Job Tracker and without.
 COMPLAINT = re.compile(
-    r"Exception ignored in: <gzip on .*\nTraceback .*\n.*\n.*\nValueError: I/O operation on closed file\.\n"
+    r"Exception ignored in: <gzip on .*\nTraceback .*\n(?: .*\n)+ValueError: I/O operation on closed file\.\n"
 )
 CLOSE = {"Connection": "close"}  # Forge ends the connection after an error, and a client may reuse it just then
 SECONDS = 60.0  # the longest that anything here is waited for

@@ -10,7 +10,7 @@ import httpx
 import pytest
 from conftest import ORIGIN, Pool
 
-from harness import MODES, SHAPE, UNKNOWN, UNKNOWN_STATUS, Sent, Webui, body, until
+from harness import CLOSE, MODES, SHAPE, UNKNOWN, UNKNOWN_STATUS, Sent, Webui, body, until
 
 ASYNC = {"Prefer": "respond-async"}
 
@@ -110,7 +110,7 @@ def test_refusals_stay_refusals(guarded, request_body):
 
 
 def test_an_early_failure_is_told_either_way(webui, request_body):
-    answer = webui.post({**request_body, "steps": 0}, headers=ASYNC)
+    answer = webui.post({**request_body, "steps": 0}, headers={**ASYNC, **CLOSE})
     assert answer.status_code in (202, 500)
     (job,) = webui.jobs(q=request_body["prompt"])
     assert webui.job(job["id"], wait=30)["status"] == "Failed"

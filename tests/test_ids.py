@@ -22,6 +22,7 @@ def script():
 @pytest.fixture
 def tracker(script, tmp_path):
     tracker = make_tracker(script, tmp_path)
+    tracker.store.query(script.Filter(), 1)  # all is loaded
     yield tracker
     tracker.close()
 
