@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from typing import Any, Callable, Dict, Iterator, List, Tuple
 
+import hypothesis
 import pytest
 
 import harness
@@ -13,6 +15,10 @@ from harness import AUTH, MODE_FLAGS, MODES, Webui
 Start = Callable[..., Webui]
 
 ORIGIN = "http://example.org"
+
+if "CI" in os.environ:  # a change is judged by its own faults: elsewhere hypothesis looks for new ones at each run
+    hypothesis.settings.register_profile("ci", derandomize=True, database=None)
+    hypothesis.settings.load_profile("ci")
 
 
 def pytest_configure() -> None:
