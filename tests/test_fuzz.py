@@ -144,6 +144,7 @@ def test_any_record(tmp_path_factory, entries, layout, ascii_only, piece):
         assert {*expected, "NewJob01"} <= kept
         counts, _ = tracker.store.figures()
         assert sum(counts.values()) == len(found) + 1
+        tracker.fail(job.id, "")  # a tracker's end waits for its running jobs
     finally:
         tracker.store.close()
         tracker.close()
