@@ -436,6 +436,39 @@ class Webui:
         return until(reached, what=f"job {job_id} is {status}")
 
 
+class Page:
+    """The tab's own way to the extension, without a browser."""
+
+    def __init__(self, client: httpx.Client):
+        self.client = client
+        self.read()
+
+    def read(self) -> None:
+        """Which of the page's events are Job Tracker's, by the control that fires them. A Reload UI numbers anew."""
+        config = self.client.get("/config").json()
+        names = {one["id"]: one["props"].get("elem_id") or "" for one in config["components"]}
+        self.events: Dict[str, int] = {}
+        for number, event in enumerate(config["dependencies"]):
+            target = (event["targets"] or [None])[0]
+            name = names.get(target[0] if isinstance(target, list) else target, "")
+            if name.startswith("job_tracker") and event["backend_fn"]:
+                self.events[name] = event.get("id", number)
+
+    def request(self, name: str, *data: Any) -> bytes:
+        return json.dumps({"fn_index": self.events[name], "data": data, "session_hash": "x"}).encode()
+
+    def call(self, name: str, *data: Any) -> httpx.Response:
+        headers = {"Content-Type": "application/json"}
+        return self.client.post("/run/predict", content=self.request(name, *data), headers=headers)
+
+    def look(self, page: int = 0, job: str = "") -> str:
+        """What the page shows, as HTML."""
+        view = json.dumps({"page": page, "job": job})
+        response = self.call("job_tracker_look", view, True, "", "All", "", "")
+        assert response.status_code == 200, f"the tab answered {response.status_code}: {response.text[:200]}"
+        return response.json()["data"][3]
+
+
 @contextlib.contextmanager
 def started(make_folder: Callable[[], Path]) -> Iterator[Callable[..., Webui]]:
     """Gives a function that starts a Webui, and ends all that it started."""

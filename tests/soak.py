@@ -20,7 +20,6 @@ import argparse
 import base64
 import collections
 import contextlib
-import json
 import os
 import random
 import re
@@ -41,7 +40,7 @@ except ImportError:
     sys.exit(environment.call([environment.ensure("a1111", "test"), *sys.argv], cwd=Path.cwd(), env={}))
 
 import harness
-from harness import MODE_FLAGS, MODES, QUICK, SHAPE, Webui, body, until
+from harness import MODE_FLAGS, MODES, QUICK, SHAPE, Page, Webui, body, until
 
 RETENTION = 25.0  # seconds
 PURGE_EVERY = 4.0  # seconds between two presses of Purge Now
@@ -116,41 +115,6 @@ def files_of(folder: Path) -> Dict[str, int]:
     return sizes
 
 
-class Tab:
-    """The page's own way to the tab, without a browser."""
-
-    def __init__(self, url: str):
-        self.http = httpx.Client(base_url=url, timeout=60, trust_env=False)
-        self.events: Dict[str, int] = {}
-        self.read()
-
-    def read(self) -> None:
-        """Which of the page's events are Job Tracker's. They may be others after a Reload UI."""
-        config = self.http.get("/config").json()
-        names = {one["id"]: one["props"].get("elem_id") for one in config["components"]}
-        for number, event in enumerate(config["dependencies"]):
-            target = (event["targets"] or [None])[0]
-            name = names.get(target[0] if isinstance(target, list) else target)
-            if name and event["backend_fn"]:
-                self.events[name] = event.get("id", number)
-
-    def call(self, name: str, *data: Any) -> List[Any]:
-        request = {"fn_index": self.events[name], "data": data, "session_hash": "soak"}
-        response = self.http.post("/run/predict", json=request)
-        assert response.status_code == 200, f"the tab answered {response.status_code}: {response.text[:200]}"
-        return response.json()["data"]
-
-    def look(self, page: int = 0, job: str = "") -> str:
-        """The page's HTML."""
-        view = json.dumps({"page": page, "job": job})
-        return self.call("job_tracker_look", view, True, "", "All", "", "")[3]
-
-    def purge(self) -> None:
-        """Purge Now, until it is done."""
-        self.call("job_tracker_purge")
-        until(lambda: "Purging:" not in self.look(), what="the purge ends")
-
-
 class Soak:
     """The webuis, those who use them, and what these know."""
 
@@ -185,7 +149,7 @@ class Soak:
             seed: self.webuis[0].client.post("/sdapi/v1/txt2img", json=self.request(seed)).json()["images"]
             for seed in SEEDS
         }
-        self.tab = Tab(self.webuis[0].url)
+        self.tab = Page(httpx.Client(base_url=self.webuis[0].url, timeout=60, trust_env=False))
 
     @staticmethod
     def request(seed: int, seconds: float = 0.02) -> Dict[str, Any]:
@@ -383,12 +347,17 @@ class Soak:
 
     # What is done to the webuis
 
+    def purge_now(self) -> None:
+        """The button, until the purge is done."""
+        assert self.tab.call("job_tracker_purge").status_code == 200, "Purge Now failed"
+        until(lambda: "Purging:" not in self.tab.look(), what="the purge ends")
+
     def purge(self) -> None:
         while not self.stop.wait(PURGE_EVERY):
             if self.reloading is None:
                 began = time.time()
                 try:
-                    self.tab.purge()
+                    self.purge_now()
                     self.purge_began = began
                     self.done["purge"] += 1
                 except Exception as error:
@@ -496,7 +465,7 @@ class Soak:
                         self.complain(str(error))
                 self.done["at the end"] += 1
         time.sleep(max(CALM, RETENTION + 2))
-        self.tab.purge()
+        self.purge_now()
         records = self.webuis[0].records()
         if records:
             self.complain(f"{len(records)} jobs are left after the last purge")

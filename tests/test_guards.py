@@ -6,13 +6,14 @@ import base64
 import json
 import re
 import tempfile
+import time
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Tuple
 
 import httpx
 import pytest
 
-from harness import MODE_FLAGS, MODES, SHAPE, TESTS, Sent, Webui, body
+from harness import MODE_FLAGS, MODES, SHAPE, TESTS, Page, Sent, Webui, body
 
 USERS = "user:secret,second:pa:ss:word,third:pässword"
 UNKNOWN, MALFORMED = "AAAAAAAA", "no-job"
@@ -166,6 +167,37 @@ def test_a_stranger_does_not_touch_what_runs_and_waits(crowd):
     assert [crowd.job(one, wait=30)["status"] for one in (running, waiting)] == ["Completed"] * 2
 
 
+TIMES = 15  # requests of each kind, of which the shortest counts: others on the machine only make them longer
+ALIKE = 2.0  # as a ratio; what a look at a job costs is many times as much
+
+
+def test_time_tells_a_stranger_nothing(crowd):
+    """Neither of a large job nor of one that runs, by no route: all take as long as what there is not."""
+    gate = crowd.gate()
+    large = crowd.post(body(width=1024, height=1024, batch_size=2)).headers["x-job-id"]
+    assert crowd.job(large, wait=30)["status"] == "Completed"
+    running = crowd.send(body(standin={"hold": gate})).job_id()
+    crowd.until_status(running, "Processing")
+
+    def time_of(method: str, path: str, headers: List[Tuple[str, str]]) -> Dict[str, float]:
+        taken: Dict[str, List[float]] = {large: [], running: [], UNKNOWN: []}
+        for _ in range(TIMES):
+            for one, times in taken.items():
+                began = time.perf_counter()
+                ask(crowd, method, path.format(id=one), headers)
+                times.append(time.perf_counter() - began)
+        return {one: min(times) for one, times in taken.items()}
+
+    seen = time_of("GET", "/sdapi/v1/job/{id}", with_credentials(RIGHT["first user"]))
+    assert seen[large] > 2 * ALIKE * seen[UNKNOWN], "it would not be noticed here"
+    for name in ("none", "wrong password", "unknown user"):
+        for method, path in ROUTES:
+            took = time_of(method, path, with_credentials(CREDENTIALS[name]))
+            for one in (large, running):
+                assert 1 / ALIKE < took[one] / took[UNKNOWN] < ALIKE, (name, method, path, took)
+    gate.open()
+
+
 # The page
 
 
@@ -223,19 +255,6 @@ def test_the_page_and_the_api_each_have_their_own_credentials(doors, resident):
         assert resident.request(method, path.format(id=job_id)).status_code == 401, (method, path)
 
 
-def events_of(client: httpx.Client) -> Dict[str, int]:
-    """The events of the page that call Job Tracker, by the control that fires them."""
-    config = client.get("/config").json()
-    names = {one["id"]: one["props"].get("elem_id") or "" for one in config["components"]}
-    found = {}
-    for number, event in enumerate(config["dependencies"]):
-        target = (event["targets"] or [None])[0]
-        name = names.get(target[0] if isinstance(target, list) else target, "")
-        if name.startswith("job_tracker") and event["backend_fn"]:
-            found[name] = event.get("id", number)
-    return found
-
-
 CALLS = {
     "job_tracker_look": ["{}", True, "30 days", "All", "", ""],
     "job_tracker_enabled": [False],
@@ -246,17 +265,17 @@ CALLS = {
 
 def test_nobody_uses_the_page_without_a_login(doors, resident):
     before = trace(doors)
-    events = events_of(resident)
-    assert set(events) == set(CALLS)
+    page = Page(resident)
+    assert set(page.events) == set(CALLS)
     for name, data in CALLS.items():
-        request = {"fn_index": events[name], "data": data, "session_hash": "x"}
         for path in ("/run/predict", "/api/predict"):
             for headers in ({}, {"Authorization": basic("user:secret")}):
-                answer = httpx.post(doors.url + path, json=request, headers=headers, trust_env=False)
+                headers["Content-Type"] = "application/json"
+                request = page.request(name, *data)
+                answer = httpx.post(doors.url + path, content=request, headers=headers, trust_env=False)
                 assert answer.status_code == 401 and "behind a door" not in answer.text
     assert trace(doors) == before
-    request = {"fn_index": events["job_tracker_look"], "data": CALLS["job_tracker_look"], "session_hash": "x"}
-    assert "behind a door" in resident.post("/run/predict", json=request).text
+    assert "behind a door" in page.look()
 
 
 # gradio's own way to files
