@@ -20,7 +20,7 @@ import bench_store
 from inside import a_job, load_script
 
 import harness
-from harness import MODE_FLAGS, MODES, PROJECT, SHAPE, body
+from harness import HOST, MODE_FLAGS, MODES, PROJECT, body
 
 PICTURE = PROJECT / ".github" / "growth.png"
 SIZES = (1_000, 10_000, 100_000, 1_000_000)
@@ -145,7 +145,7 @@ def run(parts: List[str], jobs: int) -> int:
         print("| " + " | ".join(map(str, cells)) + " |", flush=True)
 
     print(
-        f"Packages of {SHAPE}, Python {sys.version.split()[0]}. Times with slashes: typical / 95th of 100 / longest.\n"
+        f"Packages of {HOST}, Python {sys.version.split()[0]}. Times with slashes: typical / 95th of 100 / longest.\n"
     )
     row("what", "Job Tracker", "beside")
     row("---", "---", "---")

@@ -25,7 +25,7 @@ import bench_store
 from inside import load_script
 
 import harness
-from harness import AUTH, MODE_FLAGS, MODES, SHAPE, Sent, Webui, body, until
+from harness import AUTH, HOST, MODE_FLAGS, MODES, Sent, Webui, body, until
 
 Start = Callable[..., Webui]
 
@@ -455,7 +455,7 @@ def figures() -> Iterator[Figure]:
 
 
 if __name__ == "__main__":
-    print(f"Packages of {SHAPE}, Python {sys.version.split()[0]}\n")
+    print(f"Packages of {HOST}, Python {sys.version.split()[0]}\n")
     print("| what | with Job Tracker | beside |\n| --- | --- | --- |")
     for figure in figures():
         print(figure, flush=True)

@@ -22,7 +22,7 @@ import time
 import zlib
 from typing import Any, Iterator
 
-from environment import PROJECT
+from environment import PROJECT, SHAPES
 
 DATA = PROJECT / ".demo"
 LOG = DATA / "webui.log"
@@ -195,8 +195,9 @@ class Webui:
     def __init__(self, python: str, host: str, port: int, nowebui: bool) -> None:
         self.url = f"http://127.0.0.1:{port}"
         self.client = Client(port)
-        self.command = [python, str(PROJECT / "tests" / "webui" / "launch.py"), "--shape", host, "--port", str(port)]
-        self.command += ["--api", *(["--nowebui"] if nowebui else []), "--step-time", str(STEP_SECONDS)]
+        self.command = [python, str(PROJECT / "tests" / "webui" / "launch.py"), "--shape", SHAPES[host]]
+        self.command += ["--port", str(port), "--api", *(["--nowebui"] if nowebui else [])]
+        self.command += ["--step-time", str(STEP_SECONDS)]
         self.command += ["--extension", str(PROJECT), "--data-dir", str(DATA / "webui")]
 
     def __enter__(self) -> Webui:

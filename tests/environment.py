@@ -20,9 +20,10 @@ from typing import Iterator
 PROJECT = Path(__file__).resolve().parent.parent
 REQUIREMENTS = PROJECT / "tests" / "requirements"
 FOLDER = PROJECT / ".venv"
-OLDEST = {"a1111": (3, 8), "forge": (3, 8), "sdnext": (3, 10), "schemathesis": (3, 9)}
+OLDEST = {"a1111": (3, 8), "forge": (3, 8), "neo": (3, 11), "sdnext": (3, 10), "schemathesis": (3, 9)}
 NEWEST = (3, 13)
-HOSTS = ("a1111", "forge", "sdnext")
+HOSTS = ("a1111", "forge", "neo", "sdnext")
+SHAPES = {**{host: host for host in HOSTS}, "neo": "forge"}  # Forge Neo is a Forge with newer packages
 
 
 def ensure(host: str, *extra: str) -> str:

@@ -34,9 +34,12 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import httpx
 
+import environment
+
 TESTS = Path(__file__).resolve().parent
 PROJECT = TESTS.parent
-SHAPE = os.environ.get("WEBUI_SHAPE", "a1111")
+HOST = os.environ.get("WEBUI_HOST", "a1111")
+SHAPE = environment.SHAPES[HOST]
 MODES = ("ui",) if SHAPE == "sdnext" else ("ui", "nowebui")  # SD.Next has no mode without the UI
 MODE_FLAGS: Dict[str, Tuple[str, ...]] = {"ui": ("--api",), "nowebui": ("--nowebui",)}
 QUICK = MODE_FLAGS[MODES[-1]]  # for what is the same in both

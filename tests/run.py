@@ -35,23 +35,21 @@ def test(options, pytest_arguments):
     python = environment.ensure(options.host, "test")
     # pytest starts in the project's folder: paths come from the caller's.
     words = [os.path.abspath(w) if os.path.exists(w.split("::")[0]) else w for w in pytest_arguments]
-    return environment.call(
-        [python, "-m", "pytest", *words], cwd=environment.PROJECT, env={"WEBUI_SHAPE": options.host}
-    )
+    return environment.call([python, "-m", "pytest", *words], cwd=environment.PROJECT, env={"WEBUI_HOST": options.host})
 
 
 def bench(options, parts):
     python = environment.ensure(options.host, "test")
     script = str(environment.PROJECT / "tests" / "bench.py")
     return environment.call(
-        [python, script, str(options.jobs), *parts], cwd=environment.PROJECT, env={"WEBUI_SHAPE": options.host}
+        [python, script, str(options.jobs), *parts], cwd=environment.PROJECT, env={"WEBUI_HOST": options.host}
     )
 
 
-def matrix(_, pytest_arguments):
+def matrix(options, pytest_arguments):
     import matrix
 
-    return matrix.run(pytest_arguments)
+    return matrix.run(options.at_once, pytest_arguments)
 
 
 def main():
@@ -63,23 +61,29 @@ def main():
 
     def add_command(function, text):
         command = commands.add_parser(function.__name__, help=text, description=text, allow_abbrev=False)
-        command.add_argument(
-            "--host", choices=environment.HOSTS, default="a1111", help="whose package versions to use (default: a1111)"
-        )
         command.set_defaults(function=function)
         return command
 
-    command = add_command(demo, "start a webui with Job Tracker and show what it does")
+    def add_command_on_host(function, text):
+        command = add_command(function, text)
+        command.add_argument(
+            "--host", choices=environment.HOSTS, default="a1111", help="whose package versions to use (default: a1111)"
+        )
+        return command
+
+    command = add_command_on_host(demo, "start a webui with Job Tracker and show what it does")
     command.add_argument("--port", type=int, default=7860, help="port of the webui (default: 7860, or a free one)")
     command.add_argument("--nowebui", action="store_true", help="offer the API only")
     command.add_argument("--once", action="store_true", help="end after the show; the exit status says how it went")
 
-    add_command(test, "run the tests; every argument not listed here goes to pytest")
+    add_command_on_host(test, "run the tests; every argument not listed here goes to pytest")
 
-    command = add_command(bench, "measure what it costs; parts: requests, http, store, growth (default: all)")
+    command = add_command_on_host(bench, "measure what it costs; parts: requests, http, store, growth (default: all)")
     command.add_argument("--jobs", type=int, default=100_000, help="how many jobs there are (default: 100000)")
 
-    add_command(matrix, "run the tests with each host's packages on each Python of this machine, and print a table")
+    text = "run the tests with each host's packages on each Python of this machine, and print a table"
+    command = add_command(matrix, text)
+    command.add_argument("--at-once", type=int, default=1, metavar="N", help="how many run side by side (default: 1)")
 
     options, rest = parser.parse_known_args()
     if rest and options.function not in (test, bench, matrix):

@@ -21,7 +21,7 @@ import httpx
 import pytest
 from inside import load_script
 
-from harness import MODE_FLAGS, MODES, PROJECT, RESET, SHAPE, TESTS, Gate, Proxy, Webui, body, free_port, until
+from harness import HOST, MODE_FLAGS, MODES, PROJECT, RESET, SHAPE, TESTS, Gate, Proxy, Webui, body, free_port, until
 
 README = (PROJECT / "README.md").read_text(encoding="utf-8")
 ADDRESS = "http://127.0.0.1:7860"
@@ -245,13 +245,13 @@ def test_snippet(snippet: Snippet, request: pytest.FixtureRequest) -> None:
 
 @snippet_with("python3 tests/run.py demo")
 def check_commands(run, snippet, request):
-    if Path(sys.prefix) != PROJECT / ".venv" / f"{SHAPE}-{sys.version_info[0]}.{sys.version_info[1]}":
+    if Path(sys.prefix) != PROJECT / ".venv" / f"{HOST}-{sys.version_info[0]}.{sys.version_info[1]}":
         pytest.skip("only where run.py has made the environment, which it might make anew otherwise")
     more = {"demo": ["--once"], "test": ["--collect-only", "-q", "tests/test_readme.py"]}
     for line in snippet.text.splitlines():
         program, *words = shlex.split(line)
         assert program == "python3"
-        command = [sys.executable, *words, "--host", SHAPE, *more.pop(words[-1])]
+        command = [sys.executable, *words, "--host", HOST, *more.pop(words[-1])]
         done = subprocess.run(command, cwd=str(PROJECT), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=120)
         assert done.returncode == 0, done.stdout.decode()
     assert not more
