@@ -91,10 +91,13 @@ class FileLock:
             if self._file is None:
                 make_folder(os.path.dirname(self.path))
                 self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | BINARY, 0o666)
-            if not self._take(blocking):
-                return False
-            if stands_for(self.path, self._file):
-                return True
+            try:
+                taken = self._take(blocking)
+            except OSError:
+                self.close()  # its disk may be gone, and come back
+                raise
+            if not taken or stands_for(self.path, self._file):
+                return taken
             self.close()  # somebody has tidied it away, and others lock a new one
 
     def _take(self, blocking: bool) -> bool:
@@ -130,9 +133,8 @@ class FileLock:
 
     def close(self) -> None:
         """Gives the lock and the file back."""
-        if self._file is not None:
-            os.close(self._file)
-            self._file = None
+        file, self._file = self._file, None
+        close_file(file)
 
     def __enter__(self) -> "FileLock":
         self.acquire()
@@ -143,10 +145,19 @@ class FileLock:
 
 
 def stands_for(path: str, file: int) -> bool:
-    """Whether a name stands for a file that is open."""
+    """Whether a name stands for a file that is open. Raises OSError if the name cannot be looked up."""
     with contextlib.suppress(FileNotFoundError):
-        return OPEN_FILES_STAY or os.path.samestat(os.stat(path), os.fstat(file))
+        found = os.stat(path)
+        with contextlib.suppress(OSError):  # of a file whose disk has gone, though another is in its place by now
+            return OPEN_FILES_STAY or os.path.samestat(found, os.fstat(file))
     return False
+
+
+def close_file(file: Optional[int]) -> None:
+    """Closes a file, if there is one. Whatever the system reports, it is closed and its number is another's."""
+    if file is not None:
+        with contextlib.suppress(OSError):
+            os.close(file)
 
 
 seeking = threading.Lock()  # where a file has but one position, Windows
@@ -230,15 +241,21 @@ def replace_file(path: str, data: bytes) -> None:
     sync_folder(os.path.dirname(path))
 
 
-def set_aside(path: str) -> str:
-    """Renames what cannot be used to `<path>.damaged-<time>` and returns the new name."""
+def name_aside(path: str) -> str:
+    """A new name for what cannot be used: `<path>.damaged-<time>`."""
     name = f"{path}.damaged-{time.strftime('%Y%m%d-%H%M%S')}"
     unique, count = name, 1
     while os.path.lexists(unique):
         count += 1
         unique = f"{name}-{count}"
-    os.rename(path, unique)
     return unique
+
+
+def set_aside(path: str) -> str:
+    """Renames what cannot be used, and returns the new name."""
+    name = name_aside(path)
+    os.rename(path, name)
+    return name
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -256,6 +273,11 @@ BOOLEANS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false
 LONGEST = sys.float_info.max  # an int can be more, and is no float then
 
 
+def as_number(text: str) -> Union[float, str]:
+    """A number of JSON, or its text where it is too large for a float, which would be no JSON any more."""
+    return float(text) if math.isfinite(float(text)) else text
+
+
 def as_days(value: Any) -> Optional[float]:
     """A retention as a number of days, None for off. Raises ValueError for anything that is no such number."""
     if value is None:
@@ -271,6 +293,8 @@ class Settings:
     A variable of the environment overrides config.json for the life of the process; `locked` maps the name of such a
     setting to its variable. Nothing here raises for what a file or a variable says: it warns and goes on.
     """
+
+    WRITING = 0.05  # seconds until a file that is broken is read once more: an editor may be writing it
 
     def __init__(self, folder: str, environ: Dict[str, str]):
         self.path = os.path.join(folder, "config.json")
@@ -331,8 +355,10 @@ class Settings:
                     self._version = error.errno
             except OSError as error:
                 if self._version != error.errno:
-                    log.warning("config.json cannot be read, the defaults hold: %s", error)
-                self._file, self._version = {}, error.errno
+                    log.warning("config.json cannot be read, until then nothing of it changes: %s", error)
+                if self._version == ():
+                    self._file = {"retention_days": None}  # it may say so, and a purge could not be undone
+                self._version = error.errno
             self._apply()
 
     def save(self, **changes: Any) -> None:
@@ -349,6 +375,8 @@ class Settings:
             self._check(name, value)
         self.refresh()
         with self._lock:
+            if isinstance(self._version, int):
+                raise OSError(self._version, os.strerror(self._version), self.path)
             self._write(changes)
             self._apply()
 
@@ -361,16 +389,16 @@ class Settings:
         return value
 
     def _load(self) -> Dict[str, Any]:
-        with open(self.path, "rb") as file:
-            data = file.read(1 << 20)
         try:
-            config = json.loads(data.decode("utf-8-sig"), parse_constant=str)
-            if not isinstance(config, dict):
-                raise ValueError("it is no JSON object")
-            json.dumps(config, indent=4)  # what is too deep to be written again is broken, too
-        except (ValueError, RecursionError) as error:
-            log.warning("config.json is broken (%s), set aside as %s; the defaults hold", error, set_aside(self.path))
-            raise FileNotFoundError from None
+            config = self._parse()
+        except (ValueError, RecursionError):
+            time.sleep(self.WRITING)
+            try:
+                config = self._parse()
+            except (ValueError, RecursionError) as error:
+                name = set_aside(self.path)
+                log.warning("config.json is broken (%s), set aside as %s; the defaults hold", error, name)
+                raise FileNotFoundError from None
         for name in DEFAULT_CONFIG:
             try:
                 self._check(name, config.get(name, DEFAULT_CONFIG[name]))
@@ -379,11 +407,20 @@ class Settings:
                 del config[name]
         return config
 
+    def _parse(self) -> Dict[str, Any]:
+        """Raises ValueError, RecursionError."""
+        with open(self.path, "rb") as file:
+            data = file.read(1 << 20)
+        config = json.loads(data.decode("utf-8-sig"), parse_constant=str, parse_float=as_number)
+        if not isinstance(config, dict):
+            raise ValueError("it is no JSON object")
+        json.dumps(config, indent=4)  # what is too deep to be written again is broken, too
+        return config
+
     def _write(self, changes: Dict[str, Any]) -> None:
         config = {**DEFAULT_CONFIG, **self._file, **changes}
         replace_file(self.path, json.dumps(config, indent=4).encode() + b"\n")
-        status = os.stat(self.path)
-        self._file, self._version = config, (status.st_ino, status.st_size, status.st_mtime_ns)
+        self._file, self._version = config, None  # somebody may have written it since: it is read again
 
     def _apply(self) -> None:
         for name, default in DEFAULT_CONFIG.items():
@@ -401,7 +438,9 @@ TYPES = ("txt2img", "img2img")
 
 ID_ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
 ID_FORM = re.compile(r"[A-Za-z0-9]{8}\Z")
-OWN_FILE_FORM = re.compile(r"\d{4}-\d\d-\d\d/[A-Za-z0-9]{8}(_\d{1,6})?(\.[0-9a-f]{8}\.part|\.[a-z]{3,4})\Z")
+OWN_FILE_FORM = re.compile(
+    r"\d{4}-\d\d-\d\d/[A-Za-z0-9]{8}(\.json|_\d{1,6}\.[a-z]{3,4}|(_\d{1,6})?\.[0-9a-f]{8}\.part)\Z"
+)
 IMAGE_FORM = re.compile(r"\d{4}-\d\d-\d\d/([A-Za-z0-9]{8})_\d{1,6}\.[a-z]{3,4}\Z")
 
 LAST_MOMENT = 1 << 34  # Unix seconds, in the year 2514: Windows knows no day after 3000
@@ -626,25 +665,6 @@ class Index:
             self.keys[job.key] = number
         self._count(slot, 1)
 
-    def copy(self, other: "Index", slot: int, place: int, length: int) -> None:
-        """Takes over a slot of another index, whose record now lies at `place`. Its key is left to `copy_keys`."""
-        own = self.slots[id_number(other.id(slot))] = self.top
-        self.ips = other.ips
-        self.ids += other.ids[8 * slot : 8 * slot + 8]
-        for name in ("timestamp", "status", "type", "ip", "bytes"):
-            getattr(self, name).append(getattr(other, name)[slot])
-        self.place.append(place)
-        self.length.append(length)
-        self.text_start.append(len(self.text))
-        self.text += other.text[other.text_start[slot] : other._text_end(slot)]
-        if other.must_check(slot):
-            self.unsure.append(own)
-        self._count(own, 1)
-
-    def copy_keys(self, other: "Index") -> None:
-        """Takes over the keys of the jobs that were copied."""
-        self.keys = {key: number for key, number in {**other.keys, **self.keys}.items() if number in self.slots}
-
     def _count(self, slot: int, change: int) -> None:
         status = self.status[slot]
         if status == self.REMOVED:
@@ -796,9 +816,11 @@ def read_foreign(data: bytes, base: int) -> Iterator[Union[Line, Gap]]:
             line = read_line(match.group(1), data[match.end() : end], base + match.end())
         except (ValueError, RecursionError):
             continue
-        yield Gap(base + position, match.start() - position, not data[position : match.start()].strip(BLANK))
-        yield line
-        position = end
+        blank = not data[position : match.start()].strip(BLANK)
+        if line.job is not None or blank:  # otherwise it may be a field of a record that is cut here
+            yield Gap(base + position, match.start() - position, blank)
+            yield line
+            position = end
     yield Gap(base + position, len(data) - position, not data[position:].strip(BLANK))
 
 
@@ -815,9 +837,8 @@ class Opened:
         self.stale = False  # somebody changed it where the index knows it
 
     def close(self) -> None:
-        if self.file is not None:
-            os.close(self.file)
-            self.file = None
+        file, self.file = self.file, None
+        close_file(file)
 
 
 class Change(NamedTuple):
@@ -964,12 +985,14 @@ class JobStore:
         return [index.id(slot) for slot in old if slot not in index.unfinished][::-1]
 
     def set_aside_ids(self) -> Optional[Set[str]]:
-        """IDs of jobs in what was set aside and is still there; None if they cannot be told. Raises OSError.
+        """IDs of jobs in what was, or is to be, set aside; None if they cannot be told. Raises OSError.
 
         Before `get` knows nothing of a job whose record is damaged, it is among them.
         """
         folder, name = os.path.split(self.path)
         found: Set[str] = set()
+        if self._opened.gaps:
+            return None
         for entry in os.listdir(folder):
             path = os.path.join(folder, entry)
             if entry.startswith(f"{name}.damaged-") and os.path.isfile(path):
@@ -977,7 +1000,7 @@ class JobStore:
                     data = file.read(self.PIECE)
                 if not TORN_LINES.match(data):
                     return None
-                found.update(job_id.decode() for job_id in re.findall(rb'\n"(\w{8})"', data))
+                found.update(job_id.decode() for job_id in re.findall(rb'"(\w{8})"', data))  # a key or an ID
         return found
 
     def recover(self, fail: Callable[[Job], Job]) -> Future:
@@ -1063,7 +1086,7 @@ class JobStore:
                     if job is None or wanted.text not in fold(job.prompt):
                         continue
                 yield slot
-            below, step = above, min(2 * step, 20_000)
+            below, step = above, min(2 * step, 2_000 if wanted.text else 20_000)  # a text can take long to find
 
     def _read(self, slot: int) -> Optional[Job]:
         opened = self._opened
@@ -1170,9 +1193,8 @@ class JobStore:
         with self._lock:
             self._opened.close()
             self._opened = Opened(None)
-        if not os.path.exists(self._alive.path):
-            self._alive.close()
-            self._alive.acquire()
+        self._alive.close()  # the folder may be another: nobody asks for it while we hold the lock
+        self._alive.acquire()
         try:
             file = self._open_file()
         except (IsADirectoryError, PermissionError) as error:
@@ -1227,11 +1249,11 @@ class JobStore:
         sync_file(opened.file)
         return good
 
-    def _keep_damage(self, gaps: List[Gap]) -> None:
-        """Copies damaged parts to a file of their own, for somebody who may read more in them."""
-        path = f"{self.path}.damaged-{time.strftime('%Y%m%d-%H%M%S')}"
+    def _keep_damage(self, gaps: List[Gap]) -> bool:
+        """Copies damaged parts to a file of their own, for somebody who may read more in them, if there is room."""
+        path = name_aside(self.path)
         try:
-            with open(path, "ab") as aside:
+            with open(path, "xb") as aside:
                 shutil.copymode(self.path, path)
                 for gap in gaps:
                     for place in range(gap.place, gap.place + gap.length, self.PIECE):
@@ -1239,11 +1261,17 @@ class JobStore:
                     aside.write(b"\n")
                 aside.flush()
                 sync_file(aside.fileno())
-            kept = f"set aside in {path}"
         except OSError as error:
-            kept = f"could not be set aside: {error}"
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+            self._tell("set aside where it is damaged", error)
+            return False
+        self._tell("set aside where it is damaged", None)
         size, first = sum(gap.length for gap in gaps), gaps[0].place
-        log.warning("jobs.json is damaged in %d places, from byte %d on: %d bytes %s", len(gaps), first, size, kept)
+        log.warning(
+            "jobs.json is damaged in %d places, from byte %d on: %d bytes set aside in %s", len(gaps), first, size, path
+        )
+        return True
 
     # Reading
 
@@ -1254,8 +1282,7 @@ class JobStore:
             with self._exclusive() as opened:
                 end = self._end()
                 if opened.seen == end:
-                    if opened.gaps:
-                        self._keep_damage(opened.gaps)
+                    if opened.gaps and self._keep_damage(opened.gaps):
                         opened.gaps = []
                     self._recover(opened)
                     opened.ahead = opened.seen
@@ -1369,6 +1396,9 @@ class JobStore:
         """Writes the live lines to a new file, a piece at a time, and puts it in the place of the old."""
         yield from self._load()
         old, known, path = self._opened, self._opened.seen, f"{self.path}.{self.owner}.part"
+        if old.gaps:  # what is damaged could not be set aside, and would be gone
+            self._compact_at = time.monotonic() + self.COMPACT_RETRY
+            return
         if old.foreign:
             log.warning("jobs.json was not as this program writes it: it is written anew, with %d jobs", len(old.index))
         fresh = Opened(None)
@@ -1412,14 +1442,13 @@ class JobStore:
                 continue
             job_id, record = index.id(slot), read_at(old.file, index.length[slot], index.place[slot])
             try:
-                read_line(job_id, record, 0)
+                job = read_line(job_id, record, 0).job
             except (ValueError, RecursionError):
                 old.stale = True
                 return False
-            if b"\n" in record:
-                record = as_json(json.loads(record.decode()))
+            record = record.replace(b"\n", b" ")
             data += (b",\n" if fresh.seen + len(data) > len(self.HEAD) else b"\n") + f'"{job_id}": '.encode()
-            fresh.index.copy(index, slot, fresh.seen + len(data), len(record))
+            fresh.index.apply(job_id, job, fresh.seen + len(data), len(record))
             fresh.index.lines += 1
             data += record
         write_at(fresh.file, bytes(data), fresh.seen)
@@ -1455,7 +1484,6 @@ class JobStore:
                 raise
             fresh.file = fresh.file or self._open_file()
             fresh.ahead = fresh.seen
-            fresh.index.copy_keys(old.index)
             self._opened = fresh
             self._show(self._unwritten)
         old.close()

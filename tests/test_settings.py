@@ -1,5 +1,6 @@
 """config.json and the environment's variables."""
 
+import errno
 import json
 import logging
 import os
@@ -147,6 +148,78 @@ def test_a_file_that_cannot_be_written_changes_nothing(settings, tmp_path, monke
         made.save(enabled=True)
     assert made.enabled is False
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+class Unreadable:
+    """Stands for the module `os` in the script, on a disk that reports an error."""
+
+    def __getattr__(self, name):
+        return getattr(os, name)
+
+    def stat(self, path):
+        raise OSError(errno.EIO, "Input/output error", path)
+
+
+def test_a_file_that_cannot_be_read_for_a_while(settings, script, config, caplog):
+    """What was known of it holds: a purge by a retention that nobody asked for could not be undone."""
+    made = settings('{"enabled": true, "retention_days": null, "other": 1}')
+    script.os = Unreadable()
+    made.refresh()
+    assert (made.enabled, made.retention_days) == (True, None)
+    with pytest.raises(OSError, match="Input/output"):
+        made.save(retention_days=7)
+    assert caplog.text.count("cannot be read") == 1
+    script.os = os
+    made.refresh()
+    assert (made.enabled, made.retention_days) == (True, None)
+    made.save(retention_days=7)
+    assert config() == {"enabled": True, "retention_days": 7, "other": 1}
+
+
+def test_a_file_that_cannot_be_read_at_the_start(settings, script):
+    script.os = Unreadable()
+    made = settings('{"enabled": true, "retention_days": 90}')
+    assert (made.enabled, made.retention_days) == (False, None)
+    script.os = os
+    made.refresh()
+    assert (made.enabled, made.retention_days) == (True, 90)
+
+
+def test_a_file_that_an_editor_is_writing(settings, script, tmp_path):
+    """It is empty for a moment."""
+    made = settings('{"enabled": false}')
+    path = tmp_path / "config.json"
+    path.write_text("")
+
+    class Time:
+        def sleep(self, seconds):
+            path.write_text('{"enabled": true}')
+
+    script.time = Time()
+    made.refresh()
+    assert made.enabled is True
+    assert [one.name for one in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_what_was_written_at_the_moment_of_a_save_is_seen(settings, script, tmp_path):
+    made = settings('{"retention_days": 5}')
+    replace_file = script.replace_file
+
+    def replace_and_lose(path, data):
+        replace_file(path, data)
+        (tmp_path / "config.json").write_text('{"enabled": true, "retention_days": 99}')
+
+    script.replace_file = replace_and_lose
+    made.save(enabled=False)
+    script.replace_file = replace_file
+    made.refresh()
+    assert (made.enabled, made.retention_days) == (True, 99)
+
+
+def test_numbers_that_are_none_for_json_stay_text(settings, tmp_path):
+    settings('{"enabled": true, "x": 1e999, "y": [-1e400], "z": 1e5}').save(retention_days=5)
+    written = json.loads((tmp_path / "config.json").read_text(), parse_constant=lambda constant: pytest.fail(constant))
+    assert written == {"enabled": True, "retention_days": 5, "x": "1e999", "y": ["-1e400"], "z": 1e5}
 
 
 def test_what_another_wrote_is_seen(settings, tmp_path):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import gc
 import json
 import os
 import random
+import shutil
 import subprocess
 import threading
 import time
@@ -74,6 +76,13 @@ class WrappedOs:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(os, name)
+
+
+class WrappedFcntl(WrappedOs):
+    """The same for `fcntl`."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(fcntl, name)
 
 
 def lines(script: Any, *jobs: Any) -> bytes:
@@ -553,6 +562,148 @@ def test_no_right_to_write(script, opened, path, three, dice, caplog, readable):
     assert open_damaged(script, opened, path, dice) == ({job.id: job for job in three} if readable else {})
     assert damaged(path) == [lines(script, *three)]
     assert "set aside" in caplog.text
+
+
+def test_a_close_that_reports_an_error_has_closed_the_file(script, opened, path, dice):
+    """Its number may be another file's by then, which is not ours to close or to write."""
+    store = opened()
+    job = a_job(script, dice)
+    store.put(job, new=True).result()
+    number = store._opened.file
+
+    def close(file: int) -> None:
+        os.close(file)
+        if file == number:
+            raise OSError(errno.EIO, "late trouble")
+
+    script.os = WrappedOs(close=close)
+    neighbour = path.read_bytes()
+    os.replace(str(path), str(path) + ".old")
+    path.write_bytes(neighbour)
+    assert store.get(job.id) == job
+    with open(str(path) + ".host", "w+b") as host:
+        before = os.fstat(host.fileno()).st_ino
+        store.put(a_job(script, dice), new=True).result()
+        assert len(every(script, store)) == 2
+        assert os.fstat(host.fileno()).st_ino == before
+
+
+def test_a_disk_that_goes_and_comes_back(script, opened, path, dice):
+    """Files that were open before are dead then, as on a network drive, and new ones are opened."""
+    store = opened()
+    jobs = [a_job(script, dice) for _ in range(3)]
+    store.put(jobs[0], new=True).result()
+    dead = {os.fstat(file).st_ino for file in (store._opened.file, store._between._file)}
+    gone = True
+
+    def alive_or(function: Any) -> Any:
+        def checked(file: Any, *args: Any) -> Any:
+            if isinstance(file, int) and os.fstat(file).st_ino in dead:
+                raise OSError(errno.ESTALE, "stale")
+            if gone and isinstance(file, str) and file.startswith(str(path)):
+                raise OSError(errno.ENOTCONN, "not connected")
+            return function(file, *args)
+
+        return checked
+
+    script.os = WrappedOs(fstat=alive_or(os.fstat), stat=alive_or(os.stat), open=alive_or(os.open))
+    script.fcntl = WrappedFcntl(flock=alive_or(script.fcntl.flock))
+    with pytest.raises(OSError, match="stale|not connected"):
+        store.get(jobs[0].id)
+    assert store.put(jobs[1], new=True).exception() is not None
+    for name in (path, path.with_name("jobs.json.lock")):  # other files by the same names
+        data = name.read_bytes()
+        os.replace(str(name), f"{name}.old")
+        name.write_bytes(data)
+    gone = False
+    assert store.get(jobs[0].id) == jobs[0]
+    store.put(jobs[2], new=True).result()
+    assert set(alive(path)) == {jobs[0].id, jobs[2].id}
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_fields_of_a_later_version(script, opened, path, dice, indent):
+    """Where a record is cut between two pieces, `"priority": null` in it does not end a job of that name."""
+    jobs = [completed(a_job(script, dice)) for _ in range(2000)]
+    records = {job.id: {"priority": None, **json.loads(script.record_of(job).decode())} for job in jobs}
+    if indent:
+        path.write_text(json.dumps(records, indent=indent))
+    else:
+        path.write_bytes(b"{\n" + b",\n".join(script.as_json({key: records[key]})[1:-1] for key in records) + b"\n}\n")
+    store = opened()
+    assert every(script, store) == {job.id: job for job in jobs}
+    until(lambda: settled(store))
+    assert set(alive(path)) == set(records)
+    assert not damaged(path)
+
+
+def test_a_number_that_is_none_in_a_record_of_another_layout(script, opened, path, dice):
+    job = completed(a_job(script, dice))
+    record = json.loads(script.record_of(job).decode())
+    path.write_text(json.dumps({job.id: {**record, "later": 777}}, indent=2).replace("777", "1e999"))
+    store = opened()
+    assert every(script, store) == {job.id: job}
+    until(lambda: settled(store))
+    json.loads(path.read_text(), parse_constant=lambda constant: pytest.fail(f"{constant} is not JSON"))
+    store.close()
+    assert every(script, opened()) == {job.id: job}
+
+
+def test_damage_without_room_to_set_it_aside(script, opened, path, three, dice, caplog):
+    """It stays where it is, and nothing is compacted or said to be an orphan, until there is room."""
+    hurt = b'"AAAAAAAA": {"id": "AAAAAAAA", "hurt": '
+    path.write_bytes(lines(script, *three).replace(b"\n", b"\n" + hurt + b"\n", 1))
+    script.JobStore.SPARE_DEAD = 1
+    script.JobStore.COMPACT_RETRY = 0.0
+
+    def open_with_room_elsewhere(name: Any, mode: str) -> Any:
+        if "damaged" in str(name):
+            raise OSError(errno.ENOSPC, "no room")
+        return open(name, mode)
+
+    script.open = open_with_room_elsewhere
+    store = opened()
+    assert every(script, store) == {job.id: job for job in three}
+    for _ in range(3):
+        for job in three:
+            store.put(job).result()
+    store._follow().result()
+    assert hurt in path.read_bytes()
+    assert not damaged(path) and store.set_aside_ids() is None
+    assert caplog.text.count("jobs.json cannot be set aside") == 1
+    del script.open
+    store._follow().result()
+    assert hurt in b"".join(damaged(path))
+    store.put(three[0]).result()
+    until(lambda: hurt not in path.read_bytes())
+    assert every(script, store) == {job.id: job for job in three}
+
+
+def test_a_key_that_is_spoilt_still_names_the_files_of_its_job(script, opened, path, three):
+    path.write_bytes(lines(script, *three).replace(b'\n"' + three[1].id.encode(), b'\n"Spoilt00', 1))
+    store = opened()
+    assert set(every(script, store)) == {three[0].id, three[2].id}
+    assert store.set_aside_ids() >= {three[1].id}
+
+
+def test_a_folder_that_is_put_back_from_a_copy(script, tmp_path, dice):
+    """Its webui lives, so no other takes its jobs for left behind."""
+    folder, copy = tmp_path / "data", tmp_path / "copy"
+    one = script.JobStore(str(folder))
+    other = None
+    try:
+        one.put(a_job(script, dice, owner=one.owner), new=True).result()
+        shutil.copytree(str(folder), str(copy))
+        shutil.rmtree(str(folder))
+        copy.rename(folder)
+        job = a_job(script, dice, owner=one.owner)
+        one.put(job, new=True).result()
+        other = make_tracker(script, folder)
+        assert other.get(job.id).status == "Pending"
+    finally:
+        one.close()
+        if other is not None:
+            other.close()
 
 
 def test_no_folder_can_be_made(script, opened, path, tmp_path, dice, caplog):
