@@ -15,7 +15,8 @@ import pytest
 
 from harness import MODE_FLAGS, MODES, SHAPE, TESTS, Page, Sent, Webui, body
 
-USERS = "user:secret,second:pa:ss:word,third:pässword"
+SECOND = "pa:ss:word" if SHAPE == "sdnext" else "word"  # the others do not start with a colon in a password
+USERS = f"user:secret,second:{SECOND},third:pässword"
 UNKNOWN, MALFORMED = "AAAAAAAA", "no-job"
 
 ROUTES = [
@@ -51,10 +52,13 @@ CREDENTIALS: Dict[str, List[str]] = {
     "wrong password": [basic("user:wrong")],
     "part of the password": [basic("user:secre")],
     "more than the password": [basic("user:secret ")],
-    "another user's password": [basic("user:pa:ss:word")],
+    "another user's password": [basic(f"user:{SECOND}")],
     "unknown user": [basic("nobody:secret")],
     "user in capitals": [basic("USER:secret")],
     "password to its colon": [basic("second:pa")],
+    "password, colon, more": [basic(f"second:{SECOND}:more")],
+    "password with a colon before it": [basic(f"second::{SECOND}")],
+    "user and password with a colon between": [basic("user:secret:secret")],
     "non-ASCII user": [basic("usér:secret")],
     "non-ASCII password": [basic("third:pässword")],
     "non-ASCII password in Latin-1": [basic("third:pässword", "latin-1")],
@@ -67,13 +71,13 @@ CREDENTIALS: Dict[str, List[str]] = {
     "NUL": [basic("user:secret\0")],
     "very long": [basic("user:" + "x" * 30_000)],
     "all users at once": [basic(USERS)],
-    "the flag": [basic("user:secret,second:pa:ss:word")],
+    "the flag": [basic(f"user:secret,second:{SECOND}")],
     "wrong and right": [basic("user:wrong"), basic("user:secret")],
     "wrong, right in one field": [f"{basic('user:wrong')}, {basic('user:secret')}"],
 }
 RIGHT: Dict[str, List[str]] = {
     "first user": [basic("user:secret")],
-    "second user": [basic("second:pa:ss:word")],
+    "second user": [basic(f"second:{SECOND}")],
     "scheme in small letters": [basic("user:secret").replace("Basic", "basic")],
     "right and wrong": [basic("user:secret"), basic("user:wrong")],
 }
@@ -150,6 +154,47 @@ def test_no_method_tells_a_stranger_whether_there_is_a_job(crowd, job_id, method
         assert len(answers) == 1, (path, answers)
         assert status_of(answers.pop()) in (307, 401, 404, 405), path
     assert trace(crowd) == before
+
+
+SPELLINGS = [
+    *("/{path}", "/./{path}", "/x/../{path}", "{capitals}", "{path}/../{id}", "http://localhost{path}", "{path}%2f.."),
+    *("/%73dapi/v1/job/{id}", "/sdapi/v1/%6Aob/{id}", "/sdapi/v1%2fjob/{id}", "/sdapi%2Fv1/jobs"),
+    *(
+        "/sdapi/v1/job/%256A",
+        "/sdapi/v1/job/{id}/images//0",
+        "/sdapi/v1/job//{id}",
+        "/sdapi\\v1\\job\\{id}",
+        "/sdapi/v1/job/{id}%00",
+    ),
+]
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_no_other_spelling_leads_past_the_guard(crowd, job_id, spelling):
+    before = trace(crowd)
+    for one in (job_id, UNKNOWN):
+        path = f"/sdapi/v1/job/{one}"
+        url = spelling.format(id=one, path=path, capitals=path.upper())
+        for method in ("GET", "HEAD", "POST", "DELETE", "OPTIONS"):
+            assert status_of(ask(crowd, method, url, [])) in (307, 400, 401, 404, 405), (method, url)
+    assert trace(crowd) == before
+
+
+@pytest.mark.skipif(SHAPE != "sdnext", reason="others have each route once")
+def test_the_routes_below_a_subpath_are_guarded(start):
+    webui = start("--api", "--subpath", "below", "--api-auth", USERS)
+    job_id = webui.client.post("/below/sdapi/v1/txt2img", json=body()).headers["x-job-id"]
+    assert webui.client.get(f"/below/sdapi/v1/job/{job_id}?wait=30").json()["status"] == "Completed"
+    for name, credentials in CREDENTIALS.items():
+        headers = with_credentials(credentials)
+        own = ask(webui, "GET", "/below/sdapi/v1/samplers", headers)
+        for method, path in ROUTES:
+            head = method == "HEAD"
+            expected = own.partition(b"\r\n\r\n")[0] + b"\r\n\r\n" if head else own
+            for one in (job_id, UNKNOWN):
+                answer = ask(webui, method, "/below" + path.format(id=one), headers)
+                answer, expected = (text.replace(one.encode(), b"") for text in (answer, expected))
+                assert answer == expected.replace(b"/below/sdapi/v1/samplers", b""), (name, method, path)
 
 
 def test_a_stranger_does_not_touch_what_runs_and_waits(crowd):

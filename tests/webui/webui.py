@@ -11,7 +11,7 @@ import time
 
 from fastapi import FastAPI
 
-from modules import middleware, progress, script_callbacks, scripts, shared, ui
+from modules import logs, middleware, progress, script_callbacks, scripts, shared, ui
 from modules.api.api import Api, credentials_of
 from modules.api.endpoints import add_standin_routes
 from modules.api.sdnext import Api as SDNextApi
@@ -146,6 +146,7 @@ def sdnext():
     script_callbacks.app_started_callback(shared.demo, app)
     if cmd_opts.subpath:
         gradio.mount_gradio_app(app, shared.demo, path=cmd_opts.subpath)
+    logs.take_over()
     print(f"Startup time: {startup_timer.summary()}.")
 
     while shared.state.wait_for_server_command(timeout=5) != "restart":

@@ -118,6 +118,8 @@ def process_images(p):
 
 def _generate(p):
     p.began = time.monotonic()
+    if cmd_opts.shape != "sdnext":
+        _refuse_late(p)
     p.setup_prompts()
     if state.job_count == -1 or cmd_opts.shape == "sdnext":
         state.job_count = p.n_iter
@@ -161,6 +163,17 @@ def _generate(p):
             index_of_first_image = 1
 
     return _as_wished(p, Processed(p, pictures, infotexts, index_of_first_image))
+
+
+def _refuse_late(p):
+    """What the real program takes for a request and fails of when it generates."""
+    assert p.prompt is not None
+    if p.steps < 0:
+        raise ValueError("negative number of steps")
+    if p.seed is not None and abs(p.seed) >= 1 << 64:
+        raise RuntimeError("Overflow when unpacking long")
+    if p.init_images is not None and not p.init_images:
+        raise RuntimeError("bad number of images passed; expecting 1 or more")
 
 
 def _sample(p, index):

@@ -14,15 +14,16 @@ from modules.api.generation import Generation
 from modules.cmd_args import cmd_opts
 
 
-def credentials_of(flag):
-    """Reads "u1:p1,u2:p2"."""
-    return dict(pair.strip().split(":", 1) for pair in (flag or "").split(",") if pair.strip())
+def credentials_of(flag, colons=True):
+    """Reads "u1:p1,u2:p2". Whether a password may have a colon is a matter of who reads."""
+    most = 1 if colons else -1
+    return dict(pair.strip().split(":", most) for pair in (flag or "").split(",") if pair.strip())
 
 
 class Api(Endpoints, Generation):
     def __init__(self, app, queue_lock):
         if cmd_opts.api_auth:
-            self.credentials = credentials_of(cmd_opts.api_auth)
+            self.credentials = credentials_of(cmd_opts.api_auth, colons=False)
         self.app = app
         self.queue_lock = queue_lock
         if cmd_opts.shape == "a1111":

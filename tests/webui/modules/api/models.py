@@ -44,6 +44,7 @@ _COMMON = [
     ("comments", Dict[str, Any], None),
 ]
 _TXT2IMG = [
+    ("denoising_strength", float, None),
     ("enable_hr", bool, False),
     ("firstphase_width", int, 0),
     ("firstphase_height", int, 0),
