@@ -41,6 +41,7 @@ import zlib
 from array import array
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from html import escape
+from types import TracebackType
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Literal, NamedTuple, Optional, Set, Tuple, Union
 
 import anyio.to_thread
@@ -445,6 +446,7 @@ IMAGE_FORM = re.compile(r"\d{4}-\d\d-\d\d/([A-Za-z0-9]{8})_\d{1,6}\.[a-z]{3,4}\Z
 
 LAST_MOMENT = 1 << 34  # Unix seconds, in the year 2514: Windows knows no day after 3000
 PROMPT_LIMIT = 100_000  # characters kept in jobs.json; `parameters` has the whole prompt
+IP_LIMIT = 100  # characters: a server that trusts a proxy takes what that says for an address
 
 
 class Job(NamedTuple):
@@ -570,7 +572,9 @@ class Filter(NamedTuple):
     type: Optional[str] = None  # one of TYPES
     after: Optional[float] = None  # Unix seconds, exclusive
     before: Optional[float] = None
-    q: Optional[str] = None  # text in the prompt, case ignored
+    q: Optional[str] = None  # text in the prompt, case ignored, at most LIMIT characters
+
+    LIMIT = 500  # some Pythons look for a text in a time that grows with the product of both lengths
 
     @property
     def text(self) -> bytes:
@@ -1600,9 +1604,18 @@ def split_answer(body: bytes) -> Answer:
     data = json.loads(body.decode())
     if not isinstance(data, dict):
         raise ValueError("the answer is no JSON object")
-    found = data.pop("images", None) or []
-    rest = as_host_json({"images": [], **data})
-    return Answer([str(image).encode("utf-8", "surrogatepass") for image in found], rest)
+    found = data.pop("images", None)
+    images = [str(image).encode("utf-8", "surrogatepass") for image in found] if isinstance(found, list) else []
+    return Answer(images, as_host_json({"images": [], **data}))
+
+
+def parameters_of(rest: bytes) -> Dict[str, Any]:
+    """The parameters of an answer; empty if they are no object. Raises ValueError, RecursionError if it is none."""
+    answer = json.loads(rest.decode())
+    if not isinstance(answer, dict):
+        raise ValueError("the answer is no JSON object")
+    parameters = answer.get("parameters")
+    return parameters if isinstance(parameters, dict) else {}
 
 
 class ImageStore:
@@ -1836,20 +1849,30 @@ class Tracker:
     RECOVER_EVERY = 60  # seconds between two looks for processes that are gone, and until a failed purge is repeated
     LOOK_EVERY = 5  # seconds between two looks at config.json
     SETTLE = 1.0  # seconds that storing images may take before a job is shown Processing to who has its answer
+    SHOWN = ("id", "type", "status", "prompt", "timestamp", "ip", "started", "finished")  # as they are
 
-    def __init__(self, settings: Settings, progress: Callable[[float], Progress], interrupt: Callable[[], None]):
+    def __init__(
+        self,
+        settings: Settings,
+        progress: Callable[[float], Progress],
+        interrupt: Callable[[], None],
+        dequeue: Callable[[Optional[str]], None],
+    ):
         """`progress` and `interrupt` are the host's, for the generation that has its queue lock.
 
-        `progress` is given when that generation got the lock, in Unix seconds.
+        `progress` is given when that generation got the lock, in Unix seconds. `dequeue` tells the host that the task
+        with an ID of its own will not begin.
         """
         self.settings = settings
         self.progress = progress
         self.interrupt = interrupt
+        self.dequeue = dequeue
         self.store = JobStore(settings.data_folder)
         self.images = ImageStore(os.path.join(settings.data_folder, "images"))
         self.pool = ThreadPoolExecutor(8, "job-tracker")
         self.next_purge: Optional[float] = None  # Unix seconds
-        self._lock = threading.Lock()
+        self._storing = threading.Lock()  # around this lock: jobs go to the store in the order of their changes
+        self._lock = threading.Lock()  # held for a moment, never while the store is asked: the event loop takes it
         self._running: Dict[str, Job] = {}  # jobs of this process that have not ended, in order of acceptance
         self._accepted: Dict[str, Future] = {}
         self._cancels: Dict[str, Callable[[], None]] = {}
@@ -1879,11 +1902,13 @@ class Tracker:
         `cancel` is called for a job that is to be cancelled; its generation then sees to it that the job fails, or
         returns False, since it has ended.
         """
-        with self._lock:
-            written = self.store.put(job._replace(owner=self.store.owner), new=True)
-            self._running[job.id] = job._replace(owner=self.store.owner)
-            self._accepted[job.id] = written
-            self._cancels[job.id] = cancel
+        job = job._replace(owner=self.store.owner)
+        with self._storing:
+            written = self.store.put(job, new=True)
+            with self._lock:
+                self._running[job.id] = job
+                self._accepted[job.id] = written
+                self._cancels[job.id] = cancel
         written.add_done_callback(lambda future: future.exception() and self._forget(job.id))
         return written
 
@@ -1938,13 +1963,15 @@ class Tracker:
 
     def _write(self, job_id: str, accepted: Future) -> None:
         """Stores a job as it is by now: two changes may come here in either order."""
-        with self._lock:
-            job = self._running.get(job_id)
+        with self._storing:
+            with self._lock:
+                job = self._running.get(job_id)
             if job is None or accepted.exception() is not None:
                 return
             written = self.store.put(job)
             if job.ended:
-                del self._running[job_id]
+                with self._lock:
+                    del self._running[job_id]
 
         def report(written: Future) -> None:
             if written.exception() is not None:
@@ -2032,14 +2059,7 @@ class Tracker:
                 error = "The parameters are no longer on disk"
         progress, eta = self.progress_of(job)
         return {
-            "id": job.id,
-            "type": job.type,
-            "status": job.status,
-            "prompt": job.prompt,
-            "timestamp": job.timestamp,
-            "ip": job.ip,
-            "started": job.started,
-            "finished": job.finished,
+            **{name: getattr(job, name) for name in self.SHOWN},
             "error": error,
             "queue_position": self.position(job.id),
             "progress": progress,
@@ -2063,9 +2083,9 @@ class Tracker:
         """What the host answered, once more, a piece at a time. Raises OSError."""
         rest = b"".join(self.images.read(job.answer))
         try:
-            wanted = json.loads(rest.decode())["parameters"].get("send_images", True)
+            wanted = parameters_of(rest).get("send_images", True)
             start = IMAGES_START.match(rest).end()
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        except (ValueError, AttributeError, RecursionError):
             raise OSError(errno.EIO, "the stored answer is damaged", job.answer) from None
         yield rest[:start]
         if wanted:
@@ -2262,6 +2282,11 @@ def header_of(scope: Scope, name: bytes) -> str:
     return ", ".join(value.decode("latin-1") for key, value in scope["headers"] if key == name)
 
 
+def url_of(scope: Scope) -> URL:
+    """What was asked for, below whatever path, without the header Host, which can be anything."""
+    return URL(scope={**scope, "headers": [], "server": None})
+
+
 def accepts_gzip(scope: Scope) -> bool:
     """By RFC 9110, 12.5.3."""
     for part in header_of(scope, b"accept-encoding").lower().split(","):
@@ -2272,12 +2297,13 @@ def accepts_gzip(scope: Scope) -> bool:
 
 
 def user_of(scope: Scope) -> str:
-    """The user of RFC 7617 whose password the host has checked, as the header has it."""
+    """The user of RFC 7617 whose password the host has checked, or whatever else somebody in front has checked."""
     header = header_of(scope, b"authorization")
-    try:
-        return base64.b64decode(header.partition(" ")[2]).partition(b":")[0].hex()
-    except ValueError:
-        return header
+    scheme, _, credentials = header.partition(" ")
+    if scheme.lower() == "basic":
+        with contextlib.suppress(ValueError):
+            return base64.b64decode(credentials).partition(b":")[0].hex()
+    return header
 
 
 def prefers_async(scope: Scope) -> bool:
@@ -2313,6 +2339,12 @@ def giving(body: List[Message]) -> Receive:
         return body.pop(0)
 
     return receive
+
+
+async def until_gone(receive: Receive) -> None:
+    """Returns when the client has left."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 def in_pieces(data: bytes) -> Iterator[bytes]:
@@ -2488,10 +2520,25 @@ class Middleware:
         self.tracker = tracker
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if self.tracker.settings.enabled and Shell.KEY in scope:  # not so for what came before the shell was there
-            await Exchange(self, scope, receive, send).serve()
-        else:
+        if not self.tracker.settings.enabled or Shell.KEY not in scope:  # as for what came before the shell was there
             await self.app(scope, receive, send)
+            return
+        try:
+            await Exchange(self, scope, receive, send).serve()
+        except Exception as error:
+            raise error.with_traceback(without_this_file(error.__traceback__))
+
+
+def without_this_file(traceback: Optional[TracebackType]) -> Optional[TracebackType]:
+    """A traceback without our frames, which say nothing of a failed generation: SD.Next reads a file for each."""
+    kept, rest = [], None
+    while traceback is not None:
+        if traceback.tb_frame.f_code.co_filename != without_this_file.__code__.co_filename:
+            kept.append(traceback)
+        traceback = traceback.tb_next
+    for one in reversed(kept):
+        rest = TracebackType(rest, one.tb_frame, one.tb_lasti, one.tb_lineno)
+    return rest
 
 
 class Repeat(Exception):
@@ -2529,6 +2576,7 @@ class Generation:
         self.hide_images = False  # the client sent send_images: false
         self.messages: List[Message] = []  # what the host answered
         self.error: Optional[BaseException] = None  # or what it raised
+        self.storing: Optional[Future] = None  # its answer
         self._state = threading.Lock()  # guards what follows
         self.lock: Optional[str] = None  # the host's queue lock is "held", then "released"
         self.cancelled = False
@@ -2566,7 +2614,7 @@ class Generation:
         if getattr(self.request, "send_images", True) is False:
             self.request.send_images = self.hide_images = True
         self.reserved_id = self.tracker.reserve_id()
-        if getattr(self.request, "force_task_id", "") is None:
+        if not getattr(self.request, "force_task_id", True):
             self.request.force_task_id = self.reserved_id  # the host's /internal/progress answers for the job's ID
 
     @harmless
@@ -2582,7 +2630,7 @@ class Generation:
                 type=self.type,
                 status=PENDING,
                 timestamp=int(time.time()),
-                ip=client[0] if client else None,
+                ip=client[0][:IP_LIMIT] if client else None,
                 prompt=prompt[:PROMPT_LIMIT] if isinstance(prompt, str) else "",
                 key=self.key,
                 digest=self.claim.digest if self.claim else None,
@@ -2623,6 +2671,7 @@ class Generation:
             self.cancelled = True
             waiting = self.lock is None
         if waiting:
+            self.tracker.dequeue(getattr(self.request, "force_task_id", None))
             self.tracker.fail(self.job.id, CANCELLED)
             self._in_loop(self._end)
         else:
@@ -2687,15 +2736,18 @@ class Generation:
             if not accepts_gzip(self.scope):  # packing takes longer still, and leaves room for both
                 await asyncio.wait({self.served}, timeout=SENDING)
         finally:  # also if the server is stopped
-            stored = self.tracker.pool.submit(self._store)
-        await asyncio.shield(asyncio.wrap_future(stored))
+            self.storing = self.tracker.pool.submit(self._store)
+        await asyncio.shield(asyncio.wrap_future(self.storing))
 
     async def _capture(self, message: Message) -> None:
         self.messages.append(message)
 
     def forget(self, _: Any) -> None:
         """Lets go of what is large when all is done: an idle worker thread of the host keeps its last context."""
-        self.messages, self.error, self.request = [], None, None
+        if self.storing is not None and not self.storing.done():  # the server was stopped meanwhile
+            self.storing.add_done_callback(self.forget)
+        else:
+            self.messages, self.error, self.request = [], None, None
 
     @property
     def failed(self) -> bool:
@@ -2725,9 +2777,10 @@ class Generation:
         answer = split_answer(self.bytes())
         if not self.hide_images:
             return answer
+        if "send_images" not in parameters_of(answer.rest):
+            return answer
         data = json.loads(answer.rest.decode())
-        if "send_images" in data["parameters"]:
-            data["parameters"]["send_images"] = False
+        data["parameters"]["send_images"] = False
         return answer._replace(rest=as_host_json(data))
 
     def for_client(self) -> Iterator[bytes]:
@@ -2737,7 +2790,7 @@ class Generation:
     def _store(self) -> None:
         try:
             answer = self.answer()
-            prompt = json.loads(answer.rest.decode())["parameters"].get("prompt")
+            prompt = parameters_of(answer.rest).get("prompt")
             self.tracker.finish(self.job.id, answer, prompt if isinstance(prompt, str) else "")
         except Exception as error:
             log.error("Job %s was generated, but could not be stored: %s", self.job.id, one_line(repr(error)))
@@ -2849,7 +2902,7 @@ class Exchange:
             (b"access-control-expose-headers", JOB_HEADER.encode()),
         ]
         if prefers_async(self.scope):
-            location = self.scope.get("root_path", "") + f"/sdapi/v1/job/{job.id}"
+            location = url_of(self.scope).path.rpartition("/")[0] + f"/job/{job.id}"
             headers += [(b"location", location.encode()), (b"preference-applied", b"respond-async")]
             with contextlib.suppress(OSError):  # then as it was
                 job = await self._in_pool(self.tracker.get, job.id) or job
@@ -2857,7 +2910,7 @@ class Exchange:
             await self._start(202, headers)
             await self._send_all(in_pieces(data))
             return
-        gone = asyncio.get_running_loop().create_task(self._until_gone())
+        gone = asyncio.get_running_loop().create_task(until_gone(self.receive))
         try:
             await self._start(200, headers)
             while not ended.done():
@@ -2898,10 +2951,6 @@ class Exchange:
 
     async def _send_piece(self, data: bytes) -> None:
         await self.send({"type": "http.response.body", "body": data, "more_body": True})
-
-    async def _until_gone(self) -> None:
-        while (await self.receive())["type"] != "http.disconnect":
-            pass
 
     async def _in_pool(self, function: Callable[..., Any], *args: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self.tracker.pool, function, *args)
@@ -3055,10 +3104,30 @@ class Streamed(StreamingResponse):
     """Its content is closed at the end, also when the client leaves before."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        begun = asyncio.Event()
+
+        async def receive_later() -> Message:
+            """A response that ends before its first piece is an error to the host's layers, gone client or not."""
+            await begun.wait()
+            return await receive()
+
+        async def send_and_note(message: Message) -> None:
+            await send(message)
+            if message["type"] == "http.response.body":
+                begun.set()
+
         try:
-            await super().__call__(scope, receive, send)
+            await super().__call__(scope, receive_later, send_and_note)
         finally:
             self.body_iterator.close()
+
+
+def joined(items: Iterator[bytes]) -> Iterator[bytes]:
+    """A JSON array, an item at a time."""
+    yield b"["
+    for number, item in enumerate(items):
+        yield b"," + item if number else item
+    yield b"]"
 
 
 def preceded(first: bytes, rest: Iterator[bytes]) -> Iterator[bytes]:
@@ -3122,13 +3191,25 @@ class Api:
     ) -> Response:
         """The job as it is now, or, with `wait`, once it has ended."""
         if wait and ID_FORM.match(id):
-            with contextlib.suppress(OSError):  # said below
-                await self.tracker.wait(id, wait)
+            await self._wait(request, id, wait)
         await self.tracker.settle(id)
         job = await self._get(id)
         if images:
             return self._respond(request, self.tracker.as_json(job))
         return self._respond(request, in_pieces(as_json(await self._run(self.tracker.describe, job))))
+
+    async def _wait(self, request: Request, job_id: str, seconds: float) -> None:
+        """Waits for a job's end, unless the client leaves."""
+        loop = asyncio.get_running_loop()
+        ended = loop.create_task(self.tracker.wait(job_id, seconds))
+        gone = loop.create_task(until_gone(request.receive))
+        try:
+            await asyncio.wait({ended, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if ended.done():
+                ended.exception()  # trouble with the disk shows when the job is read
+        finally:
+            ended.cancel()
+            gone.cancel()
 
     async def get_jobs(
         self,
@@ -3138,7 +3219,7 @@ class Api:
         type: Optional[str] = Query(None, enum=TYPES),
         after: Optional[float] = Query(None, description="accepted after this moment, in Unix seconds"),
         before: Optional[float] = Query(None, description="accepted before this moment, in Unix seconds"),
-        q: Optional[str] = Query(None, description="text in the prompt, case ignored"),
+        q: Optional[str] = Query(None, max_length=Filter.LIMIT, description="text in the prompt, case ignored"),
         limit: int = Query(50, ge=1, le=1000, description="jobs at most"),
         cursor: Optional[str] = Query(
             None, description="from the Link header of the page before", pattern=f"^{CURSOR}$"
@@ -3160,19 +3241,18 @@ class Api:
                 raise self._invalid("cursor", "it must come from a Link header")
             after_time, shown = int(form.group(1)), form.group(2).split("-")[1:]
 
-        def look() -> Tuple[bytes, Optional[str]]:
+        def look() -> Tuple[List[Job], str]:
             store = self.tracker.store
             after_id = next(filter(store.knows, shown), shown[0] if shown else None)
             page = store.query(wanted, limit, 0, after_id, after_time)
             # The last ones, for the page goes on behind the first of them that is still there.
             last = [str(page.jobs[-1].timestamp), *(job.id for job in page.jobs[:-11:-1])] if page.more else []
-            return as_json([self.tracker.describe(job) for job in page.jobs]), "-".join(last)
+            return page.jobs, "-".join(last)
 
-        body, last = await self._run(look)
-        response = self._respond(request, in_pieces(body))
+        jobs, last = await self._run(look)
+        response = self._respond(request, joined(as_json(self.tracker.describe(job)) for job in jobs))
         if last:
-            # Without the header Host, which can be anything.
-            following = URL(scope={**request.scope, "headers": [], "server": None}).include_query_params(cursor=last)
+            following = url_of(request.scope).include_query_params(cursor=last)
             response.headers["Link"] = f'<{following.path}?{following.query}>; rel="next"'
         return response
 
@@ -3183,9 +3263,10 @@ class Api:
         n: int = Path(ge=0, le=999_999, description="the image's number, from 0"),
     ) -> Response:
         """One image of a job as a file."""
+        await self.tracker.settle(id)
         job = await self._get(id)
         if n >= len(job.images):
-            raise HTTPException(404, "The job has no such image")
+            raise HTTPException(404, "The job has no such image" if job.ended else f"The job is still {job.status}")
         name = job.images[n]
         size = await self._run(self.tracker.images.size, name)
         if size is None:
@@ -3625,7 +3706,7 @@ class Tab:
         wanted = Filter(
             ip=str(ip or "").strip() or None,
             status=status if status in STATUSES else None,
-            q=str(text or "").strip() or None,
+            q=str(text or "").strip()[: Filter.LIMIT] or None,
         )
         top, main = self._notes(), ""
         try:
@@ -3674,7 +3755,7 @@ class Tab:
 
 TAB_SCRIPT = """() => {
     if (window.jobTracker) window.jobTracker.end();
-    const EVERY = 1500, AWAY = 30000;  // milliseconds between two looks, and until an answer is given up
+    const EVERY = 1500, AWAY = 10000;  // milliseconds between two looks, and until an answer is given up
     const view = {page: 0, job: ""};
     let due = 0, asked = null, acted = false, watched = null;
 
@@ -3845,7 +3926,7 @@ TAB_STYLE = """
 #job_tracker tbody tr.open { box-shadow: inset 3px 0 var(--color-accent); }
 #job_tracker td button { display: block; padding: 0; border: 0; font: inherit; font-family: var(--font-mono); }
 #job_tracker .id { width: 100px; }
-#job_tracker .time { width: 132px; }
+#job_tracker .time { width: calc(20px + 8.8em); }
 #job_tracker .type { width: 80px; }
 #job_tracker :is(th, td).status { width: 150px; }
 #job_tracker .images { width: 70px; text-align: right; }
@@ -3919,7 +4000,8 @@ class Extension:
     """The program inside one life of the webui, from the loading of its scripts to their unloading."""
 
     def __init__(self) -> None:
-        self.tracker = Tracker(Settings(EXTENSION_FOLDER, dict(os.environ)), self._progress, self._interrupt)
+        settings = Settings(EXTENSION_FOLDER, dict(os.environ))
+        self.tracker = Tracker(settings, self._progress, self._interrupt, self._dequeue)
         self.trouble: Optional[str] = None  # why generations are not tracked, for the tab
 
     def tab(self) -> List[Tuple[Any, str, str]]:
@@ -4031,6 +4113,14 @@ class Extension:
         shared.state.interrupt()
 
     @staticmethod
+    def _dequeue(task: Optional[str]) -> None:
+        """Takes a task off the list of those that wait: the host takes off only what has begun."""
+        with contextlib.suppress(ImportError, AttributeError):  # where there is no such list
+            from modules import progress
+
+            progress.pending_tasks.pop(task, None)
+
+    @staticmethod
     def _progress(since: float) -> Progress:
         from modules import shared
 
@@ -4053,12 +4143,23 @@ class Extension:
         callbacks.on_script_unloaded(self.stop)
 
 
+class WholeMessage(logging.Filter):
+    """Makes a record's message whole before any handler has it: SD.Next puts its own on every logger.
+
+    One of these formats the message for all that come after it, and they would fail to do so again.
+    """
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg, record.args = f"[Job Tracker] {record.getMessage()}", None
+        return True
+
+
 def log_to_console() -> None:
     """The webui shows no log below warnings by itself, and this script may be loaded more than once."""
     log.handlers.clear()
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("[Job Tracker] %(message)s"))
-    log.addHandler(handler)
+    log.filters.clear()
+    log.addFilter(WholeMessage())
+    log.addHandler(logging.StreamHandler(sys.stderr))
     log.setLevel(logging.INFO)
     log.propagate = False
 

@@ -87,7 +87,8 @@ def lines_of(path: Path) -> List[bytes]:
 
 def make_tracker(script: Any, folder: Path, **environ: str) -> Any:
     """A tracker without a webui."""
-    return script.Tracker(script.Settings(str(folder), environ), lambda *_: (None, None), lambda: None)
+    settings = script.Settings(str(folder), environ)
+    return script.Tracker(settings, lambda since: (None, None), lambda: None, lambda task: None)
 
 
 def pixels(job_id: str, number: int, size: int = 0) -> bytes:

@@ -10,7 +10,7 @@ import httpx
 import pytest
 from conftest import ORIGIN, Pool
 
-from harness import CLOSE, MODES, SHAPE, UNKNOWN, UNKNOWN_STATUS, Sent, Webui, body, until
+from harness import CLOSE, MODE_FLAGS, MODES, SHAPE, UNKNOWN, UNKNOWN_STATUS, Sent, Webui, body, until
 
 ASYNC = {"Prefer": "respond-async"}
 
@@ -175,3 +175,19 @@ def test_answers_can_be_read_by_any_parser(webui):
     answer = webui.post(body(prompt), headers=ASYNC)
     assert json.loads(answer.content.decode("ascii"))["prompt"] == prompt
     assert webui.job(answer.headers["x-job-id"], wait=30)["parameters"]["prompt"] == prompt
+
+
+@pytest.mark.skipif(SHAPE != "sdnext", reason="others have each route once")
+def test_location_below_a_subpath(start):
+    webui = start("--api", "--subpath", "below")
+    answer = webui.client.post("/below/sdapi/v1/txt2img", json=body(), headers={"Prefer": "respond-async"})
+    job_id = answer.headers["x-job-id"]
+    assert answer.headers["location"] == f"/below/sdapi/v1/job/{job_id}"
+    assert webui.client.get(answer.headers["location"], params={"wait": 30}).json()["status"] == "Completed"
+
+
+def test_location_behind_a_prefix_that_a_proxy_takes_away(start):
+    webui = start(*MODE_FLAGS[MODES[-1]], *(() if SHAPE == "sdnext" else ("--subpath", "below")))
+    answer = webui.post(body(), headers={"Prefer": "respond-async"})
+    prefix = "" if SHAPE == "sdnext" else "/below"
+    assert answer.headers["location"] == f"{prefix}/sdapi/v1/job/{answer.headers['x-job-id']}"

@@ -97,6 +97,7 @@ def test_all_jobs_of_a_queue(webui):
     queue = [submit(webui) for _ in range(30)]
     assert [cancel(webui, job_id).status_code for job_id in queue] == [200] * 30
     assert webui.jobs(status="Pending") == []
+    until(lambda: webui.client.get("/standin/threads").json()["pending_tasks"] <= 1, what="none of them waits")
     last = submit(webui)
     assert webui.job(last)["queue_position"] == 1
     webui.gates[-1].open()

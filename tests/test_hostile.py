@@ -176,6 +176,7 @@ def test_an_address_that_is_none(webui, value):
         assert status_of(sent) == 202
         (job,) = webui.jobs(q=prompt, limit=1)
         assert fields.startswith(job["ip"]) or job["ip"] in value
+        assert len(job["ip"]) <= 100
         assert [one["id"] for one in webui.jobs(q=prompt, ip=job["ip"])][:1] == [job["id"]]
         assert webui.job(job["id"], wait=30)["status"] == "Completed"
         assert webui.records()[job["id"]]["ip"] == job["ip"]
@@ -193,6 +194,38 @@ def socket_from(source: str, port: int, data: bytes) -> bytes:
             if not piece:
                 return received
             received += piece
+
+
+def test_a_text_to_look_for_has_a_limit(webui):
+    """Some Pythons look for it in a time that grows with the product of both lengths."""
+    longest = webui.client.get("/sdapi/v1/jobs", params={"q": "a" * 500})
+    assert longest.status_code == 200
+    answer = webui.client.get("/sdapi/v1/jobs", params={"q": "a" * 501})
+    assert answer.status_code == 422 and answer.json()["detail"][0]["loc"] == ["query", "q"]
+
+
+def test_a_text_that_is_hard_to_find_holds_up_nobody(webui):
+    sent = [webui.post(body("a" * 100_000, steps=0)) for _ in range(8)]
+    assert {answer.status_code for answer in sent} == {500}
+    began = time.monotonic()
+    assert webui.jobs(q="a" * 250 + "b" + "a" * 249) == []
+    assert time.monotonic() - began < SOON
+
+
+# Clients that leave
+
+
+def test_who_leaves_at_once_is_no_error(webui, job_id):
+    """The webui's layers take a response that did not begin for a failure, and log it with what the client sent."""
+    position = webui.log_path.stat().st_size
+    for path in ("jobs", f"job/{job_id}", f"job/{job_id}?images=false", f"job/{job_id}/images/0"):
+        for reset in (False, True):
+            request = f"GET /sdapi/v1/{path} HTTP/1.1\r\nHost: \x1b[31mforged\r\n\r\n".encode()
+            for sent in [Sent(webui.port, request) for _ in range(30)]:
+                sent.leave(reset)
+    until(lambda: webui.client.get("/standin/threads").json()["tasks"] < 12, what="nothing of them is left")
+    log = webui.log_since(position)
+    assert "Traceback" not in log and "forged" not in log, log[-3000:]
 
 
 # Bodies
@@ -315,6 +348,9 @@ ANSWERS = {
 }
 
 
+SOUND = ("not a number", "no parameters", "parameters that are none")  # a webui may have answered so
+
+
 @pytest.mark.usefixtures("quiet")
 @pytest.mark.parametrize("name", ANSWERS)
 def test_a_stored_answer_that_is_damaged(webui, name):
@@ -328,7 +364,7 @@ def test_a_stored_answer_that_is_damaged(webui, name):
         assert answer.status_code == 200
         strictly(answer.content)
     assert webui.job(job_id)["images"][0]
-    if name != "not a number":
+    if name not in SOUND:
         with pytest.raises(httpx.RemoteProtocolError):
             webui.post(request, headers=key)
         assert any(job_id in line and "cannot be read" in line for line in webui.our_log())

@@ -173,10 +173,21 @@ def test_no_such_job(webui, job_id):
 def test_a_job_without_images(webui):
     gate = webui.gate()
     job_id = webui.post(body(standin={"hold": gate}), headers=ASYNC).headers["x-job-id"]
-    assert image_of(webui, {"id": job_id}).status_code == 404
+    answer = image_of(webui, {"id": job_id})
+    assert answer.status_code == 404
+    assert answer.json()["detail"] in ("The job is still Pending", "The job is still Processing")
     gate.open()
     webui.job(job_id, wait=30)
     assert image_of(webui, {"id": job_id}).status_code == 200
+
+
+def test_the_image_of_an_answer_that_has_just_come(webui):
+    """Who has the answer has the ID of a job whose images can be asked for."""
+    for _ in range(15):
+        answer = webui.post(body(batch_size=2, width=256, height=256), headers={"Accept-Encoding": "identity"})
+        image = image_of(webui, {"id": answer.headers["x-job-id"]})
+        assert image.status_code == 200
+        assert base64.b64encode(image.content).decode() == answer.json()["images"][0]
 
 
 def test_a_file_that_is_gone(webui):

@@ -28,7 +28,7 @@ def tracker(script, tmp_path, monkeypatch):  # noqa: F811
 
     def make(**environ):
         settings = script.Settings(str(tmp_path), environ)
-        made.append(script.Tracker(settings, lambda: (None, None), lambda: None))
+        made.append(script.Tracker(settings, lambda since: (None, None), lambda: None, lambda task: None))
         return made[-1]
 
     yield make
@@ -91,6 +91,7 @@ def test_orphans(script, tracker, add, tmp_path):  # noqa: F811
     kept = [
         old(day / "YOUNG000_0.png", hours=0.9),
         old(day / "notes of the user.txt"),
+        *(old(day / name) for name in ("vacation.jpg", "12345678.png", "notes001.txt", "backup01.zip")),
         old(tmp_path / "images" / "holiday" / "ORPHAN00_0.png"),
     ]
     for name in job.images:

@@ -1,0 +1,142 @@
+"""The middleware inside a test's process, for what no stand-in does: odd answers, and a server stopped by force."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import threading
+from typing import Any, Dict, Iterator
+
+import pytest
+from inside import load_script, make_tracker, pixels, until
+
+IMAGE = base64.b64encode(pixels("odd", 0)).decode()
+
+
+@pytest.fixture
+def script() -> Any:
+    return load_script()
+
+
+@pytest.fixture
+def tracker(script, tmp_path) -> Iterator[Any]:
+    tracker = make_tracker(script, tmp_path, TRACKER_ENABLED="1", TRACKER_RETENTION="off")
+    yield tracker
+    tracker.close()
+    until(lambda: not tracker.store._thread.is_alive(), what="the store has closed")
+
+
+def generation(script: Any, tracker: Any, answer: Any) -> Any:
+    """A generation request to a webui that answers so."""
+    lock = script.ObservedLock(threading.Lock())
+
+    def endpoint(generation: Any) -> None:
+        generation.called({})
+        with lock:
+            pass
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await asyncio.get_running_loop().run_in_executor(None, endpoint, script.current.get())
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": json.dumps(answer).encode()})
+
+    def in_context(function: Any) -> Any:
+        return lambda generation: (script.current.set(generation), function(generation))[1]
+
+    endpoint = in_context(endpoint)  # a plain executor does not hand the context on, as the host's threads do
+    scope = {"headers": [(b"accept-encoding", b"gzip")], "client": ("::1", 1)}
+    return script.Generation(script.Middleware(app, "txt2img", tracker), scope, [{"type": "http.request"}])
+
+
+ODD: Dict[str, Any] = {
+    "no parameters": {"images": [IMAGE], "info": "{}"},
+    "parameters null": {"images": [IMAGE], "parameters": None, "info": "{}"},
+    "parameters in a list": {"images": [IMAGE], "parameters": [1], "info": "{}"},
+    "parameters that are text": {"images": [IMAGE], "parameters": "x", "info": "{}"},
+    "info that is no text": {"images": [IMAGE], "parameters": {}, "info": {"a": 1}},
+    "a prompt that is no text": {"images": [IMAGE], "parameters": {"prompt": ["a"]}, "info": "{}"},
+    "images null": {"images": None, "parameters": {}, "info": ""},
+    "images that are a number": {"images": 5, "parameters": {}, "info": ""},
+    "images that are an object": {"images": {"a": IMAGE}, "parameters": {}, "info": ""},
+    "images last": {"parameters": {}, "info": "", "images": [IMAGE]},
+}
+
+
+@pytest.mark.parametrize("hide", [False, True])
+@pytest.mark.parametrize("name", ODD)
+def test_an_answer_of_an_odd_shape(script, tracker, name, hide):
+    """A webui of another kind, or an extension of it, may answer so. Its images are kept all the same."""
+    answer = ODD[name]
+
+    async def run() -> str:
+        one = generation(script, tracker, answer)
+        one.hide_images = hide
+        one.served.set_result(None)
+        await one.begin()
+        return one.job.id
+
+    job = tracker.get(asyncio.run(run()))
+    assert job.status == "Completed", job.error
+    images = answer["images"] if isinstance(answer["images"], list) else []
+    shown = json.loads(b"".join(tracker.as_json(job)))
+    assert shown["images"] == images
+    assert (shown["parameters"], shown["info"]) == (answer.get("parameters"), answer["info"])
+    assert json.loads(b"".join(tracker.answer_as_json(job))) == {**answer, "images": images}
+
+
+def test_a_server_that_is_stopped_by_force(script, tracker):
+    """An answer that waits for a thread to store it is kept, though its task is cancelled meanwhile."""
+    gate = threading.Event()
+
+    async def run() -> str:
+        for _ in range(tracker.pool._max_workers):
+            tracker.pool.submit(gate.wait)
+        one = generation(script, tracker, {"images": [IMAGE], "parameters": {}, "info": ""})
+        one.served.set_result(None)
+        work = one.begin()
+        work.add_done_callback(one.forget)
+        await asyncio.get_running_loop().run_in_executor(None, until, lambda: one.storing)
+        work.cancel()
+        await asyncio.wait({work})
+        await asyncio.sleep(0)
+        gate.set()
+        return one.job.id
+
+    job_id = asyncio.run(run())
+    until(lambda: tracker.get(job_id).ended)
+    assert tracker.get(job_id).status == "Completed", tracker.get(job_id).error
+    assert json.loads(b"".join(tracker.as_json(tracker.get(job_id))))["images"] == [IMAGE]
+
+
+def test_the_loop_does_not_wait_for_the_disk(script, tracker):
+    """While a job is on its way to a disk that hangs, who polls another is answered."""
+    done = threading.Event()
+    jobs = [script.Job(tracker.reserve_id(), "txt2img", "Pending", 1736712000, None, "a cat") for _ in range(2)]
+    tracker.accept(jobs[0], lambda: True).result()
+    with tracker.store._lock:  # as who looks for a job while the disk does not answer
+        accepting = threading.Thread(target=tracker.accept, args=(jobs[1], lambda: True))
+        accepting.start()
+        until(lambda: tracker._storing.locked())
+        polling = threading.Thread(target=lambda: (asyncio.run(tracker.wait(jobs[0].id, 0.01)), done.set()))
+        polling.start()
+        assert done.wait(20)
+    for job in jobs:
+        until(lambda job=job: tracker.get(job.id))
+        tracker.fail(job.id, "")
+
+
+@pytest.mark.parametrize(
+    "one, two, same",
+    [
+        ("Basic dXNlcjpzZWNyZXQ=", "basic  dXNlcjpvdGhlcg==", True),
+        ("Basic dXNlcjpzZWNyZXQ=", "Basic b3RoZXI6c2VjcmV0", False),
+        ("Bearer eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxIn0.aaaa", "Bearer eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIyIn0.aaaa", False),
+        ("Bearer dXNlcjpzZWNyZXQ=", "Basic dXNlcjpzZWNyZXQ=", False),
+        ("", "Basic dXNlcjpzZWNyZXQ=", False),
+    ],
+)
+def test_who_shares_idempotency_keys(script, one, two, same):
+    """A user of the webui with whatever password; behind a proxy that checks tokens, only the same token."""
+    users = [script.user_of({"headers": [(b"authorization", value.encode())]}) for value in (one, two)]
+    assert (users[0] == users[1]) is same
