@@ -14,10 +14,8 @@ import environment
 SUMMARY = re.compile(r"^=* ?((?:\d+ [a-z]+(?:, )?)+) in [\d.]+")
 
 
-class Row(NamedTuple):
-    host: str
-    version: str
-    result: str
+class Cell(NamedTuple):
+    result: str  # empty: there are no packages for this Python
     failed: bool = False
 
 
@@ -26,16 +24,16 @@ def run(at_once: int, pytest_arguments: list[str]) -> int:
     print("Pythons found:", ", ".join(pythons))
     pairs = [(host, version) for host in environment.HOSTS for version in pythons]
     with ThreadPoolExecutor(at_once) as pool:
-        rows = list(pool.map(lambda pair: _row(*pair, pythons[pair[1]], pytest_arguments), pairs))
-    print(f"\n| {'host':6} | Python | result\n| ------ | ------ | ------")
-    for row in rows:
-        print(f"| {row.host:6} | {row.version:6} | {row.result}")
-    return int(any(row.failed for row in rows))
+        cells = dict(zip(pairs, pool.map(lambda pair: _cell(*pair, pythons[pair[1]], pytest_arguments), pairs)))
+    lines = [["packages of", *pythons], ["---"] * (1 + len(pythons))]
+    lines += [[host, *(cells[host, version].result for version in pythons)] for host in environment.HOSTS]
+    print("", *(f"| {' | '.join(line)} |" for line in lines), sep="\n")
+    return int(any(cell.failed for cell in cells.values()))
 
 
-def _row(host: str, version: str, python: str, pytest_arguments: list[str]) -> Row:
+def _cell(host: str, version: str, python: str, pytest_arguments: list[str]) -> Cell:
     if tuple(map(int, version.split("."))) < environment.OLDEST[host]:
-        return Row(host, version, "no packages for this Python")
+        return Cell("")
     environment.FOLDER.mkdir(exist_ok=True)
     log = environment.FOLDER / f"{host}-{version}.tests.log"
     print(f"{host} on Python {version}: began, see {log}", flush=True)
@@ -44,11 +42,14 @@ def _row(host: str, version: str, python: str, pytest_arguments: list[str]) -> R
         command = [python, "tests/run.py", "test", "--host", host, *pytest_arguments]
         status = subprocess.call(command, cwd=environment.PROJECT, stdout=file, stderr=subprocess.STDOUT)
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    result = next((match.group(1) for match in map(SUMMARY.match, reversed(lines)) if match), "did not run")
+    counts = next((match.group(1) for match in map(SUMMARY.match, reversed(lines)) if match), "did not run")
+    result = ", ".join(
+        count for count in counts.split(", ") if not count.endswith(("deselected", "warnings", "warning"))
+    )
     if status not in (0, 1):
         result += f" (status {status})"
     print(f"{host} on Python {version}: {result}, after {time.monotonic() - began:.0f} s", flush=True)
-    return Row(host, version, result, status != 0)
+    return Cell(result, status != 0)
 
 
 if __name__ == "__main__":
