@@ -2282,9 +2282,10 @@ def header_of(scope: Scope, name: bytes) -> str:
     return ", ".join(value.decode("latin-1") for key, value in scope["headers"] if key == name)
 
 
-def url_of(scope: Scope) -> URL:
-    """What was asked for, below whatever path, without the header Host, which can be anything."""
-    return URL(scope={**scope, "headers": [], "server": None})
+def path_of(scope: Scope) -> str:
+    """The path as the client sent it: with the prefix that a proxy took away, which servers add or do not."""
+    root, path = scope.get("root_path", ""), scope["path"]
+    return path if path.startswith(root + "/") else root + path
 
 
 def accepts_gzip(scope: Scope) -> bool:
@@ -2902,7 +2903,7 @@ class Exchange:
             (b"access-control-expose-headers", JOB_HEADER.encode()),
         ]
         if prefers_async(self.scope):
-            location = url_of(self.scope).path.rpartition("/")[0] + f"/job/{job.id}"
+            location = path_of(self.scope).rpartition("/")[0] + f"/job/{job.id}"
             headers += [(b"location", location.encode()), (b"preference-applied", b"respond-async")]
             with contextlib.suppress(OSError):  # then as it was
                 job = await self._in_pool(self.tracker.get, job.id) or job
@@ -3252,8 +3253,9 @@ class Api:
         jobs, last = await self._run(look)
         response = self._respond(request, joined(as_json(self.tracker.describe(job)) for job in jobs))
         if last:
-            following = url_of(request.scope).include_query_params(cursor=last)
-            response.headers["Link"] = f'<{following.path}?{following.query}>; rel="next"'
+            asked = URL("?" + request.scope["query_string"].decode("latin-1"))
+            query = asked.include_query_params(cursor=last).query
+            response.headers["Link"] = f'<{path_of(request.scope)}?{query}>; rel="next"'
         return response
 
     async def get_image(
