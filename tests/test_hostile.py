@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from harness import MODES, QUICK, Page, Sent, Webui, body, until
+from harness import CLOSE, MODES, QUICK, Page, Sent, Webui, body, until
 
 FORGED = "x\n[Job Tracker] forged\r\n[Job Tracker] forged\x85\u2028\x1b[2J\x1b[31m\u202e\u2066\x00\x07"
 LONG = 60_000  # bytes; uvicorn takes some 64 kB of headers
@@ -205,7 +205,7 @@ def test_a_text_to_look_for_has_a_limit(webui):
 
 
 def test_a_text_that_is_hard_to_find_holds_up_nobody(webui):
-    sent = [webui.post(body("a" * 100_000, steps=0)) for _ in range(8)]
+    sent = [webui.post(body("a" * 100_000, steps=0), headers=CLOSE) for _ in range(8)]
     assert {answer.status_code for answer in sent} == {500}
     began = time.monotonic()
     assert webui.jobs(q="a" * 250 + "b" + "a" * 249) == []

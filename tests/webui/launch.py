@@ -12,6 +12,7 @@ the observed behaviour of the real program and shares no code with it.
 ask for to fail, wait or come out odd.
 """
 
+import gzip
 import os
 import subprocess
 import sys
@@ -27,6 +28,12 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("NO_PROXY", "127.0.0.1,localhost")
+
+
+def overlook_gzip(unraisable):
+    """starlette before 0.28 leaves gzip files behind in a way of which Python 3.13 complains, in any webui."""
+    if not (isinstance(unraisable.object, gzip.GzipFile) and isinstance(unraisable.exc_value, ValueError)):
+        sys.__unraisablehook__(unraisable)
 
 
 def run_installer(folder):
@@ -51,6 +58,7 @@ def run_installer(folder):
 
 def main():
     sys.stdout.reconfigure(line_buffering=True)
+    sys.unraisablehook = overlook_gzip
     os.chdir(ROOT)
     print(f"Python {sys.version}")
     print(f"Version: stand-in, {cmd_opts.shape}")
