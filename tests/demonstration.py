@@ -225,7 +225,7 @@ class Webui:
                 self.process.wait()
 
     def wait_until_ready(self) -> float:
-        """Seconds until Job Tracker's own routes answered: it adds them last."""
+        """Seconds until Job Tracker's own routes answer, and the webui has told its extensions all."""
         began = time.monotonic()
         answer = "nothing"
         while time.monotonic() - began < START_SECONDS:
@@ -233,9 +233,9 @@ class Webui:
             started = "Startup time" in self.log()
             with contextlib.suppress(OSError, http.client.HTTPException):
                 status, _ = self.client.get("/sdapi/v1/jobs?limit=1")
-                if status == 200:
+                check(status == 200 or not started, f"The webui is up, but without Job Tracker.{self.last_words()}")
+                if started:
                     return time.monotonic() - began
-                check(not started, f"The webui is up, but without Job Tracker.{self.last_words()}")
                 answer = f"GET /sdapi/v1/jobs with {status}"
             time.sleep(0.1)
         raise Failed(f"After {START_SECONDS} s the webui answers {answer}.{self.last_words()}")
