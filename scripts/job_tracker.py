@@ -1848,7 +1848,7 @@ class Tracker:
     PURGE_EVERY = 6 * 3600
     RECOVER_EVERY = 60  # seconds between two looks for processes that are gone, and until a failed purge is repeated
     LOOK_EVERY = 5  # seconds between two looks at config.json
-    SETTLE = 1.0  # seconds that storing images may take before a job is shown Processing to who has its answer
+    SETTLE = 1.0  # seconds that storing may take before a job is shown Processing to who has its answer
     SHOWN = ("id", "type", "status", "prompt", "timestamp", "ip", "started", "finished")  # as they are
 
     def __init__(
@@ -1876,7 +1876,7 @@ class Tracker:
         self._running: Dict[str, Job] = {}  # jobs of this process that have not ended, in order of acceptance
         self._accepted: Dict[str, Future] = {}
         self._cancels: Dict[str, Callable[[], None]] = {}
-        self._answered: Set[str] = set()  # those whose images are being stored
+        self._answered: Set[str] = set()  # those whose answer is being stored
         self._waiting: Dict[str, List[Callable[[], None]]] = {}
         self._holder: Optional[str] = None  # the job that has the host's queue lock
         self._claims: Dict[str, Claim] = {}
@@ -1926,7 +1926,7 @@ class Tracker:
         self._holder = None
 
     def answered(self, job_id: str) -> None:
-        """The host answered with success, and the client may have that answer before the images are stored."""
+        """The host answered, and the client may have that answer before it is stored."""
         with self._lock:
             if job_id in self._running:
                 self._answered.add(job_id)
@@ -2577,7 +2577,7 @@ class Generation:
         self.hide_images = False  # the client sent send_images: false
         self.messages: List[Message] = []  # what the host answered
         self.error: Optional[BaseException] = None  # or what it raised
-        self.storing: Optional[Future] = None  # its answer
+        self.storing: Optional[Future] = None  # how it ended
         self._state = threading.Lock()  # guards what follows
         self.lock: Optional[str] = None  # the host's queue lock is "held", then "released"
         self.cancelled = False
@@ -2722,19 +2722,16 @@ class Generation:
             self._end()
         try:
             if self.job is not None and await self.accepted:
-                if self.failed:
-                    self.tracker.fail(self.job.id, self.reason())
-                else:
-                    self.tracker.answered(self.job.id)
-                    await self._store_soon()
+                self.tracker.answered(self.job.id)
+                await self._store_soon()
         finally:
             if self.claim:
                 self.tracker.release(self.key, self.claim)
 
     async def _store_soon(self) -> None:
-        """Stores the answer, after it was sent if that is soon: both at once would take the client longer."""
+        """Stores how it ended, images after they were sent if that is soon: both would take the client longer."""
         try:
-            if not accepts_gzip(self.scope):  # packing takes longer still, and leaves room for both
+            if not self.failed and not accepts_gzip(self.scope):  # packing takes longer, and leaves room for both
                 await asyncio.wait({self.served}, timeout=SENDING)
         finally:  # also if the server is stopped
             self.storing = self.tracker.pool.submit(self._store)
@@ -2789,6 +2786,9 @@ class Generation:
         yield from in_pieces(self.answer().rest if self.hide_images else self.bytes())
 
     def _store(self) -> None:
+        if self.failed:
+            self.tracker.fail(self.job.id, self.reason())
+            return
         try:
             answer = self.answer()
             prompt = parameters_of(answer.rest).get("prompt")
@@ -2878,8 +2878,11 @@ class Exchange:
     async def _repeat(self, claim: Claim) -> bool:
         """Answers from the job that was first with the idempotency key. False if there is none any more."""
         job_id = await asyncio.shield(asyncio.wrap_future(claim.job_id))  # not ours to cancel
+        if job_id is None:
+            return False
+        await self.tracker.settle(job_id)  # it may have just failed
         try:
-            job = None if job_id is None else await self._in_pool(self.tracker.get, job_id)
+            job = await self._in_pool(self.tracker.get, job_id)
         except OSError as error:
             raise HTTPException(503, f"The stored answer cannot be read: {error}") from None
         if job is None or job.status == FAILED:

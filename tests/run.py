@@ -33,8 +33,9 @@ def demo(options, _):
 
 def test(options, pytest_arguments):
     python = environment.ensure(options.host, "test")
-    # pytest starts in the project's folder: paths come from the caller's.
-    words = [os.path.abspath(w) if os.path.exists(w.split("::")[0]) else w for w in pytest_arguments]
+    # Paths are as seen from here, while pytest starts in the project's folder, and its options know them from there.
+    there = environment.PROJECT
+    words = [os.path.relpath(w, there) if os.path.exists(w.split("::")[0]) else w for w in pytest_arguments]
     return environment.call([python, "-m", "pytest", *words], cwd=environment.PROJECT, env={"WEBUI_HOST": options.host})
 
 

@@ -6,7 +6,7 @@ import asyncio
 import base64
 import json
 import threading
-from typing import Any, Dict, Iterator
+from typing import Any, Awaitable, Callable, Dict, Iterator
 
 import pytest
 from inside import load_script, make_tracker, pixels, until
@@ -27,8 +27,12 @@ def tracker(script, tmp_path) -> Iterator[Any]:
     until(lambda: not tracker.store._thread.is_alive(), what="the store has closed")
 
 
-def generation(script: Any, tracker: Any, answer: Any) -> Any:
-    """A generation request to a webui that answers so."""
+async def nothing() -> None:
+    pass
+
+
+def generation(script: Any, tracker: Any, answer: Any, before: Callable[[], Awaitable[None]] = nothing) -> Any:
+    """A generation request to a webui that answers so, after something else."""
     lock = script.ObservedLock(threading.Lock())
 
     def endpoint(generation: Any) -> None:
@@ -38,6 +42,7 @@ def generation(script: Any, tracker: Any, answer: Any) -> Any:
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await asyncio.get_running_loop().run_in_executor(None, endpoint, script.current.get())
+        await before()
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": json.dumps(answer).encode()})
 
@@ -124,6 +129,47 @@ def test_the_loop_does_not_wait_for_the_disk(script, tracker):
     for job in jobs:
         until(lambda job=job: tracker.get(job.id))
         tracker.fail(job.id, "")
+
+
+def test_the_loop_does_not_wait_for_the_disk_when_a_generation_fails(script, tracker):
+    """While the job that failed is on its way to a disk that hangs, all others are served."""
+    disk = tracker.store._lock  # held by who looks for a job while the disk does not answer
+
+    async def fail() -> None:
+        assert await one.accepted
+        assert disk.acquire(timeout=20)
+        late.start()
+        raise RuntimeError("the card is gone")
+
+    async def run() -> None:
+        nonlocal one
+        one = generation(script, tracker, {}, fail)
+        one.served.set_result(None)
+        work = one.begin()
+        await one.answered
+        await asyncio.wait({work}, timeout=0.1)
+        assert not work.done() and disk.locked()
+        late.cancel()
+        disk.release()
+        await work
+
+    one: Any = None
+    late = threading.Timer(20, disk.release)
+    asyncio.run(run())
+    job = tracker.get(one.job.id)
+    assert (job.status, job.error) == ("Failed", "RuntimeError: the card is gone")
+
+
+def test_a_repeat_right_after_a_failure(script, tracker):
+    """Who repeats a generation whose failure is on its way to the store gets a generation, not that failure."""
+    job = script.Job(tracker.reserve_id(), "txt2img", "Pending", 1736712000, None, "a cat")
+    tracker.accept(job, lambda: True).result()
+    tracker.start(job.id)
+    tracker.answered(job.id)
+    middleware = script.Middleware(None, "txt2img", tracker)
+    exchange = script.Exchange(middleware, {"headers": [], script.Shell.KEY: None}, None, None)
+    threading.Timer(0.1, tracker.fail, (job.id, "the card is gone")).start()
+    assert asyncio.run(exchange._repeat(script.Claim("digest", job.id))) is False
 
 
 @pytest.mark.parametrize(
