@@ -38,6 +38,9 @@ REFUSED = {
     "wrong content type": Refused(body(), 422, headers={"Content-Type": "text/plain"}),
     "a form": Refused(b"prompt=x", 422, headers={"Content-Type": "application/x-www-form-urlencoded"}),
     "no init image": Refused(body(), 400 if SHAPE == "sdnext" else 404, kinds=("img2img",)),
+    "init images null": Refused(
+        body(kind="img2img", init_images=None), 422 if SHAPE == "sdnext" else 404, kinds=("img2img",)
+    ),
     "broken mask": Refused(body(kind="img2img", mask="no image"), 500, kinds=("img2img",)),
     "GET": Refused(b"", 405, method="GET"),
     "HEAD": Refused(b"", 405, method="HEAD"),
@@ -117,6 +120,12 @@ def test_refusal_does_not_wait_behind_the_queue(guarded, alone):
 @pytest.mark.skipif(SHAPE == "sdnext", reason="here any sampler that is not known is refused")
 def test_unknown_sampler_is_replaced_and_so_a_job(guarded):
     response = guarded.post(body(sampler_name="None such"))
+    assert response.status_code == 200
+    assert guarded.job(response.headers["X-Job-ID"], wait=30)["status"] == "Completed"
+
+
+def test_a_sampler_by_another_name_is_a_job(guarded):
+    response = guarded.post(body(sampler_name="k_euler"))
     assert response.status_code == 200
     assert guarded.job(response.headers["X-Job-ID"], wait=30)["status"] == "Completed"
 

@@ -419,7 +419,7 @@ def test_the_tab_needs_no_credentials_of_the_api(start, driver):
 
 @pytest.mark.skipif(SHAPE != "sdnext", reason="others rely on a proxy for it")
 def test_under_a_subpath(start, driver):
-    webui = start("--api", "--subpath", "below/here")
+    webui = start("--api", "--subpath", "below/here").restart()  # the webui has the API there from its second start on
     job_id = webui.client.post("/below/here/sdapi/v1/txt2img", json=body("below")).headers["x-job-id"]
     page = Page(driver, webui, path="/below/here/")
     page.open(job_id)

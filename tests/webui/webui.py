@@ -144,7 +144,9 @@ def sdnext():
     ui.setup_ui_api(app)
     add_standin_routes(app)
     script_callbacks.app_started_callback(shared.demo, app)
-    if cmd_opts.subpath:
+    if cmd_opts.subpath:  # the API has its routes there from the next start on
+        shared.opts.subpath = cmd_opts.subpath
+        shared.opts.save()
         gradio.mount_gradio_app(app, shared.demo, path=cmd_opts.subpath)
     logs.take_over()
     print(f"Startup time: {startup_timer.summary()}.")

@@ -18,6 +18,12 @@ all_samplers_map = {sampler.name: sampler for sampler in all_samplers}
 schedulers = {"automatic": "Automatic", "uniform": "Uniform", "karras": "Karras", "exponential": "Exponential"}
 
 
+def find(name):
+    """SD.Next takes a sampler's name in any case, or an alias. None if there is no such sampler."""
+    same = (s.name for s in all_samplers if s.name.lower() == name.lower() or name in s.aliases)
+    return name if name in all_samplers_map else next(same, None)
+
+
 def get_sampler_and_scheduler(name, scheduler):
     """Takes what a client may write; A1111 uses the first sampler in place of one that it does not know."""
     labels = {**schedulers, **{label: label for label in schedulers.values()}}

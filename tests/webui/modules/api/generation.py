@@ -116,8 +116,8 @@ class SDNextGeneration:
         return answer
 
     def _generate(self, kind, request, response, mask=None):
-        sampler = request.sampler_name or request.sampler_index
-        if sampler not in sd_samplers.all_samplers_map:
+        sampler = sd_samplers.find(request.sampler_name or request.sampler_index)
+        if sampler is None:
             raise HTTPException(status_code=404, detail="Sampler not found")
         fields = arguments(request, sampler, request.scheduler, mask)
 

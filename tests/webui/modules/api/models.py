@@ -92,6 +92,8 @@ def _request(name, *groups):
     fields = {key: (Optional[kind], default) for group in groups for key, kind, default in group}
     if cmd_opts.shape == "sdnext":
         del fields["force_task_id"]
+        if "init_images" in fields:
+            fields["init_images"] = (List[Any], None)  # left out, but not null
     return create_model(name, **fields)
 
 

@@ -15,7 +15,7 @@ from modules.cmd_args import cmd_opts
 
 class Api(Endpoints):
     def __init__(self, app, queue_lock):
-        self.credentials = credentials_of(cmd_opts.auth)
+        self.credentials = credentials_of((cmd_opts.auth or "").replace('"', ""))
         self.app = app
         self.queue_lock = queue_lock
         self.generate = SDNextGeneration(queue_lock)
@@ -49,8 +49,8 @@ class Api(Endpoints):
     def add_api_route(self, path, fn, auth=True, **kwargs):
         if auth and self.credentials:
             kwargs["dependencies"] = list(kwargs.get("dependencies", [])) + [Depends(self.auth)]
-        if cmd_opts.subpath:
-            self.app.add_api_route(cmd_opts.subpath + path, endpoint=fn, **kwargs)
+        if shared.opts.subpath:
+            self.app.add_api_route(shared.opts.subpath + path, endpoint=fn, **kwargs)
         self.app.add_api_route(path, endpoint=fn, **kwargs)
 
     def auth(self, credentials: HTTPBasicCredentials = Depends(HTTPBasic())):
