@@ -43,6 +43,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from html import escape
 from types import TracebackType
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Literal, NamedTuple, Optional, Set, Tuple, Union
+from weakref import WeakSet
 
 import anyio.to_thread
 from fastapi import HTTPException, Path, Query, Request, Response
@@ -439,6 +440,7 @@ TYPES = ("txt2img", "img2img")
 
 ID_ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
 ID_FORM = re.compile(r"[A-Za-z0-9]{8}\Z")
+DAY_FORM = re.compile(r"\d{4}-\d\d-\d\d\Z")
 OWN_FILE_FORM = re.compile(
     r"\d{4}-\d\d-\d\d/[A-Za-z0-9]{8}(\.json|_\d{1,6}\.[a-z]{3,4}|(_\d{1,6})?\.[0-9a-f]{8}\.part)\Z"
 )
@@ -1000,8 +1002,11 @@ class JobStore:
         for entry in os.listdir(folder):
             path = os.path.join(folder, entry)
             if entry.startswith(f"{name}.damaged-") and os.path.isfile(path):
-                with open(path, "rb") as file:
-                    data = file.read(self.PIECE)
+                try:
+                    with open(path, "rb") as file:
+                        data = file.read(self.PIECE)
+                except OSError:
+                    return None
                 if not TORN_LINES.match(data):
                     return None
                 found.update(job_id.decode() for job_id in re.findall(rb'"(\w{8})"', data))  # a key or an ID
@@ -1618,6 +1623,14 @@ def parameters_of(rest: bytes) -> Dict[str, Any]:
     return parameters if isinstance(parameters, dict) else {}
 
 
+PASSING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT)
+
+
+def passes(error: OSError) -> bool:
+    """Whether the same may go well in a moment: too many files are open, or a mount does not answer."""
+    return error.errno in PASSING
+
+
 class ImageStore:
     """The files of jobs, in a folder for each day. Every method may block, and raises OSError unless it says else.
 
@@ -1733,10 +1746,12 @@ class ImageStore:
         return file, status.st_size
 
     def size(self, name: str) -> Optional[int]:
-        """In bytes; None if the file is not there or cannot be read. Does not raise."""
+        """In bytes; None if the file is not there or cannot be read. Raises only an OSError that passes."""
         try:
             file, size = self.open(name)
-        except OSError:
+        except OSError as error:
+            if passes(error):
+                raise
             return None
         os.close(file)
         return size
@@ -1758,7 +1773,11 @@ class ImageStore:
     def read_as_json(self, name: str) -> Iterator[bytes]:
         """The JSON string that the host answered for this file, a piece at a time."""
         if name.endswith(".txt"):
-            yield as_host_json(b"".join(self.read(name)).decode("utf-8", "surrogatepass"))
+            try:
+                text = b"".join(self.read(name)).decode("utf-8", "surrogatepass")
+            except UnicodeDecodeError:
+                raise OSError(errno.EIO, "it is damaged", name) from None
+            yield as_host_json(text)
             return
         pieces = self.read(name)
         yield b'"' + base64.b64encode(next(pieces, b""))  # the file is open from now on, and may be deleted
@@ -1791,14 +1810,20 @@ class ImageStore:
             return
         for day in days:
             folder = os.path.join(self.folder, day)
-            if os.path.islink(folder) or not os.path.isdir(folder):
+            if not DAY_FORM.match(day) or os.path.islink(folder) or not os.path.isdir(folder):
                 continue
-            with os.scandir(folder) as entries:
-                for entry in entries:
-                    name = f"{day}/{entry.name}"
-                    with contextlib.suppress(FileNotFoundError):
-                        if OWN_FILE_FORM.match(name) and entry.stat(follow_symlinks=False).st_mtime < before:
-                            yield name
+            try:
+                entries = os.listdir(folder)
+            except FileNotFoundError:  # it went with its last file
+                continue
+            except OSError as error:
+                log.warning("%s cannot be searched for what no job names: %s", folder, error)
+                continue
+            for entry in entries:
+                name = f"{day}/{entry}"
+                with contextlib.suppress(FileNotFoundError):
+                    if OWN_FILE_FORM.match(name) and os.lstat(self._path(name)).st_mtime < before:
+                        yield name
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -1847,6 +1872,7 @@ class Tracker:
     ORPHAN_AGE = 3600  # seconds; a younger file may belong to a job that is being stored
     PURGE_EVERY = 6 * 3600
     RECOVER_EVERY = 60  # seconds between two looks for processes that are gone, and until a failed purge is repeated
+    REMOVED_AT_ONCE = 100  # jobs: a crash leaves the files of no more
     LOOK_EVERY = 5  # seconds between two looks at config.json
     SETTLE = 1.0  # seconds that storing may take before a job is shown Processing to who has its answer
     SHOWN = ("id", "type", "status", "prompt", "timestamp", "ip", "started", "finished")  # as they are
@@ -1870,6 +1896,7 @@ class Tracker:
         self.store = JobStore(settings.data_folder)
         self.images = ImageStore(os.path.join(settings.data_folder, "images"))
         self.pool = ThreadPoolExecutor(8, "job-tracker")
+        self.sending: "WeakSet[Any]" = WeakSet()  # what is on its way to clients, and needs the pool for its rest
         self.next_purge: Optional[float] = None  # Unix seconds
         self._storing = threading.Lock()  # around this lock: jobs go to the store in the order of their changes
         self._lock = threading.Lock()  # held for a moment, never while the store is asked: the event loop takes it
@@ -1992,6 +2019,14 @@ class Tracker:
 
     # Looking at jobs
 
+    async def in_pool(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Runs a function that may block in a thread of the tracker's own. Raises OSError if the tracker is closed."""
+        try:
+            work = self.pool.submit(function, *args)
+        except RuntimeError as error:
+            raise OSError(f"the webui is being reloaded: {error}") from None
+        return await asyncio.wrap_future(work)
+
     def get(self, job_id: str) -> Optional[Job]:
         """A job as it is now, None if there is none. Raises OSError."""
         with self._lock:
@@ -2028,7 +2063,7 @@ class Tracker:
         try:
             while not ended.is_set() and loop.time() < until:
                 if not own:  # another process on the same folder may have it
-                    job = await loop.run_in_executor(self.pool, self.get, job_id)
+                    job = await self.in_pool(self.get, job_id)
                     if job is None or job.ended:
                         return
                 left = until - loop.time()
@@ -2055,8 +2090,9 @@ class Tracker:
             try:
                 answer = DECODER.decode(b"".join(self.images.read(job.answer)).decode())
                 parameters, info = answer.get("parameters"), answer.get("info")
-            except (OSError, ValueError, AttributeError, RecursionError):
-                error = "The parameters are no longer on disk"
+            except (OSError, ValueError, AttributeError, RecursionError) as failure:
+                passing = isinstance(failure, OSError) and passes(failure)
+                error = "The parameters " + (f"cannot be read: {failure}" if passing else "are no longer on disk")
         progress, eta = self.progress_of(job)
         return {
             **{name: getattr(job, name) for name in self.SHOWN},
@@ -2070,14 +2106,18 @@ class Tracker:
         }
 
     def as_json(self, job: Job) -> Iterator[bytes]:
-        """A job as the API shows it, with its images, a piece at a time."""
+        """A job as the API shows it, with its images, a piece at a time. Raises OSError, before a piece or at one."""
         there = [self.images.size(name) is not None for name in job.images]
         description = self.describe(job)
         if not all(there):
             description["error"] = f"{there.count(False)} of {len(there)} images are no longer on disk"
-        yield as_json(description)[:-1] + b',"images":['
-        yield from self._images_as_json(job, needed=False)
-        yield b"]}"
+
+        def pieces() -> Iterator[bytes]:
+            yield as_json(description)[:-1] + b',"images":['
+            yield from self._images_as_json(job, needed=False)
+            yield b"]}"
+
+        return pieces()
 
     def answer_as_json(self, job: Job) -> Iterator[bytes]:
         """What the host answered, once more, a piece at a time. Raises OSError."""
@@ -2093,15 +2133,15 @@ class Tracker:
         yield rest[start:]
 
     def _images_as_json(self, job: Job, needed: bool) -> Iterator[bytes]:
-        """An image that is not there is null, or OSError if it is needed."""
+        """An image that is not there is null, or OSError if it is needed or the trouble passes."""
         for number, name in enumerate(job.images):
             if number:
                 yield b","
             pieces = self.images.read_as_json(name)
             try:
                 first = next(pieces)
-            except OSError:
-                if needed:
+            except OSError as error:
+                if needed or passes(error):
                     raise
                 first = b"null"
             yield first
@@ -2150,7 +2190,7 @@ class Tracker:
             cancel = self._cancels.get(job_id)
         if cancel is not None:
             if not cancel():
-                raise Conflict("The generation has ended, its images are being stored")
+                raise Conflict("The generation has ended, and is being stored")
             return True
         job = self.get(job_id)
         if job is None:
@@ -2182,16 +2222,18 @@ class Tracker:
     def purge(self) -> Purged:
         """Removes the jobs that are older than the retention, with their files, and files that no job names.
 
-        One purge at a time; a second caller waits. Raises OSError.
+        Files of many jobs that the store does not know are kept: then it has been lost. One purge at a time; a second
+        caller waits. Raises OSError.
         """
         with self._purging:
             purged = Purged()
             days = self.settings.retention_days
             expired = [] if days is None else self.store.expired(time.time() - days * 86400)
-            for start in range(0, len(expired), 100):
+            for start in range(0, len(expired), self.REMOVED_AT_ONCE):
                 if self._stop.is_set():
                     break
-                jobs = [self.store.get(job_id) for job_id in expired[start : start + 100]]
+                self.settings.refresh()  # this may take minutes
+                jobs = [self.store.get(job_id) for job_id in expired[start : start + self.REMOVED_AT_ONCE]]
                 purged = purged.plus(self._remove([job for job in jobs if job is not None and job.ended]))
             purged = purged.plus(self._remove_orphans())
             if any(purged):
@@ -2199,18 +2241,23 @@ class Tracker:
             return purged
 
     def _remove_orphans(self) -> Purged:
-        orphans = [name for name in self.images.older_than(time.time() - self.ORPHAN_AGE) if self._is_orphan(name)]
-        set_aside = self.store.set_aside_ids() if orphans else None  # records that somebody may read yet
-        if set_aside is None:
+        orphans, unknown = [], set()
+        for name in self.images.older_than(time.time() - self.ORPHAN_AGE):
+            job_id = os.path.basename(name)[:8]
+            job = self.get(job_id)
+            if job is None:
+                unknown.add(job_id)
+            if job is None or (job.ended and name not in job.images and name != job.answer):
+                orphans.append((job_id, name))
+        kept = self.store.set_aside_ids() if orphans else None  # records that somebody may read yet
+        if kept is None:
             return Purged()
-        orphans = [name for name in orphans if os.path.basename(name)[:8] not in set_aside]
+        if len(unknown) > self.REMOVED_AT_ONCE:
+            log.warning("%d jobs in images/ are not in jobs.json. Is it whole? Their files are kept", len(unknown))
+            kept |= unknown
+        orphans = [name for job_id, name in orphans if job_id not in kept]
         images = sum(not name.endswith((".json", ".part")) for name in orphans)
         return Purged(0, images, self.images.remove(orphans))
-
-    def _is_orphan(self, name: str) -> bool:
-        """Whether no job names a file."""
-        job = self.get(os.path.basename(name)[:8])
-        return job is None or (job.ended and name not in job.images and name != job.answer)
 
     def _keep_house(self) -> None:
         purge_at = time.monotonic()
@@ -2239,15 +2286,15 @@ class Tracker:
         return self.store.recover(fail)
 
     def close(self) -> None:
-        """Ends the housekeeping, and the rest when the last running job has ended. Does not wait for it."""
+        """Ends the housekeeping, and the rest when the last running job has ended and the last answer is sent.
+
+        Does not wait for that: where Reload UI does not wait for clients either, as on Forge, they get their answers.
+        """
         self._stop.set()
 
         def drain() -> None:
             self._housekeeper.join()
-            while True:
-                with self._lock:
-                    if not self._running:
-                        break
+            while self._running or self.sending:
                 time.sleep(0.2)
             self.store.close()
             self.pool.shutdown(wait=False)
@@ -2353,21 +2400,22 @@ def in_pieces(data: bytes) -> Iterator[bytes]:
 
 
 class FromPool:
-    """What a generator makes, a piece or more at a time, made in a thread."""
+    """What a generator makes, a piece or more at a time, made in a thread of the tracker's pool."""
 
-    def __init__(self, pool: ThreadPoolExecutor, pieces: Iterator[bytes]):
-        self._pool = pool
+    def __init__(self, tracker: Tracker, pieces: Iterator[bytes]):
+        self._tracker = tracker
         self._pieces = pieces
         self._making: "Future[bytes]" = Future()
         self._making.set_result(b"")
         self._ended = False
+        tracker.sending.add(self)
 
     def __aiter__(self) -> "FromPool":
         return self
 
     async def __anext__(self) -> bytes:
         if not self._ended:
-            self._making = self._pool.submit(self._make)
+            self._making = self._tracker.pool.submit(self._make)
             made = await asyncio.wrap_future(self._making)
             if made:
                 return made
@@ -2387,6 +2435,7 @@ class FromPool:
 
     def close(self) -> None:
         """Ends the generator, and so closes its file, as soon as no thread is in it."""
+        self._tracker.sending.discard(self)
         self._making.add_done_callback(lambda _: self._pieces.close())
 
 
@@ -2868,7 +2917,7 @@ class Exchange:
             raise generation.error
         messages = generation.messages
         if generation.hide_images and not generation.failed:
-            answer = await asyncio.get_running_loop().run_in_executor(self.tracker.pool, generation.answer)
+            answer = await self.tracker.in_pool(generation.answer)
             headers = [pair for pair in messages[0]["headers"] if pair[0].lower() != b"content-length"]
             headers.append((b"content-length", str(len(answer.rest)).encode()))
             messages = [{**messages[0], "headers": headers}, {"type": "http.response.body", "body": answer.rest}]
@@ -2882,17 +2931,18 @@ class Exchange:
             return False
         await self.tracker.settle(job_id)  # it may have just failed
         try:
-            job = await self._in_pool(self.tracker.get, job_id)
+            job = await self.tracker.in_pool(self.tracker.get, job_id)
         except OSError as error:
             raise HTTPException(503, f"The stored answer cannot be read: {error}") from None
         if job is None or job.status == FAILED:
             return False
 
         async def result() -> Optional[Iterator[bytes]]:
-            job = await self._in_pool(self.tracker.get, job_id)
+            job = await self.tracker.in_pool(self.tracker.get, job_id)
             return self.tracker.answer_as_json(job) if job is not None and job.status == COMPLETED else None
 
         ended = asyncio.get_running_loop().create_task(self.tracker.wait(job_id, math.inf))
+        ended.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # `result` meets the same
         try:
             await self._tell(job, ended, result, [(b"idempotent-replayed", b"true")] if job.ended else [])
         finally:
@@ -2909,8 +2959,8 @@ class Exchange:
             location = path_of(self.scope).rpartition("/")[0] + f"/job/{job.id}"
             headers += [(b"location", location.encode()), (b"preference-applied", b"respond-async")]
             with contextlib.suppress(OSError):  # then as it was
-                job = await self._in_pool(self.tracker.get, job.id) or job
-            data = as_json(await self._in_pool(self.tracker.describe, job))
+                job = await self.tracker.in_pool(self.tracker.get, job.id) or job
+            data = as_json(await self.tracker.in_pool(self.tracker.describe, job))
             await self._start(202, headers)
             await self._send_all(in_pieces(data))
             return
@@ -2930,6 +2980,9 @@ class Exchange:
         except OSError as error:
             self.valve.cut = True
             log.error("Job %s: the stored answer cannot be read: %s", job.id, error)
+        except Exception as error:  # of which some layers would make a clean end
+            self.valve.cut, self.valve.error = True, error
+            raise
         finally:
             gone.cancel()
 
@@ -2946,7 +2999,7 @@ class Exchange:
     async def _send_all(self, pieces: Iterator[bytes], gone: Optional["asyncio.Task[None]"] = None) -> None:
         if self.encoder:
             pieces = self.encoder.encode_all(pieces)
-        with contextlib.closing(FromPool(self.tracker.pool, pieces)) as made:
+        with contextlib.closing(FromPool(self.tracker, pieces)) as made:
             async for piece in made:
                 await self._send_piece(piece)
                 if gone is not None and gone.done():
@@ -2955,9 +3008,6 @@ class Exchange:
 
     async def _send_piece(self, data: bytes) -> None:
         await self.send({"type": "http.response.body", "body": data, "more_body": True})
-
-    async def _in_pool(self, function: Callable[..., Any], *args: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self.tracker.pool, function, *args)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -3173,11 +3223,13 @@ class Api:
         add("POST", self.JOB + "/cancel", self.cancel_job, ended, response_model=JobSummary)
         add("DELETE", self.JOB, self.delete_job, CONFLICT_DOCS, status_code=204)
 
-    async def _run(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Runs a function that may block; trouble with the disk is a 503."""
+    async def _run(self, function: Callable[..., Any], *args: Any, lost: Optional[str] = None) -> Any:
+        """Runs a function that may block. Trouble with the disk is a 503, or a 404 if it does not pass."""
         try:
-            return await asyncio.get_running_loop().run_in_executor(self.tracker.pool, function, *args)
+            return await self.tracker.in_pool(function, *args)
         except OSError as error:
+            if lost is not None and not passes(error):
+                raise HTTPException(404, lost) from None
             raise HTTPException(503, f"The jobs cannot be read or changed: {error.strerror or error}") from None
 
     async def _get(self, job_id: str) -> Job:
@@ -3199,7 +3251,7 @@ class Api:
         await self.tracker.settle(id)
         job = await self._get(id)
         if images:
-            return self._respond(request, self.tracker.as_json(job))
+            return self._respond(request, await self._run(self.tracker.as_json, job))
         return self._respond(request, in_pieces(as_json(await self._run(self.tracker.describe, job))))
 
     async def _wait(self, request: Request, job_id: str, seconds: float) -> None:
@@ -3274,8 +3326,9 @@ class Api:
             raise HTTPException(404, "The job has no such image" if job.ended else f"The job is still {job.status}")
         name = job.images[n]
         size = await self._run(self.tracker.images.size, name)
+        lost = "The image is no longer on disk"
         if size is None:
-            raise HTTPException(404, "The image is no longer on disk")
+            raise HTTPException(404, lost)
         file_name = os.path.basename(name)
         gzip = accepts_gzip(request.scope)
         headers = {
@@ -3290,10 +3343,7 @@ class Api:
         if headers["ETag"] in known or known == ["*"]:
             return Response(None, 304, headers)
         pieces = self.tracker.images.read(name)
-        try:
-            first = await asyncio.get_running_loop().run_in_executor(self.tracker.pool, next, pieces, b"")
-        except OSError:
-            raise HTTPException(404, "The image is no longer on disk") from None
+        first = await self._run(next, pieces, b"", lost=lost)
         pieces = preceded(first, pieces)  # its file is open, and may be deleted from now on
         if gzip:
             # Otherwise the host would compress the image, in the event loop and in vain.
@@ -3304,7 +3354,7 @@ class Api:
         media_type = MEDIA_TYPES.get(name.rpartition(".")[2], OTHER_MEDIA_TYPE)
         if request.method == "HEAD":
             pieces.close()
-        return Streamed(FromPool(self.tracker.pool, pieces), 200, headers, media_type)
+        return Streamed(FromPool(self.tracker, pieces), 200, headers, media_type)
 
     async def cancel_job(self, request: Request, id: str = Path(description="the job's ID")) -> Response:
         """Takes a Pending job out of the queue, or interrupts a Processing one. It ends as Failed, "Cancelled"."""
@@ -3347,7 +3397,7 @@ class Api:
         if accepts_gzip(request.scope):
             pieces = Gzip().encode_all(pieces)
             headers["Content-Encoding"] = "gzip"
-        return Streamed(FromPool(self.tracker.pool, pieces), 200, headers, "application/json")
+        return Streamed(FromPool(self.tracker, pieces), 200, headers, "application/json")
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -3685,7 +3735,7 @@ class Tab:
         import gradio as gr
 
         try:
-            await self._run(lambda: self.tracker.settings.save(**changes))
+            await self.tracker.in_pool(lambda: self.tracker.settings.save(**changes))
         except (OSError, ValueError) as error:
             raise gr.Error(f"Not saved: {error}") from None
 
@@ -3696,10 +3746,7 @@ class Tab:
             self._purge = self.tracker.pool.submit(self.tracker.purge)
 
     async def look(self, *values: Any) -> List[Any]:
-        return await self._run(self._look, *values)
-
-    async def _run(self, function: Callable[..., Any], *args: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self.tracker.pool, function, *args)
+        return await self.tracker.in_pool(self._look, *values)
 
     def _look(self, view: Any, enabled: Any, retention: Any, status: Any, ip: Any, text: Any) -> List[Any]:
         """The outputs of `build`, for the values of its inputs."""

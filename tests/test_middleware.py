@@ -114,6 +114,29 @@ def test_a_server_that_is_stopped_by_force(script, tracker):
     assert json.loads(b"".join(tracker.as_json(tracker.get(job_id))))["images"] == [IMAGE]
 
 
+def test_a_reload_waits_for_answers_on_their_way(script, tmp_path):
+    """Where the webui does not wait for its clients, as on Forge, they get the rest all the same."""
+    tracker = make_tracker(script, tmp_path, TRACKER_ENABLED="1", TRACKER_RETENTION="off")
+    pieces = [bytes([number]) * script.PIECE for number in range(4)]
+
+    async def run() -> None:
+        made = script.FromPool(tracker, (piece for piece in pieces))
+        assert await made.__anext__() == pieces[0]
+        tracker.close()
+        await asyncio.sleep(0.5)
+        assert [piece async for piece in made] == pieces[1:]
+        made.close()
+
+    asyncio.run(run())
+    until(lambda: not tracker.store._thread.is_alive(), what="the store has closed")
+
+    async def late() -> None:
+        await tracker.in_pool(tracker.get, "AAAAAAAA")
+
+    with pytest.raises(OSError, match="reloaded"):
+        asyncio.run(late())
+
+
 def test_the_loop_does_not_wait_for_the_disk(script, tracker):
     """While a job is on its way to a disk that hangs, who polls another is answered."""
     done = threading.Event()

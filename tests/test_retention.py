@@ -1,11 +1,13 @@
 """What is removed by itself, and what never is."""
 
+import errno
 import logging
 import os
 import time
 
 import pytest
 from test_settings import script  # noqa: F401 - a fixture
+from test_store import WrappedOs
 
 from harness import body, until
 
@@ -100,6 +102,57 @@ def test_orphans(script, tracker, add, tmp_path):  # noqa: F811
     assert not any(path.exists() for path in gone)
     assert all(path.exists() for path in kept)
     assert one.images.size(job.images[0]) == 100
+
+
+def test_many_images_that_jobs_json_does_not_know_are_kept(script, tracker, add, tmp_path, caplog):  # noqa: F811
+    """No crash leaves so many: jobs.json was lost, or images/ was restored before it."""
+    lost = [old(tmp_path / "images" / "2025-01-12" / f"LOST{number:04}_0.png") for number in range(101)]
+    one = tracker(TRACKER_RETENTION="off")
+    until(lambda: one.next_purge)
+    assert all(path.exists() for path in lost)
+    assert "101 jobs in images/ are not in jobs.json" in caplog.text
+    job = add(one, "KEPT0000", 0)
+    old(tmp_path / "images" / job.day / "KEPT0000_7.png")
+    assert one.purge() == script.Purged(0, 1, 10)
+    lost[0].unlink()
+    assert one.purge() == script.Purged(0, 100, 1000)
+
+
+def test_folders_that_cannot_be_searched(script, tracker, tmp_path, caplog):  # noqa: F811
+    """As lost+found, where images/ is a drive of its own: what cannot be searched keeps nothing else."""
+    failures = {"lost+found": PermissionError, "2025-01-10": PermissionError, "2025-01-11": FileNotFoundError}
+
+    def listdir(path):
+        if os.path.basename(path) in failures:
+            raise failures[os.path.basename(path)](errno.EACCES, "Permission denied", path)
+        return os.listdir(path)
+
+    for name in failures:
+        (tmp_path / "images" / name).mkdir(parents=True)
+    script.os = WrappedOs(listdir=listdir)
+    orphan = old(tmp_path / "images" / "2025-01-12" / "ORPHAN00_0.png")
+    one = tracker(TRACKER_RETENTION="off")
+    until(lambda: one.next_purge)
+    assert not orphan.exists()
+    assert "2025-01-10 cannot be searched" in caplog.text
+    assert "lost+found" not in caplog.text and "2025-01-11" not in caplog.text
+
+
+def test_what_was_set_aside_cannot_be_read(script, tracker, tmp_path):  # noqa: F811
+    """Nobody can tell whose images it has, so they are kept, and the purge ends."""
+    aside = tmp_path / "jobs.json.damaged-20250112-100000"
+    aside.write_text("")
+
+    def open_by_rights(path, *arguments):
+        if path == str(aside):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return open(path, *arguments)
+
+    script.open = open_by_rights
+    image = old(tmp_path / "images" / "2025-01-12" / "LOSTJOB0_0.png")
+    one = tracker(TRACKER_RETENTION="off")
+    until(lambda: one.next_purge)
+    assert image.exists()
 
 
 def test_images_are_kept_while_a_damaged_jobs_json_is_there(tracker, tmp_path, script):  # noqa: F811

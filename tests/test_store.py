@@ -1484,6 +1484,46 @@ def test_images_gone_or_cut(script, tmp_path, dice):
     tracker.close()
 
 
+@pytest.mark.parametrize("opened", range(3))
+def test_images_that_cannot_be_read_for_a_moment(script, tmp_path, dice, opened):
+    """Too many files are open: whoever asks is told so, and not that the images are lost."""
+    tracker = make_tracker(script, tmp_path, TRACKER_RETENTION="off")
+    job = a_job(script, dice, timestamp=int(time.time()))
+    assert generate(script, tracker, job) == "Completed"
+    count = [0]
+
+    def fail_once(path: str, *arguments: Any) -> int:
+        if f"{os.sep}images{os.sep}" in str(path):
+            count[0] += 1
+            if count[0] == opened + 1:
+                raise OSError(errno.EMFILE, "Too many open files", path)
+        return os.open(path, *arguments)
+
+    def shown() -> Any:
+        return json.loads(b"".join(tracker.as_json(tracker.get(job.id))))
+
+    whole = shown()
+    assert whole["images"] == [image.decode() for image in an_answer(script, job.id, 1).images]
+    script.os = WrappedOs(open=fail_once)
+    if opened == 1:  # between two looks at the image
+        without = shown()
+        assert "cannot be read" in without["error"] and "Too many open files" in without["error"]
+        assert without == {**whole, "parameters": None, "info": None, "error": without["error"]}
+    else:
+        with pytest.raises(OSError, match="Too many open files"):
+            shown()
+    assert shown() == whole
+    script.os = os
+    tracker.close()
+
+
+def test_an_image_that_was_no_image_and_is_damaged(script, images, today, tmp_path):
+    saved = images.save(today, script.Answer([b"no base64"], b"{}"))
+    (tmp_path / "images" / saved.images[0]).write_bytes(b"\xff\xfe")
+    with pytest.raises(OSError):
+        list(images.read_as_json(saved.images[0]))
+
+
 def test_a_folder_that_a_purge_takes_away_just_now(script, images, today, tmp_path):
     """It removes the day's folder with its last file, while another job's first file is being made."""
     made, real = [], os.open

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 
+import httpx
 import pytest
 
 from harness import MODE_FLAGS, MODES, QUICK, SHAPE, body, until, without_time
@@ -33,7 +34,8 @@ def sabotage(owner, name):
             if word == "slow":
                 time.sleep(1)
             else:
-                raise OSError(errno.EIO, "sabotage") if word == "disk" else RuntimeError("sabotage")
+                number = {{"disk": errno.EIO, "files": errno.EMFILE}}.get(word)
+                raise OSError(number, "sabotage") if number else RuntimeError("sabotage")
         return real(*args, **kwargs)
 
     static = isinstance(owner.__dict__.get(name), staticmethod)
@@ -43,7 +45,7 @@ for name in ("accept", "start", "finish", "reserve_id"):
     sabotage(module.Tracker, name)
 for name in ("_append", "put", "knows"):
     sabotage(module.JobStore, name)
-for name in ("save", "_write"):
+for name in ("save", "_write", "open"):
     sabotage(module.ImageStore, name)
 sabotage(module.Generation, "answer")
 """
@@ -92,6 +94,30 @@ def assert_tracks(webui):
     assert (job["status"], job["images"]) == ("Completed", response.json()["images"])
     until(webui.is_idle)
     assert job["id"] in webui.records()
+
+
+def test_images_that_cannot_be_opened(mended):
+    """Not for the moment is 503, for who asks again gets them; not at all is what is lost."""
+    job_id = mended.post(body()).headers["X-Job-ID"]
+    job = mended.job(job_id, wait=30)
+    path = f"/sdapi/v1/job/{job_id}"
+    with mended.sabotage("ImageStore.open", "files"):
+        answers = [mended.client.get(path), mended.client.get(path + "/images/0")]
+        assert [answer.status_code for answer in answers] == [503, 503]
+        assert all("sabotage" in answer.json()["detail"] for answer in answers)
+    assert mended.job(job_id) == job
+    with mended.sabotage("ImageStore.open", "disk"):
+        shown = mended.job(job_id)
+        assert (shown["images"], shown["error"]) == ([None], "1 of 1 images are no longer on disk")
+        assert mended.client.get(path + "/images/0").status_code == 404
+    assert mended.job(job_id) == job
+
+
+def test_an_answer_that_breaks_has_no_clean_end(mended):
+    """Also not on SD.Next, whose layers would make one."""
+    with mended.sabotage("Generation.answer", "code"), pytest.raises(httpx.RemoteProtocolError):
+        mended.post(body(send_images=False, standin={"seconds": 0.5}))
+    until(mended.is_idle)
 
 
 @pytest.mark.parametrize(
