@@ -1623,11 +1623,11 @@ def parameters_of(rest: bytes) -> Dict[str, Any]:
     return parameters if isinstance(parameters, dict) else {}
 
 
-PASSING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT)
+PASSING = (errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT)
 
 
 def passes(error: OSError) -> bool:
-    """Whether the same may go well in a moment: too many files are open, or a mount does not answer."""
+    """Whether the same may go well in a moment: too many files are open, say, or a mount does not answer."""
     return error.errno in PASSING
 
 
@@ -2023,8 +2023,8 @@ class Tracker:
         """Runs a function that may block in a thread of the tracker's own. Raises OSError if the tracker is closed."""
         try:
             work = self.pool.submit(function, *args)
-        except RuntimeError as error:
-            raise OSError(f"the webui is being reloaded: {error}") from None
+        except RuntimeError:
+            raise OSError(errno.EAGAIN, "the webui is being reloaded") from None
         return await asyncio.wrap_future(work)
 
     def get(self, job_id: str) -> Optional[Job]:
@@ -2092,7 +2092,9 @@ class Tracker:
                 parameters, info = answer.get("parameters"), answer.get("info")
             except (OSError, ValueError, AttributeError, RecursionError) as failure:
                 passing = isinstance(failure, OSError) and passes(failure)
-                error = "The parameters " + (f"cannot be read: {failure}" if passing else "are no longer on disk")
+                error = "The parameters " + (
+                    f"cannot be read: {failure.strerror}" if passing else "are no longer on disk"
+                )
         progress, eta = self.progress_of(job)
         return {
             **{name: getattr(job, name) for name in self.SHOWN},

@@ -130,11 +130,9 @@ def test_a_reload_waits_for_answers_on_their_way(script, tmp_path):
     asyncio.run(run())
     until(lambda: not tracker.store._thread.is_alive(), what="the store has closed")
 
-    async def late() -> None:
-        await tracker.in_pool(tracker.get, "AAAAAAAA")
-
-    with pytest.raises(OSError, match="reloaded"):
-        asyncio.run(late())
+    with pytest.raises(script.HTTPException) as refused:  # and not 404, as for what is lost
+        asyncio.run(script.Api(tracker)._run(tracker.get, "AAAAAAAA", lost="lost"))
+    assert refused.value.status_code == 503 and "reloaded" in refused.value.detail
 
 
 def test_the_loop_does_not_wait_for_the_disk(script, tracker):

@@ -1507,7 +1507,7 @@ def test_images_that_cannot_be_read_for_a_moment(script, tmp_path, dice, opened)
     script.os = WrappedOs(open=fail_once)
     if opened == 1:  # between two looks at the image
         without = shown()
-        assert "cannot be read" in without["error"] and "Too many open files" in without["error"]
+        assert without["error"] == "The parameters cannot be read: Too many open files"
         assert without == {**whole, "parameters": None, "info": None, "error": without["error"]}
     else:
         with pytest.raises(OSError, match="Too many open files"):
