@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from harness import CLOSE, MODES, QUICK, Page, Sent, Webui, body, until
 
 FORGED = "x\n[Job Tracker] forged\r\n[Job Tracker] forged\x85\u2028\x1b[2J\x1b[31m\u202e\u2066\x00\x07"
-LONG = 60_000  # bytes; uvicorn takes some 64 kB of headers
+LONG = 60_000  # bytes; uvicorn takes that many of headers if they come in one piece, as they nearly always do here
 SOON = 3.0  # seconds
 
 
@@ -136,20 +136,25 @@ REPEATED = ['\\"', '"\\', '"', '"a', ",", ";", " ", "\xe9", "q=", "0"]
 @pytest.mark.parametrize("name", ["Prefer", "Accept-Encoding", "If-None-Match", "X-Forwarded-For", "Idempotency-Key"])
 def test_a_long_header_holds_up_nobody(webui, job_id, name, start, end):
     """Whatever it repeats is read once, and not again from each place where it might begin."""
+
+    def ask(line, headers=(), content=b""):
+        lines = [f"{line} HTTP/1.1", "Host: x", "Connection: close", f"{name}: {value}", *headers]
+        for _ in range(5):
+            answer = Sent(webui.port, "\r\n".join([*lines, "", ""]).encode("latin-1") + content).to_end()
+            if b"Invalid HTTP request" not in answer:  # which is uvicorn's word if it came in more than one piece
+                break
+        return status_of(answer)
+
     content = json.dumps(body()).encode()
+    typed = ["Content-Type: application/json", f"Content-Length: {len(content)}"]
     for repeated in REPEATED:
         value = start + repeated * (LONG // len(repeated)) + end
         if not value.strip():
             continue
         began = time.monotonic()
-        headers = [(name, value), ("Content-Type", "application/json"), ("Content-Length", str(len(content)))]
-        lines = ["POST /sdapi/v1/txt2img HTTP/1.1", "Host: x", "Connection: close", *map(": ".join, headers)]
-        sent = Sent(webui.port, "\r\n".join([*lines, "", ""]).encode("latin-1") + content)
-        status, _ = sent.head()
-        assert status in (200, 202, 422)
-        sent.to_end()
-        assert status_of(send(webui, "GET", f"/sdapi/v1/job/{job_id}/images/0", [(name, value)])) == 200
-        assert status_of(send(webui, "GET", "/sdapi/v1/jobs?limit=1", [(name, value)])) == 200
+        assert ask("POST /sdapi/v1/txt2img", typed, content) in (200, 202, 422)
+        assert ask(f"GET /sdapi/v1/job/{job_id}/images/0") == 200
+        assert ask("GET /sdapi/v1/jobs?limit=1") == 200
         assert time.monotonic() - began < SOON, repeated
 
 
