@@ -10,6 +10,7 @@ The file reads in the order in which a request meets its parts, and every part k
     Job           the record, on disk and as JSON
     JobStore      jobs.json
     ImageStore    images/
+    Predecessor   the jobs of API-Job-Tracker-SD-WebUI
     Tracker       a job's life, the only writer of both stores
     Middleware    the ASGI side of one generation request
     API           the routes under /sdapi/v1/job
@@ -35,14 +36,31 @@ import socket
 import stat
 import struct
 import sys
+import textwrap
 import threading
 import time
+import traceback
 import zlib
 from array import array
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import datetime
 from html import escape
 from types import TracebackType
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Literal, NamedTuple, Optional, Set, Tuple, Union
+from typing import (
+    Any,
+    AsyncIterator,
+    Callable,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    Literal,
+    NamedTuple,
+    Optional,
+    Set,
+    Tuple,
+    Union,
+)
 from weakref import WeakSet
 
 import anyio.to_thread
@@ -51,6 +69,7 @@ from fastapi.responses import StreamingResponse
 from pydantic import VERSION as PYDANTIC
 from pydantic import BaseModel, Field
 from starlette.datastructures import URL
+from starlette.routing import Match
 
 log = logging.getLogger("job_tracker")
 
@@ -74,6 +93,7 @@ NO_WAIT = getattr(os, "O_NONBLOCK", 0)  # for a pipe where a file should be
 OPEN_FILES_STAY = os.name == "nt"  # nobody can remove, rename or replace them
 RESET = struct.pack("hh" if os.name == "nt" else "ii", 1, 0)  # SO_LINGER: a close drops what is unsent and resets
 UNSUPPORTED = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK, errno.ENOTTY, errno.EINVAL)  # by a mount
+IRREPLACEABLE = (errno.EBUSY, errno.EXDEV, errno.EACCES, errno.EPERM, errno.EROFS)  # a mounted file
 
 
 class FileLock:
@@ -243,6 +263,48 @@ def replace_file(path: str, data: bytes) -> None:
     sync_folder(os.path.dirname(path))
 
 
+def overwrite_file(path: str, data: bytes) -> None:
+    """Gives a file new content in place, for one that cannot be replaced. If that fails it has its old content again.
+
+    A reader, or a crash, can meet a half-written file only where the new content is longer than the old.
+    """
+    file = os.open(path, os.O_RDWR | BINARY)
+    try:
+        old = read_at(file, os.fstat(file).st_size, 0)
+        try:
+            # Blanks over the rest of the old content: one write, after which the file is valid JSON already.
+            write_at(file, data + b" " * (len(old) - len(data)), 0)
+            os.ftruncate(file, len(data))
+            sync_file(file)
+        except OSError:
+            write_at(file, old, 0)
+            os.ftruncate(file, len(old))
+            raise
+    finally:
+        os.close(file)
+
+
+def write_file(path: str, data: bytes) -> None:
+    """Gives a file new content, and in place where it cannot be replaced. Raises OSError."""
+    try:
+        replace_file(path, data)
+    except OSError as error:
+        if error.errno not in IRREPLACEABLE or not os.path.isfile(path):
+            raise
+        overwrite_file(path, data)
+
+
+def create_file(path: str, data: bytes) -> None:
+    """Makes a file that is not there. Raises FileExistsError for one that is, which somebody else has just made."""
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | BINARY, 0o666)
+    try:
+        write_at(file, data, 0)
+        sync_file(file)
+    finally:
+        os.close(file)
+    sync_folder(os.path.dirname(path))
+
+
 def name_aside(path: str) -> str:
     """A new name for what cannot be used: `<path>.damaged-<time>`."""
     name = f"{path}.damaged-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -266,12 +328,14 @@ def set_aside(path: str) -> str:
 
 DEFAULT_CONFIG = {
     "enabled": False,
-    "retention_days": 30,  # null or 0: nothing is removed by age
+    "retention_days": 30,  # null, 0 or "off": nothing is removed by age
 }
+UNKNOWN_CONFIG = {"enabled": False, "retention_days": None}  # in force until config.json can be read for the first time
 
 BOOLEANS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 
 
+NUMBER = re.compile(r"[0-9]*\.?[0-9]+([eE][+-]?[0-9]+)?\Z")  # Python's `float` takes more: 1_0
 LONGEST = sys.float_info.max  # an int can be more, and is no float then
 
 
@@ -281,12 +345,23 @@ def as_number(text: str) -> Union[float, str]:
 
 
 def as_days(value: Any) -> Optional[float]:
-    """A retention as a number of days, None for off. Raises ValueError for anything that is no such number."""
-    if value is None:
+    """A retention as a number of days, None for off. Raises ValueError for anything else."""
+    if value is None or (isinstance(value, str) and value.strip().lower() == "off"):
         return None
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= LONGEST:
-        raise ValueError("it must be a number of days >= 0, or null")
+        raise ValueError("it must be a number of days >= 0, or off")
     return float(value) or None
+
+
+def find_data_folder(environ: Dict[str, str], default: str) -> str:
+    """The folder of `TRACKER_DATA_DIR`, as people write it into a shell script, a batch file or a list of variables."""
+    text = environ.get("TRACKER_DATA_DIR", "").strip()
+    if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'":
+        text = text[1:-1].strip()
+    path = os.path.expanduser(text or default)
+    if not os.path.isabs(path):
+        log.warning("TRACKER_DATA_DIR=%r is not an absolute path: jobs are in %s", text, os.path.abspath(path))
+    return os.path.abspath(path)
 
 
 class Settings:
@@ -294,80 +369,145 @@ class Settings:
 
     A variable of the environment overrides config.json for the life of the process; `locked` maps the name of such a
     setting to its variable. Nothing here raises for what a file or a variable says: it warns and goes on.
+
+    What cannot be read or understood never deletes anything and never overwrites anything. While config.json is
+    broken, empty, half-written or gone, what was known of it holds; until it can be read for the first time, tracking
+    and retention are off. A retention that cannot be understood is off.
     """
 
-    WRITING = 0.05  # seconds until a file that is broken is read once more: an editor may be writing it
-
     def __init__(self, folder: str, environ: Dict[str, str]):
+        self.folder = folder  # the extension's
         self.path = os.path.join(folder, "config.json")
-        self.data_folder = os.path.abspath(environ.get("TRACKER_DATA_DIR", "").strip() or folder)
+        self.data_folder = find_data_folder(environ, folder)
         self.locked: Dict[str, str] = {}
-        self.enabled: bool = DEFAULT_CONFIG["enabled"]
-        self.retention_days: Optional[float] = DEFAULT_CONFIG["retention_days"]
+        self.enabled: bool = UNKNOWN_CONFIG["enabled"]
+        self.retention_days: Optional[float] = UNKNOWN_CONFIG["retention_days"]
+        self.trouble: Optional[str] = None  # why config.json does not count as it is now
         self._lock = threading.Lock()
-        self._file: Dict[str, Any] = {}
-        self._version: Any = ()
-        self._read_variable(environ, "TRACKER_ENABLED", "enabled", self._boolean)
-        self._read_variable(environ, "TRACKER_RETENTION", "retention_days", self._days)
+        self._config: Dict[str, Any] = dict(UNKNOWN_CONFIG)  # as it was last understood
+        self._known = False  # it was, or it was made here
+        self._version: Any = None  # of the file that was understood, None where it is to be read
+        self._failure: Optional[Exception] = None  # why the file could not be read or understood
+        self._ready = False  # changes are worth a line in the log
+        self._read_variable(environ, "TRACKER_ENABLED", "enabled")
+        self._read_variable(environ, "TRACKER_RETENTION", "retention_days")
         self.refresh()
+        self._ready = True
+
+    def _read_variable(self, environ: Dict[str, str], variable: str, name: str) -> None:
+        text = environ.get(variable, "").strip()
+        if not text:
+            return
+        try:
+            setattr(self, name, self._parse_enabled(text) if name == "enabled" else self._parse_days(text))
+        except ValueError as error:
+            if name != "retention_days":
+                log.warning("%s=%r is ignored: %s", variable, text[:80], error)
+                return
+            log.warning("%s=%r is not understood, so retention is off: %s", variable, text[:80], error)
+        self.locked[name] = variable
 
     @staticmethod
-    def _boolean(text: str) -> bool:
+    def _parse_enabled(text: str) -> bool:
         if text.lower() not in BOOLEANS:
             raise ValueError("it must be one of " + ", ".join(BOOLEANS))
         return BOOLEANS[text.lower()]
 
     @staticmethod
-    def _days(text: str) -> Optional[float]:
-        if text.lower() == "off":
-            return None
-        try:
-            return as_days(float(text))
-        except ValueError:
-            raise ValueError("it must be a number of days >= 0, or off") from None
+    def _parse_days(text: str) -> Optional[float]:
+        return as_days(float(text) if NUMBER.match(text) else text)
 
-    def _read_variable(self, environ: Dict[str, str], variable: str, name: str, parse: Callable[[str], Any]) -> None:
-        text = environ.get(variable, "").strip()
-        if not text:
-            return
-        try:
-            setattr(self, name, parse(text))
-            self.locked[name] = variable
-        except ValueError as error:
-            log.warning("%s=%r is ignored: %s", variable, text[:80], error)
+    @property
+    def is_unsure(self) -> bool:
+        """Whether the retention stands in a config.json that cannot be read or understood now."""
+        return self._failure is not None and "retention_days" not in self.locked
 
     def refresh(self) -> None:
-        """Reads config.json again if it was changed, and makes it if it is missing."""
+        """Reads config.json again if it was changed, and makes it if there never was one."""
         with self._lock:
-            try:
-                status = os.stat(self.path)
-                if not stat.S_ISREG(status.st_mode):
-                    raise OSError(errno.EINVAL, "it is no file", self.path)
-                version = (status.st_ino, status.st_size, status.st_mtime_ns)
-                if version != self._version:
-                    self._file = self._load()
-                    self._version = version
-            except FileNotFoundError:
-                self._file = {}
-                try:
-                    self._write({})
-                except OSError as error:
-                    if self._version != error.errno:
-                        log.warning("config.json cannot be written, settings will not be kept: %s", error)
-                    self._version = error.errno
-            except OSError as error:
-                if self._version != error.errno:
-                    log.warning("config.json cannot be read, until then nothing of it changes: %s", error)
-                if self._version == ():
-                    self._file = {"retention_days": None}  # it may say so, and a purge could not be undone
-                self._version = error.errno
+            self._refresh()
             self._apply()
+
+    def _refresh(self) -> None:
+        try:
+            version = self._look_at_file()
+            if version == self._version:
+                return
+            config = self._parse()
+        except FileNotFoundError as error:
+            # A link that leads nowhere is no first start: what it leads to may be on a drive that is not there yet.
+            if self._known or os.path.islink(self.path):
+                self._hold(error)
+            else:
+                self._create()
+        except (OSError, ValueError, RecursionError) as error:
+            self._hold(error)
+        else:
+            if self.trouble:
+                log.info("config.json can be read again")
+            self._take(config, version)
+
+    def _look_at_file(self) -> Tuple[int, int, int]:
+        status = os.stat(self.path)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "it is no file", self.path)
+        return status.st_ino, status.st_size, status.st_mtime_ns
+
+    def _take(self, config: Dict[str, Any], version: Any) -> None:
+        self._config, self._version, self._known = config, version, True
+        self.trouble = self._failure = None
+        for name in DEFAULT_CONFIG:
+            try:
+                self._understand(name)
+            except ValueError as error:
+                instead = "retention is off" if name == "retention_days" else "it is ignored"
+                self.trouble = f"config.json: {name} is not understood, so {instead}: {error}"
+                log.warning("%s", self.trouble)
+        if "tracking_enabled" in config and "enabled" not in config:
+            self._take_over()
+
+    def _take_over(self) -> None:
+        """Writes the settings of our predecessor, API-Job-Tracker-SD-WebUI, by our own names."""
+        config = dict(self._config)
+        enabled = config.pop("tracking_enabled")
+        if isinstance(enabled, bool):
+            log.info("config.json of API-Job-Tracker-SD-WebUI is taken over")
+            self._config = {"enabled": enabled, **config}
+            self._try_to_write(write_file)
+
+    def _hold(self, error: Exception) -> None:
+        """The file does not count, since it cannot be read or understood."""
+        self._version, self._failure = None, error
+        text = f"config.json cannot be read ({getattr(error, 'strerror', None) or error}). Until it can be, "
+        text += "what was known of it holds" if self._known else "tracking and retention are off"
+        if text != self.trouble:
+            log.warning("%s", text)
+        self.trouble = text
+
+    def _create(self) -> None:
+        self._config = dict(DEFAULT_CONFIG)
+        with contextlib.suppress(FileExistsError):  # somebody has just written it: it is read at the next look
+            self._known = self._try_to_write(create_file)
+
+    def _try_to_write(self, write: Callable[[str, bytes], None]) -> bool:
+        try:
+            self._write(self._config, write)
+        except FileExistsError:
+            raise
+        except OSError as error:
+            text = f"config.json cannot be written, settings will not be kept: {error.strerror or error}"
+            if text != self.trouble:
+                log.warning("%s", text)
+            self.trouble = text
+            return False
+        self.trouble = None
+        return True
 
     def save(self, **changes: Any) -> None:
         """Changes settings, at once and in config.json, which keeps what else stands in it.
 
-        Raises ValueError for an unknown name, a value that is none, or a setting that a variable locks, and OSError
-        if the file cannot be written; then nothing has changed.
+        A file that is not understood is set aside first. Raises ValueError for an unknown name, an invalid value, or a
+        setting that a variable locks, and OSError if the file cannot be read or written; then nothing has changed.
         """
         for name, value in changes.items():
             if name not in DEFAULT_CONFIG:
@@ -375,12 +515,38 @@ class Settings:
             if name in self.locked:
                 raise ValueError(f"{name} is set by {self.locked[name]}")
             self._check(name, value)
-        self.refresh()
         with self._lock:
-            if isinstance(self._version, int):
-                raise OSError(self._version, os.strerror(self._version), self.path)
-            self._write(changes)
+            self._refresh()
+            failure = self._failure
+            if isinstance(failure, OSError) and not isinstance(failure, FileNotFoundError):
+                raise failure
+            write = write_file
+            if failure is not None and not isinstance(failure, OSError):
+                self._set_aside()
+                write = (
+                    overwrite_file  # it may be half of an upload, whose rest is not to go into a file without a name
+                )
+            self._write({**self._config, **changes}, write)
+            self.trouble, self._failure, self._known = None, None, True
             self._apply()
+
+    def _set_aside(self) -> None:
+        """Keeps a copy of a file that is not understood. The file itself stays: a start without one is the first."""
+        name = name_aside(self.path)
+        with open(self.path, "rb") as file:
+            replace_file(name, file.read())
+        log.warning("config.json was not understood. It is written anew, what stood in it is in %s", name)
+
+    def _understand(self, name: str) -> Any:
+        """The value that config.json gives a setting. Raises ValueError."""
+        if name == "retention_days" and name not in self._config:
+            for other in self._config:
+                if other not in (
+                    *DEFAULT_CONFIG,
+                    "tracking_enabled",
+                ):  # it may be meant, by who does not want the default
+                    raise ValueError(f"it is missing, and {other[:80]!a} is no setting")
+        return self._check(name, self._config.get(name, DEFAULT_CONFIG[name]))
 
     @staticmethod
     def _check(name: str, value: Any) -> Any:
@@ -390,27 +556,8 @@ class Settings:
             raise ValueError("it must be true or false")
         return value
 
-    def _load(self) -> Dict[str, Any]:
-        try:
-            config = self._parse()
-        except (ValueError, RecursionError):
-            time.sleep(self.WRITING)
-            try:
-                config = self._parse()
-            except (ValueError, RecursionError) as error:
-                name = set_aside(self.path)
-                log.warning("config.json is broken (%s), set aside as %s; the defaults hold", error, name)
-                raise FileNotFoundError from None
-        for name in DEFAULT_CONFIG:
-            try:
-                self._check(name, config.get(name, DEFAULT_CONFIG[name]))
-            except ValueError as error:
-                log.warning("config.json: %s is ignored: %s", name, error)
-                del config[name]
-        return config
-
     def _parse(self) -> Dict[str, Any]:
-        """Raises ValueError, RecursionError."""
+        """Raises OSError, ValueError, RecursionError."""
         with open(self.path, "rb") as file:
             data = file.read(1 << 20)
         config = json.loads(data.decode("utf-8-sig"), parse_constant=str, parse_float=as_number)
@@ -419,15 +566,21 @@ class Settings:
         json.dumps(config, indent=4)  # what is too deep to be written again is broken, too
         return config
 
-    def _write(self, changes: Dict[str, Any]) -> None:
-        config = {**DEFAULT_CONFIG, **self._file, **changes}
-        replace_file(self.path, json.dumps(config, indent=4).encode() + b"\n")
-        self._file, self._version = config, None  # somebody may have written it since: it is read again
+    def _write(self, config: Dict[str, Any], write: Callable[[str, bytes], None]) -> None:
+        write(os.path.realpath(self.path), json.dumps(config, indent=4).encode() + b"\n")
+        self._config, self._version = config, None  # somebody may have written it since: it is read again
 
     def _apply(self) -> None:
-        for name, default in DEFAULT_CONFIG.items():
+        was = self.enabled
+        for name in DEFAULT_CONFIG:
             if name not in self.locked:
-                setattr(self, name, self._check(name, self._file.get(name, default)))
+                try:
+                    setattr(self, name, self._understand(name))
+                except ValueError:  # a warning was given; `enabled` stays as it is
+                    if name == "retention_days":
+                        self.retention_days = None
+        if self._ready and self.enabled != was:
+            log.info("Tracking is %s now", "on" if self.enabled else "off")
 
 
 # ------------------------------------------------------------------------------------------------------------------

@@ -230,13 +230,16 @@ def test_any_settings(tmp_path_factory, config, indent, value):
 
 @pytest.mark.parametrize("depth", [50, 400, 900, 5000, 100_000])
 def test_settings_that_are_deep(tmp_path, depth):
-    """What cannot be written again is set aside at once."""
-    (tmp_path / "config.json").write_text('{"enabled": true, "other": ' + "[" * depth + "]" * depth + "}")
+    """What cannot be written again is taken for broken, and kept when the tab saves."""
+    text = '{"enabled": true, "retention_days": 5, "other": ' + "[" * depth + "]" * depth + "}"
+    (tmp_path / "config.json").write_text(text)
     settings = SCRIPT.Settings(str(tmp_path), {})
-    set_aside = list(tmp_path.glob("config.json.damaged-*"))
-    assert settings.enabled is not bool(set_aside)
-    assert bool(set_aside) == (depth == 100_000) or 50 < depth < 100_000, "Pythons differ in between"
+    broken = settings.trouble is not None
+    assert settings.enabled is not broken
+    assert broken == (depth == 100_000) or 50 < depth < 100_000, "Pythons differ in between"
+    assert (tmp_path / "config.json").read_text() == text
     settings.save(retention_days=7)
+    assert [one.read_text() for one in tmp_path.glob("config.json.damaged-*")] == [text] * broken
     assert strictly((tmp_path / "config.json").read_bytes())["retention_days"] == 7
 
 
@@ -289,7 +292,7 @@ def test_any_header_is_read_at_once(start, repeated, end):
     value = ("".join(start) + middle + "".join(end)).encode("latin-1")
     scope = {"headers": [(name, value) for name in (b"prefer", b"accept-encoding", b"authorization")]}
     began = time.thread_time()
-    for reader in (SCRIPT.prefers_async, SCRIPT.accepts_gzip, SCRIPT.user_of):
+    for reader in (SCRIPT.Preference.of, SCRIPT.accepts_gzip, SCRIPT.user_of):
         reader(scope)
     assert time.thread_time() - began < 1
 
@@ -306,4 +309,4 @@ def test_any_header_is_read_at_once(start, repeated, end):
     ],
 )
 def test_a_preference_in_quotes_is_none(value, answer):
-    assert SCRIPT.prefers_async({"headers": [(b"prefer", value.encode())]}) is answer
+    assert SCRIPT.Preference.of({"headers": [(b"prefer", value.encode())]}).respond_async is answer

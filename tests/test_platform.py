@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Dict, List
 
 import pytest
-from inside import SCRIPT, alive, an_answer, files_are_whole, load_script, make_tracker, read_jobs, until
+from inside import SCRIPT, alive, an_answer, files_are_whole, load_script, make_tracker, read_jobs, until, when_ended
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="stands in for Windows on Linux")
 if sys.platform == "linux":
@@ -73,7 +73,7 @@ def generate(script: Any, tracker: Any, images: int = 2, age: float = 0, fails: 
         tracker.fail(job.id, "as it happens")
     else:
         tracker.finish(job.id, an_answer(script, job.id, images))
-    return tracker.get(job.id)
+    return when_ended(tracker, job.id)
 
 
 def ids(script: Any, tracker: Any, **wanted: Any) -> List[str]:
@@ -126,6 +126,8 @@ def test_settings(script, tmp_path):
     assert script.Settings(str(folder), {}).retention_days == 3
     (folder / "config.json").write_text("{")
     settings.refresh()
+    assert settings.enabled is True and settings.retention_days == 3, "what was known of it holds"
+    settings.save(enabled=False)
     assert settings.enabled is False and len(list(folder.glob("config.json.damaged-*"))) == 1
     assert (folder / "config.json").exists()
 

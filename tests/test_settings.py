@@ -4,12 +4,15 @@ import errno
 import json
 import logging
 import os
+import shutil
+import subprocess
+import sys
 import threading
 
 import pytest
 from inside import load_script
 
-from harness import body, until
+from harness import TESTS, body, until
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +50,8 @@ def test_first_start_writes_the_defaults(settings, config):
         ('{"retention_days": 0.5}', False, 0.5),
         ('{"retention_days": null}', False, None),
         ('{"retention_days": 0}', False, None),
+        ('{"retention_days": "off"}', False, None),
+        ('{"retention_days": " OFF "}', False, None),
         ("\ufeff" + '{"enabled": true}', True, 30),
         ("{}", False, 30),
     ],
@@ -56,24 +61,97 @@ def test_values(settings, text, enabled, days):
     assert (made.enabled, made.retention_days) == (enabled, days)
 
 
-@pytest.mark.parametrize("value", ['"7"', "-1", "true", "[]", "NaN", "Infinity", "1e999", '"off"'])
-def test_a_value_that_is_none_is_a_warning_and_the_default_holds(settings, caplog, value):
-    with caplog.at_level(logging.WARNING, "job_tracker"):
-        made = settings('{"enabled": true, "retention_days": ' + value + "}")
-    assert (made.enabled, made.retention_days) == (True, 30)
-    assert "retention_days" in caplog.text
-
-
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", '"x"', b"\xff\xfe", "[" * 100_000, b"\0" * 100], ids=repr)
-def test_a_broken_file_is_set_aside(settings, tmp_path, config, caplog, text):
+@pytest.mark.parametrize("value", ['"7"', '"365"', "-1", "true", "[]", "NaN", "Infinity", "1e999", '"never"'])
+def test_a_retention_that_is_not_understood_is_off(settings, config, caplog, value):
+    """The default would remove jobs that somebody wanted to keep."""
+    text = '{"enabled": true, "retention_days": ' + value + "}"
     with caplog.at_level(logging.WARNING, "job_tracker"):
         made = settings(text)
-    assert (made.enabled, made.retention_days) == (False, 30)
-    aside = list(tmp_path.glob("config.json.damaged-*"))
-    assert len(aside) == 1
-    assert aside[0].read_bytes() == (text if isinstance(text, bytes) else text.encode())
-    assert config() == {"enabled": False, "retention_days": 30}
-    assert aside[0].name in caplog.text
+    assert (made.enabled, made.retention_days) == (True, None)
+    assert "retention_days is not understood, so retention is off" in caplog.text
+    assert "retention_days is not understood" in made.trouble
+    made.save(enabled=False)
+    assert made.retention_days is None, "a save does not bring the default either"
+    assert settings(json.dumps(config())).retention_days is None
+
+
+@pytest.mark.parametrize(
+    "name", ["retention", "Retention_Days", "retentionDays", "retension_days", "days", "r\u00e9tention"]
+)
+def test_a_name_that_is_mistyped_turns_retention_off(settings, config, caplog, name):
+    made = settings(json.dumps({"enabled": True, name: None}))
+    assert (made.enabled, made.retention_days) == (True, None)
+    assert ascii(name) in caplog.text
+    made.save(enabled=False)
+    assert config() == {"enabled": False, name: None}
+    made.save(retention_days=7)
+    assert made.retention_days == 7
+
+
+def test_enabled_that_is_not_understood_is_ignored(settings, caplog):
+    made = settings('{"enabled": "yes", "retention_days": 5}')
+    assert (made.enabled, made.retention_days) == (False, 5)
+    assert "enabled is not understood" in caplog.text
+
+
+BROKEN = {
+    "empty": "",
+    "cut": "{",
+    "no object": "[]",
+    "null": "null",
+    "text": '"x"',
+    "not UTF-8": b"\xff\xfe",
+    "UTF-16": '{"enabled": true, "retention_days": null}'.encode("utf-16"),
+    "too deep": "[" * 100_000,
+    "zeros": b"\0" * 100,
+    "a trailing comma": '{"enabled": true, "retention_days": null,}',
+    "a comment": '{"enabled": true, "retention_days": null} // keep everything',
+    "Python": "{'enabled': True, 'retention_days': None}",
+    "Python's None": '{"enabled": true, "retention_days": None}',
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_file_at_the_start(settings, tmp_path, caplog, name):
+    """Nothing is tracked and nothing is removed until it can be read; it stays where it is, as it is."""
+    text = BROKEN[name]
+    with caplog.at_level(logging.WARNING, "job_tracker"):
+        made = settings(text)
+    for _ in range(3):
+        made.refresh()
+    assert (made.enabled, made.retention_days) == (False, None)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    assert (tmp_path / "config.json").read_bytes() == (text if isinstance(text, bytes) else text.encode())
+    assert len(caplog.records) == 1 and "tracking and retention are off" in caplog.text
+    assert "tracking and retention are off" in made.trouble
+    (tmp_path / "config.json").write_text('{"enabled": true, "retention_days": 90}')
+    made.refresh()
+    assert (made.enabled, made.retention_days, made.trouble) == (True, 90, None)
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_file_while_the_webui_runs(settings, tmp_path, caplog, name):
+    """What was known holds."""
+    made = settings('{"enabled": true, "retention_days": 90}')
+    text = BROKEN[name]
+    (tmp_path / "config.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+    for _ in range(3):
+        made.refresh()
+    assert (made.enabled, made.retention_days) == (True, 90)
+    assert caplog.text.count("cannot be read") == 1 and "what was known of it holds" in made.trouble
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_a_broken_file_is_kept_when_the_tab_saves(settings, tmp_path, config, known):
+    text = '{"enabled": true, "retention_days": 365,}'
+    made = settings('{"retention_days": 90, "other": 1}' if known else text)
+    (tmp_path / "config.json").write_text(text)
+    made.save(enabled=True)
+    (aside,) = tmp_path.glob("config.json.damaged-*")
+    assert aside.read_text() == text
+    assert config() == {"enabled": True, **({"retention_days": 90, "other": 1} if known else {"retention_days": None})}
+    assert (made.enabled, made.retention_days, made.trouble) == (True, 90 if known else None, None)
 
 
 @pytest.mark.parametrize(
@@ -105,19 +183,21 @@ def test_retention_by_variable(settings, text, value):
     assert made.locked == {"retention_days": "TRACKER_RETENTION"}
 
 
-@pytest.mark.parametrize(
-    "environ",
-    [
-        {"TRACKER_ENABLED": "maybe"},
-        *({"TRACKER_RETENTION": text} for text in ("-1", "seven", "nan", "inf", "7d", "1,5")),
-    ],
-    ids=str,
-)
-def test_a_variable_that_cannot_be_read_is_a_warning_and_ignored(settings, caplog, environ):
-    with caplog.at_level(logging.WARNING, "job_tracker"):
-        made = settings('{"enabled": true, "retention_days": 5}', **environ)
+def test_a_variable_that_cannot_be_read_is_a_warning_and_ignored(settings, caplog):
+    made = settings('{"enabled": true, "retention_days": 5}', TRACKER_ENABLED="maybe")
     assert (made.enabled, made.retention_days, made.locked) == (True, 5, {})
-    assert next(iter(environ)) in caplog.text
+    assert "TRACKER_ENABLED" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "text", ["-1", "seven", "nan", "inf", "7d", "1,5", '"365"', "None", "null", "365 days", "1_0", "\uff13"]
+)
+def test_a_retention_variable_that_is_not_understood_turns_retention_off(settings, caplog, text):
+    """config.json says something else, but whoever set the variable did not want that."""
+    made = settings('{"enabled": true, "retention_days": 5}', TRACKER_RETENTION=text)
+    assert (made.enabled, made.retention_days) == (True, None)
+    assert made.locked == {"retention_days": "TRACKER_RETENTION"}
+    assert "TRACKER_RETENTION" in caplog.text and "retention is off" in caplog.text
 
 
 def test_save(settings, config):
@@ -185,20 +265,189 @@ def test_a_file_that_cannot_be_read_at_the_start(settings, script):
     assert (made.enabled, made.retention_days) == (True, 90)
 
 
-def test_a_file_that_an_editor_is_writing(settings, script, tmp_path):
-    """It is empty for a moment."""
-    made = settings('{"enabled": false}')
-    path = tmp_path / "config.json"
-    path.write_text("")
-
-    class Time:
-        def sleep(self, seconds):
-            path.write_text('{"enabled": true}')
-
-    script.time = Time()
+def test_a_file_that_is_being_uploaded(settings, tmp_path):
+    """It is empty for a while, then half there, then whole: the settings in force stay, and the file too."""
+    made = settings('{"enabled": true, "retention_days": null}')
+    text = b'{"enabled": true, "retention_days": 90, "comment": "' + b"x" * 5000 + b'"}'
+    with (tmp_path / "config.json").open("wb", buffering=0) as file:
+        for part in (b"", text[:40], text[40:3000]):
+            file.write(part)
+            made.refresh()
+            assert (made.enabled, made.retention_days) == (True, None)
+        file.write(text[3000:])
     made.refresh()
-    assert made.enabled is True
-    assert [one.name for one in tmp_path.iterdir()] == ["config.json"]
+    assert (made.enabled, made.retention_days) == (True, 90)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    assert (tmp_path / "config.json").read_bytes() == text
+
+
+def test_a_save_during_an_upload_does_not_lose_it(settings, tmp_path):
+    """Its text comes into the file that has the name, and not into one that has lost it."""
+    made = settings('{"enabled": true, "retention_days": null}')
+    text = json.dumps({"enabled": True, "retention_days": 90, "comment": "x" * 100})
+    with (tmp_path / "config.json").open("w") as file:
+        made.save(retention_days=7)
+        assert made.retention_days == 7
+        file.write(text)
+    assert (tmp_path / "config.json").read_text() == text
+    made.refresh()
+    assert made.retention_days == 90
+
+
+def test_a_file_that_is_gone_for_a_while(settings, tmp_path, config, caplog):
+    """Somebody replaces it by removing it first."""
+    made = settings('{"enabled": true, "retention_days": null}')
+    (tmp_path / "config.json").unlink()
+    for _ in range(3):
+        made.refresh()
+    assert (made.enabled, made.retention_days) == (True, None)
+    assert list(tmp_path.iterdir()) == [], "whoever writes it just then is not overwritten"
+    assert caplog.text.count("cannot be read") == 1
+    made.save(retention_days=7)
+    assert config() == {"enabled": True, "retention_days": 7}
+
+
+# Files that are not where they seem to be
+
+
+def linked(tmp_path, text=None):
+    """config.json as a link to a file in another folder."""
+    target = tmp_path / "volume" / "settings.json"
+    target.parent.mkdir()
+    if text is not None:
+        target.write_text(text)
+    try:
+        (tmp_path / "config.json").symlink_to(target)
+    except OSError:
+        pytest.skip("no symbolic links here")
+    return target
+
+
+def test_a_link_is_written_through(settings, tmp_path):
+    target = linked(tmp_path, '{"enabled": false, "retention_days": 90}')
+    made = settings()
+    made.save(enabled=True)
+    assert (tmp_path / "config.json").is_symlink()
+    assert json.loads(target.read_text()) == {"enabled": True, "retention_days": 90}
+    assert [path.name for path in target.parent.iterdir()] == [target.name]
+
+
+def test_a_link_that_leads_nowhere(settings, tmp_path):
+    """Its drive may not be there yet: that is no first start, whose defaults would remove jobs."""
+    target = linked(tmp_path)
+    made = settings()
+    assert (made.enabled, made.retention_days) == (False, None)
+    assert not target.exists()
+    target.write_text('{"enabled": true, "retention_days": 90}')
+    made.refresh()
+    assert (made.enabled, made.retention_days) == (True, 90)
+    target.unlink()
+    made.save(retention_days=7)
+    assert json.loads(target.read_text()) == {"enabled": True, "retention_days": 7}
+
+
+IN_MOUNT = """
+import json, sys
+sys.path.insert(0, sys.argv[2])
+from inside import load_script
+settings = load_script().Settings(sys.argv[1], {})
+settings.save(retention_days=7)
+settings.save(enabled=True, retention_days=None)
+settings.refresh()
+print(json.dumps([settings.enabled, settings.retention_days]))
+"""
+
+
+def test_a_file_that_is_mounted_by_itself(tmp_path):
+    """As containers do it. It cannot be replaced, so it is written in place."""
+    outside = tmp_path / "outside.json"
+    outside.write_text('{"enabled": false, "retention_days": 90, "comment": "' + "x" * 200 + '"}')
+    folder = tmp_path / "extension"
+    folder.mkdir()
+    (folder / "config.json").touch()
+    mount = f"mount --bind {outside} {folder}/config.json"
+    if (
+        not shutil.which("unshare")
+        or subprocess.run(["unshare", "-m", "sh", "-c", mount], stderr=subprocess.DEVNULL).returncode
+    ):
+        pytest.skip("a file can be mounted by root on Linux only")
+    python = [sys.executable, "-c", IN_MOUNT, str(folder), str(TESTS)]
+    command = ["unshare", "-m", "sh", "-c", f'{mount} && exec "$@"', "sh", *python]
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
+    assert json.loads(done.stdout.decode()) == [True, None]
+    assert json.loads(outside.read_text()) == {"enabled": True, "retention_days": None, "comment": "x" * 200}
+    assert [path.name for path in folder.iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize("length", [10, 1000])
+def test_writing_in_place_fails_whole(script, tmp_path, monkeypatch, length):
+    """The old content is there again when the disk does not take the new."""
+    path = tmp_path / "file"
+    path.write_bytes(b"x" * 100)
+
+    def full(file):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(script, "sync_file", full)
+    with pytest.raises(OSError):
+        script.overwrite_file(str(path), b"y" * length)
+    assert path.read_bytes() == b"x" * 100
+    monkeypatch.undo()
+    script.overwrite_file(str(path), b"y" * length)
+    assert path.read_bytes() == b"y" * length
+
+
+# Where the data lie
+
+
+@pytest.mark.parametrize(
+    ("text", "folder"),
+    [
+        ("/data/jobs", "/data/jobs"),
+        (' "/data/my jobs" ', "/data/my jobs"),
+        ("'/data/jobs'", "/data/jobs"),
+        ("~/jobs", "/home/me/jobs"),
+        ('"~/jobs"', "/home/me/jobs"),
+        ("~", "/home/me"),
+        ('""', None),
+        (" ", None),
+    ],
+)
+def test_folder_for_the_data(script, tmp_path, monkeypatch, caplog, text, folder):
+    monkeypatch.setenv("HOME", "/home/me")
+    made = script.Settings(str(tmp_path), {"TRACKER_DATA_DIR": text})
+    assert made.data_folder == (folder or str(tmp_path))
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("text", ["$HOME/jobs", "jobs", "./jobs", '"/data/jobs', "~nobody-of-this-name/jobs"])
+def test_a_folder_that_is_not_absolute_is_warned_of(script, tmp_path, caplog, text):
+    made = script.Settings(str(tmp_path), {"TRACKER_DATA_DIR": text})
+    assert made.data_folder == os.path.abspath(text)
+    assert "TRACKER_DATA_DIR" in caplog.text and made.data_folder in caplog.text
+
+
+# Our predecessor
+
+
+@pytest.mark.parametrize(("days", "kept"), [(7, 7), (0, None)])
+def test_settings_of_the_predecessor(settings, config, caplog, days, kept):
+    caplog.set_level(logging.INFO, "job_tracker")
+    made = settings(json.dumps({"tracking_enabled": True, "retention_days": days}))
+    assert (made.enabled, made.retention_days) == (True, kept)
+    assert config() == {"enabled": True, "retention_days": days}
+    made.refresh()
+    assert caplog.text.count("is taken over") == 1
+
+
+def test_changes_at_run_time_are_in_the_log(settings, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "job_tracker")
+    made = settings('{"enabled": true}')
+    assert not caplog.records
+    made.save(enabled=False)
+    (tmp_path / "config.json").write_text('{"enabled": true}')
+    made.refresh()
+    assert [record.getMessage() for record in caplog.records] == ["Tracking is off now", "Tracking is on now"]
 
 
 def test_what_was_written_at_the_moment_of_a_save_is_seen(settings, script, tmp_path):
@@ -228,9 +477,6 @@ def test_what_another_wrote_is_seen(settings, tmp_path):
     os.replace(str(tmp_path / "new"), str(tmp_path / "config.json"))
     made.refresh()
     assert (made.enabled, made.retention_days) == (True, 6)
-    (tmp_path / "config.json").unlink()
-    made.refresh()
-    assert (made.enabled, made.retention_days) == (False, 30)
 
 
 def test_many_writers_leave_a_whole_file(settings, config):
