@@ -595,9 +595,10 @@ ID_ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
 ID_FORM = re.compile(r"[A-Za-z0-9]{8}\Z")
 DAY_FORM = re.compile(r"\d{4}-\d\d-\d\d\Z")
 OWN_FILE_FORM = re.compile(
-    r"\d{4}-\d\d-\d\d/[A-Za-z0-9]{8}(\.json|_\d{1,6}\.[a-z]{3,4}|(_\d{1,6})?\.[0-9a-f]{8}\.part)\Z"
+    r"\d{4}-\d\d-\d\d/[A-Za-z0-9]{8}"
+    r"((\.brief)?\.json|_\d{1,6}\.[a-z]{3,4}|(_\d{1,6}|\.brief)?\.[0-9a-f]{8}\.part)\Z"
 )
-IMAGE_FORM = re.compile(r"\d{4}-\d\d-\d\d/([A-Za-z0-9]{8})_\d{1,6}\.[a-z]{3,4}\Z")
+IMAGE_FORM = re.compile(r"\d{4}-\d\d-\d\d/([A-Za-z0-9]{8})_(\d{1,6})\.[a-z]{3,4}\Z")
 
 LAST_MOMENT = 1 << 34  # Unix seconds, in the year 2514: Windows knows no day after 3000
 PROMPT_LIMIT = 100_000  # characters kept in jobs.json; `parameters` has the whole prompt
@@ -621,6 +622,7 @@ class Job(NamedTuple):
     owner: Optional[str] = None  # the process that runs it
     key: Optional[str] = None  # of its idempotency, see idempotency_key
     digest: Optional[str] = None  # of the request's body, for a job with a key
+    has_brief: bool = False  # beside the answer lies a brief one, see brief_parameters
 
     @property
     def ended(self) -> bool:
@@ -635,6 +637,16 @@ class Job(NamedTuple):
     def answer(self) -> str:
         """The file below images/ with the host's answer without its images."""
         return f"{self.day}/{self.id}.json"
+
+    @property
+    def brief_answer(self) -> str:
+        """The file below images/ with the same without long texts, or the answer itself if it has none."""
+        return f"{self.day}/{self.id}.brief.json" if self.has_brief else self.answer
+
+    @property
+    def files(self) -> Tuple[str, ...]:
+        """All files below images/ that the record stands for."""
+        return (*self.images, self.answer, self.brief_answer) if self.has_brief else (*self.images, self.answer)
 
 
 def new_id() -> str:
@@ -697,8 +709,8 @@ def job_from_record(record: Any) -> Job:
     for moment in (job.started, job.finished):
         if moment is not None and (type(moment) not in (int, float) or not 0 <= moment < LAST_MOMENT):
             raise ValueError("started or finished is no valid time")
-    if not isinstance(job.prompt, str):
-        raise ValueError("prompt is no text")
+    if not isinstance(job.prompt, str) or not isinstance(job.has_brief, bool):
+        raise ValueError("prompt is no text, or has_brief neither true nor false")
     for text in (job.ip, job.error, job.owner, job.key, job.digest):
         if text is not None and not isinstance(text, str):
             raise ValueError("ip, error, owner, key or digest is no text")
@@ -1005,7 +1017,21 @@ class Change(NamedTuple):
 
     jobs: Dict[str, Optional[Job]]  # None: its end
     new: bool
+    patient: bool  # `written` ends only when it is on disk
     written: Future
+
+
+class NotUndone(OSError):
+    """Lines could not be appended, and may stand in the file all the same."""
+
+
+class Appended(NamedTuple):
+    """Lines at the end of jobs.json that are perhaps not on disk yet."""
+
+    lines: List[Line]
+    end: int  # where the file's last line ended before
+    length: int
+    known: bool  # the index knows all that comes before them
 
 
 Chore = Tuple[Iterator[None], Future]  # work that is done piece by piece, and its result
@@ -1042,22 +1068,27 @@ class JobStore:
     COMPACT_RETRY = 600.0  # the same for a compaction
     BREAK = 0.0005  # seconds between two pieces of work for which somebody waits
 
-    def __init__(self, folder: str):
+    def __init__(self, folder: str, check: Callable[[], None] = lambda: None):
+        """`check` raises OSError as long as jobs.json is not to be opened."""
         self.path = os.path.realpath(os.path.join(folder, "jobs.json"))
+        self._check = check
         self.owner = secrets.token_hex(4)
-        self._lock = threading.Lock()  # guards these two and the index
+        self._lock = threading.Lock()  # guards these three and the index
         self._opened = Opened(None)
         self._unwritten: Dict[str, Optional[Job]] = {}  # what is not in the file yet
+        self._meanwhile: Dict[str, Job] = {}  # what is shown of some of them until they are
         self._work = threading.Condition()  # guards these six
         self._queue: List[Change] = []
         self._chores: List[Chore] = []
         self._following: Optional[Future] = None
-        self._fail: Optional[Callable[[Job], Job]] = None  # for jobs left behind, if they are to be looked for
+        self._end_left: Optional[Callable[[Job], Job]] = None  # for jobs left behind, if they are to be looked for
         self._awaited = 0  # how many wait for it
         self._closing = self._closed = False
         self._between = FileLock(self.path + ".lock")  # of the thread alone, as is what follows
         self._alive = FileLock(f"{self.path}.owner-{self.owner}")  # held for as long as this process lives
         self._retry: Dict[str, Optional[Job]] = {}
+        self._patient: List[Future] = []  # of what is in `_retry`
+        self._trouble = ""
         self._retry_at = self._compact_at = 0.0
         self._troubles: Dict[str, str] = {}
         self._thread = threading.Thread(target=self._run, name="job-tracker-store", daemon=True)
@@ -1065,13 +1096,19 @@ class JobStore:
 
     # What others call
 
-    def put(self, job: Job, new: bool = False) -> Future:
+    def put(self, job: Job, new: bool = False, meanwhile: Optional[Job] = None) -> Future:
         """Keeps a job as it is now. The Future ends when that is on disk, or with OSError.
 
         A new job that cannot be written is not kept. A change that cannot be written is in force all the same, and is
-        tried again until it is written or the process ends.
+        tried again until it is written or the process ends. With `meanwhile`, the job is shown as that until its own
+        record is on disk, and the Future ends only then, or with OSError if the store is closed before.
         """
-        return self._change({job.id: job}, new)
+        return self._change({job.id: job}, new, meanwhile)
+
+    @property
+    def trouble(self) -> str:
+        """Why records cannot be written now, for everybody's eyes; empty while they can."""
+        return self._trouble
 
     def remove(self, ids: List[str]) -> Future:
         """Ends jobs. The Future ends when that is on disk, or with OSError; then it is tried again."""
@@ -1089,7 +1126,7 @@ class JobStore:
             return None
         with self._lock:
             if job_id in self._unwritten:
-                return self._unwritten[job_id]
+                return self._in_force(job_id)
         with self._current() as index:
             slot = index.slot(job_id)
             return None if slot is None else self._read(slot)
@@ -1136,11 +1173,11 @@ class JobStore:
         with self._current() as index:
             return dict(zip(STATUSES, index.counts)), index.total_bytes
 
-    def expired(self, before: float) -> List[str]:
-        """IDs of ended jobs accepted before a time (Unix seconds), oldest first. Raises OSError."""
+    def expired(self, before: float, after: Optional[float] = None) -> List[str]:
+        """IDs of ended jobs accepted before a time, and after another (Unix seconds), oldest first. Raises OSError."""
         with self._current() as index:
             top = index.top
-        old = self._matching(index, Filter(before=before), top)
+        old = self._matching(index, Filter(before=before, after=after), top)
         return [index.id(slot) for slot in old if slot not in index.unfinished][::-1]
 
     def set_aside_ids(self) -> Optional[Set[str]]:
@@ -1165,14 +1202,15 @@ class JobStore:
                 found.update(job_id.decode() for job_id in re.findall(rb'"(\w{8})"', data))  # a key or an ID
         return found
 
-    def recover(self, fail: Callable[[Job], Job]) -> Future:
-        """Changes each unfinished job of a process that is gone by `fail`, once among all processes that try.
+    def recover(self, end: Callable[[Job], Job]) -> Future:
+        """Changes each unfinished job of a process that is gone by `end`, once among all processes that try.
 
         The Future ends when that is done, or with OSError if the file cannot be read. If this is called before
-        anything else, nobody sees such a job unchanged. A change that cannot be written is in force and tried again.
+        anything else, nobody sees such a job unchanged, as long as the disk takes it. A change that cannot be written
+        is tried again. `end` may raise OSError for a job that cannot be judged now: it stays as it is.
         """
         with self._work:
-            self._fail = fail
+            self._end_left = end
             self._following = self._add_chore(self._load(), first=True)
             return self._following
 
@@ -1185,11 +1223,10 @@ class JobStore:
 
     # What is in force, and what is found
 
-    def _change(self, jobs: Dict[str, Optional[Job]], new: bool) -> Future:
+    def _change(self, jobs: Dict[str, Optional[Job]], new: bool, meanwhile: Optional[Job] = None) -> Future:
         with self._lock:
-            self._unwritten.update(jobs)
-            self._show(jobs)
-            change = Change(jobs, new, promise())
+            self._supersede(jobs, {} if meanwhile is None else {meanwhile.id: meanwhile})
+            change = Change(jobs, new, meanwhile is not None, promise())
             with self._work:
                 if not self._closed:
                     self._queue.append(change)
@@ -1198,13 +1235,25 @@ class JobStore:
         change.written.set_exception(OSError("the store is closed"))
         return change.written
 
-    def _show(self, jobs: Dict[str, Optional[Job]]) -> None:
+    def _supersede(self, jobs: Dict[str, Optional[Job]], meanwhile: Dict[str, Job]) -> None:
+        """Puts changes in force whose lines are still to come, or what is to be shown of them until then."""
+        for job_id in jobs:
+            self._meanwhile.pop(job_id, None)
+        self._unwritten.update(jobs)
+        self._meanwhile.update(meanwhile)
+        self._show(jobs)
+
+    def _in_force(self, job_id: str) -> Optional[Job]:
+        """What is shown of a job whose line is still to come."""
+        return self._meanwhile.get(job_id, self._unwritten[job_id])
+
+    def _show(self, job_ids: Iterable[str]) -> None:
         """Makes the index show jobs as they are now, though their lines are still to come."""
         index = self._opened.index
-        for job_id, job in jobs.items():
+        for job_id in job_ids:
             slot = index.slot(job_id)
             if slot is not None:
-                index.apply(job_id, job, index.place[slot], index.length[slot])
+                index.apply(job_id, self._in_force(job_id), index.place[slot], index.length[slot])
 
     @contextlib.contextmanager
     def _current(self) -> Iterator[Index]:
@@ -1254,7 +1303,7 @@ class JobStore:
         opened = self._opened
         job_id, place, length = opened.index.id(slot), opened.index.place[slot], opened.index.length[slot]
         if job_id in self._unwritten:
-            return self._unwritten[job_id]
+            return self._in_force(job_id)
         try:
             return read_line(job_id, read_at(opened.file, length, place), place).job
         except (ValueError, RecursionError):
@@ -1301,6 +1350,8 @@ class JobStore:
         for work, result in self._chores:
             work.close()
             result.set_exception(OSError("the store is closed"))
+        for written in self._patient:
+            written.set_exception(OSError("the store is closed"))
         self._close_files()
 
     def _be_polite(self, seconds: float) -> None:
@@ -1355,6 +1406,7 @@ class JobStore:
         with self._lock:
             self._opened.close()
             self._opened = Opened(None)
+        self._check()
         self._alive.close()  # the folder may be another: nobody asks for it while we hold the lock
         self._alive.acquire()
         try:
@@ -1449,6 +1501,7 @@ class JobStore:
                     self._recover(opened)
                     opened.ahead = opened.seen
                     break
+                sync_file(opened.file)  # who wrote what follows may have ended, or failed, before that was done
             yield from self._read_lines(opened, end)
         if time.monotonic() - began > 1:
             log.info("jobs.json: %d jobs loaded in %.1f s", len(opened.index), time.monotonic() - began)
@@ -1477,11 +1530,12 @@ class JobStore:
 
     def _apply(self, opened: Opened, line: Line) -> None:
         """A line of the file. A later change may be in force already, though its line is still to come."""
-        job, latest = line.job, self._unwritten.get(line.id, line.job)
-        if latest == job:
+        job = line.job
+        if self._unwritten.get(line.id, job) == job:
             self._unwritten.pop(line.id, None)
+            self._meanwhile.pop(line.id, None)
         elif job is not None:
-            job = latest
+            job = self._in_force(line.id)
         opened.index.apply(line.id, job, line.place, line.length)
         opened.index.lines += 1
 
@@ -1491,26 +1545,30 @@ class JobStore:
         latest = dict(self._retry)
         for change in changes:
             latest.update(change.jobs)
-        appended = False
+        appended: Optional[Appended] = None
         try:
-            with self._exclusive() as opened:
-                self._append(latest)
-            appended = True
-            sync_file(opened.file)
+            with self._exclusive():  # until it is on disk: no other process shows what a power cut may take back
+                appended = self._append(latest)
+                self._make_durable(appended)
         except Exception as error:
             self._tell("written", error)
+            self._trouble = getattr(error, "strerror", None) or type(error).__name__
             self._retry_at = time.monotonic() + self.RETRY
             for change in changes:
                 if change.new:
-                    self._give_up(change.jobs, appended)
+                    self._give_up(change.jobs, appended is not None or isinstance(error, NotUndone))
                 else:
                     self._retry.update(change.jobs)
-                change.written.set_exception(error)
+                if change.patient:
+                    self._patient.append(change.written)
+                else:
+                    change.written.set_exception(error)
             return
         self._tell("written", None)
-        self._retry = {}
-        for change in changes:
-            change.written.set_result(None)
+        self._trouble = ""
+        written, self._retry, self._patient = self._patient, {}, []
+        for future in [*written, *(change.written for change in changes)]:
+            future.set_result(None)
         self._consider_compacting()
 
     def _give_up(self, jobs: Dict[str, Optional[Job]], appended: bool) -> None:
@@ -1519,13 +1577,18 @@ class JobStore:
             for job_id, job in jobs.items():
                 if appended:
                     self._unwritten[job_id] = self._retry[job_id] = None
-                    self._show({job_id: None})
+                    self._show([job_id])
                 elif self._unwritten.get(job_id) is job:
                     del self._unwritten[job_id]
 
-    def _append(self, jobs: Dict[str, Optional[Job]]) -> None:
+    def _append(self, jobs: Dict[str, Optional[Job]], awaited: bool = False) -> Appended:
+        """Writes lines to the end of the file. Only `_make_durable` makes the index show them.
+
+        Who looks at the index meanwhile sees it without them, or waits for them if they are to be `awaited`.
+        """
         opened, end = self._opened, self._end()
-        if end - opened.seen <= self.PIECE:
+        if 0 < end - opened.seen <= self.PIECE:
+            sync_file(opened.file)  # as in `_load`
             for _ in self._read_lines(opened, end):  # what other processes wrote
                 pass
         data, lines = bytearray(), []
@@ -1534,25 +1597,43 @@ class JobStore:
             data += (b",\n" if end + len(data) > len(self.HEAD) else b"\n") + f'"{job_id}": '.encode()
             lines.append(Line(job_id, job, end + len(data), len(record)))
             data += record
-        known = opened.seen == end and self._fail is None
+        appended = Appended(lines, end, len(data), opened.seen == end and self._end_left is None)
         with self._lock:
-            opened.ahead = end + len(data) if known else opened.ahead
+            opened.ahead = end + len(data) if appended.known and not awaited else opened.ahead
         try:
             write_at(opened.file, bytes(data) + self.TAIL, end)
-            with self._lock:
-                for line in lines:
-                    if known:
-                        self._apply(opened, line)
-                    elif self._unwritten.get(line.id, line) == line.job:
-                        del self._unwritten[line.id]
-                if known:
-                    opened.seen = opened.ahead
-        except OSError:
-            # As it was: these bytes have their place on disk already, even when there is no more.
-            opened.ahead = opened.seen if known else opened.ahead
-            write_at(opened.file, self.TAIL, end)
-            os.ftruncate(opened.file, end + len(self.TAIL))
+        except OSError as error:
+            try:
+                self._take_back(appended)
+            except OSError:
+                raise NotUndone(error.errno, error.strerror) from error
             raise
+        return appended
+
+    def _make_durable(self, appended: Appended) -> None:
+        """Has lines that were appended written to disk, and then shows what they say."""
+        opened = self._opened
+        try:
+            sync_file(opened.file)
+        except OSError:
+            self._take_back(appended)
+            raise
+        with self._lock:
+            for line in appended.lines:
+                if appended.known:
+                    self._apply(opened, line)
+                elif self._unwritten.get(line.id, line) == line.job:
+                    del self._unwritten[line.id]
+                    self._meanwhile.pop(line.id, None)
+            if appended.known:
+                opened.seen = appended.end + appended.length
+
+    def _take_back(self, appended: Appended) -> None:
+        """Undoes an append. Overwriting existing bytes works on a full disk, too."""
+        opened = self._opened
+        opened.ahead = opened.seen if appended.known else opened.ahead
+        write_at(opened.file, self.TAIL, appended.end)
+        os.ftruncate(opened.file, appended.end + len(self.TAIL))
 
     def _compact(self) -> Iterator[None]:
         """Writes the live lines to a new file, a piece at a time, and puts it in the place of the old."""
@@ -1656,28 +1737,39 @@ class JobStore:
     def _recover(self, opened: Opened) -> None:
         """Does not raise: whatever cannot be done now, jobs can be looked at."""
         with self._work:
-            fail, self._fail = self._fail, None
-        if fail is None:
+            end, self._end_left = self._end_left, None
+        if end is None:
             return
         with self._lock:
             jobs = [job for job in map(self._read, sorted(opened.index.unfinished)) if job is not None]
         gone = {owner: self._is_gone(owner) for owner in {job.owner for job in jobs}}
-        left: Dict[str, Optional[Job]] = {job.id: fail(job) for job in jobs if gone[job.owner]}
+        meanwhile = {job.id: job for job in jobs if gone[job.owner]}
+        left: Dict[str, Optional[Job]] = {}
+        failure: Optional[OSError] = None
+        for job in meanwhile.values():
+            try:
+                left[job.id] = end(job)
+            except OSError as error:  # that passes: it is tried again at the next look
+                failure = error
+        self._tell("completed by what lies in images/", failure)
         with contextlib.suppress(OSError):
             self._remove_leftovers()
         if not left:
             return
-        log.warning("%d jobs that a webui left behind are now Failed", len(left))
-        with self._lock:
-            self._unwritten.update(left)
-            self._show(left)
         try:
-            self._append(left)
-            sync_file(opened.file)
+            self._make_durable(self._append(left, awaited=True))
+            log.warning("%d jobs that a webui left behind have ended: %s", len(left), self._by_status(left.values()))
         except OSError as error:
             self._tell("written", error)
+            with self._lock:
+                self._supersede(left, {job_id: meanwhile[job_id] for job_id in left})
             self._retry.update(left)
             self._retry_at = time.monotonic() + self.RETRY
+
+    @staticmethod
+    def _by_status(jobs: Iterable[Optional[Job]]) -> str:
+        statuses = [job.status for job in jobs if job is not None]
+        return ", ".join(f"{statuses.count(status)} {status}" for status in ENDED if status in statuses)
 
     def _is_gone(self, owner: Optional[str]) -> bool:
         """Whether a process has ended: then its lock can be had."""
@@ -1776,6 +1868,47 @@ def parameters_of(rest: bytes) -> Dict[str, Any]:
     return parameters if isinstance(parameters, dict) else {}
 
 
+BRIEF_TEXT = 1000  # characters that a text in `parameters` may have in a list
+
+
+def brief_parameters(parameters: Any) -> Tuple[Any, bool]:
+    """A copy of `parameters` with a note in the place of each long text, and whether there was one.
+
+    The host gives a request's own pictures back in there, wherever its scripts take them.
+    """
+    found = False
+
+    def shorten(value: Any) -> Any:
+        nonlocal found
+        if isinstance(value, str) and len(value) > BRIEF_TEXT:
+            found = True
+            return f"({len(value):,} characters)"
+        if isinstance(value, (dict, list)):
+            copy: Any = type(value)()
+            waiting.append((value, copy))
+            return copy
+        return value
+
+    waiting: List[Tuple[Any, Any]] = []  # a loop, since what a client sends may be nested deeper than Python's stack
+    result = shorten(parameters)
+    while waiting:
+        value, copy = waiting.pop()
+        if isinstance(value, list):
+            copy.extend(map(shorten, value))
+        else:
+            copy.update((shorten(key), shorten(item)) for key, item in value.items())
+    return result, found
+
+
+def brief_answer_of(rest: bytes) -> Optional[bytes]:
+    """An answer with brief parameters, or None if they have no long text. Raises ValueError, RecursionError."""
+    if len(rest) <= BRIEF_TEXT:
+        return None
+    answer = json.loads(rest.decode())
+    answer["parameters"], found = brief_parameters(answer.get("parameters"))
+    return as_host_json(answer) if found else None
+
+
 PASSING = (errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT)
 
 
@@ -1799,23 +1932,53 @@ class ImageStore:
             self._make_folder(folder)
 
     def save(self, job: Job, answer: Answer) -> Job:
-        """Stores an answer, safe from a power cut, and returns the job with the names and the size of its files."""
+        """Stores an answer, safe from a power cut, and returns the job with the names and the size of its files.
+
+        The host's answer comes last, when all else is safe: where it is, all is, see `find`.
+        """
         folder = os.path.join(self.folder, job.day)
         self._make_folder(self.folder)
         self._make_folder(folder, links=False)
+        brief = brief_answer_of(answer.rest)
+        job = job._replace(has_brief=brief is not None)
         names: List[str] = []
+        total = 0
         try:
-            total = self._write(job.answer, [answer.rest])
             for number, image in enumerate(answer.images):
                 name, size = self._save_image(f"{job.day}/{job.id}_{number}", image)
                 names.append(name)
                 total += size
+            if brief is not None:
+                total += self._write(job.brief_answer, [brief])
+            if total:
+                sync_folder(folder)
+            total += self._write(job.answer, [answer.rest])
             sync_folder(folder)
             sync_folder(self.folder)
         except BaseException:
-            self.remove([job.answer, *names])
+            self.remove([*names, *job.files])
             raise
         return job._replace(images=tuple(names), bytes=total)
+
+    def find(self, job: Job) -> Optional[Job]:
+        """A job that a crash left between `save` and its record, with its files, as `save` returned it.
+
+        None if `save` did not come to its end. Raises OSError if that cannot be told.
+        """
+        folder = os.path.join(self.folder, job.day)
+        if os.path.islink(folder):  # which is never followed
+            return None
+        try:
+            os.lstat(self._path(job.answer))  # most jobs have none, and a folder takes long to list
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        entries = {f"{job.day}/{entry}" for entry in os.listdir(folder) if entry.startswith(job.id)}
+        images = {int(match.group(2)): match.group(0) for match in map(IMAGE_FORM.match, entries) if match}
+        if sorted(images) != list(range(len(images))):
+            return None
+        job = job._replace(images=tuple(images[number] for number in range(len(images))), has_brief=True)
+        job = job._replace(has_brief=job.brief_answer in entries)
+        return job._replace(bytes=sum(os.lstat(self._path(name)).st_size for name in job.files))
 
     @staticmethod
     def _make_folder(path: str, links: bool = True) -> None:

@@ -88,7 +88,17 @@ def lines_of(path: Path) -> List[bytes]:
 def make_tracker(script: Any, folder: Path, **environ: str) -> Any:
     """A tracker without a webui."""
     settings = script.Settings(str(folder), environ)
-    return script.Tracker(settings, lambda since: (None, None), lambda: None, lambda task: None)
+    return script.Tracker(settings, lambda: None, lambda begun: None, lambda: None, lambda task: None)
+
+
+def when_ended(tracker: Any, job_id: str) -> Any:
+    """A job as everybody sees it once its end is on disk."""
+
+    def ended() -> Any:
+        job = tracker.get(job_id)
+        return job if job.ended else None
+
+    return until(ended, what=f"the end of {job_id} is on disk")
 
 
 def pixels(job_id: str, number: int, size: int = 0) -> bytes:
