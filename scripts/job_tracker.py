@@ -2143,6 +2143,445 @@ class ImageStore:
 
 
 # ------------------------------------------------------------------------------------------------------------------
+# Predecessor: the jobs of API-Job-Tracker-SD-WebUI
+# ------------------------------------------------------------------------------------------------------------------
+
+
+class LegacyJob(NamedTuple):
+    """An entry of the predecessor's jobs.json."""
+
+    id: str
+    prompt: str
+    ip: Optional[str]
+    timestamp: Optional[int]  # Unix seconds; None if it cannot be understood
+    status: str
+    paths: List[str]  # of the images, in the webui's output folder
+
+
+class LegacyFile(NamedTuple):
+    """The predecessor's jobs.json."""
+
+    jobs: List[LegacyJob]  # in order of acceptance
+    unreadable: int  # entries that are no jobs
+
+
+LEGACY_ENTRY_START = re.compile(r'\{\s*"id"\s*:')
+LEGACY_DECODER = json.JSONDecoder()
+SEED = re.compile(r"\bSeed: (\d+)")
+
+
+def read_legacy_file(path: str) -> Optional[LegacyFile]:
+    """Reads a file as the predecessor's jobs.json. None if it is something else, or is not there. Raises OSError."""
+    if not os.path.isfile(path):
+        return None
+    with open(path, "rb") as file:
+        text = file.read().decode("utf-8-sig", "replace").strip()
+    if not text.startswith("["):
+        return None
+    entries, damaged = read_legacy_entries(text)
+    jobs = [job for job in map(legacy_job, entries) if job is not None]
+    unreadable = damaged + len(entries) - len(jobs)
+    return LegacyFile(jobs, unreadable) if jobs or not unreadable else None
+
+
+def read_legacy_entries(text: str) -> Tuple[List[Any], int]:
+    """The entries of a JSON array, and how many of them, at least, are lost where it is damaged."""
+    try:
+        return json.loads(text), 0
+    except (ValueError, RecursionError):
+        pass
+    entries, failed, end = [], 0, 0
+    for match in LEGACY_ENTRY_START.finditer(text):
+        if match.start() < end:
+            continue
+        try:
+            entry, end = LEGACY_DECODER.raw_decode(text, match.start())
+            entries.append(entry)
+        except (ValueError, RecursionError):
+            failed += 1
+    return entries, max(failed, 1)
+
+
+def legacy_job(entry: Any) -> Optional[LegacyJob]:
+    """An entry as a job, None if it is none. A field that cannot be understood does not cost the others."""
+    if not isinstance(entry, dict) or "status" not in entry:
+        return None
+    job_id, prompt, ip, status = (entry.get(name) for name in ("id", "prompt", "ip", "status"))
+    if not (isinstance(job_id, str) and job_id):
+        return None
+    paths = entry.get("output_paths") or entry.get("output_path") or []  # the latter is of its first version
+    if not isinstance(paths, list):
+        paths = [paths]
+    return LegacyJob(
+        job_id,
+        without_surrogates(prompt) if isinstance(prompt, str) else "",
+        without_surrogates(ip)[:IP_LIMIT] if isinstance(ip, str) else None,
+        legacy_time(entry.get("timestamp")),
+        status if isinstance(status, str) else "",
+        [path for path in paths if isinstance(path, str) and path],
+    )
+
+
+def legacy_time(value: Any) -> Optional[int]:
+    """A time in Unix seconds, from a number, its text or an ISO date. None for everything else."""
+    try:
+        seconds = int(float(value))
+    except (TypeError, ValueError, OverflowError):
+        try:
+            seconds = int(datetime.fromisoformat(value.replace("Z", "+00:00")).timestamp())
+        except (AttributeError, ValueError, OverflowError, OSError):
+            return None
+    return seconds if 0 < seconds < LAST_MOMENT else None
+
+
+def assign_ids(jobs: List[LegacyJob], known: Dict[int, str]) -> List[str]:
+    """An ID for each of the predecessor's jobs: its own, where that is an ID of ours and differs from every other.
+
+    `known` has the IDs in jobs.json by their number. An ID that is known already belongs to the same job, taken over
+    before a crash: so the answer must be, and is, the same each time.
+    """
+    ids: List[str] = []
+    used: Set[int] = set()
+
+    def is_free(job_id: str) -> bool:
+        number = id_number(job_id)
+        return number not in used and known.get(number, job_id) == job_id
+
+    for job in jobs:
+        job_id, attempt = job.id, 0
+        while not (ID_FORM.match(job_id) and is_free(job_id)):
+            digest = hashlib.sha256(f"{job.id} {attempt}".encode("utf-8", "surrogatepass")).digest()
+            job_id = "".join(ID_ALPHABET[byte % len(ID_ALPHABET)] for byte in digest[:8])
+            attempt += 1
+        ids.append(job_id)
+        used.add(id_number(job_id))
+    return ids
+
+
+def infotext_of(image: bytes) -> Optional[str]:
+    """The text that the host writes into a PNG, None if there is none."""
+    position = 8 if IMAGE_TYPES[0][0].match(image) else len(image)
+    while image[position + 4 : position + 8] not in (b"IDAT", b""):
+        length = int.from_bytes(image[position : position + 4], "big")
+        kind, chunk = image[position + 4 : position + 8], image[position + 8 : position + 8 + length]
+        if chunk.startswith(b"parameters\0"):
+            if kind == b"tEXt":
+                return chunk[11:].decode("latin-1")
+            if kind == b"iTXt" and chunk[11:12] == b"\0":  # it is not compressed
+                return chunk[13:].split(b"\0", 2)[-1].decode("utf-8", "replace")
+        position += 12 + length
+    return None
+
+
+class Predecessor:
+    """Takes over what API-Job-Tracker-SD-WebUI kept: first its jobs, then, in a thread of its own, their images.
+
+    The name of the predecessor's jobs.json says how far this has come, so that a crash at any moment costs nothing
+    and the next start goes on from there: `jobs.json` is found, `.predecessor` is to be merged into our jobs.json,
+    `.predecessor-listed` has been, and its images are being copied, `.predecessor-done` is only kept. No file of the
+    predecessor is removed or changed.
+
+    Of several processes on one folder, one merges and one copies.
+    """
+
+    FOUND, LISTED, DONE = "predecessor", "predecessor-listed", "predecessor-done"
+    RETRY = 600.0  # seconds until what could not be done is tried again
+    LOOK_EVERY = 5.0  # seconds between two looks whether the process that copies is gone
+    SPARE = 1 << 30  # bytes that copies leave free on the disk, or a twentieth of a smaller one
+    # What says that there is no such file. Everything else may be different later, as with a drive that is not ready.
+    GONE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL, errno.ENXIO)
+
+    def __init__(self, extension_folder: str, data_folder: str):
+        paths = (os.path.realpath(os.path.join(folder, "jobs.json")) for folder in (data_folder, extension_folder))
+        self.paths = list(dict.fromkeys(paths))  # where the predecessor's file, or what has become of it, may be
+        self.path = self.paths[0]  # ours
+        # A1111 shortens the path of an image in its own folder: it starts there, or where the extensions' folder lies.
+        self.bases = (os.curdir, os.path.dirname(os.path.dirname(os.path.realpath(extension_folder))))
+        self.changing = threading.Lock()  # around a change to a job that must not meet the job's removal
+        self._trouble = ""
+
+    # The jobs
+
+    def list_jobs(self) -> None:
+        """Merges the predecessor's jobs into jobs.json, before those that are there. Copies no image.
+
+        Does not raise. What cannot be done now is done later, and until then nobody takes the predecessor's file for
+        a damaged one of ours. To be called before the JobStore opens its file.
+        """
+        try:
+            if not (any(map(self._may_be_legacy, self.paths)) or self._files(self.FOUND)):
+                return
+            with contextlib.closing(FileLock(self.path + ".lock")) as lock, lock:
+                read: Dict[str, LegacyFile] = {}
+                for path in self.paths:
+                    source, legacy = self._find_legacy(path)
+                    if legacy is not None:
+                        read[self._rename(source, path, self.FOUND)] = legacy
+                for path, source in self._files(self.FOUND):
+                    self._merge(path, source, read.get(source) or self._read(source))
+        except Exception as error:
+            self._log_once(f"The predecessor's jobs cannot be taken over yet: {type(error).__name__}: {error}")
+
+    @staticmethod
+    def _may_be_legacy(path: str) -> bool:
+        """Whether a jobs.json, for all that one byte says, is not ours."""
+        if not os.path.isfile(path):
+            return os.path.isfile(f"{path}.bak")
+        with open(path, "rb") as file:
+            return file.read(1) != JobStore.HEAD
+
+    def _find_legacy(self, path: str) -> Tuple[str, Optional[LegacyFile]]:
+        """What the predecessor would read: its jobs.json, or, where a power cut cost it that, the copy beside it."""
+        if not self._may_be_legacy(path):
+            return path, None
+        legacy = read_legacy_file(path)
+        if legacy is None and not any(self._files(stage) for stage in (self.FOUND, self.LISTED, self.DONE)):
+            return f"{path}.bak", read_legacy_file(f"{path}.bak")
+        return path, legacy
+
+    @staticmethod
+    def _read(source: str) -> LegacyFile:
+        legacy = read_legacy_file(source)
+        if legacy is None:
+            raise ValueError(f"{source} is not as it was")
+        return legacy
+
+    def _files(self, stage: str) -> List[Tuple[str, str]]:
+        """The predecessor's files that have come to a stage, each with the path of the jobs.json that it was."""
+        found = []
+        for path in self.paths:
+            folder, name = os.path.split(path)
+            form = re.compile(re.escape(f"{name}.{stage}") + r"(-\d+)?\Z")
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+                found += [(path, os.path.join(folder, entry)) for entry in os.listdir(folder) if form.match(entry)]
+        return sorted(found)
+
+    @staticmethod
+    def _rename(source: str, path: str, stage: str) -> str:
+        """Gives the predecessor's file the name of its next stage, and returns that."""
+        target, count = f"{path}.{stage}", 1
+        while os.path.lexists(target):
+            count += 1
+            target = f"{path}.{stage}-{count}"
+        os.rename(source, target)
+        sync_folder(os.path.dirname(path))
+        return target
+
+    def _merge(self, path: str, source: str, legacy: LegacyFile) -> None:
+        """Writes the jobs of the predecessor's file, if they are not there yet, before our own."""
+        ours = self._read_ours()
+        if ours.strip() and not (ours.startswith(JobStore.EMPTY[:2]) and ours.endswith(JobStore.TAIL)):
+            raise ValueError("jobs.json is damaged, and must be mended first")
+        known = self._known_ids(ours)
+        lines = []
+        last_time = min(max(int(os.stat(source).st_mtime), 0), LAST_MOMENT - 1)
+        for job, job_id in zip(legacy.jobs, assign_ids(legacy.jobs, known)):
+            last_time = job.timestamp or last_time
+            if id_number(job_id) not in known:
+                lines.append(b'\n"%s": %s' % (job_id.encode(), record_of(self._listed(job, job_id, last_time))))
+            if job_id != job.id:
+                log.warning("Job %r of the predecessor has got the ID %s", job.id[:100], job_id)
+        if lines:
+            rest = ours[len(JobStore.HEAD) : -len(JobStore.TAIL)]
+            self._make_as_private_as(source)
+            data = JobStore.HEAD + b",".join(lines) + (b"," if rest else b"") + rest + JobStore.TAIL
+            replace_file(self.path, data)
+        self._rename(source, path, self.LISTED)
+        log.info("Taken over from the predecessor: %d jobs, whose images are being copied", len(legacy.jobs))
+
+    def _read_ours(self) -> bytes:
+        try:
+            with open(self.path, "rb") as file:
+                return file.read()
+        except FileNotFoundError:
+            return b""
+
+    @staticmethod
+    def _known_ids(ours: bytes) -> Dict[int, str]:
+        """The IDs in our jobs.json by their number, those of removed jobs too."""
+        ids = (match.group(2).decode() for match in LINE.finditer(ours))
+        return {id_number(job_id): job_id for job_id in ids}
+
+    def _make_as_private_as(self, source: str) -> None:
+        """Where there is no jobs.json yet, an empty one with the mode of the predecessor's, which the next inherits."""
+        with contextlib.suppress(FileExistsError):
+            close_file(os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | BINARY, 0o600))
+            shutil.copymode(source, self.path)
+
+    def _listed(self, legacy: LegacyJob, job_id: str, timestamp: int) -> Job:
+        """A job of the predecessor before its images are copied."""
+        status, notes = FAILED, []
+        if legacy.status.casefold() == COMPLETED.casefold():
+            status = COMPLETED
+            notes.append("Its images are still to be copied" if legacy.paths else "No images of it were kept")
+        elif legacy.status.casefold() == FAILED.casefold():
+            notes.append("The generation failed, and it was not kept why")
+        else:
+            notes.append("The webui ended before the generation did")
+        return Job(
+            id=job_id,
+            type=TYPES[0],  # the predecessor did not keep which
+            status=status,
+            timestamp=timestamp,
+            ip=legacy.ip,
+            prompt=legacy.prompt[:PROMPT_LIMIT],
+            error=self._error(legacy, job_id, notes),
+        )
+
+    @staticmethod
+    def _error(legacy: LegacyJob, job_id: str, notes: List[str]) -> Optional[str]:
+        if job_id != legacy.id:
+            notes = [*notes, f"Its ID was {without_surrogates(legacy.id[:100])}"]
+        return ". ".join(notes) or None
+
+    # Their images
+
+    def is_unfinished(self) -> bool:
+        """Whether something is still to be found, merged or copied. Raises OSError."""
+        return bool(self._is_in_the_way() or self._files(self.FOUND) or self._files(self.LISTED))
+
+    def _is_in_the_way(self) -> bool:
+        """Whether a jobs.json is still the predecessor's, which could not be given another name."""
+        return any(self._may_be_legacy(path) and read_legacy_file(path) is not None for path in self.paths)
+
+    def refuse_to_open(self) -> None:
+        """Raises OSError while jobs.json is the predecessor's: the store would take it for a damaged one of ours."""
+        if self._may_be_legacy(self.path) and read_legacy_file(self.path) is not None:
+            raise OSError(errno.EBUSY, "The predecessor's jobs.json cannot be taken over yet", self.path)
+
+    def copy_images(self, store: JobStore, images: ImageStore, stop: threading.Event) -> None:
+        """Copies the images of all jobs of the predecessor. Returns when that is done, or `stop` is set."""
+        while not stop.is_set():
+            pause = self.RETRY
+            try:
+                self.list_jobs()
+                if self._is_in_the_way():
+                    pause = self.LOOK_EVERY
+                with contextlib.closing(FileLock(f"{self.path}.{self.FOUND}.lock")) as lock:
+                    if lock.acquire(blocking=False):
+                        for path, source in self._files(self.LISTED):
+                            self._copy_file(path, source, store, images, stop)
+                    else:
+                        pause = self.LOOK_EVERY
+                if not self.is_unfinished():
+                    with contextlib.suppress(OSError):
+                        os.unlink(lock.path)
+                    return
+            except Exception as error:
+                if not stop.is_set():  # the store may be closed then
+                    self._log_once(f"Images of the predecessor's jobs cannot be copied yet: {error}")
+            stop.wait(pause)
+
+    def _copy_file(self, path: str, source: str, store: JobStore, images: ImageStore, stop: threading.Event) -> None:
+        """Copies the images of one file's jobs, newest first. Raises OSError if some cannot be copied now."""
+        legacy = self._read(source)
+        count = copied = size = missing = 0
+        failure: Optional[OSError] = None
+        ids = assign_ids(legacy.jobs, self._known_ids(self._read_ours()))
+        for one, job_id in zip(reversed(legacy.jobs), reversed(ids)):
+            began = time.monotonic()
+            if stop.is_set():
+                return
+            job = store.get(job_id)
+            if job is not None and job.status == COMPLETED and not self._is_copied(one, job):
+                try:
+                    found = [self._read_image(image) for image in one.paths]
+                except OSError as error:
+                    failure = error
+                    self._note(one, job, error, store)
+                    continue
+                job = self._store(one, job, [image for image in found if image is not None], store, images)
+                stop.wait(2 * (time.monotonic() - began))  # generations, and a webui that starts, come first
+            if job is not None:
+                count, copied, size = count + 1, copied + len(job.images), size + job.bytes
+                missing += len(one.paths) - len(job.images) if job.status == COMPLETED else 0
+        if failure is not None:
+            raise failure
+        self._rename(source, path, self.DONE)
+        log.info(
+            "The predecessor's jobs are complete: %d jobs, %d images, %s bytes; %d images were no longer on disk, "
+            "%d entries could not be read",
+            count,
+            copied,
+            f"{size:,}",
+            missing,
+            legacy.unreadable,
+        )
+
+    @staticmethod
+    def _is_copied(legacy: LegacyJob, job: Job) -> bool:
+        """Whether nothing is left to do: a job of which no image was found may have some by now."""
+        return bool(job.images) or (job.bytes > 0 and not legacy.paths)
+
+    def _note(self, legacy: LegacyJob, job: Job, failure: OSError, store: JobStore) -> None:
+        """Says in a job why its images are not there yet."""
+        error = self._error(
+            legacy, job.id, [f"Its images cannot be copied yet: {failure.strerror or type(failure).__name__}"]
+        )
+        with self.changing:
+            if job.error != error and store.get(job.id) is not None:
+                store.put(job._replace(error=error))
+
+    def _read_image(self, path: str) -> Optional[bytes]:
+        """An image of the predecessor's, None if it is no longer there. Raises OSError if it cannot be read now."""
+        for place in dict.fromkeys(os.path.join(base, path) for base in self.bases):
+            try:
+                with open(place, "rb", opener=lambda name, flags: os.open(name, flags | NO_WAIT)) as file:
+                    data = file.read() if stat.S_ISREG(os.fstat(file.fileno()).st_mode) else b""
+            except ValueError:  # no path
+                continue
+            except OSError as error:
+                if error.errno in self.GONE or os.path.isdir(place):
+                    continue
+                raise
+            if any(form.match(data) for form, _, _ in IMAGE_TYPES):
+                return data
+        return None
+
+    def _store(
+        self, legacy: LegacyJob, job: Job, found: List[bytes], store: JobStore, images: ImageStore
+    ) -> Optional[Job]:
+        """Stores what was found, and returns the job as it is then, None if it was removed. Raises OSError."""
+        if job.bytes and not found:
+            return job
+        make_folder(images.folder)
+        disk = shutil.disk_usage(images.folder)
+        if disk.free - sum(map(len, found)) < min(self.SPARE, disk.total // 20):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        infotexts = [text for text in map(infotext_of, found) if text is not None]
+        seeds = [int(match.group(1)) for match in map(SEED.search, infotexts) if match]
+        info = {"prompt": legacy.prompt, **({"seed": seeds[0]} if seeds else {}), "infotexts": infotexts}
+        rest = {"images": [], "parameters": {"prompt": legacy.prompt}, "info": json.dumps(info)}
+        kept = images.save(job, Answer(list(map(self._as_base64, found)), as_host_json(rest)))
+        notes = []
+        if not legacy.paths:
+            notes.append("No images of it were kept")
+        elif len(found) < len(legacy.paths):
+            lost = len(legacy.paths) - len(found)
+            notes.append(f"{lost} of {len(legacy.paths)} images were no longer on disk when the job was taken over")
+        kept = kept._replace(error=self._error(legacy, job.id, notes))
+        with self.changing:
+            if store.get(job.id) is None:
+                images.remove(kept.files)
+                return None
+            written = store.put(kept)
+        written.result()
+        return kept
+
+    @staticmethod
+    def _as_base64(data: bytes) -> bytes:
+        """Encodes piece by piece, since it holds the interpreter."""
+        step = ImageStore.PIECE
+        return b"".join(base64.b64encode(data[start : start + step]) for start in range(0, len(data), step))
+
+    def _log_once(self, trouble: str) -> None:
+        """Logs a trouble when it begins, not each time that it shows."""
+        if trouble != self._trouble:
+            self._trouble = trouble
+            log.error("%s", trouble)
+
+
+# ------------------------------------------------------------------------------------------------------------------
 # Tracker: a job's life
 # ------------------------------------------------------------------------------------------------------------------
 
