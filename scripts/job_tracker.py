@@ -2600,6 +2600,9 @@ class Purged(NamedTuple):
         return Purged(*(one + two for one, two in zip(self, other)))
 
 
+CLOCKS_START = 1577836800  # 2020-01-01 in Unix seconds: a clock that is before was never set
+
+
 class Conflict(Exception):
     """What was asked for does not go with the job's status."""
 
@@ -2614,14 +2617,28 @@ class Claim:
             self.job_id.set_result(job_id)
 
 
-Progress = Tuple[Optional[float], Optional[float]]  # 0 to 1, and the seconds that are left; None where unknown
+Progress = Optional[float]  # 0 to 1; None where unknown
+
+
+class Clock:
+    """Unix seconds, from now on by a clock that nobody sets: what differs by a second was a second apart."""
+
+    def __init__(self) -> None:
+        # A thread can be held up between the two readings, so the pair that lies closest together counts.
+        pairs = [(time.monotonic(), time.time(), time.monotonic()) for _ in range(3)]
+        before, moment, _ = min(pairs, key=lambda pair: pair[2] - pair[0])
+        self._offset = moment - before
+
+    def __call__(self) -> float:
+        return self._offset + time.monotonic()
 
 
 class Tracker:
     """A job's life, and the only writer of both stores.
 
     `accept`, `start`, and `finish` or `fail` are called in this order, from any thread, and never raise for the disk:
-    a trouble is logged and stands in the job. What they set is seen by `get` and by the store's queries at once.
+    a trouble is logged and stands in the job. What the first two set is seen by `get` and by the store's queries at
+    once. That a job has ended is seen by nobody before its record is on disk, so that no crash can take it back.
     """
 
     ORPHAN_AGE = 3600  # seconds; a younger file may belong to a job that is being stored
@@ -2635,32 +2652,44 @@ class Tracker:
     def __init__(
         self,
         settings: Settings,
-        progress: Callable[[float], Progress],
+        begun: Callable[[], Any],
+        progress: Callable[[Any], Progress],
         interrupt: Callable[[], None],
         dequeue: Callable[[Optional[str]], None],
     ):
-        """`progress` and `interrupt` are the host's, for the generation that has its queue lock.
+        """`begun`, `progress` and `interrupt` are the host's, for the generation that has its queue lock.
 
-        `progress` is given when that generation got the lock, in Unix seconds. `dequeue` tells the host that the task
-        with an ID of its own will not begin.
+        `begun` is what the host says of when its last generation began, and `progress` is given what it said when the
+        job got the lock: as long as it says the same, its state is still that of the generation before. `dequeue`
+        tells the host that the task with an ID of its own will not begin.
         """
         self.settings = settings
+        self.begun = begun
         self.progress = progress
         self.interrupt = interrupt
         self.dequeue = dequeue
-        self.store = JobStore(settings.data_folder)
+        self.predecessor = Predecessor(settings.folder, settings.data_folder)
+        self.predecessor.list_jobs()
+        self.store = JobStore(settings.data_folder, self.predecessor.refuse_to_open)
         self.images = ImageStore(os.path.join(settings.data_folder, "images"))
         self.pool = ThreadPoolExecutor(8, "job-tracker")
         self.sending: "WeakSet[Any]" = WeakSet()  # what is on its way to clients, and needs the pool for its rest
-        self.next_purge: Optional[float] = None  # Unix seconds
+        self.watch: Callable[[], None] = lambda: None  # looks after the host, as often as for config.json
+        self.next_purge: Optional[float] = None  # by time.monotonic()
+        self.kept_for_clock = 0  # jobs that the last purge kept though they are old, since the clock may be wrong
+        self._started, self._started_by_clock = time.monotonic(), int(time.time())
         self._storing = threading.Lock()  # around this lock: jobs go to the store in the order of their changes
         self._lock = threading.Lock()  # held for a moment, never while the store is asked: the event loop takes it
         self._running: Dict[str, Job] = {}  # jobs of this process that have not ended, in order of acceptance
+        self._ended: Dict[str, Job] = {}  # those whose end is not on disk yet
+        self._stored_ends: Set[str] = set()  # those of these that were given to the store
+        self._clocks: Dict[str, Clock] = {}
         self._accepted: Dict[str, Future] = {}
         self._cancels: Dict[str, Callable[[], None]] = {}
         self._answered: Set[str] = set()  # those whose answer is being stored
         self._waiting: Dict[str, List[Callable[[], None]]] = {}
         self._holder: Optional[str] = None  # the job that has the host's queue lock
+        self._begun: Any = None  # what the host said when it got that
         self._claims: Dict[str, Claim] = {}
         self._claiming = threading.Lock()
         self._purging = threading.Lock()
@@ -2668,6 +2697,15 @@ class Tracker:
         self._recover()
         self._housekeeper = threading.Thread(target=self._keep_house, name="job-tracker-housekeeping", daemon=True)
         self._housekeeper.start()
+        self._take_over_images()
+
+    def _take_over_images(self) -> None:
+        with contextlib.suppress(OSError):
+            if self.predecessor.is_unfinished():
+                arguments = (self.store, self.images, self._stop)
+                threading.Thread(
+                    target=self.predecessor.copy_images, args=arguments, name="job-tracker-predecessor", daemon=True
+                ).start()
 
     # A job's way
 
@@ -2689,6 +2727,7 @@ class Tracker:
             written = self.store.put(job, new=True)
             with self._lock:
                 self._running[job.id] = job
+                self._clocks[job.id] = Clock()
                 self._accepted[job.id] = written
                 self._cancels[job.id] = cancel
         written.add_done_callback(lambda future: future.exception() and self._forget(job.id))
@@ -2700,8 +2739,13 @@ class Tracker:
 
     def start(self, job_id: str) -> None:
         """The job has the queue lock: generation begins."""
-        self._holder = job_id
-        self._change(job_id, status=PROCESSING, started=time.time())
+        self._holder, self._begun = job_id, self.begun()
+        with self._lock:
+            job = self._running.get(job_id)
+            if job is None or job_id in self._ended:
+                return
+            self._running[job_id] = job._replace(status=PROCESSING, started=self._clocks[job_id]())
+        self._write_when_accepted(job_id)
 
     def generated(self) -> None:
         """The job that has the queue lock is about to give it back."""
@@ -2728,46 +2772,57 @@ class Tracker:
             log.error("Job %s was generated, but its images could not be stored: %s", job_id, error)
             self.fail(job_id, f"Generated, but the images could not be stored: {error}")
             return
-        prompt = job.prompt or prompt[:PROMPT_LIMIT]
-        self._change(job_id, status=COMPLETED, finished=time.time(), prompt=prompt, images=job.images, bytes=job.bytes)
+        self._end(job_id, status=COMPLETED, prompt=job.prompt or prompt[:PROMPT_LIMIT], **self._stored(job))
 
     def fail(self, job_id: str, error: str) -> None:
         """The job ends without images. `error` is for its user."""
-        self._change(job_id, status=FAILED, finished=time.time(), error=error[:2000])
+        self._end(job_id, status=FAILED, error=error[:2000])
 
-    def _change(self, job_id: str, **changes: Any) -> None:
+    @staticmethod
+    def _stored(job: Job) -> Dict[str, Any]:
+        """What `ImageStore.save` set."""
+        return {"images": job.images, "bytes": job.bytes, "has_brief": job.has_brief}
+
+    def _end(self, job_id: str, **changes: Any) -> None:
         with self._lock:
-            if job_id not in self._running:
+            job = self._running.get(job_id)
+            if job is None or job_id in self._ended:
                 return
-            self._running[job_id] = self._running[job_id]._replace(**changes)
-            accepted = self._accepted[job_id]
-        accepted.add_done_callback(lambda accepted: self._write(job_id, accepted))  # at once, when that is done
+            self._ended[job_id] = job._replace(finished=self._clocks[job_id](), **changes)
+        self._write_when_accepted(job_id)
+
+    def _write_when_accepted(self, job_id: str) -> None:
+        with self._lock:
+            accepted = self._accepted.get(job_id)
+        if accepted is not None:
+            accepted.add_done_callback(lambda accepted: self._write(job_id, accepted))  # at once, when that is done
 
     def _write(self, job_id: str, accepted: Future) -> None:
-        """Stores a job as it is by now: two changes may come here in either order."""
+        """Stores a job as it is by now: two changes may come here in either order, and the later stores the end."""
         with self._storing:
             with self._lock:
-                job = self._running.get(job_id)
-            if job is None or accepted.exception() is not None:
-                return
-            written = self.store.put(job)
-            if job.ended:
-                with self._lock:
-                    del self._running[job_id]
+                shown = self._running.get(job_id)
+                job = self._ended.get(job_id, shown)
+                if shown is None or job_id in self._stored_ends or accepted.exception() is not None:
+                    return
+                if job.ended:
+                    self._stored_ends.add(job_id)
+            written = self.store.put(job, meanwhile=shown if job.ended else None)
 
         def report(written: Future) -> None:
             if written.exception() is not None:
-                log.error("Job %s is %s, which could not be written yet: %s", job_id, job.status, written.exception())
+                log.error("Job %s is %s, which could not be written: %s", job_id, job.status, written.exception())
+            if job.ended:
+                self._leave(job_id)
 
         written.add_done_callback(report)
-        if job.ended:
-            self._leave(job_id)
 
     def _leave(self, job_id: str) -> None:
         with self._lock:
-            for jobs in (self._running, self._accepted, self._cancels):
+            for jobs in (self._running, self._ended, self._clocks, self._accepted, self._cancels):
                 jobs.pop(job_id, None)
-            self._answered.discard(job_id)
+            for ids in (self._answered, self._stored_ends):
+                ids.discard(job_id)
             waiting = self._waiting.pop(job_id, [])
         for wake in waiting:
             wake()
@@ -2794,12 +2849,21 @@ class Tracker:
             pending = [job.id for job in self._running.values() if job.status == PENDING]
         return pending.index(job_id) + 1 if job_id in pending else None
 
-    def progress_of(self, job: Job) -> Progress:
-        """How far a Processing job is, by the host's state, and never that of another generation."""
+    def progress_of(self, job: Job) -> Tuple[Progress, Optional[float]]:
+        """How far a Processing job is, by the host's state, never that of another generation, and the seconds left."""
         if job.status != PROCESSING or job.owner != self.store.owner:
             return None, None
-        progress = self.progress(job.started)
-        return progress if self._holder == job.id else (1.0, 0.0)  # it gave the lock back, and is stored by now or soon
+        progress, seconds = self.progress(self._begun), self.seconds(job)
+        if self._holder != job.id:  # it gave the lock back, and is stored by now or soon
+            return 1.0, 0.0
+        return progress, round(seconds / progress - seconds, 3) if progress and seconds is not None else None
+
+    def seconds(self, job: Job) -> Optional[float]:
+        """How long the generation of a job took, or has taken until now. None where nobody knows."""
+        with self._lock:
+            clock = self._clocks.get(job.id)
+        until = clock() if clock is not None and not job.ended else job.finished
+        return None if job.started is None or until is None else max(until - job.started, 0.0)
 
     async def wait(self, job_id: str, seconds: float) -> None:
         """Returns when a job has ended or is unknown, or after some seconds. Holds no thread."""
@@ -2831,23 +2895,30 @@ class Tracker:
                     del self._waiting[job_id]
 
     async def settle(self, job_id: str) -> None:
-        """Waits a moment for a job that is being stored: who has its answer is to see it ended."""
+        """Waits a moment for a job whose end is being stored: who has its answer is to see it ended. Does not raise."""
         with self._lock:
-            answered = job_id in self._answered
-        if answered:
+            ending = job_id in self._answered or job_id in self._ended
+        if ending:
             await self.wait(job_id, self.SETTLE)
 
-    def describe(self, job: Job) -> Dict[str, Any]:
-        """A job as the API shows it, without its images. Reads the file with the answer."""
+    def describe(self, job: Job, whole: bool = False) -> Dict[str, Any]:
+        """A job as the API shows it, without its images. Reads the file with the answer.
+
+        Unless it is to be `whole`, `parameters` have no long text, nor is one read from disk.
+        """
         parameters = info = None
         error = job.error
+        with self._lock:
+            if job.id in self._ended and self.store.trouble:
+                error = f"The job has ended, but that could not be stored yet: {self.store.trouble}"
         if job.status == COMPLETED:
             try:
-                answer = DECODER.decode(b"".join(self.images.read(job.answer)).decode())
+                answer = DECODER.decode(b"".join(self.images.read(job.answer if whole else job.brief_answer)).decode())
                 parameters, info = answer.get("parameters"), answer.get("info")
+                parameters = parameters if whole else brief_parameters(parameters)[0]
             except (OSError, ValueError, AttributeError, RecursionError) as failure:
                 passing = isinstance(failure, OSError) and passes(failure)
-                error = "The parameters " + (
+                error = error or "The parameters " + (
                     f"cannot be read: {failure.strerror}" if passing else "are no longer on disk"
                 )
         progress, eta = self.progress_of(job)
@@ -2865,7 +2936,7 @@ class Tracker:
     def as_json(self, job: Job) -> Iterator[bytes]:
         """A job as the API shows it, with its images, a piece at a time. Raises OSError, before a piece or at one."""
         there = [self.images.size(name) is not None for name in job.images]
-        description = self.describe(job)
+        description = self.describe(job, whole=True)
         if not all(there):
             description["error"] = f"{there.count(False)} of {len(there)} images are no longer on disk"
 
@@ -2941,7 +3012,8 @@ class Tracker:
     def cancel(self, job_id: str) -> bool:
         """Takes a job out of the queue or interrupts it. False if there is none. Raises Conflict, OSError.
 
-        A Pending job has failed when this returns, a Processing one fails when the host has stopped it.
+        A Pending job fails at once, and is shown so when that is on disk. A Processing one fails when the host has
+        stopped it.
         """
         with self._lock:
             cancel = self._cancels.get(job_id)
@@ -2961,41 +3033,71 @@ class Tracker:
             return False
         if not job.ended:
             raise Conflict(f"The job is {job.status}")
-        with self._lock:
-            accepted = self._accepted.get(job_id)
-        if accepted is not None:  # its last record is still to be written, and would bring it back
-            wait([accepted])
-            self._write(job_id, accepted)
         self._remove([job])
         return True
 
     def _remove(self, jobs: List[Job]) -> Purged:
         if not jobs:
             return Purged()
-        self.store.remove([job.id for job in jobs]).result()
-        freed = self.images.remove(name for job in jobs for name in (*job.images, job.answer))
+        with self.predecessor.changing:  # an image of these may have been copied since
+            jobs = [self.store.get(job.id) or job for job in jobs]
+            removed = self.store.remove([job.id for job in jobs])
+        removed.result()
+        freed = self.images.remove(name for job in jobs for name in job.files)
         return Purged(len(jobs), sum(len(job.images) for job in jobs), freed)
 
-    def purge(self) -> Purged:
+    def purge(self, asked_for: bool = True) -> Purged:
         """Removes the jobs that are older than the retention, with their files, and files that no job names.
 
-        Files of many jobs that the store does not know are kept: then it has been lost. One purge at a time; a second
-        caller waits. Raises OSError.
+        Files of many jobs that the store does not know are kept: then it has been lost. A purge that nobody asked for
+        removes nothing by a clock that may be wrong. One purge at a time; a second caller waits. Raises OSError.
         """
         with self._purging:
             purged = Purged()
-            days = self.settings.retention_days
-            expired = [] if days is None else self.store.expired(time.time() - days * 86400)
+            days, now = self.settings.retention_days, time.time()
+            if self.settings.is_unsure and not asked_for:
+                days = None
+            expired = [] if days is None else self.store.expired(now - days * 86400)
+            self.kept_for_clock = 0
+            if not asked_for:
+                if now < CLOCKS_START:
+                    log.warning("The clock says %s, so nothing is purged", time.strftime("%Y-%m-%d", time.gmtime(now)))
+                    return purged
+                expired = self._without_doubtful(expired, now, days)
             for start in range(0, len(expired), self.REMOVED_AT_ONCE):
                 if self._stop.is_set():
                     break
                 self.settings.refresh()  # this may take minutes
+                if days is not None and self.settings.retention_days != days:
+                    break  # what is too old is another question now
                 jobs = [self.store.get(job_id) for job_id in expired[start : start + self.REMOVED_AT_ONCE]]
                 purged = purged.plus(self._remove([job for job in jobs if job is not None and job.ended]))
-            purged = purged.plus(self._remove_orphans())
+            if asked_for or not self.kept_for_clock:
+                purged = purged.plus(self._remove_orphans())
             if any(purged):
                 log.info("Purge: removed %s", purged)
             return purged
+
+    def _without_doubtful(self, expired: List[str], now: float, days: Optional[float]) -> List[str]:
+        """Leaves out the jobs from before this start, if all of them were too old by then: is the clock ahead?
+
+        Those that grow too old while this process lives do so by a clock that nobody sets.
+        """
+        started = int(now - (time.monotonic() - self._started))  # as whole as the times of jobs
+        if not expired or self.store.query(Filter(after=started - days * 86400 - 1, before=started), 1).jobs:
+            return expired
+        young = self.store.expired(now - days * 86400, after=started - 1)
+        newest = self.store.query(Filter(before=min(started, self._started_by_clock)), 1).jobs
+        if newest:  # what was too old by its time already goes: who starts a webui now and then has a retention, too
+            young = self.store.expired(newest[0].timestamp - days * 86400) + young
+        self.kept_for_clock = len(expired) - len(young)
+        if self.kept_for_clock:
+            log.warning(
+                "The clock may be wrong: all jobs from before this start are older than the retention. These %d are "
+                "kept until Purge Now, or until a start that finds younger ones",
+                self.kept_for_clock,
+            )
+        return young
 
     def _remove_orphans(self) -> Purged:
         orphans, unknown = [], set()
@@ -3004,7 +3106,7 @@ class Tracker:
             job = self.get(job_id)
             if job is None:
                 unknown.add(job_id)
-            if job is None or (job.ended and name not in job.images and name != job.answer):
+            if job is None or (job.ended and name not in job.files):
                 orphans.append((job_id, name))
         kept = self.store.set_aside_ids() if orphans else None  # records that somebody may read yet
         if kept is None:
@@ -3023,24 +3125,31 @@ class Tracker:
             now = time.monotonic()
             try:
                 self.settings.refresh()
+                self.watch()
                 if now >= recover_at:
                     recover_at = now + self.RECOVER_EVERY
                     self._recover().result()
                 if now >= purge_at:
                     purge_at = now + self.RECOVER_EVERY
-                    self.purge()
-                    purge_at = now + self.PURGE_EVERY
-                    self.next_purge = time.time() + purge_at - time.monotonic()
+                    self.purge(asked_for=False)
+                    self.next_purge = purge_at = now + self.PURGE_EVERY
             except Exception as error:
                 log.error("Housekeeping will be tried again: %s: %s", type(error).__name__, error)
             if self._stop.wait(self.LOOK_EVERY):
                 return
 
     def _recover(self) -> Future:
-        def fail(job: Job) -> Job:
-            return job._replace(status=FAILED, finished=time.time(), error="The webui ended before the generation did")
+        return self.store.recover(self._end_left)
 
-        return self.store.recover(fail)
+    def _end_left(self, job: Job) -> Job:
+        """How a job ends that a webui left behind. Nobody knows when it did. Raises OSError if it cannot be told."""
+        found = self.images.find(job)
+        if found is None:
+            return job._replace(status=FAILED, error="The webui ended before the generation did")
+        prompt = job.prompt
+        with contextlib.suppress(ValueError, RecursionError):
+            prompt = prompt or str(parameters_of(b"".join(self.images.read(job.answer))).get("prompt", ""))
+        return found._replace(status=COMPLETED, prompt=prompt[:PROMPT_LIMIT])
 
     def close(self) -> None:
         """Ends the housekeeping, and the rest when the last running job has ended and the last answer is sent.

@@ -159,8 +159,8 @@ class Work:
             self.tracker = make_tracker(self.script, data, TRACKER_RETENTION="1")
             put = self.tracker.store.put
 
-            def heard(job: Any, new: bool = False) -> Any:
-                written = put(job, new)
+            def heard(job: Any, new: bool = False, meanwhile: Any = None) -> Any:
+                written = put(job, new, meanwhile)
                 if job.status == self.script.COMPLETED:
                     written.add_done_callback(lambda done: done.exception() or self.say("completed", job.id))
                 return written
@@ -207,6 +207,11 @@ class Work:
             tracker.fail(job.id, "as it happens")
         else:
             tracker.finish(job.id, an_answer(script, job.id, dice.randrange(4)))
+            for _ in range(20):  # whoever looks, as those do who wait for it
+                seen = tracker.get(job.id)
+                if seen is not None and seen.status == script.COMPLETED:
+                    self.say("completed", job.id)
+                    break
 
     def remove(self) -> None:
         time.sleep(self.dice.random() * 0.05)
@@ -274,7 +279,7 @@ class Work:
     def check_files(self, jobs: Dict[str, Any]) -> None:
         """Nothing is left that nobody names."""
         tracker = self.tracker
-        named = {name for job in jobs.values() for name in (*job.images, job.answer)}
+        named = {name for job in jobs.values() for name in job.files}
         doubtful = tracker.store.set_aside_ids()
         for path in tracker_files(tracker, "images/*/*"):
             name = "/".join(path.parts[-2:])
@@ -440,8 +445,8 @@ def record(script: Any, folder: Path, dice: random.Random) -> List[lossy.Op]:
     tracker = make_tracker(script, folder, TRACKER_RETENTION="1")
     put = tracker.store.put
 
-    def heard(job: Any, new: bool = False) -> Any:
-        written = put(job, new)
+    def heard(job: Any, new: bool = False, meanwhile: Any = None) -> Any:
+        written = put(job, new, meanwhile)
         if job.status == script.COMPLETED:
             written.add_done_callback(lambda done: recorder.said("completed", job.id))
         return written
@@ -461,6 +466,10 @@ def record(script: Any, folder: Path, dice: random.Random) -> List[lossy.Op]:
             tracker.fail(job.id, "as it happens")
         else:
             tracker.finish(job.id, an_answer(script, job.id, dice.randrange(3)))
+        while not tracker.get(job.id).ended:
+            time.sleep(0.0001)
+        if tracker.get(job.id).status == script.COMPLETED:
+            recorder.said("completed", job.id)
         return job.id
 
     def many() -> None:

@@ -58,7 +58,7 @@ FOLDER = 0.5, 100_000  # bytes in the folder, and of jobs.json at its largest
 OUR_LINES = (  # what Job Tracker may say here
     r"Ready, tracking is on, jobs are in \S+",
     r"Purge: removed [\d,]+ jobs, [\d,]+ images, [\d,]+ bytes",
-    r"Job \w{8} failed, its connection is cut: Cancelled",
+    r"Job \w{8} was cancelled",
     r"jobs\.json: \d+ jobs loaded in [\d.]+ s",
 )
 FIXED_FILES = re.compile(r"jobs\.json(\.lock|\.owner-[0-9a-f]{8})?\Z")

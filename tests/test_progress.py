@@ -9,7 +9,7 @@ from typing import Any, Dict, List
 
 import pytest
 from conftest import Start
-from inside import an_answer, load_script, make_tracker
+from inside import an_answer, load_script, make_tracker, when_ended
 from neighbours import HOLDS, UI, FromUi, held_at, reached
 
 from harness import QUICK, SHAPE, Webui, body, until
@@ -86,9 +86,10 @@ def test_a_job_that_ends_while_it_is_described(tmp_path):
     running = tracker.get(job.id)
     tracker.generated()
     tracker.finish(job.id, an_answer(script, job.id, 1))
+    ended = when_ended(tracker, job.id)
     assert tracker.describe(running)["status"] == "Processing"
     assert (tracker.describe(running)["progress"], tracker.describe(running)["eta"]) == (1, 0)
-    assert tracker.describe(tracker.get(job.id))["progress"] is None
+    assert tracker.describe(ended)["progress"] is None
     tracker.close()
 
 

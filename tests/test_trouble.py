@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import time
 
 import httpx
 import pytest
 
-from harness import MODE_FLAGS, MODES, QUICK, SHAPE, body, until, without_time
+from harness import CLOSE, MODE_FLAGS, MODES, QUICK, SHAPE, Page, body, until, with_constant, without_time
 
 # An extension that breaks functions of Job Tracker for as long as a file with their name exists.
 SABOTEUR = """
@@ -48,6 +50,15 @@ for name in ("_append", "put", "knows"):
 for name in ("save", "_write", "open"):
     sabotage(module.ImageStore, name)
 sabotage(module.Generation, "answer")
+
+read_at = module.read_at
+
+def read_badly(file, length, position):
+    if position > 1_000_000 and os.path.exists(os.path.join(FOLDER, "read_at")):
+        raise OSError(errno.EIO, "sabotage")
+    return read_at(file, length, position)
+
+module.read_at = read_badly
 """
 
 
@@ -87,6 +98,16 @@ def assert_same_answer(response, own):
     assert without_time(named.sub(b'"force_task_id":null', response.content.lstrip(b" "))) == without_time(own.content)
 
 
+def until_error(webui, job_id):
+    """Waits until a job says what is wrong with it."""
+
+    def has_error():
+        job = webui.job(job_id)
+        return job if job["error"] else None
+
+    return until(has_error, what="the job has an error")
+
+
 def assert_tracks(webui):
     """It does all that it should."""
     response = webui.post(body())
@@ -111,6 +132,23 @@ def test_images_that_cannot_be_opened(mended):
         assert (shown["images"], shown["error"]) == ([None], "1 of 1 images are no longer on disk")
         assert mended.client.get(path + "/images/0").status_code == 404
     assert mended.job(job_id) == job
+
+
+@pytest.mark.parametrize("path", ["job/{}", "job/{}?wait=20", "job/{}/images/0"])
+@pytest.mark.parametrize("coding", ["gzip", "identity"])
+def test_a_stored_answer_that_breaks_has_no_clean_end(mended, path, coding):
+    """The disk fails in the middle of an image. It is a line of the log, and a cut."""
+    answer = mended.post(body(standin={"image_bytes": 3_000_000}))
+    job_id = answer.headers["X-Job-ID"]
+    mended.job(job_id, wait=30)
+    position = len(mended.log)
+    with mended.sabotage("read_at", "late"):
+        sent = mended.send_get("/sdapi/v1/" + path.format(job_id), {"Accept-Encoding": coding})
+        with pytest.raises(ConnectionError):
+            sent.content()
+    assert "Traceback" not in mended.log[position:]
+    assert len([line for line in own_lines(mended, position) if "breaks off" in line]) == 1
+    assert mended.job(job_id)["images"] == answer.json()["images"]
 
 
 def test_an_answer_that_breaks_has_no_clean_end(mended):
@@ -155,6 +193,17 @@ def test_generation_survives_our_failure(mended, alone, name, how):
 
 
 @pytest.mark.parametrize("name", ["JobStore._append", "Tracker.accept"])
+@pytest.mark.parametrize("standin", [{}, {"seconds": 1.5}, {"fail": "ValueError"}], ids=str)
+def test_untracked_generations_name_no_job(mended, name, standin):
+    """Whatever the client prefers, and whatever comes of it."""
+    for prefer in ("respond-async", "respond-async, wait=1", "respond-async, wait=30"):
+        with mended.sabotage(name, "disk"):
+            answer = mended.post(body(standin=standin), headers={"Prefer": prefer, **CLOSE})
+        assert answer.status_code == (500 if "fail" in standin else 200)
+        assert not {"x-job-id", "preference-applied", "location"} & set(answer.headers)
+
+
+@pytest.mark.parametrize("name", ["JobStore._append", "Tracker.accept"])
 def test_many_generations_survive_our_failure(mended, name):
     with mended.sabotage(name, "disk"):
         gate = mended.gate()
@@ -174,10 +223,14 @@ def test_change_that_could_not_be_written_is_written_later(mended):
     with mended.sabotage("JobStore._append", "disk"):
         gate.open()
         assert b'"images"' in sent.to_end()
-        job = mended.job(job_id, wait=30)
-        assert (job["status"], len(job["images"])) == ("Completed", 1)
+        job = until_error(mended, job_id)
+        assert (job["status"], job["images"]) == ("Processing", [])
+        assert job["error"] == "The job has ended, but that could not be stored yet: sabotage"
         assert mended.records()[job_id]["status"] == "Processing"
-    until(lambda: mended.records()[job_id]["status"] == "Completed", what="it is written")
+        waiting = mended.send_get(f"/sdapi/v1/job/{job_id}?wait=60")
+    job = json.loads(waiting.content())
+    assert (job["status"], job["error"], len(job["images"])) == ("Completed", None, 1)
+    assert mended.records()[job_id]["status"] == "Completed"
 
 
 def test_job_that_is_being_stored_does_not_take_the_progress_of_the_next(mended):
@@ -327,8 +380,8 @@ def test_full_disk(start, alone, small_disk):
         response = webui.post(body())
         assert_same_answer(response, own)
         if "X-Job-ID" in response.headers:
-            job = webui.job(response.headers["X-Job-ID"], wait=30)
-            assert job["status"] == "Failed"
+            job = until_error(webui, response.headers["X-Job-ID"])
+            assert job["status"] in ("Failed", "Processing"), "the disk has room for its end, or not"
             assert os.strerror(errno.ENOSPC) in job["error"]
         seen.add("X-Job-ID" in response.headers)
         webui.records()  # valid at all times
@@ -418,6 +471,104 @@ def test_unknown_webui(start, change):
         assert response.json()["images"]
         assert "X-Job-ID" not in response.headers
     assert webui.records() == {}
+
+
+LATER = """
+from modules import script_callbacks
+
+PATH = "/sdapi/v1/txt2img"
+
+def answer():
+    return {{"images": []}}
+
+def mounted(endpoint):
+    import fastapi
+    app = fastapi.FastAPI()
+    app.add_api_route("/txt2img", endpoint, methods=["POST"])
+    return app
+
+def change(_, app):
+    routes = app.router.routes
+    before = list(routes)
+    own = next(route for route in routes if getattr(route, "path", "") == PATH)
+    app.add_api_route(PATH, answer, methods=["POST"])
+    {change}
+
+    def put_back():
+        routes[:] = before
+
+    app.add_api_route("/put-back", put_back)
+
+script_callbacks.on_app_started(change)
+"""
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "change",
+    [
+        "routes.remove(own)",
+        "routes.insert(0, routes.pop())",
+        "app.add_api_route('/sdapi/v1/{any:path}', answer, methods=['POST']), routes.insert(0, routes.pop())",
+        "app.mount('/sdapi/v1', mounted(answer)), routes.insert(0, routes.pop())",
+    ],
+)
+def test_route_that_is_registered_anew(start, mode, change):
+    """By an extension that is loaded later. It is said within seconds, in the log and in the tab, and once."""
+    prepare = with_constant(" LOOK_EVERY = 5 ", " LOOK_EVERY = 0.1 ")
+    scripts = {"z-later": LATER.format(change=change)}
+    webui = start(*MODE_FLAGS[mode], scripts=scripts, prepare=prepare)
+    assert webui.post(body()).json() == {"images": []}
+    until(lambda: any("not tracked any more" in line for line in webui.our_log()), what="it is said")
+    assert "/sdapi/v1/txt2img was taken away" in webui.our_log()[-1]
+    if mode == "ui":
+        assert "was taken away" in Page(webui.client).look()
+    webui.client.get("/put-back")
+    until(lambda: "tracked again" in webui.our_log()[-1], what="it is said")
+    assert len(webui.our_log()) == 3, webui.our_log()
+    assert_tracks(webui)
+
+
+def test_route_that_comes_after_ours(start):
+    """It never gets a request."""
+    prepare = with_constant(" LOOK_EVERY = 5 ", " LOOK_EVERY = 0.1 ")
+    webui = start(*QUICK, scripts={"z-later": LATER.format(change="pass")}, prepare=prepare)
+    assert_tracks(webui)
+    time.sleep(0.5)
+    assert len(webui.our_log()) == 1, webui.our_log()
+
+
+def test_config_that_cannot_be_read_is_said_in_the_tab(start):
+    webui = start(*MODE_FLAGS[MODES[0]])
+    page = Page(webui.client)
+    assert "config.json" not in page.look()
+    (webui.extension / "config.json").write_text('{"enabled": true, "retention_days": 7,}')
+    html = page.look()
+    assert "config.json cannot be read (" in html and "what was known of it holds" in html
+    assert str(webui.folder) not in html
+    (webui.extension / "config.json").write_text('{"enabled": true, "retention_days": "7"}')
+    assert "retention_days is not understood, so retention is off" in page.look()
+    (webui.extension / "config.json").write_text('{"enabled": true, "retention_days": 7}')
+    assert "config.json" not in page.look()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_ready_and_off(start, mode):
+    """It says how to turn tracking on, and when somebody did."""
+    prepare = with_constant(" LOOK_EVERY = 5 ", " LOOK_EVERY = 0.1 ")
+    webui = start(*MODE_FLAGS[mode], tracking=None, prepare=prepare)
+    (line,) = webui.our_log()
+    assert line.startswith(f"[Job Tracker] Ready, tracking is off, jobs are in {webui.data}. To turn it on, ")
+    assert '"enabled": true' in line and "TRACKER_ENABLED=1" in line
+    assert ("the tab" in line) == (mode == "ui")
+    path = webui.extension / "config.json"
+    for enabled, word in ((True, "on"), (False, "off")):
+        path.write_text(json.dumps({"enabled": enabled}))
+        until(lambda word=word: webui.our_log()[-1] == f"[Job Tracker] Tracking is {word} now")
+    webui.kill()
+    webui.environ["TRACKER_ENABLED"] = "off"
+    webui.start()
+    assert webui.our_log()[-1].endswith(f"jobs are in {webui.data}. TRACKER_ENABLED turns it off")
 
 
 @pytest.mark.parametrize("mode", MODES)

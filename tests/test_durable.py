@@ -1,0 +1,314 @@
+"""No end of a job is shown before its record is on disk, so that no crash takes back what somebody has seen."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any, Callable, Iterator, List
+
+import pytest
+from conftest import Start
+from inside import an_answer, files_are_whole, load_script, make_tracker, pixels
+
+from harness import MODES, QUICK, Page, Webui, body, until
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells which file a descriptor is of")
+
+# An extension that keeps every fsync of jobs.json from returning for as long as a file exists.
+STALLED_DISK = """
+import os, time
+
+real = os.fsync
+
+def fsync(file):
+    while os.path.exists({switch!r}) and os.readlink(f"/proc/self/fd/{{file}}").endswith("/jobs.json"):
+        time.sleep(0.005)
+    real(file)
+
+os.fsync = fsync
+"""
+
+
+class Disk:
+    """The disk under jobs.json, which can be stalled."""
+
+    def __init__(self, folder: Path):
+        self.switch = folder / "stalled"
+        self.script = STALLED_DISK.format(switch=str(self.switch))
+
+    def __enter__(self) -> None:
+        self.switch.touch()
+
+    def __exit__(self, *_: Any) -> None:
+        if self.switch.exists():
+            self.switch.unlink()
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Disk]:
+    made = Disk(tmp_path)
+    yield made
+    made.__exit__()
+
+
+@pytest.fixture
+def webui(start: Start, disk: Disk) -> Webui:
+    flags = ("--api",) if MODES[0] == "ui" else QUICK
+    return start(*flags, scripts={"stalled-disk": disk.script})
+
+
+def running(webui: Webui, **standin: Any) -> Any:
+    """A job that runs until its gate is opened, and its request."""
+    sent = webui.send(body(standin={"hold": webui.gate(), **standin}))
+    job_id = sent.job_id()
+    webui.until_status(job_id, "Processing")
+    until(lambda: webui.records()[job_id]["status"] == "Processing")
+    return job_id, sent
+
+
+def shown(webui: Webui, job_id: str) -> Any:
+    """Each way to see a job's status."""
+    listed = {
+        status: [job["id"] for job in webui.jobs(status=status)] for status in ("Processing", "Completed", "Failed")
+    }
+    return (
+        webui.job(job_id)["status"],
+        webui.job(job_id, wait=0.3, images=False)["status"],
+        [status for status, ids in listed.items() if job_id in ids],
+        next(job["status"] for job in webui.jobs() if job["id"] == job_id),
+    )
+
+
+STILL_RUNNING = ("Processing", "Processing", ["Processing"], "Processing")
+
+
+def test_completed_is_shown_when_it_is_safe(webui, disk):
+    job_id, sent = running(webui)
+    page = Page(webui.client)
+    with disk:
+        webui.gates[-1].open()
+        answer = json.loads(sent.content())  # this one does not wait for our disk
+        assert shown(webui, job_id) == STILL_RUNNING
+        html = page.look(job=job_id)
+        assert "status Processing" in html and "_0.png" not in html
+        assert '<b>0</b><span class="status Completed"' in html, "the figures do not count it either"
+    assert webui.job(job_id, wait=10)["images"] == answer["images"]
+    assert webui.jobs(status="Completed")[0]["id"] == job_id
+
+
+def test_failed_and_cancelled_are_shown_when_they_are_safe(webui, disk):
+    failing, sent = running(webui, fail="RuntimeError")
+    waiting = webui.send(body()).job_id()
+    with disk:
+        webui.gates[-1].open()
+        sent.to_end()
+        assert shown(webui, failing) == STILL_RUNNING
+    assert webui.job(failing, wait=10)["status"] == "Failed"
+    webui.job(waiting, wait=10)
+
+    blocking, _ = running(webui)
+    waiting = webui.send(body()).job_id()
+    with disk:
+        began = time.monotonic()
+        answer = webui.client.post(f"/sdapi/v1/job/{waiting}/cancel")
+        assert (answer.status_code, answer.json()["status"]) == (200, "Pending")
+        assert time.monotonic() - began < 10
+    job = webui.job(waiting, wait=10)
+    assert (job["status"], job["error"]) == ("Failed", "Cancelled")
+    webui.gates[-1].open()
+    assert webui.job(blocking, wait=10)["status"] == "Completed"
+
+
+def test_killed_before_its_record_is_written(webui, disk):
+    """All that it made is on disk, so it is Completed at the next start; a purge finds nothing to remove."""
+    job_id, sent = running(webui)
+    with disk:
+        webui.gates[-1].open()
+        answer = json.loads(sent.content())
+        until(lambda: any(path.name == f"{job_id}.json" for path in webui.images()), what="its images are stored")
+        webui.kill()
+    cut_last_record(webui, job_id)
+    for time_ in range(2):  # what recovery said is safe, too
+        webui.start()
+        job = webui.job(job_id)
+        assert (job["status"], job["error"], job["images"]) == ("Completed", None, answer["images"])
+        # But for who started it, it is the same answer.
+        assert (job["info"], job["parameters"]) == (answer["info"], answer["parameters"])
+        assert job["started"] is not None and job["finished"] is None
+        said = any("1 jobs that a webui left behind have ended: 1 Completed" in line for line in webui.our_log())
+        assert said == (time_ == 0)
+        webui.kill()
+
+
+def cut_last_record(webui: Webui, job_id: str) -> None:
+    """A kill leaves what was given to the system, though no fsync came back. A power cut may leave this."""
+    path = webui.data / "jobs.json"
+    lines = path.read_bytes().split(b"\n")
+    kept = [line.rstrip(b",") for line in lines if not (job_id.encode() in line and b"Completed" in line)]
+    records = [line for line in kept if line.startswith(b'"')]
+    path.write_bytes(b"{\n" + b",\n".join(records) + b"\n}\n")
+
+
+def test_a_neighbour_sees_it_when_it_is_safe(start, disk, tmp_path):
+    environ = {"TRACKER_DATA_DIR": str(tmp_path / "data")}
+    one = start(*QUICK, environ=environ, scripts={"stalled-disk": disk.script})
+    two = start(*QUICK, environ=environ)
+    job_id, sent = running(one)
+    assert two.job(job_id)["status"] == "Processing"
+    with disk:
+        one.gates[-1].open()
+        sent.content()
+        until(lambda: one.records()[job_id]["status"] == "Completed", what="its record is given to the system")
+        seen = two.send_get(f"/sdapi/v1/job/{job_id}?images=false")
+        time.sleep(0.5)
+        one.kill()
+    assert json.loads(seen.content())["status"] in ("Processing", "Completed")
+    assert two.job(job_id, wait=90)["status"] == "Completed"
+
+
+# The same, without a webui
+
+
+def test_a_line_of_a_neighbour_is_synced_before_it_is_shown(tmp_path):
+    """It may have been killed before it did that itself."""
+    one, two = load_script(), load_script()
+    calls: List[str] = []
+
+    def note(file: int, real: Callable[[int], None] = two.sync_file) -> None:
+        real(file)
+        calls.append(os.readlink(f"/proc/self/fd/{file}"))
+
+    trackers = [make_tracker(script, tmp_path) for script in (one, two)]
+    for tracker in trackers:
+        until(lambda tracker=tracker: tracker.next_purge)
+    one.sync_file = lambda file: None
+    two.sync_file = note
+    job = one.Job(trackers[0].reserve_id(), "txt2img", one.PENDING, int(time.time()), None, "")
+    trackers[0].accept(job, lambda: True).result()
+    assert trackers[1].get(job.id).status == "Pending"
+    assert calls == [str(tmp_path / "jobs.json")]
+    for tracker in trackers:
+        tracker.fail(job.id, "")
+        tracker.close()
+
+
+@pytest.fixture
+def script() -> Any:
+    return load_script()
+
+
+def left_behind(script: Any, folder: Path, images: int, lost: Callable[[Any], Any]) -> Any:
+    """The job, at the next start, of a process that was killed after storing so many images; some files were lost."""
+    tracker = make_tracker(script, folder)
+    until(lambda: tracker.next_purge, what="it has looked for jobs left behind")
+    job = script.Job(
+        tracker.reserve_id(), "txt2img", script.PROCESSING, int(time.time()), None, "", started=time.time()
+    )
+    tracker.store.put(job._replace(owner="00000000"), new=True).result()
+    saved = tracker.images.save(job, an_answer(script, job.id, images))
+    tracker.images.remove(lost(saved))
+    tracker.close()
+    until(lambda: not tracker.store._thread.is_alive())
+    tracker = make_tracker(script, folder)
+    found = tracker.get(job.id)
+    if found.status == script.COMPLETED:
+        assert files_are_whole(tracker, found)
+        assert found.bytes == saved.bytes and found.images == saved.images and found.prompt == job.id
+    tracker.close()
+    return found
+
+
+def test_a_folder_that_is_a_link(script, tmp_path):
+    """Nothing is taken from behind it, and the job does not stay without an end."""
+    tracker = make_tracker(script, tmp_path)
+    until(lambda: tracker.next_purge, what="it has looked for jobs left behind")
+    job = script.Job(tracker.reserve_id(), "txt2img", script.PROCESSING, int(time.time()), None, "", owner="00000000")
+    tracker.store.put(job, new=True).result()
+    tracker.images.save(job, an_answer(script, job.id, 1))
+    (tmp_path / "images" / job.day).rename(tmp_path / "elsewhere")
+    (tmp_path / "images" / job.day).symlink_to(tmp_path / "elsewhere")
+    tracker._recover().result()
+    assert tracker.get(job.id).status == "Failed"
+    tracker.close()
+
+
+@pytest.mark.parametrize(
+    "images, lost, status",
+    [
+        (0, lambda job: [], "Completed"),
+        (1, lambda job: [], "Completed"),
+        (12, lambda job: [], "Completed"),
+        (2, lambda job: [job.answer], "Failed"),
+        (2, lambda job: job.files, "Failed"),
+        (2, lambda job: job.images[:1], "Failed"),
+        (3, lambda job: job.images[1:2], "Failed"),
+    ],
+)
+def test_what_a_crash_left(script, tmp_path, images, lost, status):
+    job = left_behind(script, tmp_path, images, lost)
+    assert job.status == status
+    assert job.finished is None
+    assert job.error == (None if status == "Completed" else "The webui ended before the generation did")
+
+
+def test_images_that_cannot_be_looked_at_now(script, tmp_path):
+    """A job is not failed for a disk that may be back in a moment."""
+    failing = [True]
+
+    class Os:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(os, name)
+
+        def listdir(self, path: str) -> Any:
+            if failing and "images" in str(path):
+                raise OSError(5, "Input/output error", path)
+            return os.listdir(path)
+
+    tracker = make_tracker(script, tmp_path)
+    until(lambda: tracker.next_purge, what="it has looked for jobs left behind")
+    job = script.Job(tracker.reserve_id(), "txt2img", script.PROCESSING, int(time.time()), None, "", owner="00000000")
+    tracker.store.put(job, new=True).result()
+    tracker.images.save(job, an_answer(script, job.id, 1))
+    script.os = Os()
+    tracker._recover().result()
+    assert tracker.get(job.id).status == "Processing"
+    failing.clear()
+    tracker._recover().result()
+    assert tracker.get(job.id).status == "Completed"
+    assert b"".join(tracker.images.read(tracker.get(job.id).images[0])) == pixels(job.id, 0)
+    tracker.close()
+
+
+def test_the_answer_is_the_last_file(script, tmp_path):
+    """So where it is, all is. Also after a power cut: what came before it was synced, names too."""
+    steps: List[str] = []
+
+    class Os:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(os, name)
+
+        def replace(self, source: str, target: str) -> None:
+            os.replace(source, target)
+            steps.append(Path(target).name)
+
+    def sync(path: str, real: Callable[[str], None] = script.sync_folder) -> None:
+        real(path)
+        steps.append(f"sync {Path(path).name}")
+
+    images = script.ImageStore(str(tmp_path / "images"))
+    script.os, script.sync_folder = Os(), sync
+    job = script.Job("AAAAAAAA", "txt2img", script.PROCESSING, 1736712000, None, "")
+    rest = json.dumps({"images": [], "parameters": {"mask": "x" * 2000}, "info": "{}"}).encode()
+    images.save(job, an_answer(script, job.id, 2)._replace(rest=rest))
+    assert steps[-7:] == [
+        "AAAAAAAA_0.png",
+        "AAAAAAAA_1.png",
+        "AAAAAAAA.brief.json",
+        "sync 2025-01-12",
+        "AAAAAAAA.json",
+        "sync 2025-01-12",
+        "sync images",
+    ]
