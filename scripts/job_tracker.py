@@ -3220,11 +3220,58 @@ def user_of(scope: Scope) -> str:
     return header
 
 
-def prefers_async(scope: Scope) -> bool:
-    """By RFC 7240, 4.1."""
-    # A quote without an end reaches to the end: otherwise each further quote would be looked for there, too.
-    preferences = re.sub(r'"(\\.|[^"\\])*("|\\?\Z)', "", header_of(scope, b"prefer").lower()).split(",")
-    return any(re.match(r"\s*respond-async\s*(=\s*)?(;|\Z)", preference) for preference in preferences)
+# A quote without an end reaches to the end: otherwise each further quote would be looked for there, too.
+PREFERENCE = re.compile(r'(?:"(?:\\.|[^"\\])*(?:"|\\?\Z)|[^",])+')
+
+
+def preferences_of(scope: Scope) -> Dict[str, str]:
+    """The preferences of RFC 7240, 2, without their parameters: name in small letters -> value. The first counts."""
+    preferences: Dict[str, str] = {}
+    for preference in PREFERENCE.findall(header_of(scope, b"prefer")):
+        name, _, value = preference.partition(";")[0].partition("=")
+        preferences.setdefault(name.strip().lower(), value.strip().strip('"'))
+    return preferences
+
+
+class Preference(NamedTuple):
+    """What a client prefers to waiting for its answer, by RFC 7240, 4.1 and 4.3."""
+
+    respond_async: bool = False
+    wait: Optional[int] = None  # seconds that it waits all the same
+
+    LIMIT = 300
+
+    @classmethod
+    def of(cls, scope: Scope) -> "Preference":
+        preferences = preferences_of(scope)
+        if preferences.get("respond-async") != "":
+            return cls()
+        wait = preferences.get("wait", "")
+        return cls(True, min(int(wait), cls.LIMIT) if re.match(r"[0-9]{1,9}\Z", wait) else None)
+
+    def applied(self, respond_async: bool) -> bytes:
+        """The content of `Preference-Applied`."""
+        waited = [] if self.wait is None else [f"wait={self.wait}"]
+        return ", ".join([*(["respond-async"] if respond_async else []), *waited]).encode()
+
+
+OWN_HEADERS = (  # those that a page of another origin cannot read unless they are exposed
+    JOB_HEADER,
+    "Location",
+    "Preference-Applied",
+    "Idempotent-Replayed",
+    "Link",
+    "ETag",
+    "Content-Disposition",
+    "Retry-After",
+)
+
+
+def exposed(names: Iterable[str]) -> Dict[str, str]:
+    """The header by which the Fetch standard lets pages of other origins read our headers, of an answer with some."""
+    carried = {name.lower() for name in names}
+    own = [name for name in OWN_HEADERS if name.lower() in carried]
+    return {"Access-Control-Expose-Headers": ", ".join(own)} if own else {}
 
 
 class Gzip:
@@ -3310,54 +3357,101 @@ def one_line(text: str) -> str:
     return text[:200].encode("unicode_escape").decode("ascii")
 
 
+def traceback_of(error: BaseException) -> str:
+    """The host's part of a traceback, each line of it indented, so that none can be taken for another of the log."""
+    text = "".join(traceback.format_exception(type(error), error, without_this_file(error.__traceback__)))
+    return textwrap.indent(re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text.rstrip()), "    ", lambda _: True)
+
+
 class Valve:
     """Put into the scope by the shell. Once cut, nothing of the response passes; `work` outlives the response."""
 
     def __init__(self) -> None:
         self.cut = False
-        self.error: Optional[Exception] = None  # the host's, for which it was cut
+        self.headers: List[Tuple[bytes, bytes]] = []  # which the response's head gets besides
+        self.error_headers: List[Tuple[bytes, bytes]] = []  # the same if it is an error: the host drops an exception's
         self.work: Optional["asyncio.Task[None]"] = None
 
 
 class Shell:
     """The outermost layer around the host: cuts connections, and keeps the server alive for jobs without a client.
 
-    Whatever the layers between do to end a response, nothing passes once its valve is cut, and the server closes the
-    connection of a response without an end. A server that stops waits for its requests, and so for their jobs.
+    Whatever the layers between do to end a response, nothing passes once its valve is cut, and the connection of a
+    response without an end is closed. A server that stops waits for its requests, and so for their jobs.
     """
 
     KEY = "job_tracker.valve"
+    CLOSING = 5.0  # seconds that a client may take to read the rest, before its connection is dropped
 
     def __init__(self, app: App):
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] != "POST":
+        if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         valve = scope[self.KEY] = Valve()
+        cycle = getattr(send, "__self__", None)  # uvicorn's, of this request
+        if scope.get("http_version") == "1.0":
+            send = without_chunks(send, cycle)
 
         async def pass_on(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                more = [*valve.headers, *(valve.error_headers if message["status"] >= 400 else [])]
+                message = {**message, "headers": [*message["headers"], *more]} if more else message
             if not valve.cut:
                 await send(message)
 
         try:
             await self.app(scope, receive, pass_on)
-        except Exception as error:
-            if not valve.cut or error is valve.error:  # which no layer has reported, as on Forge: the server does
+        except Exception:
+            if not valve.cut:
                 raise
         finally:
             if valve.cut:
-                self._abort(scope, send)
+                await self._abort(scope, receive, cycle)
             elif valve.work is not None:
                 await asyncio.wait({valve.work})
 
-    def _abort(self, scope: Scope, send: Send) -> None:
-        """To HTTP/1.0, as nginx speaks it by default, a closed connection is the clean end: only a reset is not."""
-        transport = getattr(getattr(send, "__self__", None), "transport", None)  # uvicorn's
-        if scope.get("http_version") == "1.0" and transport is not None:
+    async def _abort(self, scope: Scope, receive: Receive, cycle: Any) -> None:
+        """Closes the connection. A server that we do not know does that itself, and complains in its log."""
+        transport = getattr(cycle, "transport", None)
+        if transport is None:
+            return
+        if scope.get("http_version") == "1.0":  # to which a closed connection is the clean end: only a reset is not
             with contextlib.suppress(OSError):
                 transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+            transport.abort()  # a close would end TLS in good order, and that is a clean end, too
+        else:
+            transport.close()
+        try:
+            await asyncio.wait_for(until_gone(receive), self.CLOSING)
+        except asyncio.TimeoutError:
+            transport.abort()
+        cycle.disconnected = True  # or uvicorn, which may not have noticed yet, complains of a response without an end
+
+
+def without_chunks(send: Send, cycle: Any) -> Send:
+    """A server's `send` for a client of HTTP/1.0, which knows no chunks: RFC 9112, 6.1 forbids to send it any.
+
+    With httptools, uvicorn sends them all the same where the head has no Content-Length. Its `cycle` is led to believe
+    that each piece has the length that was promised.
+    """
+    if not hasattr(cycle, "expected_content_length"):  # with h11 it knows
+        return send
+    endless = False
+
+    async def send_plain(message: Message) -> None:
+        nonlocal endless
+        if message["type"] == "http.response.start":
+            endless = all(name.lower() != b"content-length" for name, _ in message.get("headers", ()))
+            if endless:
+                cycle.chunked_encoding = False
+        elif endless:
+            cycle.expected_content_length = len(message.get("body", b""))
+        await send(message)
+
+    return send_plain
 
 
 class ObservedLock:
@@ -3445,13 +3539,13 @@ class Middleware:
             raise error.with_traceback(without_this_file(error.__traceback__))
 
 
-def without_this_file(traceback: Optional[TracebackType]) -> Optional[TracebackType]:
+def without_this_file(frames: Optional[TracebackType]) -> Optional[TracebackType]:
     """A traceback without our frames, which say nothing of a failed generation: SD.Next reads a file for each."""
     kept, rest = [], None
-    while traceback is not None:
-        if traceback.tb_frame.f_code.co_filename != without_this_file.__code__.co_filename:
-            kept.append(traceback)
-        traceback = traceback.tb_next
+    while frames is not None:
+        if frames.tb_frame.f_code.co_filename != without_this_file.__code__.co_filename:
+            kept.append(frames)
+        frames = frames.tb_next
     for one in reversed(kept):
         rest = TracebackType(rest, one.tb_frame, one.tb_lasti, one.tb_lineno)
     return rest
@@ -3492,6 +3586,8 @@ class Generation:
         self.hide_images = False  # the client sent send_images: false
         self.messages: List[Message] = []  # what the host answered
         self.error: Optional[BaseException] = None  # or what it raised
+        self.followed = False  # the client is told of the job, whatever comes of it
+        self.passed_on = False  # it gets what the host answered as if we were not there
         self.storing: Optional[Future] = None  # how it ended
         self._state = threading.Lock()  # guards what follows
         self.lock: Optional[str] = None  # the host's queue lock is "held", then "released"
@@ -3586,6 +3682,7 @@ class Generation:
                 return self.cancelled
             self.cancelled = True
             waiting = self.lock is None
+        log.info("Job %s was cancelled", self.job.id)
         if waiting:
             self.tracker.dequeue(getattr(self.request, "force_task_id", None))
             self.tracker.fail(self.job.id, CANCELLED)
@@ -3638,10 +3735,31 @@ class Generation:
         try:
             if self.job is not None and await self.accepted:
                 self.tracker.answered(self.job.id)
+                followed = self.followed
+                if followed:
+                    self._report()
                 await self._store_soon()
+                if not followed:  # perhaps its client left just then, and the host reports nothing
+                    await asyncio.wait({self.served}, timeout=SENDING)
+                    self._report()
         finally:
             if self.claim:
                 self.tracker.release(self.key, self.claim)
+
+    @harmless
+    def _report(self) -> None:
+        """Logs a failure that the host does not see, since its client got the head before, or has left.
+
+        To the host's layers it would be a crash of the server, which each of them reports, or none, as on Forge.
+        """
+        if not self.failed or self.passed_on or isinstance(self.error, (asyncio.CancelledError, Cancelled)):
+            return
+        plain = self.error is None or isinstance(self.error, HTTPException)  # an answer, though not one of success
+        if not self.cancelled:
+            details = "" if plain else "\n" + traceback_of(self.error)
+            log.warning("Job %s failed: %s%s", self.job.id, one_line(self.reason()), details)
+        elif not plain:
+            log.warning("Job %s: the webui raised %s when it was stopped", self.job.id, type(self.error).__name__)
 
     async def _store_soon(self) -> None:
         """Stores how it ended, images after they were sent if that is soon: both would take the client longer."""
@@ -3675,7 +3793,9 @@ class Generation:
         if isinstance(self.error, asyncio.CancelledError):
             return "The webui was stopped"
         if self.error is not None:
-            text = str(getattr(self.error, "detail", "") or self.error)
+            text = ""
+            with contextlib.suppress(Exception):  # an exception of an extension's may fail at that, too
+                text = str(getattr(self.error, "detail", "") or self.error)
             return f"{type(self.error).__name__}: {text}" if text else type(self.error).__name__
         if not self.messages:
             return "The webui gave no answer"
@@ -3724,6 +3844,7 @@ class Exchange:
         self.send = send
         self.valve: Valve = scope[Shell.KEY]
         self.encoder = Gzip() if accepts_gzip(scope) else None
+        self.preference = Preference.of(scope)
 
     async def serve(self) -> None:
         body = await self._read_body()
@@ -3753,29 +3874,39 @@ class Exchange:
         if generation.job is not None and not accepted.done():
             await asyncio.wait({accepted}, timeout=10)  # the host was faster than the disk
         if accepted.done() and accepted.result():
-            if generation.lock:
-                await asyncio.wait({answered}, timeout=GRACE)
+            await asyncio.wait({answered}, timeout=self._patience(generation))
             if generation.cancelled or not (answered.done() and generation.failed):
                 await self._follow(generation)
                 return True
         await asyncio.wait({answered})
         if isinstance(generation.error, Repeat):
             return await self._repeat(generation.error.claim)
+        if self.preference.wait is not None and accepted.done() and accepted.result():
+            applied = self.preference.applied(respond_async=False)
+            self.valve.headers = self._job_headers(generation.job, [(b"preference-applied", applied)])
+        generation.passed_on = True
+        if generation.job is not None and generation.failed:
+            await self.tracker.settle(generation.job.id)  # who has the answer finds the job Failed
         await self._pass_on(generation)
         return True
 
+    def _patience(self, generation: Generation) -> float:
+        """Seconds in which a generation that has been accepted may still end with the host's own answer and status."""
+        if self.preference.respond_async:
+            return self.preference.wait or 0
+        return GRACE if generation.lock else 0
+
     async def _follow(self, generation: Generation) -> None:
         """Tells the client of its job, from its acceptance on."""
+        generation.followed = True
 
         async def result() -> Optional[Iterator[bytes]]:
-            return None if generation.failed else generation.for_client()
+            if not generation.failed:
+                return generation.for_client()
+            await self.tracker.settle(generation.job.id)  # who sees the cut finds the job Failed
+            return None
 
         await self._tell(generation.job, generation.answered, result, [])
-        if self.valve.cut:
-            log.warning("Job %s failed, its connection is cut: %s", generation.job.id, one_line(generation.reason()))
-            if isinstance(generation.error, Exception) and not generation.cancelled:
-                self.valve.error = generation.error
-                raise generation.error  # for the host's log
 
     async def _pass_on(self, generation: Generation) -> None:
         """Gives the client what the host gave, as if we were not there."""
@@ -3799,7 +3930,7 @@ class Exchange:
         try:
             job = await self.tracker.in_pool(self.tracker.get, job_id)
         except OSError as error:
-            raise HTTPException(503, f"The stored answer cannot be read: {error}") from None
+            raise HTTPException(503, f"The stored answer cannot be read: {error.strerror or error}") from None
         if job is None or job.status == FAILED:
             return False
 
@@ -3810,35 +3941,44 @@ class Exchange:
         ended = asyncio.get_running_loop().create_task(self.tracker.wait(job_id, math.inf))
         ended.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # `result` meets the same
         try:
+            if self.preference.wait is not None:
+                await asyncio.wait({ended}, timeout=None if job.ended else self.preference.wait)
             await self._tell(job, ended, result, [(b"idempotent-replayed", b"true")] if job.ended else [])
         finally:
             ended.cancel()
         return True
 
+    def _job_headers(self, job: Job, headers: List[Tuple[bytes, bytes]]) -> List[Tuple[bytes, bytes]]:
+        """Headers of an answer that tells of a job, with those given, and what lets other origins read them."""
+        headers = [*headers, (JOB_HEADER.lower().encode(), job.id.encode())]
+        names = exposed(name.decode() for name, _ in headers)
+        return [*headers, *((name.lower().encode(), value.encode()) for name, value in names.items())]
+
     async def _tell(self, job: Job, ended: Any, result: Any, headers: List[Tuple[bytes, bytes]]) -> None:
         """The head now, heartbeats while the job waits and runs, and then its result; None is no clean end."""
-        headers += [
-            (JOB_HEADER.lower().encode(), job.id.encode()),
-            (b"access-control-expose-headers", JOB_HEADER.encode()),
-        ]
-        if prefers_async(self.scope):
+        in_time = self.preference.wait is not None and ended.done()
+        if self.preference.respond_async:
+            headers.append((b"preference-applied", self.preference.applied(respond_async=not in_time)))
+        if self.preference.respond_async and not in_time:
             location = path_of(self.scope).rpartition("/")[0] + f"/job/{job.id}"
-            headers += [(b"location", location.encode()), (b"preference-applied", b"respond-async")]
+            headers.append((b"location", location.encode()))
             with contextlib.suppress(OSError):  # then as it was
                 job = await self.tracker.in_pool(self.tracker.get, job.id) or job
             data = as_json(await self.tracker.in_pool(self.tracker.describe, job))
-            await self._start(202, headers)
+            await self._start(202, self._job_headers(job, headers))
             await self._send_all(in_pieces(data))
             return
+        pieces = await self._first(job, result) if ended.done() else None
         gone = asyncio.get_running_loop().create_task(until_gone(self.receive))
         try:
-            await self._start(200, headers)
+            await self._start(200, self._job_headers(job, headers))
             while not ended.done():
                 await self._send_piece(self.encoder.encode(b" ") if self.encoder else b" ")
                 await asyncio.wait({ended, gone}, timeout=HEARTBEAT, return_when=asyncio.FIRST_COMPLETED)
                 if gone.done():
                     return
-            pieces = await result()
+            if pieces is None:
+                pieces = await result()
             if pieces is None:
                 self.valve.cut = True
             else:
@@ -3846,11 +3986,28 @@ class Exchange:
         except OSError as error:
             self.valve.cut = True
             log.error("Job %s: the stored answer cannot be read: %s", job.id, error)
-        except Exception as error:  # of which some layers would make a clean end
-            self.valve.cut, self.valve.error = True, error
-            raise
+        except Exception:  # of which some layers would make a clean end
+            self.valve.cut = True
+            if not gone.done():
+                log.exception("Job %s: Job Tracker failed to give the answer", job.id)
         finally:
             gone.cancel()
+
+    async def _first(self, job: Job, result: Any) -> Iterator[bytes]:
+        """The result of a job that has ended, its first piece made before the head: so a failure has its true status.
+
+        Raises HTTPException if there is none.
+        """
+        applied = [] if self.preference.wait is None else [(b"preference-applied", self.preference.applied(False))]
+        self.valve.error_headers = self._job_headers(job, applied)
+        try:
+            pieces = await result()
+            if pieces is not None:
+                return preceded(await self.tracker.in_pool(next, pieces, b""), pieces)
+            job = await self.tracker.in_pool(self.tracker.get, job.id) or job
+        except OSError as error:
+            raise HTTPException(503, f"The stored answer cannot be read: {error.strerror or error}") from None
+        raise HTTPException(500, job.error or CANCELLED)
 
     async def _start(self, status: int, headers: List[Tuple[bytes, bytes]]) -> None:
         headers += [
@@ -3896,12 +4053,15 @@ class JobSummary(BaseModel):
     timestamp: int = Field(description="when the job was accepted, in Unix seconds")
     ip: Optional[str] = maybe("address of the client")
     started: Optional[float] = maybe("when generation began, in Unix seconds")
-    finished: Optional[float] = maybe("when the job ended, in Unix seconds")
-    error: Optional[str] = maybe("why the job failed, or what is missing of it")
+    finished: Optional[float] = maybe("when the job ended, in Unix seconds; null if its webui ended before it")
+    error: Optional[str] = maybe("why the job failed, what is missing of it, or why its end is not stored yet")
     queue_position: Optional[int] = maybe("while Pending: 1 is next")
     progress: Optional[float] = maybe("while Processing: 0 to 1")
     eta: Optional[float] = maybe("while Processing: seconds that are left, if that can be told")
-    parameters: Optional[Dict[str, Any]] = maybe("as the webui answered; null until Completed")
+    parameters: Optional[Dict[str, Any]] = maybe(
+        "as the webui answered, with a note in the place of each text of more than 1,000 characters, except in a job "
+        "with its images; null until Completed"
+    )
     info: Optional[str] = maybe("JSON text, as the webui answered; null until Completed")
     image_count: int = Field(description="how many images the job has")
 
@@ -3982,9 +4142,11 @@ GENERATION_DOCS = {
         {
             "name": "Prefer",
             "in": "header",
-            "description": "respond-async (RFC 7240): answer 202 with the job when it is accepted",
+            "description": "RFC 7240. respond-async: answer 202 with the job when it is accepted. respond-async, "
+            "wait=N: what ends within N seconds (at most 300) is answered as the webui answers it, with its true "
+            "status, a failure too, and the rest with 202",
             "schema": {"type": "string"},
-            "example": "respond-async",
+            "example": "respond-async, wait=30",
         },
         {
             "name": "Idempotency-Key",
@@ -3998,6 +4160,7 @@ GENERATION_DOCS = {
         "200": {
             "headers": {
                 JOB_HEADER: text_header("the job's ID, while tracking is enabled; sent before generation starts"),
+                "Preference-Applied": text_header("wait=N, of a generation that ended within the N seconds"),
                 "Idempotent-Replayed": text_header("true for a stored answer"),
             }
         },
@@ -4006,7 +4169,7 @@ GENERATION_DOCS = {
             "headers": {
                 JOB_HEADER: text_header("the job's ID"),
                 "Location": text_header("the job's path"),
-                "Preference-Applied": text_header("respond-async"),
+                "Preference-Applied": text_header("respond-async, and wait=N where that was asked for"),
                 "Idempotent-Replayed": text_header("true if the job had ended already"),
             },
             "content": {
@@ -4036,10 +4199,23 @@ class Streamed(StreamingResponse):
             if message["type"] == "http.response.body":
                 begun.set()
 
+        self._begun, self._valve = begun, scope.get(Shell.KEY)  # for `stream_response`, which starlette calls
         try:
             await super().__call__(scope, receive_later, send_and_note)
         finally:
-            self.body_iterator.close()
+            if isinstance(self.body_iterator, FromPool):
+                self.body_iterator.close()
+            else:
+                await self.body_iterator.aclose()
+
+    async def stream_response(self, send: Send) -> None:
+        try:
+            await super().stream_response(send)
+        except Exception as error:
+            if self._valve is None or not self._begun.is_set():  # the head may still become a true status
+                raise
+            self._valve.cut = True  # some layers would make a clean end of it
+            log.error("An answer breaks off: %s", one_line(str(error)))
 
 
 def joined(items: Iterator[bytes]) -> Iterator[bytes]:
@@ -4098,6 +4274,12 @@ class Api:
                 raise HTTPException(404, lost) from None
             raise HTTPException(503, f"The jobs cannot be read or changed: {error.strerror or error}") from None
 
+    @staticmethod
+    def _let_nobody_keep_errors(request: Request) -> None:
+        """A cache may keep a 404 (RFC 9111, 4.2.2), and what is not there now may be there in a moment."""
+        if Shell.KEY in request.scope:
+            request.scope[Shell.KEY].error_headers = [(b"cache-control", b"no-store")]
+
     async def _get(self, job_id: str) -> Job:
         job = await self._run(self.tracker.get, job_id)
         if job is None:
@@ -4109,16 +4291,48 @@ class Api:
         request: Request,
         id: str = Path(description="the job's ID"),
         images: bool = Query(True, description="false leaves the image data out"),
-        wait: float = Query(0, ge=0, le=300, description="seconds to wait for the job's end"),
+        wait: float = Query(
+            0,
+            ge=0,
+            le=300,
+            description="seconds to wait for the job's end; from the 15th on, with white space before the JSON",
+        ),
     ) -> Response:
         """The job as it is now, or, with `wait`, once it has ended."""
+        self._let_nobody_keep_errors(request)
         if wait and ID_FORM.match(id):
-            await self._wait(request, id, wait)
+            await self._wait(request, id, min(wait, HEARTBEAT))
         await self.tracker.settle(id)
         job = await self._get(id)
+        if wait > HEARTBEAT and not job.ended:
+            return self._respond(request, self._wait_on(request, id, images, wait - HEARTBEAT))
+        return self._respond(request, await self._pieces(job, images))
+
+    async def _pieces(self, job: Job, images: bool) -> Iterator[bytes]:
+        """A job as JSON, a piece at a time."""
         if images:
-            return self._respond(request, await self._run(self.tracker.as_json, job))
-        return self._respond(request, in_pieces(as_json(await self._run(self.tracker.describe, job))))
+            return await self._run(self.tracker.as_json, job)
+        return in_pieces(as_json(await self._run(self.tracker.describe, job)))
+
+    async def _wait_on(self, request: Request, job_id: str, images: bool, seconds: float) -> AsyncIterator[bytes]:
+        """White space while the job goes on, and then the job. The head is out: for trouble, the connection is cut."""
+        ended = asyncio.get_running_loop().create_task(self.tracker.wait(job_id, seconds))
+        ended.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # trouble shows when it is read
+        gzip = Gzip() if accepts_gzip(request.scope) else None
+        try:
+            while not ended.done():
+                yield gzip.encode(b" ") if gzip else b" "
+                await asyncio.wait({ended}, timeout=HEARTBEAT)
+            await self.tracker.settle(job_id)
+            pieces = await self._pieces(await self._get(job_id), images)
+            with contextlib.closing(FromPool(self.tracker, gzip.encode_all(pieces) if gzip else pieces)) as made:
+                async for piece in made:
+                    yield piece
+        except (HTTPException, OSError) as error:
+            request.scope[Shell.KEY].cut = True
+            log.warning("Job %s cannot be given to who waited for it: %s", job_id, getattr(error, "detail", error))
+        finally:
+            ended.cancel()
 
     async def _wait(self, request: Request, job_id: str, seconds: float) -> None:
         """Waits for a job's end, unless the client leaves."""
@@ -4148,6 +4362,7 @@ class Api:
         ),
     ) -> Response:
         """Jobs that match all filters. When there are more, the header `Link` with `rel="next"` has the next page."""
+        self._let_nobody_keep_errors(request)
         wanted = Filter(
             ip,
             self._one_of("status", status, STATUSES),
@@ -4177,6 +4392,7 @@ class Api:
             asked = URL("?" + request.scope["query_string"].decode("latin-1"))
             query = asked.include_query_params(cursor=last).query
             response.headers["Link"] = f'<{path_of(request.scope)}?{query}>; rel="next"'
+            response.headers.update(exposed(response.headers))
         return response
 
     async def get_image(
@@ -4186,6 +4402,7 @@ class Api:
         n: int = Path(ge=0, le=999_999, description="the image's number, from 0"),
     ) -> Response:
         """One image of a job as a file."""
+        self._let_nobody_keep_errors(request)
         await self.tracker.settle(id)
         job = await self._get(id)
         if n >= len(job.images):
@@ -4205,6 +4422,7 @@ class Api:
             "X-Content-Type-Options": "nosniff",
             "Vary": "Accept-Encoding",
         }
+        headers.update(exposed(headers))
         known = [tag.strip() for tag in request.headers.get("If-None-Match", "").replace("W/", "").split(",")]
         if headers["ETag"] in known or known == ["*"]:
             return Response(None, 304, headers)
@@ -4225,6 +4443,7 @@ class Api:
     async def cancel_job(self, request: Request, id: str = Path(description="the job's ID")) -> Response:
         """Takes a Pending job out of the queue, or interrupts a Processing one. It ends as Failed, "Cancelled"."""
         await self._end(self.tracker.cancel, id)
+        await self.tracker.settle(id)
         return self._respond(request, in_pieces(as_json(await self._run(self.tracker.describe, await self._get(id)))))
 
     async def delete_job(self, id: str = Path(description="the job's ID")) -> Response:
@@ -4258,12 +4477,17 @@ class Api:
             raise self._invalid(name, "it must be a finite number")
         return value
 
-    def _respond(self, request: Request, pieces: Iterator[bytes]) -> Response:
+    def _respond(self, request: Request, pieces: Union[Iterator[bytes], AsyncIterator[bytes]]) -> Response:
+        """JSON, a piece at a time. What an asynchronous iterator gives is packed already, if it is to be."""
         headers = {"Vary": "Accept-Encoding", "Cache-Control": "no-store"}
-        if accepts_gzip(request.scope):
-            pieces = Gzip().encode_all(pieces)
+        gzip = accepts_gzip(request.scope)
+        if gzip:
             headers["Content-Encoding"] = "gzip"
-        return Streamed(FromPool(self.tracker, pieces), 200, headers, "application/json")
+        if hasattr(pieces, "__anext__"):
+            headers["X-Accel-Buffering"] = "no"  # nginx would keep the head and the white space back until the end
+        else:
+            pieces = FromPool(self.tracker, Gzip().encode_all(pieces) if gzip else pieces)
+        return Streamed(pieces, 200, headers, "application/json")
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -4350,7 +4574,7 @@ class Markup:
             return "Off"
         if at is None:
             return "soon"
-        hours, minutes = divmod(max(int(at - time.time()) // 60, 0), 60)
+        hours, minutes = divmod(max(int(at - time.monotonic()) // 60, 0), 60)
         return f"in {hours} h {minutes:02} min" if hours else f"in {minutes} min"
 
     @staticmethod
@@ -4387,7 +4611,7 @@ class Markup:
         return f'<div class="frame"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>{pages}'
 
     def _row(self, job: Job, is_open: bool) -> str:
-        ran = "" if job.started is None else f"{max((job.finished or time.time()) - job.started, 0):.1f}"
+        seconds = self.tracker.seconds(job)
         cells = {
             "id": f'<button type="button" aria-expanded="{"true" if is_open else "false"}">{job.id}</button>',
             "time": as_time(job.timestamp),
@@ -4395,7 +4619,7 @@ class Markup:
             "status": self._status_of(job),
             "prompt": as_html(job.prompt[: self.ROW_TEXT], self.ROW_TEXT),
             "images": str(len(job.images) or ""),
-            "seconds": ran,
+            "seconds": "" if seconds is None else f"{seconds:.1f}",
             "ip": as_html(job.ip or "", 100),
         }
         row = "".join(f'<td class="{name}">{cell}</td>' for name, cell in cells.items())
@@ -4459,7 +4683,7 @@ class Markup:
             "Client": as_html(job.ip or "", 100),
             "Accepted": as_time(job.timestamp),
             "Waited": as_duration(int(job.started - job.timestamp)) if job.started else "",
-            "Took": as_duration(job.finished - job.started) if job.started and job.finished else "",
+            "Took": as_duration(self.tracker.seconds(job) or 0) if job.started and job.finished else "",
             "Left": as_duration(known["eta"]) if known["eta"] is not None else "",
             "On disk": as_size(job.bytes) if job.bytes else "",
         }
@@ -4659,6 +4883,11 @@ class Tab:
             notes += note(f"Tracking is off: {settings.locked['enabled']} says so.")
         elif not settings.enabled:
             notes += note("Tracking is off: generations leave no job. Enable Tracking takes effect at once.")
+        if settings.trouble:
+            notes += note(f"{settings.trouble}.", "error")
+        if self.tracker.kept_for_clock and not self._purging:
+            kept = f"{self.tracker.kept_for_clock:,} jobs are older than the retention, all from before this start."
+            notes += note(f"{kept} They are kept, since the clock may be wrong. Purge Now removes them.")
         if self._purging:
             notes += note("Purging: old jobs are being removed. All else goes on meanwhile.")
         elif self._purge is not None and self._purge.exception() is not None:
@@ -4919,8 +5148,10 @@ class Extension:
 
     def __init__(self) -> None:
         settings = Settings(EXTENSION_FOLDER, dict(os.environ))
-        self.tracker = Tracker(settings, self._progress, self._interrupt, self._dequeue)
+        self.tracker = Tracker(settings, self._begun, self._progress, self._interrupt, self._dequeue)
         self.trouble: Optional[str] = None  # why generations are not tracked, for the tab
+        self._routes: List[Any] = []  # those that are ours, as they stand in the app
+        self._app: Any = None
 
     def tab(self) -> List[Tuple[Any, str, str]]:
         """`ui_tabs`: the pages beside the host's own."""
@@ -4933,7 +5164,7 @@ class Extension:
             if hasattr(demo, "blocked_paths"):
                 folders = {EXTENSION_FOLDER, self.tracker.settings.data_folder, self.tracker.images.folder}
                 demo.blocked_paths = [*demo.blocked_paths, *folders, *map(os.path.realpath, folders)]
-            self._attach(app)
+            self._attach(app, demo is not None)
         except Unsuitable as reason:
             self.trouble = str(reason)
             log.warning("Generations are not tracked: %s", reason)
@@ -4947,7 +5178,7 @@ class Extension:
         """`script_unloaded`: the webui reloads its scripts."""
         self.tracker.close()
 
-    def _attach(self, app: Any) -> None:
+    def _attach(self, app: Any, has_tab: bool) -> None:
         # Everything is looked up before anything is changed: it is all or nothing.
         routes = [
             (route, type_)
@@ -4977,8 +5208,41 @@ class Extension:
             route.app = Middleware(route.app, type_, self.tracker)
             route.openapi_extra = {**(route.openapi_extra or {}), **GENERATION_DOCS}
         app.openapi_schema = None  # it may have been asked for already
+        self._app, self._routes = app, [route for route, _ in routes]
+        self.tracker.watch = self._watch_routes
         settings = self.tracker.settings
-        log.info("Ready, tracking is %s, jobs are in %s", "on" if settings.enabled else "off", settings.data_folder)
+        state = "on" if settings.enabled else "off"
+        advice = "" if settings.enabled else self._advice(has_tab)
+        log.info("Ready, tracking is %s, jobs are in %s%s", state, settings.data_folder, advice)
+
+    def _advice(self, has_tab: bool) -> str:
+        """How to turn tracking on."""
+        variable = self.tracker.settings.locked.get("enabled")
+        if variable:
+            return f". {variable} turns it off"
+        tab = 'tick Enable Tracking in the tab "Job Tracker", ' if has_tab else ""
+        return f'. To turn it on, {tab}put "enabled": true into config.json, or start with TRACKER_ENABLED=1'
+
+    def _watch_routes(self) -> None:
+        """Notices when an extension that was loaded later has put a route of its own before one of ours."""
+        taken = []
+        for own in self._routes:
+            asked = {"type": "http", "method": "POST", "path": own.path, "root_path": "", "headers": []}
+            try:
+                first = next((route for route in self._app.routes if route.matches(dict(asked))[0] is Match.FULL), None)
+            except Exception:  # a route of a kind that we do not know
+                return
+            if first is not own:
+                module = getattr(getattr(first, "endpoint", None), "__module__", None)
+                who = f"by {module}" if module else "by another extension"
+                taken.append(f"{own.path} was {'removed' if first is None else f'taken away {who}'}")
+        trouble = ", ".join(taken) or None
+        if trouble != self.trouble:
+            self.trouble = trouble
+            if trouble:
+                log.warning("Generations are not tracked any more: %s", trouble)
+            else:
+                log.info("Generations are tracked again")
 
     def _serve_images(self, app: Any) -> None:
         """The API's images once more, for the tab: for everyone whom gradio lets see the page, --api-auth or not."""
@@ -5039,21 +5303,25 @@ class Extension:
             progress.pending_tasks.pop(task, None)
 
     @staticmethod
-    def _progress(since: float) -> Progress:
+    def _begun() -> Any:
+        from modules import shared
+
+        return getattr(shared.state, "time_start", None)
+
+    @classmethod
+    def _progress(cls, begun: Any) -> Progress:
         from modules import shared
 
         try:
             state = shared.state
-            if (state.time_start or 0) < since or state.job_count <= 0:  # the rest is from the generation before
-                return 0.0, None
+            if cls._begun() == begun or state.job_count <= 0:  # the rest is from the generation before
+                return 0.0
             progress = state.job_no / state.job_count
             if state.sampling_steps:
                 progress += state.sampling_step / state.sampling_steps / state.job_count
-            progress = min(max(progress, 0.0), 1.0)
-            passed = time.time() - state.time_start
-            return progress, round(passed / progress - passed, 3) if progress else None
+            return min(max(progress, 0.0), 1.0)
         except (AttributeError, TypeError):
-            return None, None
+            return None
 
     def register(self, callbacks: Any) -> None:
         callbacks.on_ui_tabs(self.tab)

@@ -40,6 +40,7 @@ TESTS = Path(__file__).resolve().parent
 PROJECT = TESTS.parent
 HOST = os.environ.get("WEBUI_HOST", "a1111")
 SHAPE = environment.SHAPES[HOST]
+SERVER = os.environ.get("WEBUI_SERVER", "h11")  # what uvicorn speaks HTTP by: this or httptools
 MODES = ("ui",) if SHAPE == "sdnext" else ("ui", "nowebui")  # SD.Next has no mode without the UI
 MODE_FLAGS: Dict[str, Tuple[str, ...]] = {"ui": ("--api",), "nowebui": ("--nowebui",)}
 QUICK = MODE_FLAGS[MODES[-1]]  # for what is the same in both
@@ -241,6 +242,8 @@ class Webui:
         self.flags = [*flags, "--shape", shape, "--step-time", str(step_time), "--data-dir", str(folder / "webui")]
         if shape == "sdnext":
             self.flags.append("--no-rate-limit")
+        if SERVER == "httptools":
+            self.flags.append("--httptools")
         self.environ = dict(environ or {})
         if tracking == "variable":
             self.environ["TRACKER_ENABLED"] = "1"
@@ -411,6 +414,16 @@ class Webui:
     def send(self, data: Any, kind: str = "txt2img", headers: Optional[Dict[str, str]] = None) -> Sent:
         """A generation request over a raw socket; reads nothing."""
         return Sent(self.port, self.raw(data, kind, headers))
+
+    def send_get(self, path: str, headers: Optional[Dict[str, str]] = None) -> Sent:
+        """A GET request over a raw socket; reads nothing."""
+        fields = {"Host": "localhost", "Connection": "close", **(headers or {})}
+        if self.auth:
+            fields["Authorization"] = next(
+                httpx.BasicAuth(*self.auth).auth_flow(httpx.Request("GET", self.url))
+            ).headers["Authorization"]
+        lines = [f"GET {path} HTTP/1.1", *(f"{name}: {value}" for name, value in fields.items())]
+        return Sent(self.port, "\r\n".join([*lines, "", ""]).encode())
 
     def job(self, job_id: str, wait: Optional[float] = None, images: bool = True) -> Dict[str, Any]:
         params = {"images": str(images).lower()}

@@ -36,7 +36,8 @@ def test(options, pytest_arguments):
     # Paths are as seen from here, while pytest starts in the project's folder, and its options know them from there.
     there = environment.PROJECT
     words = [os.path.relpath(w, there) if os.path.exists(w.split("::")[0]) else w for w in pytest_arguments]
-    return environment.call([python, "-m", "pytest", *words], cwd=environment.PROJECT, env={"WEBUI_HOST": options.host})
+    env = {"WEBUI_HOST": options.host, "WEBUI_SERVER": options.server}
+    return environment.call([python, "-m", "pytest", *words], cwd=environment.PROJECT, env=env)
 
 
 def bench(options, parts):
@@ -77,7 +78,9 @@ def main():
     command.add_argument("--nowebui", action="store_true", help="offer the API only")
     command.add_argument("--once", action="store_true", help="end after the show; the exit status says how it went")
 
-    add_command_on_host(test, "run the tests; every argument not listed here goes to pytest")
+    command = add_command_on_host(test, "run the tests; every argument not listed here goes to pytest")
+    text = "what the webui's server speaks HTTP by (default: h11, as the webuis have it)"
+    command.add_argument("--server", choices=("h11", "httptools"), default="h11", help=text)
 
     command = add_command_on_host(bench, "measure what it costs; parts: requests, http, store, growth (default: all)")
     command.add_argument("--jobs", type=int, default=100_000, help="how many jobs there are (default: 100000)")

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import http.client
 import json
+import shutil
+import socket
+import ssl
+import subprocess
 
 import httpx
 import pytest
 
-from harness import CLOSE, KINDS, body, until
+from harness import CLOSE, KINDS, MODES, QUICK, Sent, body, until
 
 MESSAGE = "CUDA out of memory. Tried to allocate 2.00 GiB"
 
@@ -44,11 +48,61 @@ def test_late_failure_cuts_the_connection(every_webui, kind):
     until(webui.is_idle)
     assert webui.records()[job_id]["error"] == job["error"]
 
-    log = webui.log[log_before:]
-    assert "Traceback" in log and "OutOfMemoryError" in log, "the webui reports it as always"
+    assert_logged_once(webui.log[log_before:], job_id)
+    assert webui.post(body()).status_code == 200, "and the next one is generated"
+
+
+def assert_logged_once(log, job_id):
+    """With the traceback of the webui, and in no way as a crash of the server or of ours."""
     ours = [line for line in log.splitlines() if line.startswith("[Job Tracker]")]
     assert len(ours) == 1 and job_id in ours[0], ours
-    assert webui.post(body()).status_code == 200, "and the next one is generated"
+    assert log.count("Traceback") == 1 and "OutOfMemoryError" in log, log
+    for word in ("Exception in ASGI", "without completing response", "job_tracker.py", "API error"):
+        assert word not in log, log
+
+
+@pytest.mark.parametrize("reset", [False, True])
+def test_failure_of_a_job_whose_client_has_left_is_logged_once(every_webui, reset):
+    webui, gate = every_webui, every_webui.gate()
+    sent = webui.send(body(standin={"hold": gate, "fail": "OutOfMemoryError", "message": MESSAGE}))
+    job_id = sent.job_id()
+    webui.until_status(job_id, "Processing")
+    log_before = len(webui.log)
+    sent.leave(reset)
+    gate.open()
+    assert webui.job(job_id, wait=30)["status"] == "Failed"
+    assert_logged_once(webui.log[log_before:], job_id)
+
+
+def test_failure_of_a_job_for_which_nobody_waits_is_logged_once(every_webui):
+    webui, gate = every_webui, every_webui.gate()
+    request = body(standin={"hold": gate, "fail": "OutOfMemoryError", "message": MESSAGE})
+    job_id = webui.post(request, headers={"Prefer": "respond-async"}).headers["x-job-id"]
+    webui.until_status(job_id, "Processing")
+    log_before = len(webui.log)
+    gate.open()
+    assert webui.job(job_id, wait=30)["status"] == "Failed"
+    assert_logged_once(webui.log[log_before:], job_id)
+
+
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+@pytest.mark.parametrize("status", ["Pending", "Processing"])
+def test_a_cancelled_request_is_one_line_of_the_log(webui, status, version):
+    gate = webui.gate()
+    blocking = webui.send(body(standin={"hold": gate}))
+    webui.until_status(blocking.job_id(), "Processing")
+    data = webui.raw(body(standin={"seconds": 30} if status == "Processing" else None), headers=CLOSE)
+    sent = Sent(webui.port, data.replace(b" HTTP/1.1\r\n", b" HTTP/" + version.encode() + b"\r\n"))
+    job_id = sent.job_id()
+    if status == "Processing":
+        gate.open()
+    webui.until_status(job_id, status)
+    log_before = len(webui.log)
+    webui.client.post(f"/sdapi/v1/job/{job_id}/cancel")
+    assert not ended_cleanly(sent.to_end())
+    assert webui.job(job_id, wait=30)["error"] == "Cancelled"
+    log = [line for line in webui.log[log_before:].splitlines() if "HTTP/1.1" not in line and line]
+    assert log == [f"[Job Tracker] Job {job_id} was cancelled"]
 
 
 @pytest.mark.parametrize("encoding", ["identity", "gzip"])
@@ -87,6 +141,34 @@ def test_failure_when_the_images_are_encoded(webui, held):
     (job_id,) = set(webui.records()) - before
     job = webui.job(job_id, wait=30)
     assert (job["status"], job["error"], job["images"]) == ("Failed", "RuntimeError: no room", [])
+
+
+@pytest.mark.skipif("nowebui" not in MODES, reason="the UI's own server would need a certificate that it trusts")
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+def test_failure_over_tls(start, tmp_path, version):
+    """TLS has a good-bye of its own, which to HTTP/1.0 would be the end of a whole answer."""
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        pytest.skip("openssl is not on this machine")
+    key, certificate = str(tmp_path / "key.pem"), str(tmp_path / "certificate.pem")
+    request = ["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost", "-days", "2"]
+    subprocess.run([openssl, *request, "-keyout", key, "-out", certificate], check=True, stderr=subprocess.DEVNULL)
+    webui = start(*QUICK, "--tls-keyfile", key, "--tls-certfile", certificate)
+    data = webui.raw(body(standin={"seconds": 5, "fail": "ValueError", "fail_after": 0.3}))
+    plain = socket.create_connection(("127.0.0.1", webui.port), 30)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    received, clean = b"", True
+    with context.wrap_socket(plain, suppress_ragged_eofs=False) as connection:
+        connection.sendall(data.replace(b" HTTP/1.1\r\n", b" HTTP/" + version.encode() + b"\r\n"))
+        try:
+            for piece in iter(lambda: connection.recv(65536), b""):
+                received += piece
+        except (ConnectionResetError, ssl.SSLEOFError):
+            clean = False
+    assert b" 200 OK" in received and not ended_cleanly(received)
+    assert version == "1.1" or not clean
+    assert "without completing response" not in webui.log
 
 
 def test_failure_in_the_queue(webui):
@@ -162,6 +244,39 @@ def test_exception_forges_no_line_of_the_log(webui):
     lines = [line for line in webui.our_log() if job_id in line]
     assert len(lines) == 1
     assert "\x1b" not in lines[0] and "oops\\n" in lines[0]
+    assert not [line for line in webui.our_log() if "Ready, tracking is off" in line and job_id not in line]
+    assert "\x1b" not in webui.log
+
+
+def test_an_exception_that_has_no_text(start):
+    """Some extension's may even fail at that. Its job ends all the same."""
+    script = (
+        "from modules import standin\n"
+        "class Mute(RuntimeError):\n"
+        "    def __str__(self):\n"
+        "        raise ValueError\n"
+        "standin.StandIn.error = lambda self: Mute()\n"
+    )
+    webui = start(*QUICK, scripts={"mute": script})
+    gate = webui.gate()
+    sent = webui.send(body(standin={"hold": gate, "fail": "Mute"}))
+    job_id = sent.job_id()
+    webui.until_status(job_id, "Processing")
+    gate.open()
+    assert not ended_cleanly(sent.to_end())
+    job = webui.job(job_id, wait=30)
+    assert (job["status"], job["error"]) == ("Failed", "Mute")
+
+
+def test_who_sees_a_cut_finds_the_job_failed(webui):
+    """So a client that repeats it at once, with another request under the same key, say, is not refused."""
+    for number in range(15):
+        gate, headers = webui.gate(), {"Idempotency-Key": f"cut {number}"}
+        sent = webui.send(body(standin={"hold": gate, "fail": "ValueError"}), headers=headers)
+        webui.until_status(sent.job_id(), "Processing")
+        gate.open()
+        assert not ended_cleanly(sent.to_end())
+        assert webui.post(body("another"), headers=headers).status_code == 200
 
 
 def test_answer_that_is_no_json_is_a_failure(webui):

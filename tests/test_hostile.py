@@ -425,7 +425,12 @@ def test_nothing_forges_a_line_of_the_log(start):
     assert "x\\n[Job Tracker] forged" in lines[-1]
     printable = set(string.printable) - set("\n\r\t\x0b\x0c")
     assert all(set(line) <= printable for line in lines), lines
-    for about in ("TRACKER_RETENTION=", "config.json is broken", "jobs.json is damaged", f"Job {failed_id} failed"):
+    for about in (
+        "TRACKER_RETENTION=",
+        "config.json cannot be read",
+        "jobs.json is damaged",
+        f"Job {failed_id} failed",
+    ):
         assert sum(about in line for line in lines) == 1, (about, lines)
 
 

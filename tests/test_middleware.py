@@ -9,7 +9,7 @@ import threading
 from typing import Any, Awaitable, Callable, Dict, Iterator
 
 import pytest
-from inside import load_script, make_tracker, pixels, until
+from inside import load_script, make_tracker, pixels, until, when_ended
 
 IMAGE = base64.b64encode(pixels("odd", 0)).decode()
 
@@ -81,7 +81,7 @@ def test_an_answer_of_an_odd_shape(script, tracker, name, hide):
         await one.begin()
         return one.job.id
 
-    job = tracker.get(asyncio.run(run()))
+    job = when_ended(tracker, asyncio.run(run()))
     assert job.status == "Completed", job.error
     images = answer["images"] if isinstance(answer["images"], list) else []
     shown = json.loads(b"".join(tracker.as_json(job)))
@@ -177,7 +177,7 @@ def test_the_loop_does_not_wait_for_the_disk_when_a_generation_fails(script, tra
     one: Any = None
     late = threading.Timer(20, disk.release)
     asyncio.run(run())
-    job = tracker.get(one.job.id)
+    job = when_ended(tracker, one.job.id)
     assert (job.status, job.error) == ("Failed", "RuntimeError: the card is gone")
 
 

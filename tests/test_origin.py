@@ -7,7 +7,7 @@ import contextlib
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, Iterator, Optional
+from typing import Any, Dict, Iterator, Optional
 
 import httpx
 import pytest
@@ -105,6 +105,23 @@ class Page:
             request,
         )
 
+    def headers_of(self, method: str, path: str, more: Optional[Dict[str, str]] = None) -> Dict[str, str]:
+        """All headers of an answer that a script gets to know."""
+        return self.driver.execute_async_script(
+            """
+            const [method, path, more, request, tell] = arguments;
+            const options = { method, headers: { ...headers, ...more } };
+            if (method === "POST") options.body = JSON.stringify(request);
+            fetch(`${api}/sdapi/v1/${path}`, options).then(
+              (response) => tell(Object.fromEntries(response.headers)), (error) => tell({ error: String(error) }),
+            );
+            """,
+            method,
+            path,
+            more or {},
+            body(),
+        )
+
     @property
     def job_id(self) -> Optional[str]:
         return self.driver.execute_script("return localStorage.job")
@@ -140,6 +157,29 @@ def test_page_from_elsewhere(driver, start, mode, auth):
 
         wishes = {"seconds": 5, "fail": "ValueError", "fail_after": 0.8}
         assert page.generate_badly(body(standin=wishes)).startswith("TypeError: ")
+
+        check_headers(page)
+
+
+def check_headers(page: Page) -> None:
+    """A script reads each header of ours, on every answer that carries it."""
+    job_id = page.job_id
+    key = {"Idempotency-Key": "of the page"}
+    answers = {
+        "list": page.headers_of("GET", "jobs?limit=1"),
+        "image": page.headers_of("GET", f"job/{job_id}/images/0"),
+        "202": page.headers_of("POST", "txt2img", {**key, "Prefer": "respond-async"}),
+        "in time": page.headers_of("POST", "txt2img", {**key, "Prefer": "respond-async, wait=60"}),
+        "repeat": page.headers_of("POST", "txt2img", key),
+    }
+    assert 'rel="next"' in answers["list"]["link"]
+    assert answers["image"]["etag"] and job_id in answers["image"]["content-disposition"]
+    accepted = answers["202"]
+    assert accepted["location"].endswith(f"/job/{accepted['x-job-id']}")
+    assert accepted["preference-applied"] == "respond-async"
+    assert answers["in time"]["preference-applied"] == "wait=60"
+    assert answers["repeat"]["idempotent-replayed"] == "true"
+    assert {answers[name]["x-job-id"] for name in ("202", "in time", "repeat")} == {accepted["x-job-id"]}
 
 
 def test_page_that_is_not_allowed(driver, start):

@@ -57,8 +57,7 @@ def test_head(webui, alone, kind):
     assert response.status_code == 200
     assert re.fullmatch("[A-Za-z0-9]{8}", response.headers["X-Job-ID"])
     assert response.headers["Content-Type"] == own.headers["Content-Type"] == "application/json"
-    exposed = [name.strip() for name in response.headers["Access-Control-Expose-Headers"].split(",")]
-    assert "X-Job-ID" in exposed
+    assert response.headers["Access-Control-Expose-Headers"] == "X-Job-ID"
     assert response.headers.get("Access-Control-Allow-Origin") == own.headers.get("Access-Control-Allow-Origin")
     ours = {"x-job-id", "access-control-expose-headers", "transfer-encoding", "vary", "x-accel-buffering"}
     assert set(response.headers) - ours == set(own.headers) - {"content-length", "vary"}
@@ -182,7 +181,8 @@ def load_with_a_reader(webui, read):
                     continue
                 before = seen.get(job_id, record)
                 assert STEPS[record["status"]] >= STEPS[before["status"]], (before, record)
-                assert (record["started"] is None) == (record["status"] == "Pending"), record
+                if record["error"] != "Cancelled":  # by another test, perhaps while it waited
+                    assert (record["started"] is None) == (record["status"] == "Pending"), record
                 assert (record["finished"] is None) == (record["status"] in ("Pending", "Processing")), record
                 if record["status"] == "Completed" and before["status"] != "Completed":
                     assert all((webui.data / "images" / name).is_file() for name in record["images"]), record

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import statistics
 import time
+import zlib
 from typing import Any, Dict, List
 
 import pytest
 from conftest import Pool
 
-from harness import MODES, Sent, Webui, body, until
+from harness import MODES, QUICK, Sent, Webui, body, until, with_constant
 
 ASYNC = {"Prefer": "respond-async"}
 SOON = 0.15  # seconds; it is a few milliseconds where nothing else runs
@@ -113,6 +114,98 @@ def test_out_of_bounds(webui, seconds):
 def test_in_bounds(webui, seconds):
     job_id = webui.post(body()).headers["x-job-id"]
     assert webui.job(job_id, wait=seconds)["id"] == job_id
+
+
+# Longer than proxies take silence
+
+# An extension that lets the tracker know no job that has ended, for as long as a file is there.
+FORGETFUL = """
+import os
+from modules import script_loading
+from modules.cmd_args import cmd_opts
+
+module = next(module for path, module in script_loading.loaded_scripts.items() if path.endswith("job_tracker.py"))
+switch = os.path.join(os.path.dirname(cmd_opts.data_dir), "no-more")
+get = module.Tracker.get
+
+def forget(self, job_id):
+    job = get(self, job_id)
+    return None if job is not None and job.ended and os.path.exists(switch) else job
+
+module.Tracker.get = forget
+"""
+
+
+@pytest.fixture(scope="module")
+def often(start_shared: Any) -> Webui:
+    """A webui whose white space comes often."""
+    prepare = with_constant("\nHEARTBEAT = 15.0 ", "\nHEARTBEAT = 0.2 ")
+    return start_shared(*QUICK, prepare=prepare, scripts={"z-forgetful": FORGETFUL})
+
+
+@pytest.mark.parametrize("encoding", ["identity", "gzip"])
+@pytest.mark.parametrize("images", ["true", "false"])
+def test_white_space_while_it_waits(often, images, encoding):
+    job_id = held_job(often)
+    path = f"/sdapi/v1/job/{job_id}?images={images}&wait=60"
+    sent = often.send_get(path, {"Accept-Encoding": encoding})
+    status, headers = sent.head()
+    assert (status, headers["content-type"]) == (200, "application/json")
+    assert headers.get("content-encoding", "identity") == encoding
+    silence = []
+    for _ in range(4):
+        began = time.monotonic()
+        sent.received += sent.socket.recv(65536)
+        silence.append(time.monotonic() - began)
+    assert max(silence) < 2, silence
+    often.gates[-1].open()
+    content = sent.content()
+    content = zlib.decompress(content, 31) if encoding == "gzip" else content
+    assert content.startswith(b"   ")
+    job = json.loads(content)
+    assert job["status"] == "Completed"
+    whole = often.job(job_id, images=images == "true")
+    assert job == whole
+
+
+def test_white_space_until_the_time_is_over(often):
+    job_id = held_job(often)
+    began = time.monotonic()
+    content = often.send_get(f"/sdapi/v1/job/{job_id}?wait=1.1").content()
+    assert 1.1 <= time.monotonic() - began < 5
+    assert content.startswith(b" ") and json.loads(content)["status"] == "Processing"
+
+
+def test_status_is_true_while_it_can_be(often):
+    """What is known before the first byte of white space keeps its status."""
+    answer = often.client.get("/sdapi/v1/job/AAAAAAAA?wait=60")
+    assert answer.status_code == 404
+    job_id = held_job(often)
+    sent = often.send_get(f"/sdapi/v1/job/{job_id}?wait=60")
+    often.gates[-1].open()
+    assert sent.head()[0] == 200
+    assert json.loads(sent.content())["status"] == "Completed"
+
+
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+def test_trouble_after_white_space_is_no_clean_end(often, version):
+    """The job's files are gone with the folder, say: what has begun as 200 is cut, and who asks again is told why."""
+    job_id = held_job(often)
+    request = f"GET /sdapi/v1/job/{job_id}?wait=60 HTTP/{version}\r\nHost: localhost\r\n\r\n"
+    sent = Sent(often.port, request.encode())
+    assert sent.head()[0] == 200
+    log_before = len(often.log)
+    (often.folder / "no-more").touch()
+    try:
+        often.gates[-1].open()
+        received = sent.to_end()
+        assert not received.endswith(b"0\r\n\r\n") and received.partition(b"\r\n\r\n")[2].strip(b" 1\r\n") == b""
+        assert often.client.get(f"/sdapi/v1/job/{job_id}").status_code == 404
+    finally:
+        (often.folder / "no-more").unlink()
+    log = [line for line in often.log[log_before:].splitlines() if "HTTP/1.1" not in line]
+    assert len(log) == 1 and job_id in log[0], log
+    assert often.job(job_id)["status"] == "Completed"
 
 
 def polls(webui: Webui, job_id: str) -> List[float]:

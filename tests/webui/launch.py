@@ -59,6 +59,8 @@ def run_installer(folder):
 def main():
     sys.stdout.reconfigure(line_buffering=True)
     sys.unraisablehook = overlook_gzip
+    if not cmd_opts.httptools:
+        sys.modules.update(httptools=None, uvloop=None)  # uvicorn takes them where they are installed
     os.chdir(ROOT)
     print(f"Python {sys.version}")
     print(f"Version: stand-in, {cmd_opts.shape}")

@@ -17,6 +17,8 @@ add("--gradio-auth", type=str, default=None, help='credentials of the UI: "u1:p1
 add("--cors-allow-origins", type=str, default=None, help="allowed origins, separated by commas")
 add("--cors-allow-origins-regex", type=str, default=None, help="allowed origins as an expression")
 add("--subpath", type=str, default=None, help="path under which a reverse proxy offers this program")
+add("--tls-keyfile", type=str, default=None, help="key for TLS, of the API without the UI")
+add("--tls-certfile", type=str, default=None, help="certificate for TLS, likewise")
 add("--timeout-keep-alive", type=int, default=30, help="seconds an idle connection is kept")
 add("--skip-install", action="store_true", help="do not run the extensions' install.py")
 add("--data-dir", type=str, default=None, help="folder for settings and saved images; else a new temporary one")
@@ -27,6 +29,7 @@ standin = parser.add_argument_group("stand-in only")
 add = standin.add_argument
 add("--shape", choices=("a1111", "forge", "sdnext"), default="a1111", help="which of the family to behave like")
 add("--extension", action="append", default=[], metavar="DIR", help="folder of an extension; repeatable")
+add("--httptools", action="store_true", help="serve by httptools and uvloop, which the program does not bring along")
 add("--step-time", type=float, default=0.05, metavar="SECONDS", help="duration of a sampling step")
 
 sdnext = parser.add_argument_group("SD.Next's own, with --shape sdnext")

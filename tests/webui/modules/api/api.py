@@ -75,7 +75,13 @@ class Api(Endpoints, Generation):
 
     def launch(self, port, root_path):
         config = uvicorn.Config(
-            self.app, host="127.0.0.1", port=port, timeout_keep_alive=cmd_opts.timeout_keep_alive, root_path=root_path
+            self.app,
+            host="127.0.0.1",
+            port=port,
+            timeout_keep_alive=cmd_opts.timeout_keep_alive,
+            root_path=root_path,
+            ssl_keyfile=cmd_opts.tls_keyfile,
+            ssl_certfile=cmd_opts.tls_certfile,
         )
         Server(config).run()
 

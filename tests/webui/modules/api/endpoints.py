@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import sys
 import threading
 import time
 
@@ -149,6 +150,11 @@ async def threads():
     }
 
 
+def modules():
+    """The names of all modules that are loaded."""
+    return [name for name, module in sys.modules.items() if module is not None]
+
+
 def reload_ui():
     """What the footer's button does."""
     shared.state.request_restart()
@@ -158,4 +164,5 @@ def reload_ui():
 def add_standin_routes(app):
     app.add_api_route("/standin/empty", empty, methods=["GET"])
     app.add_api_route("/standin/threads", threads, methods=["GET"])
+    app.add_api_route("/standin/modules", modules, methods=["GET"])
     app.add_api_route("/standin/reload", reload_ui, methods=["POST"])
