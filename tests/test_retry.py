@@ -12,8 +12,11 @@ import shutil
 import socket
 import subprocess
 import threading
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import pytest
@@ -22,6 +25,7 @@ from conftest import Pool, Start
 from harness import AUTH, MODES, QUICK, RESET, SECONDS, TESTS, UNKNOWN, UNKNOWN_STATUS, Webui, body
 
 CLIENTS = TESTS / "clients"
+HASTE = 20  # how many times shorter than their own the clients' pauses are here
 
 IN_NODE = """
 import { generate } from %s;
@@ -125,8 +129,8 @@ def bad_line(webui: Webui, places: Tuple[str, ...] = BadLine.PLACES) -> Iterator
         line.close()
 
 
-def requests_of(client: str) -> List[Dict[str, Any]]:
-    return [body(f"for {client}, {number}", seed=-1, save_images=True) for number in range(40)]
+def requests_of(client: str, count: int = 40) -> List[Dict[str, Any]]:
+    return [body(f"for {client}, {number}", seed=-1, save_images=True) for number in range(count)]
 
 
 def saved(webui: Webui) -> int:
@@ -151,6 +155,7 @@ def load_retry() -> Any:
     spec = importlib.util.spec_from_file_location("retry", CLIENTS / "retry.py")
     retry = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(retry)
+    retry.time = SimpleNamespace(sleep=lambda seconds: time.sleep(seconds / HASTE))
     return retry
 
 
@@ -188,22 +193,27 @@ def authorization(webui: Webui) -> Dict[str, str]:
     return {"Authorization": "Basic " + base64.b64encode(":".join(webui.auth).encode()).decode()}
 
 
-def in_node(url: str, requests: List[Dict[str, Any]], headers: Dict[str, str]) -> "subprocess.CompletedProcess[str]":
-    script = IN_NODE % json.dumps((CLIENTS / "retry.mjs").as_uri())
+def in_node(
+    folder: Path, url: str, requests: List[Dict[str, Any]], headers: Dict[str, str]
+) -> "subprocess.CompletedProcess[str]":
+    client = (CLIENTS / "retry.mjs").read_text(encoding="utf-8")
+    assert client.count("seconds * 1000") == 1
+    (folder / "retry.mjs").write_text(client.replace("seconds * 1000", f"seconds * {1000 // HASTE}"), encoding="utf-8")
+    script = IN_NODE % json.dumps((folder / "retry.mjs").as_uri())
     command = [node(), "--input-type=module", "--eval", script, json.dumps([url, requests, headers])]
     return subprocess.run(command, capture_output=True, encoding="utf-8", timeout=180)
 
 
-def test_javascript_while_nothing_is_tracked(off):
-    done = in_node(off.url, [body()], authorization(off))
+def test_javascript_while_nothing_is_tracked(off, tmp_path):
+    done = in_node(tmp_path, off.url, [body()], authorization(off))
     assert done.returncode and "not tracked" in done.stderr
 
 
-def test_javascript(webui):
+def test_javascript(webui, tmp_path):
     headers = authorization(webui)
 
     def generate(*requests: Dict[str, Any]) -> "subprocess.CompletedProcess[str]":
-        return in_node(line.url, list(requests), headers)
+        return in_node(tmp_path, line.url, list(requests), headers)
 
     requests, before = requests_of("node"), saved(webui)
     # Not "at once": that can leave node's fetch waiting, until the client gives up a minute later.
@@ -217,3 +227,41 @@ def test_javascript(webui):
         assert done.returncode and str(UNKNOWN_STATUS) in done.stderr
         done = generate(FAILING)
         assert done.returncode and "OutOfMemoryError" in done.stderr
+
+
+IN_BASH = f"""
+set -euo pipefail
+sleep() {{ command sleep "$(jq -n "$1 / {HASTE}")"; }}
+source {CLIENTS}/retry.sh
+generate "$@"
+"""
+
+
+def in_bash(url: str, request: Dict[str, Any], *options: str) -> "subprocess.CompletedProcess[str]":
+    for program in ("bash", "curl", "jq"):
+        if shutil.which(program) is None:
+            pytest.skip(f"{program} is not on this machine")
+    command = ["bash", "-c", IN_BASH, "bash", url, json.dumps(request), *options]
+    return subprocess.run(command, capture_output=True, encoding="utf-8", timeout=180)
+
+
+def test_bash_while_nothing_is_tracked(off):
+    done = in_bash(off.url, body(), "-u", ":".join(off.auth))
+    assert done.returncode and "not tracked" in done.stderr and not done.stdout
+
+
+def test_bash(webui):
+    requests, before = requests_of("bash", 12), saved(webui)
+    with bad_line(webui) as line, ThreadPoolExecutor(6) as executor:
+
+        def generate(request: Dict[str, Any]) -> "subprocess.CompletedProcess[str]":
+            return in_bash(line.url, request, "-u", ":".join(webui.auth))
+
+        done = list(executor.map(generate, requests))
+        assert not any(it.returncode for it in done), [it.stderr for it in done]
+        check(webui, line, requests, [json.loads(it.stdout) for it in done])
+        assert saved(webui) - before == len(requests)
+
+        refused, failed = generate(REFUSED), generate(FAILING)
+        assert refused.returncode and str(UNKNOWN_STATUS) in refused.stderr and not refused.stdout
+        assert failed.returncode and "OutOfMemoryError" in failed.stderr and not failed.stdout
