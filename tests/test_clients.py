@@ -15,6 +15,7 @@ import shutil
 import socket
 import subprocess
 import urllib.request
+from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional
 
 import httpx
@@ -24,6 +25,7 @@ from harness import MODE_FLAGS, MODES, PROJECT, RESET, Gate, Proxy, Webui, body,
 
 CASES = ("success", "refusal", "failure", "cut")
 IMAGE = "the images"
+BLANK = "only white space"
 
 
 def seen_by_readme() -> Dict[str, List[str]]:
@@ -99,6 +101,21 @@ def always_on(request, missing):
 
 generation.always_on = always_on
 """
+
+# Programs that take a cut for the end of the answer. Each prints, as JSON, what its user gets.
+UNAWARE = {
+    "PHP file_get_contents": (
+        ["php", "-r"],
+        "$http = ['method' => 'POST', 'header' => 'Content-Type: application/json', 'content' => $argv[2]];"
+        "echo json_encode(@file_get_contents($argv[1], false, stream_context_create(['http' => $http])));",
+    ),
+    "Perl LWP": (
+        ["perl", "-MLWP::UserAgent", "-MJSON::PP", "-e"],
+        "my $response = LWP::UserAgent->new->post($ARGV[0], Content_Type => 'application/json', Content => $ARGV[1]);"
+        "print encode_json([$response->is_success ? $response->content : 0 + $response->code]);",
+    ),
+}
+WGET = "wget --tries=1"
 
 
 class Cut(Proxy):
@@ -260,7 +277,7 @@ def check_kept(site: Webui, cut: Cut, case: Case, clients: int = 1) -> None:
 
 
 def test_every_client_of_the_table_is_tried():
-    assert set(SEEN) == {"curl", *PYTHON, "fetch in Node", "axios", "stable-diffusion-api"}
+    assert set(SEEN) == {"curl", *PYTHON, "fetch in Node", "axios", "stable-diffusion-api", *UNAWARE, WGET}
 
 
 @pytest.mark.parametrize("client", PYTHON)
@@ -294,6 +311,56 @@ def test_curl(site, cut, case):
     check_kept(site, cut, case)
 
 
+@pytest.mark.parametrize("client", UNAWARE)
+def test_programs_that_know_no_cut(site, cut, case, client):
+    (program, *options), source = UNAWARE[client]
+    if shutil.which(program) is None:
+        pytest.skip(f"{program} is not on this machine")
+    trial = [program, *options, "1" if program == "perl" else "1;"]
+    if subprocess.run(trial, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode:
+        pytest.skip(f"this {program} has no {client}")
+    command = [program, *options, source, f"{case.url}/sdapi/v1/txt2img", json.dumps(case.request)]
+    done = subprocess.run(command, capture_output=True, timeout=60)
+    assert done.returncode == 0, done.stderr.decode()
+    got = json.loads(done.stdout)
+    got = got[0] if isinstance(got, list) else got
+    if isinstance(got, str):
+        seen = in_words(json.loads(got)["images"]) if got.strip() else BLANK
+    else:
+        seen = "false" if got is False else f"status {got}"
+    assert seen == SEEN[client][CASES.index(case.name)]
+    check_kept(site, cut, case)
+
+
+def wget(case: Case, *options: str, **more: Any) -> subprocess.Popen[bytes]:
+    program = shutil.which("wget")
+    if program is None:
+        pytest.skip("wget is not on this machine")
+    head, data = "--header=Content-Type: application/json", f"--post-data={json.dumps(case.request)}"
+    return subprocess.Popen([program, *options, "-qO-", head, data, f"{case.url}/sdapi/v1/txt2img"], **more)
+
+
+def test_wget(site, cut, case):
+    process = wget(case, *WGET.split()[1:], stdout=subprocess.PIPE)
+    answer, _ = process.communicate(timeout=60)
+    seen = f"exits with {process.returncode}" if process.returncode else in_words(json.loads(answer)["images"])
+    assert seen == SEEN[WGET][CASES.index(case.name)]
+    check_kept(site, cut, case)
+
+
+def test_wget_repeats(site):
+    """Unless it is told to try once."""
+    until(site.is_idle)
+    known = len(site.jobs(limit=1000))
+    wishes = {"seconds": 5, "fail": "OutOfMemoryError", "fail_after": 0.5}
+    process = wget(Case("failure", site.url, body(standin=wishes), None), "--waitretry=0", stdout=subprocess.DEVNULL)
+    try:
+        until(lambda: len(site.jobs(limit=1000)) >= known + 3, what="a third generation")
+    finally:
+        process.kill()
+        process.wait()
+
+
 def run_node(folder: Any, source: str, case: Case) -> Dict[str, str]:
     (folder / "client.mjs").write_text(source + TELL)
     command = [shutil.which("node"), "client.mjs", case.url, json.dumps(case.request)]
@@ -312,14 +379,17 @@ def need_node() -> None:
 
 
 @pytest.fixture(scope="module")
-def npm_folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A folder with the packages from npm."""
+def npm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return npm_install(tmp_path_factory.mktemp("npm"), PACKAGES)
+
+
+def npm_install(folder: Path, packages: Dict[str, Any]) -> Path:
+    """Makes it a folder with packages from npm."""
     need_node()
     npm = shutil.which("npm")
     if npm is None:
         pytest.skip("npm is not on this machine")
-    folder = tmp_path_factory.mktemp("npm")
-    (folder / "package.json").write_text(json.dumps(PACKAGES))
+    (folder / "package.json").write_text(json.dumps(packages))
     command = [npm, "install", "--no-audit", "--no-fund", "--ignore-scripts", "--cache", str(folder / "cache")]
     done = subprocess.run(
         command, cwd=str(folder), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "CI": "1"}

@@ -1,61 +1,251 @@
-"""Behind a real nginx, which cuts what is silent, speaks HTTP/1.0 to the webui by default, and collects responses."""
+"""Behind real proxies: which of them pass on the head, the white space and a failure, as the README has it in a table.
+
+nginx is looked at more closely: it cuts what is silent, speaks HTTP/1.0 to the webui by default, and collects
+responses.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
+import sys
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Tuple
+from string import Template
+from typing import Any, Callable, Dict, Iterator, NamedTuple, Tuple
 
 import pytest
 import requests
+from test_clients import npm_install
+from test_readme import names, snippets, table
 
-from harness import MODE_FLAGS, MODES, Sent, Webui, body, free_port, until, with_constant
+from harness import MODE_FLAGS, MODES, SECONDS, Sent, Webui, body, free_port, until, with_constant
 
-SILENCE = 20  # seconds after which this nginx cuts
-DEFAULT, NEWER = "", "proxy_http_version 1.1;"  # to the webui it speaks HTTP/1.0 unless it is told
+IS_ROOT = hasattr(os, "geteuid") and os.geteuid() == 0
+SILENCE = 20  # seconds after which nginx cuts here
+# To the webui it speaks HTTP/1.0 unless it is told otherwise.
+HTTP_1_0 = f"proxy_read_timeout {SILENCE}s;"
+HTTP_1_1 = f"proxy_read_timeout {SILENCE}s; proxy_http_version 1.1;"
+
+
+class ReverseProxy(NamedTuple):
+    """A program that stands before a webui. `$port`, `$webui` (its port), `$folder` and `$setting` are filled in."""
+
+    program: str
+    package: str  # of Debian and Ubuntu
+    version: Tuple[str, ...]  # what it is to be asked for its version
+    start: Tuple[str, ...]  # stays in the foreground
+    config: str
+
+
+NGINX = ReverseProxy(
+    "nginx",
+    "nginx-light",
+    ("-v",),
+    ("-c", "$folder/config"),
+    f"daemon off; pid $folder/pid; error_log stderr; worker_processes 1; {'user root;' if IS_ROOT else ''}\n"
+    "events {}\n"
+    "http {\n"
+    "  access_log off; client_body_temp_path $folder; proxy_temp_path $folder; fastcgi_temp_path $folder;\n"
+    "  uwsgi_temp_path $folder; scgi_temp_path $folder;\n"
+    "  server { listen 127.0.0.1:$port; location / { proxy_pass http://127.0.0.1:$webui; $setting } }\n"
+    "}\n",
+)
+
+HAPROXY = ReverseProxy(
+    "haproxy",
+    "haproxy",
+    ("-v",),
+    ("-db", "-f", "$folder/config"),
+    "defaults\n"
+    "  mode http\n"
+    "  timeout connect 5s\n"
+    "  timeout client 60s\n"
+    "  timeout server 60s\n"
+    "listen webui\n"
+    "  bind 127.0.0.1:$port\n"
+    "  $setting\n"
+    "  server webui 127.0.0.1:$webui\n",
+)
+
+APACHE = ReverseProxy(
+    "apache2",
+    "apache2-bin",
+    ("-v",),
+    ("-DFOREGROUND", "-f", "$folder/config"),
+    "ServerRoot $folder\n"
+    "ServerName localhost\n"
+    "DefaultRuntimeDir $folder\n"
+    "PidFile $folder/pid\n"
+    "ErrorLog $folder/error.log\n"
+    "Listen 127.0.0.1:$port\n"
+    + "".join(
+        f"LoadModule {it}_module /usr/lib/apache2/modules/mod_{it}.so\n"
+        for it in ("mpm_event", "authz_core", "proxy", "proxy_http")
+    )
+    + ("User www-data\nGroup www-data\n" if IS_ROOT else "")
+    + "ProxyPass / http://127.0.0.1:$webui/\n$setting\n",
+)
+
+VARNISH = ReverseProxy(
+    "varnishd",
+    "varnish",
+    ("-V",),
+    ("-F", "-j", "none", "-a", "127.0.0.1:$port", "-f", "$folder/config", "-n", "$folder/varnish"),
+    'vcl 4.1;\nbackend webui { .host = "127.0.0.1"; .port = "$webui"; }\n$setting\n',
+)
+
+LIGHTTPD = ReverseProxy(
+    "lighttpd",
+    "lighttpd",
+    ("-v",),
+    ("-D", "-f", "$folder/config"),
+    'server.document-root = "$folder"\n'
+    'server.bind = "127.0.0.1"\n'
+    "server.port = $port\n"
+    'server.modules = ("mod_proxy")\n'
+    'proxy.server = ("" => (("host" => "127.0.0.1", "port" => $webui)))\n'
+    "$setting\n",
+)
+
+CADDY = ReverseProxy(
+    "caddy",
+    "caddy",
+    ("version",),
+    ("run", "--config", "$folder/config", "--adapter", "caddyfile"),
+    "{\n"
+    "  admin off\n"
+    "  auto_https off\n"
+    "}\n"
+    "http://127.0.0.1:$port {\n"
+    "  reverse_proxy 127.0.0.1:$webui {\n"
+    "    $setting\n"
+    "  }\n"
+    "}\n",
+)
+
+HTTP_PROXY = ReverseProxy(
+    "node",
+    "nodejs",
+    ("-p", "require('$folder/node_modules/http-proxy/package.json').version"),
+    ("$folder/config.mjs",),
+    'import httpProxy from "http-proxy";\n'
+    'httpProxy.createProxyServer({ target: "http://127.0.0.1:$webui", $setting }).listen($port, "127.0.0.1");\n',
+)
+
+PROXIES = {
+    "nginx": NGINX,
+    "HAProxy": HAPROXY,
+    "Apache": APACHE,
+    "Varnish": VARNISH,
+    "lighttpd": LIGHTTPD,
+    "Caddy": CADDY,
+    "http-proxy for Node": HTTP_PROXY,
+}
+NPM_PACKAGES = {"private": True, "dependencies": {"http-proxy": "1.18.1"}}
+
+
+class Row(NamedTuple):
+    """What the README says of a proxy."""
+
+    version: str
+    head: str
+    white_space: str
+    failure: str
+    needs: str
+    tells_address: str
+
+    @property
+    def setting(self) -> str:
+        return (names(self.needs) or [""])[0]
+
+
+def rows() -> Dict[str, Row]:
+    found = {}
+    for proxy, *cells in table("nginx"):
+        name, version = proxy.rsplit(" ", 1)
+        found[name] = Row(version, *cells)
+    return found
+
+
+ROWS = rows()
+YES, NO = "yes", "no"
+CUT, CLEAN, SILENT = "a cut", "a clean end", "silence"
+
+
+def find(proxy: ReverseProxy) -> str:
+    program = shutil.which(proxy.program, path=f"{os.environ['PATH']}:/usr/sbin")
+    if program is None:
+        pytest.skip(f"{proxy.program} is not on this machine (on Debian and Ubuntu: apt install {proxy.package})")
+    return program
+
+
+@pytest.fixture(scope="module")
+def node_modules(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return npm_install(tmp_path_factory.mktemp("npm"), NPM_PACKAGES) / "node_modules"
+
+
+Prepare = Callable[[str], Path]
+
+
+@pytest.fixture(scope="module")
+def prepare(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Prepare:
+    """Makes a folder in which a proxy can start. Skips the test if the README speaks of another version of it."""
+
+    def make_folder(name: str) -> Path:
+        folder, proxy = tmp_path_factory.mktemp("proxy"), PROXIES[name]
+        if proxy is HTTP_PROXY:
+            (folder / "node_modules").symlink_to(request.getfixturevalue("node_modules"))
+        words = [Template(word).substitute(folder=folder) for word in proxy.version]
+        told = subprocess.run([find(proxy), *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT).stdout.decode()
+        version = re.search(r"\d+(\.\d+)+", told).group()
+        if not f"{version}.".startswith(f"{ROWS[name].version}."):
+            pytest.skip(f"the README is about version {ROWS[name].version}, and this is {version}")
+        return folder
+
+    return make_folder
 
 
 @contextlib.contextmanager
-def nginx(folder: Path, *upstreams: Tuple[Webui, str]) -> Iterator[List[int]]:
-    """One proxy for each webui, with more of its settings. Gives their ports."""
-    program = shutil.which("nginx")
-    if program is None:
-        pytest.skip("nginx is not on this machine (on Debian and Ubuntu: apt install nginx-light)")
-    ports = [free_port() for _ in upstreams]
-    servers = "".join(
-        f"server {{ listen 127.0.0.1:{port}; location / {{\n"
-        f"  proxy_pass {webui.url}; proxy_read_timeout {SILENCE}s; {more} }} }}\n"
-        for port, (webui, more) in zip(ports, upstreams)
-    )
-    paths = "".join(f"{name}_temp_path {folder};\n" for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
-    log = folder / "nginx.log"
-    config = f"daemon off; pid {folder}/nginx.pid; error_log {log}; worker_processes 1;\n"
-    if hasattr(os, "geteuid") and os.geteuid() == 0:
-        config += "user root;\n"
-    config += f"events {{}}\nhttp {{ access_log off;\n{paths}{servers}}}\n"
-    (folder / "nginx.conf").write_text(config)
-    process = subprocess.Popen([program, "-c", str(folder / "nginx.conf")], stderr=subprocess.DEVNULL)
+def running(proxy: ReverseProxy, webui: Webui, folder: Path, setting: str = "") -> Iterator[int]:
+    """A proxy before a webui. Gives its port."""
+    port = free_port()
+    values = {"port": port, "webui": webui.port, "folder": folder, "setting": setting}
+    for name in ("config", "config.mjs"):  # Node goes by the ending
+        (folder / name).write_text(Template(proxy.config).substitute(values))
+    command = [find(proxy), *(Template(word).substitute(values) for word in proxy.start)]
+    log = folder / "proxy.log"
+    environ = {**os.environ, "HOME": str(folder), "XDG_DATA_HOME": str(folder), "XDG_CONFIG_HOME": str(folder)}
+    with log.open("wb") as file:
+        process = subprocess.Popen(command, env=environ, stdin=subprocess.DEVNULL, stdout=file, stderr=file)
 
-    def listens(port: int) -> bool:
-        assert process.poll() is None, log.read_text()
+    def listens() -> bool:
+        assert process.poll() is None, log.read_text(errors="replace")
         with socket.socket() as probe:
             return probe.connect_ex(("127.0.0.1", port)) == 0
 
     try:
-        for port in ports:
-            until(lambda port=port: listens(port), what="nginx listens")
-        yield ports
+        until(listens, what=f"{proxy.program} listens")
+        yield port
     finally:
         process.terminate()
         process.wait(10)
+
+
+class Front(NamedTuple):
+    """A proxy that runs before the webui of these tests."""
+
+    name: str
+    port: int
+    row: Row
 
 
 @pytest.fixture(scope="module")
@@ -64,58 +254,261 @@ def site(start_shared: Any) -> Webui:
     return start_shared(*MODE_FLAGS[MODES[-1]], prepare=with_constant("\nHEARTBEAT = 15.0 ", "\nHEARTBEAT = 0.1 "))
 
 
+@pytest.fixture(scope="module", params=PROXIES)
+def front(request: pytest.FixtureRequest, site: Webui, prepare: Prepare) -> Iterator[Front]:
+    """Each proxy, with the setting that it needs by the README."""
+    row = ROWS[request.param]
+    with running(PROXIES[request.param], site, prepare(request.param), row.setting) as port:
+        yield Front(request.param, port, row)
+
+
 @pytest.fixture(scope="module")
-def proxies(site: Webui, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dict[str, int]]:
-    with nginx(tmp_path_factory.mktemp("nginx"), (site, DEFAULT), (site, NEWER)) as ports:
-        yield dict(zip(("1.0", "1.1"), ports))
+def nginx(site: Webui, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dict[str, int]]:
+    """nginx with each HTTP that it speaks to the webui: port by version."""
+    with contextlib.ExitStack() as stack:
+        yield {
+            version: stack.enter_context(running(NGINX, site, tmp_path_factory.mktemp("nginx"), setting))
+            for version, setting in (("1.0", HTTP_1_0), ("1.1", HTTP_1_1))
+        }
 
 
-@pytest.mark.parametrize("encoding", ["identity", "gzip"])
-@pytest.mark.parametrize("version", ["1.0", "1.1"])
-def test_head_and_white_space_pass_at_once(site, proxies, version, encoding):
-    """With nginx as it comes, whichever HTTP it speaks to the webui."""
+# What each passes on
+
+
+def test_every_proxy_of_the_table_is_tried():
+    assert set(ROWS) == set(PROXIES)
+    failures = {row.failure for row in ROWS.values()}
+    assert failures == {CUT, CLEAN, SILENT}, "the text below the table explains these"
+
+
+def while_it_waits(site: Webui, port: int, encoding: str, row: Row) -> Tuple[str, str]:
+    """Whether the head and white space come before the generation ends. What then comes must be the answer."""
     gate = site.gate()
-    url = f"http://127.0.0.1:{proxies[version]}/sdapi/v1/txt2img"
-    request = body(standin={"hold": str(gate.path)})
+    request = {"json": body(standin={"hold": str(gate.path)}), "headers": {"Accept-Encoding": encoding}}
+    patience = 30 if (row.head, row.white_space) == (YES, YES) else 1.5
+    try:
+        response = requests.post(f"http://127.0.0.1:{port}/sdapi/v1/txt2img", stream=True, timeout=patience, **request)
+    except requests.ReadTimeout:
+        gate.open()
+        until(site.is_idle)
+        return NO, NO
+    white_space = NO
     decoder, decoded = zlib.decompressobj(31), b""
-    with requests.post(url, json=request, headers={"Accept-Encoding": encoding}, stream=True, timeout=30) as response:
+    with response:
         job_id = response.headers["X-Job-ID"]
         assert response.headers.get("Content-Encoding", "identity") == encoding
-        assert "X-Accel-Buffering" not in response.headers, "that was for nginx"
+        if "nginx" in response.headers["Server"]:
+            assert "X-Accel-Buffering" not in response.headers, "that was for it"
         for piece in response.raw.stream(65536, decode_content=False):
             decoded += decoder.decompress(piece) if encoding == "gzip" else piece
             if not gate.path.exists():
                 assert decoded == b" " * len(decoded)
                 if len(decoded) >= 4:
+                    white_space = YES
                     gate.open()
     assert json.loads(decoded)["images"] == site.job(job_id, wait=30)["images"]
+    return YES, white_space
+
+
+def end_of_a_failure(site: Webui, port: int, encoding: str, row: Row) -> str:
+    """What a client sees of a generation that fails while it waits."""
+    gate = site.gate()
+    request = body(standin={"hold": str(gate.path), "fail": "ValueError", "message": "no"})
+    sent = Sent(port, site.raw(request, headers={"Accept-Encoding": encoding}))
+    try:
+        job_id = sent.job_id()
+        site.until_status(job_id, "Processing")
+        gate.open()
+        assert site.job(job_id, wait=30)["error"] == "ValueError: no"
+        sent.socket.settimeout(2 if row.failure == SILENT else 30)
+        content = sent.content()
+    except ConnectionError:
+        return CUT
+    except socket.timeout:
+        return SILENT
+    finally:
+        sent.leave()
+    if encoding == "gzip":
+        content = zlib.decompressobj(31).decompress(content)
+    assert content == b" " * len(content)
+    return CLEAN
+
+
+def early_answer_is_kept(site: Webui, port: int) -> bool:
+    """Whether a proxy goes on answering as the webui did when the job had no image yet."""
+    gate = site.gate()
+    job_id = site.send(body(standin={"hold": str(gate.path)})).job_id()
+    job, image = f"http://127.0.0.1:{port}/sdapi/v1/job/{job_id}", f"/sdapi/v1/job/{job_id}/images/0"
+    assert requests.get(job).json()["status"] in ("Pending", "Processing")
+    assert requests.get(f"http://127.0.0.1:{port}{image}").status_code == 404
+    gate.open()
+    assert site.job(job_id, wait=30)["status"] == "Completed"
+    answers = requests.get(job), requests.get(f"http://127.0.0.1:{port}{image}")
+    return answers[0].json()["status"] != "Completed" or answers[1].status_code != 200
+
+
+def waits_without_silence(site: Webui, port: int, encoding: str) -> bool:
+    """Whether a client that waits for a job gets the head and the white space at once, and in the end the job."""
+    gate = site.gate()
+    job_id = site.send(body(standin={"hold": str(gate.path)})).job_id()
+    head = f"GET /sdapi/v1/job/{job_id}?images=false&wait=60 HTTP/1.1"
+    fields = f"Host: 127.0.0.1:{port}\r\nConnection: close\r\nAccept-Encoding: {encoding}"
+    sent = Sent(port, f"{head}\r\n{fields}\r\n\r\n".encode())
+    sent.socket.settimeout(2)  # white space is sent ten times a second
+    try:
+        assert sent.head()[0] == 200
+        for _ in range(4):
+            sent.received += sent.socket.recv(65536)
+    except socket.timeout:
+        return False
+    finally:
+        gate.open()
+    sent.socket.settimeout(SECONDS)
+    content = sent.content()
+    job = json.loads(zlib.decompress(content, 31) if encoding == "gzip" else content)
+    assert (job["id"], job["status"]) == (job_id, "Completed")
+    return True
+
+
+@pytest.mark.parametrize("encoding", ["identity", "gzip"])
+def test_waiting_for_a_job(site, front, encoding):
+    assert waits_without_silence(site, front.port, encoding)
+
+
+@pytest.mark.parametrize("encoding", ["identity", "gzip"])
+def test_waiting(site, front, encoding):
+    assert while_it_waits(site, front.port, encoding, front.row) == (front.row.head, front.row.white_space)
+
+
+@pytest.mark.parametrize("encoding", ["identity", "gzip"])
+def test_failure(site, front, encoding):
+    assert end_of_a_failure(site, front.port, encoding, front.row) == front.row.failure
+
+
+def test_nothing_is_answered_from_before(site, front):
+    assert not early_answer_is_kept(site, front.port)
+
+
+def test_refusal_passes(site, front):
+    data = b'{"steps": "many"}'
+    own = requests.post(f"{site.url}/sdapi/v1/txt2img", data=data)
+    response = requests.post(f"http://127.0.0.1:{front.port}/sdapi/v1/txt2img", data=data)
+    assert (response.status_code, response.content) == (own.status_code, own.content)
+    assert response.status_code == 422 and "X-Job-ID" not in response.headers
+
+
+@pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.setting])
+def test_setting_is_needed(site, prepare, name):
+    """Without it the row would not be true."""
+    impatient = ROWS[name]._replace(head=NO)
+    with running(PROXIES[name], site, prepare(name)) as port:
+        passed = while_it_waits(site, port, "identity", impatient)
+        assert passed == (NO, NO) or not waits_without_silence(site, port, "identity")
+
+
+def test_nothing_early_is_kept(site, front):
+    """A 404 of an image that is not made yet, say, by a proxy that is a cache, too."""
+    assert not early_answer_is_kept(site, front.port)
+
+
+@pytest.mark.parametrize("failure", [CUT, CLEAN, SILENT])
+def test_the_program_of_the_readme_knows_a_failure(site, prepare, tmp_path, failure):
+    """Whatever becomes of it on its way."""
+    name = next(name for name, row in ROWS.items() if row.failure == failure)
+    (program,) = [it.text for it in snippets() if "def generate(request):" in it.text]
+    wishes = {"seconds": 5, "fail": "OutOfMemoryError", "fail_after": 0.8}
+    request = json.dumps({"Stand-in": {"args": [wishes]}})
+    program = program.replace('"steps": 20', f'"steps": 20, "alwayson_scripts": {request}')
+    assert program.count("timeout=60") == 2
+    with running(PROXIES[name], site, prepare(name), ROWS[name].setting) as port:
+        program = program.replace("http://127.0.0.1:7860", f"http://127.0.0.1:{port}").replace("=60)", "=2)")
+        done = subprocess.run([sys.executable, "-c", program], cwd=str(tmp_path), stderr=subprocess.PIPE, timeout=60)
+    assert "RuntimeError: OutOfMemoryError" in done.stderr.decode()
+
+
+# nginx
 
 
 @pytest.mark.parametrize("encoding", ["identity", "gzip"])
 @pytest.mark.parametrize("version", ["1.0", "1.1"])
-def test_failure_is_no_clean_end(site, proxies, version, encoding):
+def test_head_and_white_space_pass_at_once(site, nginx, version, encoding):
+    """Whichever HTTP it speaks to the webui."""
+    assert while_it_waits(site, nginx[version], encoding, ROWS["nginx"]) == (YES, YES)
+
+
+@pytest.mark.parametrize("encoding", ["identity", "gzip"])
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+def test_failure_is_no_clean_end(site, nginx, version, encoding):
     """With HTTP/1.0 the end of the connection would be the end of the answer, if it were not reset."""
-    gate = site.gate()
-    request = body(standin={"hold": str(gate.path), "fail": "ValueError", "message": "no"})
-    sent = Sent(proxies[version], site.raw(request, headers={"Accept-Encoding": encoding}))
-    job_id = sent.job_id()
-    site.until_status(job_id, "Processing")
-    gate.open()
-    with pytest.raises(ConnectionError):
-        sent.content()
-    assert site.job(job_id, wait=30)["error"] == "ValueError: no"
+    assert end_of_a_failure(site, nginx[version], encoding, ROWS["nginx"]) == CUT
     with pytest.raises(requests.exceptions.ChunkedEncodingError):
         wishes = {"seconds": 5, "fail": "ValueError", "fail_after": 0.8}
-        requests.post(f"http://127.0.0.1:{proxies[version]}/sdapi/v1/txt2img", json=body(standin=wishes), timeout=30)
+        requests.post(f"http://127.0.0.1:{nginx[version]}/sdapi/v1/txt2img", json=body(standin=wishes), timeout=30)
 
 
-@pytest.mark.parametrize("version", ["1.0", "1.1"])
-def test_refusal_passes(site, proxies, version):
-    data = b'{"steps": "many"}'
-    own = requests.post(f"{site.url}/sdapi/v1/txt2img", data=data)
-    response = requests.post(f"http://127.0.0.1:{proxies[version]}/sdapi/v1/txt2img", data=data)
-    assert (response.status_code, response.content) == (own.status_code, own.content)
-    assert response.status_code == 422 and "X-Job-ID" not in response.headers
+# The address of a client. Other addresses of this machine play another client, and a proxy on another machine
+
+CLIENT, ELSEWHERE = "127.0.0.3", "127.0.0.2"
+CLAIMED = "203.0.113.9"  # what a client says of itself
+
+
+def has_other_addresses() -> bool:
+    with socket.socket() as probe, contextlib.suppress(OSError):
+        probe.bind((ELSEWHERE, 0))
+        return True
+    return False
+
+
+needs_other_addresses = pytest.mark.skipif(not has_other_addresses(), reason="127.0.0.2 is no address of this machine")
+
+
+def address_seen(webui: Webui, port: int, **headers: str) -> str:
+    """The `ip` of a job that a client sends to a proxy."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30, source_address=(CLIENT, 0))
+    with contextlib.closing(connection):
+        headers = {"Content-Type": "application/json", **headers}
+        connection.request("POST", "/sdapi/v1/txt2img", json.dumps(body()), headers)
+        response = connection.getresponse()
+        assert json.loads(response.read())["images"]
+    return webui.job(response.headers["X-Job-ID"], wait=30)["ip"]
+
+
+@needs_other_addresses
+def test_address_behind_a_proxy_here(site, front, prepare):
+    told = names(front.row.tells_address)
+    assert bool(told) != (front.row.tells_address == YES)
+    assert address_seen(site, front.port) == ("127.0.0.1" if told else CLIENT)
+    if told:
+        with running(PROXIES[front.name], site, prepare(front.name), told[0]) as port:
+            assert address_seen(site, port) == CLIENT
+
+
+@needs_other_addresses
+@pytest.mark.parametrize(
+    ("mode", "trusted", "seen", "seen_if_claimed"),
+    [
+        (MODES[-1], None, ELSEWHERE, ELSEWHERE),
+        *((mode, "printed", CLIENT, CLIENT) for mode in MODES),
+        (MODES[-1], "*", CLIENT, CLAIMED),
+    ],
+)
+def test_address_behind_a_proxy_elsewhere(site, start, tmp_path, mode, trusted, seen, seen_if_claimed):
+    """By default it is the proxy's own, and with `*` what the client says of itself."""
+    find(NGINX)
+    webui = site
+    if trusted is not None:
+        (line,) = [it.text for it in snippets() if "FORWARDED_ALLOW_IPS" in it.text]
+        name, printed = re.match(r"export (\w+)=(.*)\n\Z", line).groups()
+        assert printed.endswith("10.0.0.2")
+        value = printed.replace("10.0.0.2", ELSEWHERE) if trusted == "printed" else trusted
+        webui = start(*MODE_FLAGS[mode], environ={name: value})
+    setting = f"proxy_bind {ELSEWHERE}; {names(ROWS['nginx'].tells_address)[0]}"
+    with running(NGINX, webui, tmp_path, setting) as port:
+        assert address_seen(webui, port) == seen
+        assert address_seen(webui, port, **{"X-Forwarded-For": CLAIMED}) == seen_if_claimed
+
+
+# Time
 
 
 def longest_silence(sent: Sent) -> float:
@@ -144,8 +537,15 @@ def test_a_minute_of_generation(start, tmp_path):
         url = f"http://127.0.0.1:{port}/sdapi/v1/txt2img"
         return requests.post(url, headers={"Accept-Encoding": encoding}, **minute)
 
-    settings = (DEFAULT, NEWER)
-    with nginx(tmp_path, (alone, DEFAULT), *zip(tracked, settings)) as (bare, *ports), ThreadPoolExecutor(8) as pool:
+    with contextlib.ExitStack() as stack:
+
+        def port_before(webui: Webui, setting: str) -> int:
+            folder = tmp_path / str(webui.port)
+            folder.mkdir()
+            return stack.enter_context(running(NGINX, webui, folder, setting))
+
+        bare, ports = port_before(alone, HTTP_1_0), [port_before(*it) for it in zip(tracked, (HTTP_1_0, HTTP_1_1))]
+        pool = stack.enter_context(ThreadPoolExecutor(8))
         cut = pool.submit(generate, bare, "gzip")
         answers = [pool.submit(generate, *it) for it in zip(ports, ("gzip", "identity"))]
         queued = []
