@@ -160,8 +160,8 @@ class Run:
         """Starts a program that is to talk to `url` instead of the address in README.md."""
         text = text.replace(ADDRESS, url or self.site.url)
         if language == "bash":
-            need("jq" if "jq " in text else "bash")
-            need("curl" if "curl " in text else "bash")
+            for program in ("curl", "flock", "jq", "rsync"):
+                need(program if f"{program} " in text else "bash")
             command = [need("bash"), "-euo", "pipefail", "-c", text]
         elif language == "python":
             self.write("snippet.py", text)
@@ -277,6 +277,18 @@ def check_first_curl(run, snippet, request):
     assert job["status"] == "Completed" and len(job["images"]) == 1
 
 
+@snippet_with("respond-async, wait=30")
+def check_wait_for_status(run, snippet, request):
+    assert run.run("bash", snippet.text) == "200\n"
+    assert json.loads(run.read("answer.json"))["images"] == run.new_job()["images"]
+    run.known |= run.new_jobs()
+    (before,) = re.findall(r"-d '(.*)'", snippet.text)
+    failing = snippet.text.replace(before, json.dumps(body(standin=FAILURE)))
+    assert run.run("bash", failing) == "500\n"
+    assert "OutOfMemoryError" in run.read("answer.json").decode()
+    assert run.new_job()["status"] == "Failed"
+
+
 @snippet_with("--no-buffer -D -")
 def check_curl_head(run, snippet, request):
     gate = run.busy()
@@ -348,20 +360,6 @@ def wish(standin: Dict[str, Any]) -> str:
     return json.dumps({"Stand-in": {"args": [standin]}})
 
 
-@snippet_with("--retry-all-errors")
-def check_curl_retry(run, snippet, request):
-    for at in ("request", "body"):
-        run.known |= run.new_jobs()
-        proxy = request.getfixturevalue("breaking")(at)
-        if "option --retry-all-errors: is unknown" in run.run("bash", "curl --retry-all-errors file:///dev/null 2>&1"):
-            pytest.skip("this curl is older than 7.71")
-        run.run("bash", snippet.text, proxy.url)
-        assert (proxy.broken, proxy.refused) == (1, 1)
-        answer = json.loads(run.read("answer.json"))
-        job = run.new_job()
-        assert (answer["images"], answer["info"]) == (job["images"], job["info"])
-
-
 def check_retry_client(run, name, language, use):
     text = (TESTS / "clients" / name).read_text(encoding="utf-8")
     (printed,) = [it.text for it in snippets() if it.text.strip() == text.strip()]
@@ -382,8 +380,18 @@ def check_retry_mjs(run, snippet, request):
     check_retry_client(run, "retry.mjs", "javascript", f'import fs from "node:fs";\n{use}')
 
 
+RETRY_SH = (TESTS / "clients" / "retry.sh").read_text(encoding="utf-8")
+
+
+@snippet_with("generate() {")
+def check_retry_sh(run, snippet, request):
+    use = "\n".join(line[6:] for line in snippet.text.splitlines()[2:5])
+    check_retry_client(run, "retry.sh", "bash", use)
+
+
 @snippet_with("Prefer: respond-async' -d")
 def check_fire_and_forget(run, snippet, request):
+    run.write("retry.sh", RETRY_SH)
     assert run.run("bash", snippet.text).strip() == "Completed"
     image = run.read("lighthouse.png")
     assert image.startswith(b"\x89PNG") and struct.unpack(">II", image[16:24]) == (512, 512)
@@ -398,6 +406,7 @@ def check_fire_and_forget(run, snippet, request):
 @snippet_with("/cancel")
 def check_cancel(run, snippet, request):
     gate = run.busy()
+    run.write("retry.sh", RETRY_SH)
     job_id = run.site.send(body("to be cancelled")).job_id()
     job = json.loads(run.run("bash", snippet.text))
     assert (job["id"], job["status"], job["error"]) == (job_id, "Failed", "Cancelled")
@@ -425,6 +434,15 @@ def check_settings(run, environ):
     settings = run.settings(environ)
     assert (settings.enabled, settings.retention_days) == (True, 7)
     assert environ["COMMANDLINE_ARGS"] == "--api"
+
+
+@snippet_with("export FORWARDED_ALLOW_IPS")
+def check_trusted_proxies(run, snippet, request):
+    """What comes of it is tried in test_proxies.py."""
+    show = "import uvicorn; print(uvicorn.Config('').forwarded_allow_ips)"
+    run.write("webui-user.sh", snippet.text)
+    seen = run.run("bash", f"source ./webui-user.sh; {shlex.quote(sys.executable)} -c {shlex.quote(show)}")
+    assert seen.strip() == "127.0.0.1,10.0.0.2"
 
 
 @snippet_with("docker run")
@@ -488,7 +506,7 @@ def check_jq(run, snippet, request):
     failed = [f"{it['id']}  {it['error']}" for it in records if it["status"] == "Failed"]
     images = [image for it in records if "lighthouse" in it["prompt"].lower() for image in it["images"]]
     assert failed and images
-    lines = run.run("bash", snippet.text, cwd=str(site.data)).splitlines()
+    lines = run.run("bash", snippet.text, cwd=str(site.data), env={"HOME": str(run.folder)}).splitlines()
     assert lines == [*failed, f"{len(records)}  127.0.0.1", *images]
     assert all((site.data / "images" / image).is_file() for image in images)
 
@@ -662,6 +680,24 @@ def test_interrupted_by_the_webui(site):
     until(lambda: site.client.get("/sdapi/v1/progress").json()["state"]["sampling_steps"])
     assert site.client.post("/sdapi/v1/interrupt").is_success
     assert site.job(job_id, wait=15)["status"] == "Completed"
+
+
+@pytest.mark.skipif(SHAPE != "a1111", reason="only A1111 has --api-log")
+@pytest.mark.parametrize("mode", MODES)
+def test_what_the_webui_logs_is_about_the_head(start, mode):
+    webui = start(*MODE_FLAGS[mode], "--api-log")
+    times = []
+    failing = {"seconds": 5, "fail": "ValueError", "fail_after": 1.5}
+    for wishes, ending in (({"seconds": 1.5}, "Completed"), (failing, "Failed")):
+        sent = webui.send(body(standin=wishes))
+        sent.to_end()
+        status, headers = sent.head()
+        job = webui.job(headers["x-job-id"], wait=30)
+        assert (status, job["status"]) == (200, ending)
+        times.append(headers["x-process-time"])
+        assert float(times[-1]) < job["finished"] - job["started"] - 0.5
+    lines = [line.split() for line in webui.log.splitlines() if line.startswith("API ") and "/txt2img" in line]
+    assert [(line[1], line[-1]) for line in lines] == [("200", time) for time in times]
 
 
 def test_no_room_for_a_job(start, tmp_path):
