@@ -295,13 +295,18 @@ def write_file(path: str, data: bytes) -> None:
 
 
 def create_file(path: str, data: bytes) -> None:
-    """Makes a file that is not there. Raises FileExistsError for one that is, which somebody else has just made."""
+    """Makes a file that is not there, whole or not at all. Raises FileExistsError if somebody else has just made it."""
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | BINARY, 0o666)
     try:
-        write_at(file, data, 0)
-        sync_file(file)
-    finally:
-        os.close(file)
+        try:
+            write_at(file, data, 0)
+            sync_file(file)
+        finally:
+            os.close(file)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+        raise
     sync_folder(os.path.dirname(path))
 
 
@@ -485,9 +490,11 @@ class Settings:
         self.trouble = text
 
     def _create(self) -> None:
-        self._config = dict(DEFAULT_CONFIG)
-        with contextlib.suppress(FileExistsError):  # somebody has just written it: it is read at the next look
+        before, self._config = self._config, dict(DEFAULT_CONFIG)
+        try:
             self._known = self._try_to_write(create_file)
+        except FileExistsError:  # somebody has just written it: it is read at the next look, and may want no default
+            self._config = before
 
     def _try_to_write(self, write: Callable[[str, bytes], None]) -> bool:
         try:
@@ -523,9 +530,8 @@ class Settings:
             write = write_file
             if failure is not None and not isinstance(failure, OSError):
                 self._set_aside()
-                write = (
-                    overwrite_file  # it may be half of an upload, whose rest is not to go into a file without a name
-                )
+                # It may be half of an upload, whose rest is not to go into a file that has lost its name.
+                write = overwrite_file
             self._write({**self._config, **changes}, write)
             self.trouble, self._failure, self._known = None, None, True
             self._apply()
@@ -540,12 +546,9 @@ class Settings:
     def _understand(self, name: str) -> Any:
         """The value that config.json gives a setting. Raises ValueError."""
         if name == "retention_days" and name not in self._config:
-            for other in self._config:
-                if other not in (
-                    *DEFAULT_CONFIG,
-                    "tracking_enabled",
-                ):  # it may be meant, by who does not want the default
-                    raise ValueError(f"it is missing, and {other[:80]!a} is no setting")
+            for other in self._config.keys() - {*DEFAULT_CONFIG, "tracking_enabled"}:
+                # It may be meant by it, by somebody who does not want the default.
+                raise ValueError(f"it is missing, and {other[:80]!a} is no setting")
         return self._check(name, self._config.get(name, DEFAULT_CONFIG[name]))
 
     @staticmethod
@@ -2772,16 +2775,12 @@ class Tracker:
             log.error("Job %s was generated, but its images could not be stored: %s", job_id, error)
             self.fail(job_id, f"Generated, but the images could not be stored: {error}")
             return
-        self._end(job_id, status=COMPLETED, prompt=job.prompt or prompt[:PROMPT_LIMIT], **self._stored(job))
+        stored = {"images": job.images, "bytes": job.bytes, "has_brief": job.has_brief}
+        self._end(job_id, status=COMPLETED, prompt=job.prompt or prompt[:PROMPT_LIMIT], **stored)
 
     def fail(self, job_id: str, error: str) -> None:
         """The job ends without images. `error` is for its user."""
         self._end(job_id, status=FAILED, error=error[:2000])
-
-    @staticmethod
-    def _stored(job: Job) -> Dict[str, Any]:
-        """What `ImageStore.save` set."""
-        return {"images": job.images, "bytes": job.bytes, "has_brief": job.has_brief}
 
     def _end(self, job_id: str, **changes: Any) -> None:
         with self._lock:

@@ -42,6 +42,36 @@ def test_first_start_writes_the_defaults(settings, config):
     assert config() == {"enabled": False, "retention_days": 30}
 
 
+def test_a_first_start_on_a_full_disk_leaves_no_half_a_file(script, settings, config, monkeypatch, tmp_path):
+    """Which would be a broken one from then on."""
+
+    def full(file):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(script, "sync_file", full)
+    made = settings()
+    assert (made.enabled, made.retention_days, list(tmp_path.iterdir())) == (False, 30, [])
+    assert "cannot be written" in made.trouble
+    monkeypatch.undo()
+    made.refresh()
+    assert config() == {"enabled": False, "retention_days": 30} and made.trouble is None
+
+
+def test_a_file_that_arrives_at_the_first_start(script, settings, monkeypatch, tmp_path):
+    """Between our look and our writing. It stays, and no default is in force until it is read."""
+    create_file = script.create_file
+
+    def late(path, data):
+        (tmp_path / "config.json").write_text('{"enabled": true, "retention_days": 90}')
+        create_file(path, data)
+
+    monkeypatch.setattr(script, "create_file", late)
+    made = settings()
+    assert (made.enabled, made.retention_days) == (False, None)
+    made.refresh()
+    assert (made.enabled, made.retention_days) == (True, 90)
+
+
 @pytest.mark.parametrize(
     ("text", "enabled", "days"),
     [
