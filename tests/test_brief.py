@@ -134,6 +134,21 @@ def test_brief_parameters_however_deep(script):
     assert (brief, found) == ("(2,000 characters)", True)
 
 
+def test_parameters_too_deep_for_a_brief_answer_cost_no_image(tmp_path, monkeypatch):
+    """Python may read what it cannot write again."""
+    script = load_script()
+    images = script.ImageStore(str(tmp_path))
+    job = script.Job("AAAAAAAA", "txt2img", script.COMPLETED, 1736712000, None, "")
+    rest = json.dumps({"images": [], "parameters": {"mask": "x" * 2000}, "info": "{}"}).encode()
+
+    def too_deep(data: Any) -> bytes:
+        raise RecursionError
+
+    monkeypatch.setattr(script, "as_host_json", too_deep)
+    saved = images.save(job, an_answer(script, job.id, 1)._replace(rest=rest))
+    assert len(saved.images) == 1 and not saved.has_brief and images.size(saved.answer) == len(rest)
+
+
 def test_jobs_of_earlier_versions(script, tmp_path):
     """Their answer lies there whole only."""
     tracker = make_tracker(script, tmp_path)
