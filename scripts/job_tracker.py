@@ -43,6 +43,7 @@ import traceback
 import zlib
 from array import array
 from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout
 from datetime import datetime
 from html import escape
 from types import TracebackType
@@ -1076,10 +1077,11 @@ class JobStore:
         self.path = os.path.realpath(os.path.join(folder, "jobs.json"))
         self._check = check
         self.owner = secrets.token_hex(4)
-        self._lock = threading.Lock()  # guards these three and the index
+        self._lock = threading.Lock()  # guards these three and the index; held for a moment, never for the disk
         self._opened = Opened(None)
         self._unwritten: Dict[str, Optional[Job]] = {}  # what is not in the file yet
         self._meanwhile: Dict[str, Job] = {}  # what is shown of some of them until they are
+        self._reading = threading.Lock()  # taken before `_lock`: who holds it may use the open file, which stays so
         self._work = threading.Condition()  # guards these six
         self._queue: List[Change] = []
         self._chores: List[Chore] = []
@@ -1127,12 +1129,18 @@ class JobStore:
         """A job, None if there is none. Waits while the file is being loaded. Raises OSError."""
         if not ID_FORM.match(job_id):
             return None
-        with self._lock:
-            if job_id in self._unwritten:
-                return self._in_force(job_id)
-        with self._current() as index:
-            slot = index.slot(job_id)
-            return None if slot is None else self._read(slot)
+        while True:
+            with self._lock:
+                if job_id in self._unwritten:
+                    return self._in_force(job_id)
+            with self._current() as index:
+                slot = index.slot(job_id)
+                if slot is None or job_id in self._unwritten:
+                    return None if slot is None else self._in_force(job_id)
+                opened, place, length = self._opened, index.place[slot], index.length[slot]
+            with self._reading:
+                if opened.file is not None:  # otherwise the record has moved to another file
+                    return self._read(opened, job_id, place, length)
 
     def with_key(self, key: str) -> Optional[Job]:
         """The latest job with an idempotency key, None if there is none. Raises OSError."""
@@ -1148,11 +1156,12 @@ class JobStore:
         skip: int = 0,
         after_id: Optional[str] = None,
         after_time: int = 0,
+        abandoned: Optional[threading.Event] = None,
     ) -> Page:
         """The newest jobs that match: at most `limit`, without the first `skip`, or those that come after a job.
 
-        If the job `after_id` is no longer known, those that are not newer than `after_time` (Unix seconds). Raises
-        OSError.
+        If the job `after_id` is no longer known, those that are not newer than `after_time` (Unix seconds). Ends early,
+        with what was found, once `abandoned` is set. Raises OSError.
         """
         with self._current() as index:
             below = index.top if after_id is None else index.slots.get(id_number(after_id))
@@ -1160,7 +1169,7 @@ class JobStore:
             times = index.timestamp
             below = next((slot + 1 for slot in range(index.top - 1, -1, -1) if times[slot] <= after_time), 0)
         jobs: List[Job] = []
-        for slot in self._matching(index, wanted, below):
+        for slot in self._matching(index, wanted, below, abandoned):
             if skip > 0:
                 skip -= 1
             elif len(jobs) == limit:
@@ -1260,11 +1269,19 @@ class JobStore:
 
     @contextlib.contextmanager
     def _current(self) -> Iterator[Index]:
-        """Holds the lock, with an index that knows all that the file holds. Raises OSError."""
+        """Holds the lock, with an index that knows all that the file held when this was called. Raises OSError."""
         while True:
             with self._lock:
-                if self._is_current():
-                    yield self._opened.index
+                opened, seen = self._opened, self._opened.seen
+            with self._reading:
+                try:
+                    length = self._length(opened)
+                except OSError:
+                    length = -1
+            with self._lock:
+                # What this process has appended since only moved `ahead` on.
+                if self._opened is opened and seen <= length <= opened.ahead:
+                    yield opened.index
                     return
             with self._work:
                 self._awaited += 1
@@ -1274,20 +1291,16 @@ class JobStore:
                 with self._work:
                     self._awaited -= 1
 
-    def _is_current(self) -> bool:
-        with contextlib.suppress(OSError):
-            return self._opened.seen <= self._length() <= self._opened.ahead
-        return False
-
-    def _length(self) -> int:
+    def _length(self, opened: Opened) -> int:
         """Of the file without its closing, -1 if it is no longer the one that is open. Raises OSError."""
-        opened = self._opened
         if opened.file is not None and not opened.stale:
             if stands_for(self.path, opened.file):
                 return os.fstat(opened.file).st_size - len(self.TAIL)
         return -1
 
-    def _matching(self, index: Index, wanted: Filter, below: int) -> Iterator[int]:
+    def _matching(
+        self, index: Index, wanted: Filter, below: int, abandoned: Optional[threading.Event] = None
+    ) -> Iterator[int]:
         """Slots of an index, newest first. Holds the lock for a moment at a time."""
         step = 500
         while below > 0:
@@ -1295,18 +1308,19 @@ class JobStore:
             with self._lock:
                 found = index.find(wanted, below, above)
             for slot in found:
+                if abandoned is not None and abandoned.is_set():
+                    return
                 if wanted.text and index.unsure and index.must_check(slot):
                     job = self.get(index.id(slot))
                     if job is None or wanted.text not in fold(job.prompt):
                         continue
                 yield slot
+            if abandoned is not None and abandoned.is_set():
+                return
             below, step = above, min(2 * step, 2_000 if wanted.text else 20_000)  # a text can take long to find
 
-    def _read(self, slot: int) -> Optional[Job]:
-        opened = self._opened
-        job_id, place, length = opened.index.id(slot), opened.index.place[slot], opened.index.length[slot]
-        if job_id in self._unwritten:
-            return self._in_force(job_id)
+    @staticmethod
+    def _read(opened: Opened, job_id: str, place: int, length: int) -> Optional[Job]:
         try:
             return read_line(job_id, read_at(opened.file, length, place), place).job
         except (ValueError, RecursionError):
@@ -1401,14 +1415,12 @@ class JobStore:
     def _exclusive(self) -> Iterator[Opened]:
         """Holds the lock between processes, with the file open that the name stands for now."""
         with self._between:
-            if self._length() < self._opened.seen:
+            if self._length(self._opened) < self._opened.seen:
                 self._open()
             yield self._opened
 
     def _open(self) -> None:
-        with self._lock:
-            self._opened.close()
-            self._opened = Opened(None)
+        self._let_go()
         self._check()
         self._alive.close()  # the folder may be another: nobody asks for it while we hold the lock
         self._alive.acquire()
@@ -1434,9 +1446,15 @@ class JobStore:
             raise IsADirectoryError(errno.EISDIR, "it is no file", self.path)
         return os.open(self.path, os.O_RDWR | os.O_CREAT | BINARY, 0o666)
 
+    def _let_go(self) -> None:
+        """Closes the file, and forgets what is known of it."""
+        with self._reading:
+            with self._lock:
+                old, self._opened = self._opened, Opened(None)
+            old.close()
+
     def _close_files(self) -> None:
-        with self._lock:
-            self._opened.close()
+        self._let_go()
         with contextlib.suppress(OSError):
             os.unlink(self._alive.path)
         self._alive.close()
@@ -1719,7 +1737,7 @@ class JobStore:
         """Puts a new file, and what is known of it, in the place of the old."""
         write_at(fresh.file, self.TAIL, fresh.seen)
         sync_file(fresh.file)
-        with self._lock:
+        with self._reading:
             if OPEN_FILES_STAY:
                 old.close()
                 fresh.close()
@@ -1729,10 +1747,11 @@ class JobStore:
                 old.file = old.file or self._open_file()
                 raise
             fresh.file = fresh.file or self._open_file()
-            fresh.ahead = fresh.seen
-            self._opened = fresh
-            self._show(self._unwritten)
-        old.close()
+            with self._lock:
+                fresh.ahead = fresh.seen
+                self._opened = fresh
+                self._show(self._unwritten)
+            old.close()
         sync_folder(os.path.dirname(self.path))
 
     # Jobs of processes that are gone
@@ -1744,7 +1763,12 @@ class JobStore:
         if end is None:
             return
         with self._lock:
-            jobs = [job for job in map(self._read, sorted(opened.index.unfinished)) if job is not None]
+            index = opened.index
+            ids = [index.id(slot) for slot in sorted(index.unfinished)]
+            known = {job_id: self._in_force(job_id) for job_id in ids if job_id in self._unwritten}
+            places = {index.id(slot): (index.place[slot], index.length[slot]) for slot in index.unfinished}
+        found = (known[one] if one in known else self._read(opened, one, *places[one]) for one in ids)
+        jobs = [job for job in found if job is not None]
         gone = {owner: self._is_gone(owner) for owner in {job.owner for job in jobs}}
         meanwhile = {job.id: job for job in jobs if gone[job.owner]}
         left: Dict[str, Optional[Job]] = {}
@@ -2652,6 +2676,9 @@ class Tracker:
     RECOVER_EVERY = 60  # seconds between two looks for processes that are gone, and until a failed purge is repeated
     REMOVED_AT_ONCE = 100  # jobs: a crash leaves the files of no more
     LOOK_EVERY = 5  # seconds between two looks at config.json
+    PATIENCE = 10.0  # seconds that a request waits for the disk before it goes on without it, or is refused
+    STORE_AGAIN = (0.5, 1, 2, 5, 10, 20, 30, 60, 60, 60)  # seconds between tries to store what may pass
+    UNSTORED_LIMIT = 1 << 29  # bytes of answers that wait for the disk: more could cost the webui its memory
     SETTLE = 1.0  # seconds that storing may take before a job is shown Processing to who has its answer
     SHOWN = ("id", "type", "status", "prompt", "timestamp", "ip", "started", "finished")  # as they are
 
@@ -2678,7 +2705,12 @@ class Tracker:
         self.predecessor.list_jobs()
         self.store = JobStore(settings.data_folder, self.predecessor.refuse_to_open)
         self.images = ImageStore(os.path.join(settings.data_folder, "images"))
-        self.pool = ThreadPoolExecutor(8, "job-tracker")
+        # Threads by what they may have to wait for: who looks at jobs keeps back no answer, whatever the disk does.
+        self.pool = ThreadPoolExecutor(8, "job-tracker-look")  # the disk, for whoever looks at jobs
+        self.searchers = ThreadPoolExecutor(2, "job-tracker-search")  # all prompts to be searched
+        self.key_readers = ThreadPoolExecutor(2, "job-tracker-key")  # the disk, for requests with an idempotency key
+        self.storers = ThreadPoolExecutor(8, "job-tracker-store")  # the disk, to store answers on it
+        self.senders = ThreadPoolExecutor(4, "job-tracker-send")  # nothing: what is in memory goes to clients
         self.sending: "WeakSet[Any]" = WeakSet()  # what is on its way to clients, and needs the pool for its rest
         self.watch: Callable[[], None] = lambda: None  # looks after the host, as often as for config.json
         self.next_purge: Optional[float] = None  # by time.monotonic()
@@ -2693,6 +2725,7 @@ class Tracker:
         self._accepted: Dict[str, Future] = {}
         self._cancels: Dict[str, Callable[[], None]] = {}
         self._answered: Set[str] = set()  # those whose answer is being stored
+        self._unstored = 0  # bytes of all answers that wait to be stored
         self._waiting: Dict[str, List[Callable[[], None]]] = {}
         self._holder: Optional[str] = None  # the job that has the host's queue lock
         self._begun: Any = None  # what the host said when it got that
@@ -2763,23 +2796,52 @@ class Tracker:
             if job_id in self._running:
                 self._answered.add(job_id)
 
+    @contextlib.contextmanager
+    def unstored(self, size: int) -> Iterator[bool]:
+        """While an answer of a size in bytes waits to be stored. False if too much waits already."""
+        with self._lock:
+            has_room = not self._unstored or self._unstored + size <= self.UNSTORED_LIMIT
+            held = size if has_room else 0
+            self._unstored += held
+        try:
+            yield has_room
+        finally:
+            with self._lock:
+                self._unstored -= held
+
     def finish(self, job_id: str, answer: Answer, prompt: str = "") -> None:
         """The host answered with success. Stores the images; a job whose images cannot be stored has failed.
 
-        `prompt` is the one that the host used, for a request that named none.
+        A trouble that may pass is waited for, for minutes, in which the job is shown Processing and says so. `prompt`
+        is the one that the host used, for a request that named none.
         """
         with self._lock:
             job = self._running.get(job_id)
         if job is None:
             return
-        try:
-            job = self.images.save(job, answer)
-        except Exception as error:
-            log.error("Job %s was generated, but its images could not be stored: %s", job_id, error)
-            self.fail(job_id, f"Generated, but the images could not be stored: {error}")
-            return
+        for pause in (*self.STORE_AGAIN, None):
+            try:
+                job = self.images.save(job, answer)
+                break
+            except Exception as error:
+                if pause is None or not (isinstance(error, OSError) and passes(error)):
+                    log.error("Job %s was generated, but its images could not be stored: %s", job_id, error)
+                    self.fail(job_id, f"Generated, but the images could not be stored: {error}")
+                    return
+                self._note(job_id, f"Generated, but the images cannot be stored yet: {error}")
+                time.sleep(pause)
         stored = {"images": job.images, "bytes": job.bytes, "has_brief": job.has_brief}
-        self._end(job_id, status=COMPLETED, prompt=job.prompt or prompt[:PROMPT_LIMIT], **stored)
+        self._end(job_id, status=COMPLETED, prompt=job.prompt or prompt[:PROMPT_LIMIT], error=None, **stored)
+
+    def _note(self, job_id: str, error: str) -> None:
+        """Says in a job that has not ended what it waits for."""
+        with self._lock:
+            job = self._running.get(job_id)
+            if job is None or job.error == error:
+                return
+            self._running[job_id] = job._replace(error=error)
+        log.warning("Job %s: %s", job_id, error)
+        self._write_when_accepted(job_id)
 
     def fail(self, job_id: str, error: str) -> None:
         """The job ends without images. `error` is for its user."""
@@ -2831,19 +2893,30 @@ class Tracker:
 
     # Looking at jobs
 
-    async def in_pool(self, function: Callable[..., Any], *args: Any) -> Any:
+    async def in_pool(self, function: Callable[..., Any], *args: Any, pool: Optional[ThreadPoolExecutor] = None) -> Any:
         """Runs a function that may block in a thread of the tracker's own. Raises OSError if the tracker is closed."""
         try:
-            work = self.pool.submit(function, *args)
+            work = (pool or self.pool).submit(function, *args)
         except RuntimeError:
             raise OSError(errno.EAGAIN, "the webui is being reloaded") from None
         return await asyncio.wrap_future(work)
 
+    def pool_for(self, job: Optional[Job]) -> ThreadPoolExecutor:
+        """Threads for work on a job: where it has not ended, that needs no disk, and is not to wait for one."""
+        return self.pool if job is None or job.ended else self.senders
+
+    def running(self, job_id: str) -> Optional[Job]:
+        """A job of this process that has not ended, None for any other. Waits for nothing."""
+        with self._lock:
+            return self._running.get(job_id)
+
+    async def find(self, job_id: str) -> Optional[Job]:
+        """The same as `get`, for the event loop. A job of this process that has not ended is found at once."""
+        return self.running(job_id) or await self.in_pool(self.get, job_id)
+
     def get(self, job_id: str) -> Optional[Job]:
         """A job as it is now, None if there is none. Raises OSError."""
-        with self._lock:
-            job = self._running.get(job_id)
-        return job or self.store.get(job_id)
+        return self.running(job_id) or self.store.get(job_id)
 
     def position(self, job_id: str) -> Optional[int]:
         """Where a Pending job stands in the queue, 1 is next. None for any other, or one of another process."""
@@ -2982,19 +3055,37 @@ class Tracker:
     def claim(self, key: str, digest: str) -> Tuple[Claim, bool]:
         """Who was first with a key, and whether that is the caller, who then must `release` the claim at its end.
 
-        A Failed job frees its key, also while its generation still waits in the queue. Raises OSError.
+        A Failed job frees its key, also while its generation still waits in the queue. Raises OSError, also when the
+        disk says nothing for `PATIENCE` seconds.
         """
-        with self._claiming:
+        until = time.monotonic() + self.PATIENCE
+        if not self._claiming.acquire(timeout=self.PATIENCE):
+            raise OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
+        try:
             claim = self._claims.get(key)
-            if claim is not None and not (claim.job_id.done() and self._is_free(claim.job_id.result())):
+            if claim is not None and not claim.job_id.done():
                 return claim, False
-            job = self.store.with_key(key)
-            if job is not None and not job.ended and job.owner != self.store.owner:
-                self._recover().result()  # the webui that had it may be gone
-            if job is not None and not self._is_free(job.id):
-                return Claim(job.digest or "", job.id), False
+            looking = self.key_readers.submit(self._with_key, key, claim)
+            try:
+                kept = looking.result(max(until - time.monotonic(), 0))
+            except FutureTimeout:
+                looking.cancel()
+                raise OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT)) from None
+            if kept is not None:
+                return kept, False
             claim = self._claims[key] = Claim(digest)
             return claim, True
+        finally:
+            self._claiming.release()
+
+    def _with_key(self, key: str, claim: Optional[Claim]) -> Optional[Claim]:
+        """The job that has a key, as a claim; `claim` is that of this process, which came to be a job."""
+        if claim is not None and not self._is_free(claim.job_id.result()):
+            return claim
+        job = self.store.with_key(key)
+        if job is not None and not job.ended and job.owner != self.store.owner:
+            self._recover().result()  # the webui that had it may be gone
+        return None if job is None or self._is_free(job.id) else Claim(job.digest or "", job.id)
 
     def _is_free(self, job_id: Optional[str]) -> bool:
         """Whether the key of a job can be used anew."""
@@ -3151,7 +3242,7 @@ class Tracker:
         prompt = job.prompt
         with contextlib.suppress(ValueError, RecursionError):
             prompt = prompt or str(parameters_of(b"".join(self.images.read(job.answer))).get("prompt", ""))
-        return found._replace(status=COMPLETED, prompt=prompt[:PROMPT_LIMIT])
+        return found._replace(status=COMPLETED, prompt=prompt[:PROMPT_LIMIT], error=None)
 
     def close(self) -> None:
         """Ends the housekeeping, and the rest when the last running job has ended and the last answer is sent.
@@ -3165,7 +3256,8 @@ class Tracker:
             while self._running or self.sending:
                 time.sleep(0.2)
             self.store.close()
-            self.pool.shutdown(wait=False)
+            for pool in (self.pool, self.searchers, self.key_readers, self.storers, self.senders):
+                pool.shutdown(wait=False)
 
         threading.Thread(target=drain, name="job-tracker-end", daemon=True).start()
 
@@ -3183,6 +3275,7 @@ App = Callable[[Scope, Receive, Send], Any]
 JOB_HEADER = "X-Job-ID"
 HEARTBEAT = 15.0  # seconds between two bytes of white space
 SENDING = 0.1  # seconds that an answer may take to be sent before its images are stored meanwhile
+UNTOLD = 60.0  # seconds that an answer waits for a disk that has not taken its job yet
 GRACE = 0.02  # seconds in which a generation that has just begun may still fail with the host's own answer
 PIECE = 1 << 19  # bytes of an answer that are sent at a time
 IDEMPOTENCY_KEY_LIMIT = 255  # characters
@@ -3293,13 +3386,18 @@ class Gzip:
         yield self.encode(b"", last=True)
 
 
+def copy_of(message: Message) -> Message:
+    """For whoever is given a message, or a scope, that is read again: the host's layers change what they are given."""
+    return {**message, "headers": list(message["headers"])} if "headers" in message else dict(message)
+
+
 def giving(body: List[Message]) -> Receive:
     """A `receive` that gives the body once, and after it never says that the client left."""
 
     async def receive() -> Message:
         if not body:
             await asyncio.get_running_loop().create_future()
-        return body.pop(0)
+        return copy_of(body.pop(0))
 
     return receive
 
@@ -3315,10 +3413,11 @@ def in_pieces(data: bytes) -> Iterator[bytes]:
 
 
 class FromPool:
-    """What a generator makes, a piece or more at a time, made in a thread of the tracker's pool."""
+    """What a generator makes, a piece or more at a time, made in a thread of one of the tracker's pools."""
 
-    def __init__(self, tracker: Tracker, pieces: Iterator[bytes]):
+    def __init__(self, tracker: Tracker, pieces: Iterator[bytes], pool: Optional[ThreadPoolExecutor] = None):
         self._tracker = tracker
+        self._pool = pool or tracker.pool
         self._pieces = pieces
         self._making: "Future[bytes]" = Future()
         self._making.set_result(b"")
@@ -3330,7 +3429,7 @@ class FromPool:
 
     async def __anext__(self) -> bytes:
         if not self._ended:
-            self._making = self._tracker.pool.submit(self._make)
+            self._making = self._pool.submit(self._make)
             made = await asyncio.wrap_future(self._making)
             if made:
                 return made
@@ -3509,8 +3608,8 @@ def harmless(hook: Callable[..., None]) -> Callable[..., None]:
 
 
 @contextlib.contextmanager
-def lent_thread() -> Iterator[None]:
-    """Gives the host one worker thread more. In the event loop only.
+def lent_thread() -> Iterator[bool]:
+    """Gives the host one worker thread more, unless it has too many already. In the event loop only.
 
     A generation holds a thread for as long as it waits in the queue: 40 of them would leave none for anybody else.
     """
@@ -3518,7 +3617,7 @@ def lent_thread() -> Iterator[None]:
     lent = limiter.total_tokens < 40 + SPARE_THREADS
     limiter.total_tokens += lent
     try:
-        yield
+        yield lent
     finally:
         limiter.total_tokens -= lent
 
@@ -3581,6 +3680,8 @@ class Generation:
         self.answered: "asyncio.Future[None]" = self.loop.create_future()  # the client need not wait any longer
         self.served: "asyncio.Future[None]" = self.loop.create_future()  # it has its answer, or is gone
         self.job: Optional[Job] = None  # as it was accepted
+        self.asked_at = 0.0  # when it asked for the queue lock, by time.monotonic()
+        self.has_thread = False  # of its own, to wait for the lock in
         self.claim: Optional[Claim] = None
         self.key: Optional[str] = None
         self.request: Any = None  # the host's own view of the body
@@ -3602,6 +3703,9 @@ class Generation:
         """The host has checked credentials and body, and its endpoint is about to run. Raises what is to end it."""
         if any(name == b"idempotency-key" for name, _ in self.scope["headers"]):
             self._claim(header_of(self.scope, b"idempotency-key"))
+        if not self.has_thread:
+            self.scope[Shell.KEY].error_headers = [(b"retry-after", b"60")]  # the host drops those of an exception
+            raise HTTPException(429, f"{SPARE_THREADS:,} generations wait already")
         self._look_at(arguments)
 
     def _claim(self, key: str) -> None:
@@ -3649,7 +3753,7 @@ class Generation:
                 key=self.key,
                 digest=self.claim.digest if self.claim else None,
             )
-            self.job = job
+            self.job, self.asked_at = job, time.monotonic()
             written = self.tracker.accept(job, self.cancel)
             self.body.clear()  # the host has read it, and it may be large
         except Exception:
@@ -3726,8 +3830,8 @@ class Generation:
     async def _work(self) -> None:
         current.set(self)
         try:
-            with lent_thread():
-                await self.app(dict(self.scope), giving(list(self.body)), self._capture)
+            with lent_thread() as self.has_thread:
+                await self.app(copy_of(self.scope), giving(list(self.body)), self._capture)
         except BaseException as error:
             self.error = error
         finally:
@@ -3735,18 +3839,34 @@ class Generation:
                 self.ended = True
             self._end()
         try:
-            if self.job is not None and await self.accepted:
-                self.tracker.answered(self.job.id)
-                followed = self.followed
-                if followed:
-                    self._report()
-                await self._store_soon()
-                if not followed:  # perhaps its client left just then, and the host reports nothing
-                    await asyncio.wait({self.served}, timeout=SENDING)
-                    self._report()
+            if self.job is not None:
+                with self.tracker.unstored(self.size()) as has_room:
+                    await self._keep(has_room)
         finally:
             if self.claim:
                 self.tracker.release(self.key, self.claim)
+
+    async def _keep(self, has_room: bool) -> None:
+        """Sees to it that the job's end is stored, once the job is on disk."""
+        if has_room and not self.accepted.done():  # no client was told of the job yet
+            await asyncio.wait({self.accepted}, timeout=UNTOLD)
+        if not has_room or not self.accepted.done():
+            self._give_up()
+        elif self.accepted.result():
+            self.tracker.answered(self.job.id)
+            followed = self.followed
+            if followed:
+                self._report()
+            await self._store_soon()
+            if not followed:  # perhaps its client left just then, and the host reports nothing
+                await asyncio.wait({self.served}, timeout=SENDING)
+                self._report()
+
+    def _give_up(self) -> None:
+        """The disk does not answer. The client gets its images, but they are not stored: they would fill the memory."""
+        log.error("Job %s was generated, but is not stored: the disk does not answer", self.job.id)
+        reason = self.reason() if self.failed else "Generated, but not stored: the disk did not answer"
+        self.tracker.fail(self.job.id, reason)  # as soon as the disk answers
 
     @harmless
     def _report(self) -> None:
@@ -3769,11 +3889,11 @@ class Generation:
             if not self.failed and not accepts_gzip(self.scope):  # packing takes longer, and leaves room for both
                 await asyncio.wait({self.served}, timeout=SENDING)
         finally:  # also if the server is stopped
-            self.storing = self.tracker.pool.submit(self._store)
+            self.storing = self.tracker.storers.submit(self._store)
         await asyncio.shield(asyncio.wrap_future(self.storing))
 
     async def _capture(self, message: Message) -> None:
-        self.messages.append(message)
+        self.messages.append(copy_of(message))
 
     def forget(self, _: Any) -> None:
         """Lets go of what is large when all is done: an idle worker thread of the host keeps its last context."""
@@ -3802,6 +3922,10 @@ class Generation:
         if not self.messages:
             return "The webui gave no answer"
         return f"The webui answered {self.messages[0]['status']}: {self.bytes()[:1000].decode('utf-8', 'replace')}"
+
+    def size(self) -> int:
+        """Bytes of what the host answered."""
+        return sum(len(message.get("body", b"")) for message in self.messages)
 
     def bytes(self) -> bytes:
         """What the host answered."""
@@ -3874,7 +3998,8 @@ class Exchange:
         accepted, answered = generation.accepted, generation.answered
         await asyncio.wait({accepted, answered}, return_when=asyncio.FIRST_COMPLETED)
         if generation.job is not None and not accepted.done():
-            await asyncio.wait({accepted}, timeout=10)  # the host was faster than the disk
+            left = generation.asked_at + self.tracker.PATIENCE - time.monotonic()
+            await asyncio.wait({accepted}, timeout=max(left, 0))  # the host was faster than the disk
         if accepted.done() and accepted.result():
             await asyncio.wait({answered}, timeout=self._patience(generation))
             if generation.cancelled or not (answered.done() and generation.failed):
@@ -3908,7 +4033,7 @@ class Exchange:
             await self.tracker.settle(generation.job.id)  # who sees the cut finds the job Failed
             return None
 
-        await self._tell(generation.job, generation.answered, result, [])
+        await self._tell(generation.job, generation.answered, result, [], self.tracker.senders)
 
     async def _pass_on(self, generation: Generation) -> None:
         """Gives the client what the host gave, as if we were not there."""
@@ -3916,12 +4041,12 @@ class Exchange:
             raise generation.error
         messages = generation.messages
         if generation.hide_images and not generation.failed:
-            answer = await self.tracker.in_pool(generation.answer)
+            answer = await self.tracker.in_pool(generation.answer, pool=self.tracker.senders)
             headers = [pair for pair in messages[0]["headers"] if pair[0].lower() != b"content-length"]
             headers.append((b"content-length", str(len(answer.rest)).encode()))
             messages = [{**messages[0], "headers": headers}, {"type": "http.response.body", "body": answer.rest}]
         for message in messages:
-            await self.send(message)
+            await self.send(copy_of(message))
 
     async def _repeat(self, claim: Claim) -> bool:
         """Answers from the job that was first with the idempotency key. False if there is none any more."""
@@ -3930,7 +4055,7 @@ class Exchange:
             return False
         await self.tracker.settle(job_id)  # it may have just failed
         try:
-            job = await self.tracker.in_pool(self.tracker.get, job_id)
+            job = await self.tracker.find(job_id)
         except OSError as error:
             raise HTTPException(503, f"The stored answer cannot be read: {error.strerror or error}") from None
         if job is None or job.status == FAILED:
@@ -3945,7 +4070,8 @@ class Exchange:
         try:
             if self.preference.wait is not None:
                 await asyncio.wait({ended}, timeout=None if job.ended else self.preference.wait)
-            await self._tell(job, ended, result, [(b"idempotent-replayed", b"true")] if job.ended else [])
+            headers = [(b"idempotent-replayed", b"true")] if job.ended else []
+            await self._tell(job, ended, result, headers, self.tracker.pool)
         finally:
             ended.cancel()
         return True
@@ -3956,8 +4082,13 @@ class Exchange:
         names = exposed(name.decode() for name, _ in headers)
         return [*headers, *((name.lower().encode(), value.encode()) for name, value in names.items())]
 
-    async def _tell(self, job: Job, ended: Any, result: Any, headers: List[Tuple[bytes, bytes]]) -> None:
-        """The head now, heartbeats while the job waits and runs, and then its result; None is no clean end."""
+    async def _tell(
+        self, job: Job, ended: Any, result: Any, headers: List[Tuple[bytes, bytes]], pool: ThreadPoolExecutor
+    ) -> None:
+        """The head now, heartbeats while the job waits and runs, and then its result; None is no clean end.
+
+        The result's pieces are made in the threads of `pool`.
+        """
         in_time = self.preference.wait is not None and ended.done()
         if self.preference.respond_async:
             headers.append((b"preference-applied", self.preference.applied(respond_async=not in_time)))
@@ -3965,12 +4096,13 @@ class Exchange:
             location = path_of(self.scope).rpartition("/")[0] + f"/job/{job.id}"
             headers.append((b"location", location.encode()))
             with contextlib.suppress(OSError):  # then as it was
-                job = await self.tracker.in_pool(self.tracker.get, job.id) or job
-            data = as_json(await self.tracker.in_pool(self.tracker.describe, job))
+                job = await self.tracker.find(job.id) or job
+            pool = self.tracker.pool_for(job)
+            data = as_json(await self.tracker.in_pool(self.tracker.describe, job, pool=pool))
             await self._start(202, self._job_headers(job, headers))
-            await self._send_all(in_pieces(data))
+            await self._send_all(in_pieces(data), pool)
             return
-        pieces = await self._first(job, result) if ended.done() else None
+        pieces = await self._first(job, result, pool) if ended.done() else None
         gone = asyncio.get_running_loop().create_task(until_gone(self.receive))
         try:
             await self._start(200, self._job_headers(job, headers))
@@ -3984,7 +4116,7 @@ class Exchange:
             if pieces is None:
                 self.valve.cut = True
             else:
-                await self._send_all(pieces, gone)
+                await self._send_all(pieces, pool, gone)
         except OSError as error:
             self.valve.cut = True
             log.error("Job %s: the stored answer cannot be read: %s", job.id, error)
@@ -3995,7 +4127,7 @@ class Exchange:
         finally:
             gone.cancel()
 
-    async def _first(self, job: Job, result: Any) -> Iterator[bytes]:
+    async def _first(self, job: Job, result: Any, pool: ThreadPoolExecutor) -> Iterator[bytes]:
         """The result of a job that has ended, its first piece made before the head: so a failure has its true status.
 
         Raises HTTPException if there is none.
@@ -4005,8 +4137,8 @@ class Exchange:
         try:
             pieces = await result()
             if pieces is not None:
-                return preceded(await self.tracker.in_pool(next, pieces, b""), pieces)
-            job = await self.tracker.in_pool(self.tracker.get, job.id) or job
+                return preceded(await self.tracker.in_pool(next, pieces, b"", pool=pool), pieces)
+            job = await self.tracker.find(job.id) or job
         except OSError as error:
             raise HTTPException(503, f"The stored answer cannot be read: {error.strerror or error}") from None
         raise HTTPException(500, job.error or CANCELLED)
@@ -4021,10 +4153,12 @@ class Exchange:
             headers.append((b"content-encoding", b"gzip"))
         await self.send({"type": "http.response.start", "status": status, "headers": headers})
 
-    async def _send_all(self, pieces: Iterator[bytes], gone: Optional["asyncio.Task[None]"] = None) -> None:
+    async def _send_all(
+        self, pieces: Iterator[bytes], pool: ThreadPoolExecutor, gone: Optional["asyncio.Task[None]"] = None
+    ) -> None:
         if self.encoder:
             pieces = self.encoder.encode_all(pieces)
-        with contextlib.closing(FromPool(self.tracker, pieces)) as made:
+        with contextlib.closing(FromPool(self.tracker, pieces, pool)) as made:
             async for piece in made:
                 await self._send_piece(piece)
                 if gone is not None and gone.done():
@@ -4166,6 +4300,7 @@ GENERATION_DOCS = {
                 "Idempotent-Replayed": text_header("true for a stored answer"),
             }
         },
+        "429": {"description": "Too many generations wait already: try again after `Retry-After` seconds"},
         "202": {
             "description": "The job is accepted, as Prefer: respond-async asked for",
             "headers": {
@@ -4267,10 +4402,16 @@ class Api:
         add("POST", self.JOB + "/cancel", self.cancel_job, ended, response_model=JobSummary)
         add("DELETE", self.JOB, self.delete_job, CONFLICT_DOCS, status_code=204)
 
-    async def _run(self, function: Callable[..., Any], *args: Any, lost: Optional[str] = None) -> Any:
+    async def _run(
+        self,
+        function: Callable[..., Any],
+        *args: Any,
+        lost: Optional[str] = None,
+        pool: Optional[ThreadPoolExecutor] = None,
+    ) -> Any:
         """Runs a function that may block. Trouble with the disk is a 503, or a 404 if it does not pass."""
         try:
-            return await self.tracker.in_pool(function, *args)
+            return await self.tracker.in_pool(function, *args, pool=pool)
         except OSError as error:
             if lost is not None and not passes(error):
                 raise HTTPException(404, lost) from None
@@ -4283,7 +4424,7 @@ class Api:
             request.scope[Shell.KEY].error_headers = [(b"cache-control", b"no-store")]
 
     async def _get(self, job_id: str) -> Job:
-        job = await self._run(self.tracker.get, job_id)
+        job = self.tracker.running(job_id) or await self._run(self.tracker.get, job_id)
         if job is None:
             raise HTTPException(404, "Job not found")
         return job
@@ -4308,13 +4449,14 @@ class Api:
         job = await self._get(id)
         if wait > HEARTBEAT and not job.ended:
             return self._respond(request, self._wait_on(request, id, images, wait - HEARTBEAT))
-        return self._respond(request, await self._pieces(job, images))
+        return self._respond(request, await self._pieces(job, images), self.tracker.pool_for(job))
 
     async def _pieces(self, job: Job, images: bool) -> Iterator[bytes]:
         """A job as JSON, a piece at a time."""
+        pool = self.tracker.pool_for(job)
         if images:
-            return await self._run(self.tracker.as_json, job)
-        return in_pieces(as_json(await self._run(self.tracker.describe, job)))
+            return await self._run(self.tracker.as_json, job, pool=pool)
+        return in_pieces(as_json(await self._run(self.tracker.describe, job, pool=pool)))
 
     async def _wait_on(self, request: Request, job_id: str, images: bool, seconds: float) -> AsyncIterator[bytes]:
         """White space while the job goes on, and then the job. The head is out: for trouble, the connection is cut."""
@@ -4326,8 +4468,10 @@ class Api:
                 yield gzip.encode(b" ") if gzip else b" "
                 await asyncio.wait({ended}, timeout=HEARTBEAT)
             await self.tracker.settle(job_id)
-            pieces = await self._pieces(await self._get(job_id), images)
-            with contextlib.closing(FromPool(self.tracker, gzip.encode_all(pieces) if gzip else pieces)) as made:
+            job = await self._get(job_id)
+            pieces = await self._pieces(job, images)
+            pieces = gzip.encode_all(pieces) if gzip else pieces
+            with contextlib.closing(FromPool(self.tracker, pieces, self.tracker.pool_for(job))) as made:
                 async for piece in made:
                     yield piece
         except (HTTPException, OSError) as error:
@@ -4380,15 +4524,16 @@ class Api:
                 raise self._invalid("cursor", "it must come from a Link header")
             after_time, shown = int(form.group(1)), form.group(2).split("-")[1:]
 
-        def look() -> Tuple[List[Job], str]:
+        def look(abandoned: threading.Event) -> Tuple[List[Job], str]:
             store = self.tracker.store
             after_id = next(filter(store.knows, shown), shown[0] if shown else None)
-            page = store.query(wanted, limit, 0, after_id, after_time)
+            page = store.query(wanted, limit, 0, after_id, after_time, abandoned)
             # The last ones, for the page goes on behind the first of them that is still there.
             last = [str(page.jobs[-1].timestamp), *(job.id for job in page.jobs[:-11:-1])] if page.more else []
             return page.jobs, "-".join(last)
 
-        jobs, last = await self._run(look)
+        pool = self.tracker.searchers if wanted.text else self.tracker.pool
+        jobs, last = await self._run_while_here(request, look, pool)
         response = self._respond(request, joined(as_json(self.tracker.describe(job)) for job in jobs))
         if last:
             asked = URL("?" + request.scope["query_string"].decode("latin-1"))
@@ -4396,6 +4541,24 @@ class Api:
             response.headers["Link"] = f'<{path_of(request.scope)}?{query}>; rel="next"'
             response.headers.update(exposed(response.headers))
         return response
+
+    async def _run_while_here(
+        self, request: Request, look: Callable[[threading.Event], Any], pool: ThreadPoolExecutor
+    ) -> Any:
+        """Runs a function that ends early when the event that it is given is set: when the client has left."""
+        abandoned = threading.Event()
+        loop = asyncio.get_running_loop()
+        looking = loop.create_task(self._run(look, abandoned, pool=pool))
+        gone = loop.create_task(until_gone(request.receive))
+        try:
+            await asyncio.wait({looking, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not looking.done():
+                raise HTTPException(503, "The client has left")  # which nobody reads
+            return looking.result()
+        finally:
+            abandoned.set()
+            looking.cancel()
+            gone.cancel()
 
     async def get_image(
         self,
@@ -4446,7 +4609,8 @@ class Api:
         """Takes a Pending job out of the queue, or interrupts a Processing one. It ends as Failed, "Cancelled"."""
         await self._end(self.tracker.cancel, id)
         await self.tracker.settle(id)
-        return self._respond(request, in_pieces(as_json(await self._run(self.tracker.describe, await self._get(id)))))
+        job = await self._get(id)
+        return self._respond(request, await self._pieces(job, images=False), self.tracker.pool_for(job))
 
     async def delete_job(self, id: str = Path(description="the job's ID")) -> Response:
         """Removes a job that has ended, and its images."""
@@ -4456,7 +4620,7 @@ class Api:
 
     async def _end(self, function: Callable[[str], bool], job_id: str) -> None:
         try:
-            found = await self._run(function, job_id)
+            found = await self._run(function, job_id, pool=self.tracker.pool_for(self.tracker.running(job_id)))
         except Conflict as reason:
             raise HTTPException(409, str(reason)) from None
         if not found:
@@ -4479,7 +4643,12 @@ class Api:
             raise self._invalid(name, "it must be a finite number")
         return value
 
-    def _respond(self, request: Request, pieces: Union[Iterator[bytes], AsyncIterator[bytes]]) -> Response:
+    def _respond(
+        self,
+        request: Request,
+        pieces: Union[Iterator[bytes], AsyncIterator[bytes]],
+        pool: Optional[ThreadPoolExecutor] = None,
+    ) -> Response:
         """JSON, a piece at a time. What an asynchronous iterator gives is packed already, if it is to be."""
         headers = {"Vary": "Accept-Encoding", "Cache-Control": "no-store"}
         gzip = accepts_gzip(request.scope)
@@ -4488,7 +4657,7 @@ class Api:
         if hasattr(pieces, "__anext__"):
             headers["X-Accel-Buffering"] = "no"  # nginx would keep the head and the white space back until the end
         else:
-            pieces = FromPool(self.tracker, Gzip().encode_all(pieces) if gzip else pieces)
+            pieces = FromPool(self.tracker, Gzip().encode_all(pieces) if gzip else pieces, pool)
         return Streamed(pieces, 200, headers, "application/json")
 
 
@@ -4837,21 +5006,21 @@ class Tab:
             self._purge_began = time.time()
             self._purge = self.tracker.pool.submit(self.tracker.purge)
 
-    async def look(self, *values: Any) -> List[Any]:
-        return await self.tracker.in_pool(self._look, *values)
-
-    def _look(self, view: Any, enabled: Any, retention: Any, status: Any, ip: Any, text: Any) -> List[Any]:
+    async def look(self, view: Any, enabled: Any, retention: Any, status: Any, ip: Any, text: Any) -> List[Any]:
         """The outputs of `build`, for the values of its inputs."""
-        import gradio as gr
-
-        settings = self.tracker.settings
-        settings.refresh()
-        shown = View.parse(view)
         wanted = Filter(
             ip=str(ip or "").strip() or None,
             status=status if status in STATUSES else None,
             q=str(text or "").strip()[: Filter.LIMIT] or None,
         )
+        pool = self.tracker.searchers if wanted.text else self.tracker.pool
+        return await self.tracker.in_pool(self._look, View.parse(view), enabled, retention, wanted, pool=pool)
+
+    def _look(self, shown: View, enabled: Any, retention: Any, wanted: Filter) -> List[Any]:
+        import gradio as gr
+
+        settings = self.tracker.settings
+        settings.refresh()
         top, main = self._notes(), ""
         try:
             top += self.markup.figures()

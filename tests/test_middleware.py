@@ -95,8 +95,8 @@ def test_a_server_that_is_stopped_by_force(script, tracker):
     gate = threading.Event()
 
     async def run() -> str:
-        for _ in range(tracker.pool._max_workers):
-            tracker.pool.submit(gate.wait)
+        for _ in range(tracker.storers._max_workers):
+            tracker.storers.submit(gate.wait)
         one = generation(script, tracker, {"images": [IMAGE], "parameters": {}, "info": ""})
         one.served.set_result(None)
         work = one.begin()

@@ -1,0 +1,288 @@
+"""A disk that does not answer: generations go on, their clients get their images, and nothing of it stays behind."""
+
+from __future__ import annotations
+
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Callable, Iterator, List
+
+import httpx
+import pytest
+from conftest import Start
+
+from harness import KINDS, MODE_FLAGS, MODES, Page, Webui, body, until, with_constant
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells which file a descriptor is of")
+
+# An extension that keeps every call for a file below a folder from returning, for as long as a switch is there.
+STALLED_DISK = """
+import builtins, os, time
+
+stat = os.stat
+
+def is_on_it(what):
+    if isinstance(what, int):
+        try:
+            what = os.readlink(f"/proc/self/fd/{{what}}")
+        except OSError:
+            return False
+    return os.fspath(what).startswith({folder!r})
+
+def wait(what):
+    while True:
+        try:
+            stat({switch!r})
+        except FileNotFoundError:
+            return
+        time.sleep(0.01)
+
+def stalling(real):
+    def call(first, *args, **options):
+        if is_on_it(first):
+            wait(first)
+        return real(first, *args, **options)
+    return call
+
+for name in (
+    "open stat lstat fstat read pread write pwrite fsync ftruncate close "
+    "listdir scandir replace rename unlink mkdir rmdir chmod".split()
+):
+    setattr(os, name, stalling(getattr(os, name)))
+builtins.open = stalling(builtins.open)
+"""
+
+
+class Disk:
+    """The disk with the data folder, which can be stalled."""
+
+    def __init__(self, folder: Path):
+        self.data = folder / "data"
+        self.switch = folder / "stalled"
+        self.script = STALLED_DISK.format(folder=str(self.data), switch=str(self.switch))
+
+    def __enter__(self) -> None:
+        self.switch.touch()
+
+    def __exit__(self, *_: Any) -> None:
+        if self.switch.exists():
+            self.switch.unlink()
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Disk]:
+    made = Disk(tmp_path)
+    yield made
+    made.__exit__()
+
+
+def all_of(*prepare: Callable[[Webui], None]) -> Callable[[Webui], None]:
+    return lambda webui: [one(webui) for one in prepare] and None
+
+
+@pytest.fixture
+def start_on(start: Start, disk: Disk) -> Callable[..., Webui]:
+    """`start_on(patience=…)` starts a webui on that disk, whose constants can be other ones."""
+
+    def start_on(*flags: str, mode: str = MODES[-1], **constants: float) -> Webui:
+        known = {
+            "patience": ("PATIENCE = 10.0", "PATIENCE = {:g}"),
+            "untold": ("UNTOLD = 60.0", "UNTOLD = {:g}"),
+            "limit": ("UNSTORED_LIMIT = 1 << 29", "UNSTORED_LIMIT = {:g}"),
+        }
+        changes = [with_constant(known[name][0], known[name][1].format(value)) for name, value in constants.items()]
+        environ = {"TRACKER_DATA_DIR": str(disk.data)}
+        scripts = {"a-stalled-disk": disk.script}
+        webui = start(*MODE_FLAGS[mode], *flags, environ=environ, scripts=scripts, prepare=all_of(*changes))
+        webui.post(body())
+        until(webui.is_idle)  # and all is in place
+        return webui
+
+    return start_on
+
+
+class Asked:
+    """Requests on their way, whose answers can be waited for."""
+
+    def __init__(self) -> None:
+        self.pool = ThreadPoolExecutor(64)
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        return self.pool.submit(function, *args, **options)
+
+
+@pytest.fixture
+def ask() -> Iterator[Asked]:
+    asked = Asked()
+    yield asked
+    asked.pool.shutdown(wait=True)
+
+
+@pytest.fixture(autouse=True)
+def in_order(disk, ask) -> Iterator[None]:
+    """The disk comes back before the requests are waited for."""
+    yield
+    disk.__exit__()
+
+
+def look_at(webui: Webui, job_id: str, ask: Asked, times: int = 10) -> List[Any]:
+    """Everybody who looks at jobs: polls, lists, searches, images, the tab."""
+    paths = [f"/sdapi/v1/job/{job_id}", "/sdapi/v1/jobs", "/sdapi/v1/jobs?q=light", f"/sdapi/v1/job/{job_id}/images/0"]
+    looks = [ask(httpx.get, webui.url + path, timeout=120, trust_env=False) for path in paths for _ in range(times)]
+    if webui.mode == "ui":
+        page = Page(httpx.Client(base_url=webui.url, timeout=120, trust_env=False))
+        looks += [ask(page.look) for _ in range(times)]
+    time.sleep(0.5)
+    return looks
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mode", MODES)
+def test_a_generation_goes_on(start_on, disk, ask, mode, kind):
+    """The webui generates and its client has the images, untracked, while everybody who looks waits for the disk."""
+    webui = start_on(mode=mode, patience=2)
+    (before,) = webui.records()
+    with disk:
+        looks = look_at(webui, before, ask)
+        begun = time.monotonic()
+        answer = webui.post(body("during", kind=kind), kind)
+        assert time.monotonic() - begun < 30
+        assert answer.status_code == 200 and len(answer.json()["images"]) == 1
+        assert "x-job-id" not in answer.headers
+        assert [look.result().text[:200] for look in looks if look.done()] == []
+    for look in looks:
+        look = look.result()
+        assert isinstance(look, str) or look.status_code == 200
+    until(webui.is_idle)
+    assert sorted(record["prompt"] for record in webui.records().values()) == ["a lighthouse", "during"]
+    assert {record["status"] for record in webui.records().values()} == {"Completed"}
+    assert "x-job-id" in webui.post(body()).headers
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["new", "repeated"])
+def test_a_key_that_cannot_be_looked_up(start_on, disk, ask, known):
+    """It could be a repeat, whose images would be generated twice: it is refused, and soon."""
+    webui = start_on(patience=2)
+    (before,) = webui.records()
+    keyed = {"Idempotency-Key": "one"}
+    first = webui.post(body("with a key"), headers=keyed) if known else None
+    until(webui.is_idle)
+    with disk:
+        looks = look_at(webui, before, ask)
+        begun = time.monotonic()
+        refused = [ask(webui.post, body("with a key"), headers=keyed) for _ in range(5)]
+        for one in refused:
+            answer = one.result()
+            assert (answer.status_code, "x-job-id" in answer.headers) == (503, False), answer.text
+        assert time.monotonic() - begun < 30
+        assert str(disk.data) not in answer.text
+        assert webui.post(body("without a key")).status_code == 200, "nobody else is kept waiting by them"
+        assert [look for look in looks if look.done()] == []
+    [look.result() for look in looks]
+    until(webui.is_idle)
+    after = webui.post(body("with a key"), headers=keyed)
+    assert after.status_code == 200
+    if first is not None:
+        assert (after.headers.get("idempotent-replayed"), after.json()) == ("true", first.json())
+    assert [record["prompt"] for record in webui.records().values()].count("with a key") == 1
+
+
+@pytest.mark.parametrize("coding", ["identity", "gzip"])
+def test_nobody_keeps_back_an_answer(start_on, disk, ask, coding):
+    """What was generated is in memory: its client gets it, however many wait for the disk."""
+    webui = start_on()
+    (before,) = webui.records()
+    gate = webui.gate()
+    sent = ask(webui.post, body("on its way", {"hold": gate}), headers={"Accept-Encoding": coding})
+    job_id = until(lambda: next((id for id, job in webui.records().items() if job["prompt"] == "on its way"), None))
+    webui.until_status(job_id, "Processing")
+    with disk:
+        looks = look_at(webui, before, ask)
+        assert webui.job(job_id)["status"] == "Processing", "who polls a job that runs needs no disk"
+        assert webui.job(job_id, wait=0.2, images=False)["status"] == "Processing"
+        gate.open()
+        answer = sent.result(30)
+        assert (answer.status_code, answer.headers["x-job-id"]) == (200, job_id)
+        assert len(answer.json()["images"]) == 1
+        assert webui.job(job_id, images=False)["status"] == "Processing", "its end is not stored"
+        assert [look for look in looks if look.done()] == []
+    job = webui.job(job_id, wait=60)
+    assert (job["status"], job["images"]) == ("Completed", answer.json()["images"])
+
+
+def test_jobs_that_wait_can_be_cancelled(start_on, disk, ask):
+    webui = start_on()
+    (before,) = webui.records()
+    gate = webui.gate()
+    running = webui.send(body("runs", {"hold": gate}))
+    waiting = webui.send(body("waits"))
+    ids = [running.job_id(), waiting.job_id()]
+    with disk:
+        look_at(webui, before, ask)
+        cancelling = [ask(webui.client.post, f"/sdapi/v1/job/{job_id}/cancel", timeout=60) for job_id in ids]
+        assert [one.result(30).status_code for one in cancelling] == [200, 200]
+        gate.open()
+        with pytest.raises(ConnectionError):
+            running.content()
+    for job_id in ids:
+        job = webui.job(job_id, wait=30)
+        assert (job["status"], job["error"]) == ("Failed", "Cancelled")
+
+
+@pytest.mark.parametrize("hide", [False, True], ids=["images", "no images"])
+@pytest.mark.parametrize("coding", ["identity", "gzip"])
+def test_the_webui_changes_what_it_is_given(start_on, disk, coding, hide):
+    """Its gzip layer packs an answer in place. What is stored is what the webui answered."""
+    webui = start_on(patience=0.5)
+    request = body("late", {"image_bytes": 50_000}, **({"send_images": False} if hide else {}))
+    with disk:
+        answer = webui.post(request, headers={"Accept-Encoding": coding})
+        assert answer.status_code == 200 and "x-job-id" not in answer.headers
+    job_id = until(lambda: next((id for id, job in webui.records().items() if job["prompt"] == "late"), None))
+    job = webui.job(job_id, wait=60)
+    assert (job["status"], job["error"]) == ("Completed", None)
+    assert len(job["images"]) == 1 and len(job["images"][0]) > 50_000
+    if not hide:
+        assert job["images"] == answer.json()["images"]
+    assert (job["parameters"], job["info"]) == (answer.json()["parameters"], answer.json()["info"])
+
+
+def memory(webui: Webui) -> int:
+    webui.client.get("/standin/empty")
+    return webui.client.get("/standin/threads").json()["rss_bytes"]
+
+
+def test_answers_do_not_fill_the_memory(start_on, disk):
+    """Of jobs whose clients were told nothing, only the record waits for a disk that is away for long."""
+    size, count = 8 << 20, 20
+    webui = start_on(patience=0.1, untold=1)
+    big = body("large", {"image_bytes": size})
+    webui.post(big)
+    until(webui.is_idle)
+    before = memory(webui)
+    with disk:
+        for _ in range(count):
+            assert len(webui.post(big).json()["images"][0]) > size
+        until(lambda: memory(webui) < before + 4 * size, what="the answers are let go of")
+        assert webui.log.count("is not stored: the disk does not answer") == count
+    given_up = until(lambda: (lambda failed: failed if len(failed) == count else None)(webui.jobs(status="Failed")))
+    assert {job["error"] for job in given_up} == {"Generated, but not stored: the disk did not answer"}
+
+
+def test_answers_of_jobs_that_were_told_wait_for_the_disk_up_to_a_limit(start_on, disk, ask):
+    """What fits is stored when the disk is back. What does not is said in the job."""
+    size = 1 << 20
+    webui = start_on(limit=3 * size)
+    gates = [webui.gate() for _ in range(4)]
+    sent = [ask(webui.post, body(f"number {n}", {"image_bytes": size, "hold": gate})) for n, gate in enumerate(gates)]
+    until(lambda: len(webui.jobs(status="Pending")) == 3)
+    with disk:
+        for gate in gates:
+            gate.open()
+        answers = [one.result(60) for one in sent]
+    until(webui.is_idle)
+    jobs = [webui.job(answer.headers["x-job-id"]) for answer in answers]
+    stored = [job["images"] == answer.json()["images"] for job, answer in zip(jobs, answers)]
+    assert stored.count(True) == 2 and {job["status"] for job in jobs} == {"Completed", "Failed"}
+    assert {job["error"] for job in jobs} == {None, "Generated, but not stored: the disk did not answer"}
