@@ -2663,6 +2663,33 @@ class Clock:
         return self._offset + time.monotonic()
 
 
+class Threads(ThreadPoolExecutor):
+    """Threads for one kind of work, which so keeps back no other, and a limit to how much of it may wait."""
+
+    def __init__(self, count: int, name: str, limit: int = 10_000):
+        super().__init__(count, f"job-tracker-{name}")
+        self._limit = limit
+        self._unfinished = 0
+        self._counting = threading.Lock()
+
+    def submit(self, function: Callable[..., Any], *args: Any) -> Future:
+        """The result of a function that may block. Raises OSError if too much waits, or the webui is being reloaded."""
+        with self._counting:
+            if self._unfinished >= self._limit:
+                raise OSError(errno.EAGAIN, "too many wait already")
+            try:
+                work = super().submit(function, *args)
+            except RuntimeError:
+                raise OSError(errno.EAGAIN, "the webui is being reloaded") from None
+            self._unfinished += 1
+        work.add_done_callback(self._finished)
+        return work
+
+    def _finished(self, _: Future) -> None:
+        with self._counting:
+            self._unfinished -= 1
+
+
 class Tracker:
     """A job's life, and the only writer of both stores.
 
@@ -2706,11 +2733,11 @@ class Tracker:
         self.store = JobStore(settings.data_folder, self.predecessor.refuse_to_open)
         self.images = ImageStore(os.path.join(settings.data_folder, "images"))
         # Threads by what they may have to wait for: who looks at jobs keeps back no answer, whatever the disk does.
-        self.pool = ThreadPoolExecutor(8, "job-tracker-look")  # the disk, for whoever looks at jobs
-        self.searchers = ThreadPoolExecutor(2, "job-tracker-search")  # all prompts to be searched
-        self.key_readers = ThreadPoolExecutor(2, "job-tracker-key")  # the disk, for requests with an idempotency key
-        self.storers = ThreadPoolExecutor(8, "job-tracker-store")  # the disk, to store answers on it
-        self.senders = ThreadPoolExecutor(4, "job-tracker-send")  # nothing: what is in memory goes to clients
+        self.pool = Threads(8, "look")  # the disk, for whoever looks at jobs
+        self.searchers = Threads(2, "search", limit=100)  # all prompts to be searched, which can take long
+        self.key_readers = Threads(2, "key")  # the disk, for requests with an idempotency key
+        self.storers = Threads(8, "store")  # the disk, to store answers on it
+        self.senders = Threads(4, "send")  # nothing: what is in memory goes to clients
         self.sending: "WeakSet[Any]" = WeakSet()  # what is on its way to clients, and needs the pool for its rest
         self.watch: Callable[[], None] = lambda: None  # looks after the host, as often as for config.json
         self.next_purge: Optional[float] = None  # by time.monotonic()
@@ -2893,15 +2920,11 @@ class Tracker:
 
     # Looking at jobs
 
-    async def in_pool(self, function: Callable[..., Any], *args: Any, pool: Optional[ThreadPoolExecutor] = None) -> Any:
-        """Runs a function that may block in a thread of the tracker's own. Raises OSError if the tracker is closed."""
-        try:
-            work = (pool or self.pool).submit(function, *args)
-        except RuntimeError:
-            raise OSError(errno.EAGAIN, "the webui is being reloaded") from None
-        return await asyncio.wrap_future(work)
+    async def in_pool(self, function: Callable[..., Any], *args: Any, pool: Optional[Threads] = None) -> Any:
+        """Runs a function that may block in a thread of the tracker's own. Raises OSError, also as `Threads.submit`."""
+        return await asyncio.wrap_future((pool or self.pool).submit(function, *args))
 
-    def pool_for(self, job: Optional[Job]) -> ThreadPoolExecutor:
+    def pool_for(self, job: Optional[Job]) -> Threads:
         """Threads for work on a job: where it has not ended, that needs no disk, and is not to wait for one."""
         return self.pool if job is None or job.ended else self.senders
 
@@ -3415,7 +3438,7 @@ def in_pieces(data: bytes) -> Iterator[bytes]:
 class FromPool:
     """What a generator makes, a piece or more at a time, made in a thread of one of the tracker's pools."""
 
-    def __init__(self, tracker: Tracker, pieces: Iterator[bytes], pool: Optional[ThreadPoolExecutor] = None):
+    def __init__(self, tracker: Tracker, pieces: Iterator[bytes], pool: Optional[Threads] = None):
         self._tracker = tracker
         self._pool = pool or tracker.pool
         self._pieces = pieces
@@ -4082,9 +4105,7 @@ class Exchange:
         names = exposed(name.decode() for name, _ in headers)
         return [*headers, *((name.lower().encode(), value.encode()) for name, value in names.items())]
 
-    async def _tell(
-        self, job: Job, ended: Any, result: Any, headers: List[Tuple[bytes, bytes]], pool: ThreadPoolExecutor
-    ) -> None:
+    async def _tell(self, job: Job, ended: Any, result: Any, headers: List[Tuple[bytes, bytes]], pool: Threads) -> None:
         """The head now, heartbeats while the job waits and runs, and then its result; None is no clean end.
 
         The result's pieces are made in the threads of `pool`.
@@ -4127,7 +4148,7 @@ class Exchange:
         finally:
             gone.cancel()
 
-    async def _first(self, job: Job, result: Any, pool: ThreadPoolExecutor) -> Iterator[bytes]:
+    async def _first(self, job: Job, result: Any, pool: Threads) -> Iterator[bytes]:
         """The result of a job that has ended, its first piece made before the head: so a failure has its true status.
 
         Raises HTTPException if there is none.
@@ -4154,7 +4175,7 @@ class Exchange:
         await self.send({"type": "http.response.start", "status": status, "headers": headers})
 
     async def _send_all(
-        self, pieces: Iterator[bytes], pool: ThreadPoolExecutor, gone: Optional["asyncio.Task[None]"] = None
+        self, pieces: Iterator[bytes], pool: Threads, gone: Optional["asyncio.Task[None]"] = None
     ) -> None:
         if self.encoder:
             pieces = self.encoder.encode_all(pieces)
@@ -4407,7 +4428,7 @@ class Api:
         function: Callable[..., Any],
         *args: Any,
         lost: Optional[str] = None,
-        pool: Optional[ThreadPoolExecutor] = None,
+        pool: Optional[Threads] = None,
     ) -> Any:
         """Runs a function that may block. Trouble with the disk is a 503, or a 404 if it does not pass."""
         try:
@@ -4542,9 +4563,7 @@ class Api:
             response.headers.update(exposed(response.headers))
         return response
 
-    async def _run_while_here(
-        self, request: Request, look: Callable[[threading.Event], Any], pool: ThreadPoolExecutor
-    ) -> Any:
+    async def _run_while_here(self, request: Request, look: Callable[[threading.Event], Any], pool: Threads) -> Any:
         """Runs a function that ends early when the event that it is given is set: when the client has left."""
         abandoned = threading.Event()
         loop = asyncio.get_running_loop()
@@ -4647,7 +4666,7 @@ class Api:
         self,
         request: Request,
         pieces: Union[Iterator[bytes], AsyncIterator[bytes]],
-        pool: Optional[ThreadPoolExecutor] = None,
+        pool: Optional[Threads] = None,
     ) -> Response:
         """JSON, a piece at a time. What an asynchronous iterator gives is packed already, if it is to be."""
         headers = {"Vary": "Accept-Encoding", "Cache-Control": "no-store"}

@@ -48,7 +48,6 @@ def test_descriptors_that_idle_connections_take(start):
             one.close()
     job = webui.job(job_id, wait=60)
     assert (job["status"], job["error"], len(job["images"])) == ("Completed", None, 1)
-    assert str(webui.data) not in "".join(line for line in webui.our_log() if "Ready" not in line)
 
 
 def test_more_generations_than_the_webui_has_threads(start):
@@ -113,7 +112,7 @@ def test_searches_that_nobody_waits_for(start, archive, mode):
     one_search, one_cpu = time.monotonic() - began, cpu_seconds(webui) - used
     (known,) = webui.jobs(limit=1)
 
-    searches = 60
+    searches = 120  # more than may wait
     if mode == "api":
         sent = [webui.send_get(path) for _ in range(searches)]
     else:
@@ -139,10 +138,13 @@ def test_searches_that_nobody_waits_for(start, archive, mode):
     assert answer < 5 * one_search + 5, (answer, one_search)
 
     used = cpu_seconds(webui)
+    if mode == "api":
+        refused = webui.client.get(path)
+        assert (refused.status_code, refused.json()["detail"][-21:]) == (503, "too many wait already")
     for one in sent:
         one.socket.close() if mode == "api" else one.close()
     if mode == "tab":
         return  # gradio does not tell that the client has left
-    assert webui.client.get(path).json() == []
+    assert until(lambda: webui.client.get(path).status_code == 200)
     spent = cpu_seconds(webui) - used
     assert spent < searches / 4 * one_cpu, (spent, one_cpu)
