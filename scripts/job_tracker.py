@@ -2704,6 +2704,7 @@ class Tracker:
     REMOVED_AT_ONCE = 100  # jobs: a crash leaves the files of no more
     LOOK_EVERY = 5  # seconds between two looks at config.json
     PATIENCE = 10.0  # seconds that a request waits for the disk before it goes on without it, or is refused
+    MOMENT = 0.1  # the same while the disk does not answer
     STORE_AGAIN = (0.5, 1, 2, 5, 10, 20, 30, 60, 60, 60)  # seconds between tries to store what may pass
     UNSTORED_LIMIT = 1 << 29  # bytes of answers that wait for the disk: more could cost the webui its memory
     SETTLE = 1.0  # seconds that storing may take before a job is shown Processing to who has its answer
@@ -2750,6 +2751,7 @@ class Tracker:
         self._stored_ends: Set[str] = set()  # those of these that were given to the store
         self._clocks: Dict[str, Clock] = {}
         self._accepted: Dict[str, Future] = {}
+        self._accepted_at: Dict[str, float] = {}  # by time.monotonic()
         self._cancels: Dict[str, Callable[[], None]] = {}
         self._answered: Set[str] = set()  # those whose answer is being stored
         self._unstored = 0  # bytes of all answers that wait to be stored
@@ -2758,6 +2760,7 @@ class Tracker:
         self._begun: Any = None  # what the host said when it got that
         self._claims: Dict[str, Claim] = {}
         self._claiming = threading.Lock()
+        self._hung_look: Optional[Future] = None  # the last look for a key that took too long
         self._purging = threading.Lock()
         self._stop = threading.Event()
         self._recover()
@@ -2795,9 +2798,19 @@ class Tracker:
                 self._running[job.id] = job
                 self._clocks[job.id] = Clock()
                 self._accepted[job.id] = written
+                self._accepted_at[job.id] = time.monotonic()
                 self._cancels[job.id] = cancel
         written.add_done_callback(lambda future: future.exception() and self._forget(job.id))
         return written
+
+    def patience(self) -> float:
+        """Seconds that a request waits for the disk now: a moment only where another has waited in vain."""
+        with self._lock:
+            since = [self._accepted_at[job_id] for job_id, written in self._accepted.items() if not written.done()]
+        has_hung = since and time.monotonic() - min(since) >= self.PATIENCE
+        return (
+            self.MOMENT if has_hung or (self._hung_look is not None and not self._hung_look.done()) else self.PATIENCE
+        )
 
     def _forget(self, job_id: str) -> None:
         log.error("A generation is not tracked, since its job could not be stored")
@@ -2910,7 +2923,14 @@ class Tracker:
 
     def _leave(self, job_id: str) -> None:
         with self._lock:
-            for jobs in (self._running, self._ended, self._clocks, self._accepted, self._cancels):
+            for jobs in (
+                self._running,
+                self._ended,
+                self._clocks,
+                self._accepted,
+                self._accepted_at,
+                self._cancels,
+            ):
                 jobs.pop(job_id, None)
             for ids in (self._answered, self._stored_ends):
                 ids.discard(job_id)
@@ -3081,8 +3101,9 @@ class Tracker:
         A Failed job frees its key, also while its generation still waits in the queue. Raises OSError, also when the
         disk says nothing for `PATIENCE` seconds.
         """
-        until = time.monotonic() + self.PATIENCE
-        if not self._claiming.acquire(timeout=self.PATIENCE):
+        patience = self.patience()
+        until = time.monotonic() + patience
+        if not self._claiming.acquire(timeout=patience):
             raise OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
         try:
             claim = self._claims.get(key)
@@ -3092,7 +3113,7 @@ class Tracker:
             try:
                 kept = looking.result(max(until - time.monotonic(), 0))
             except FutureTimeout:
-                looking.cancel()
+                self._hung_look = None if looking.cancel() else looking
                 raise OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT)) from None
             if kept is not None:
                 return kept, False
@@ -4021,7 +4042,7 @@ class Exchange:
         accepted, answered = generation.accepted, generation.answered
         await asyncio.wait({accepted, answered}, return_when=asyncio.FIRST_COMPLETED)
         if generation.job is not None and not accepted.done():
-            left = generation.asked_at + self.tracker.PATIENCE - time.monotonic()
+            left = generation.asked_at + self.tracker.patience() - time.monotonic()
             await asyncio.wait({accepted}, timeout=max(left, 0))  # the host was faster than the disk
         if accepted.done() and accepted.result():
             await asyncio.wait({answered}, timeout=self._patience(generation))

@@ -128,17 +128,17 @@ def in_order(disk, ask) -> Iterator[None]:
 
 def look_at(webui: Webui, job_id: str, ask: Asked, times: int = 10) -> List[Any]:
     """Everybody who looks at jobs: polls, lists, searches, images, the tab."""
+    client = httpx.Client(base_url=webui.url, timeout=120, trust_env=False, limits=httpx.Limits(max_connections=None))
     paths = [f"/sdapi/v1/job/{job_id}", "/sdapi/v1/jobs", "/sdapi/v1/jobs?q=light", f"/sdapi/v1/job/{job_id}/images/0"]
-    looks = [ask(httpx.get, webui.url + path, timeout=120, trust_env=False) for path in paths for _ in range(times)]
+    looks = [ask(client.get, path) for path in paths for _ in range(times)]
     if webui.mode == "ui":
-        page = Page(httpx.Client(base_url=webui.url, timeout=120, trust_env=False))
+        page = Page(client)
         looks += [ask(page.look) for _ in range(times)]
     time.sleep(0.5)
     return looks
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind, mode", dict(zip(KINDS, MODES * 2)).items())
 def test_a_generation_goes_on(start_on, disk, ask, mode, kind):
     """The webui generates and its client has the images, untracked, while everybody who looks waits for the disk."""
     webui = start_on(mode=mode, patience=2)
@@ -228,6 +228,30 @@ def test_jobs_that_wait_can_be_cancelled(start_on, disk, ask):
     for job_id in ids:
         job = webui.job(job_id, wait=30)
         assert (job["status"], job["error"]) == ("Failed", "Cancelled")
+
+
+def test_the_disk_is_waited_for_once(start_on, disk):
+    """Who comes while it is known not to answer goes on at once."""
+    patience = 6
+    webui = start_on(patience=patience)
+    keyed = {"Idempotency-Key": "one"}
+
+    def seconds(status: int, **options: Any) -> float:
+        begun = time.monotonic()
+        assert webui.post(body(), **options).status_code == status
+        return time.monotonic() - begun
+
+    with disk:
+        assert seconds(200) >= patience > seconds(200) + 2
+        assert seconds(503, headers=keyed) + 2 < patience
+    until(lambda: len(webui.records()) == 3 and webui.is_idle())
+    seconds(200, headers={"Idempotency-Key": "two"})
+    until(webui.is_idle)
+    with disk:
+        assert seconds(503, headers=keyed) >= patience > seconds(503, headers=keyed) + 2
+        assert seconds(200) + 2 < patience
+    until(lambda: len(webui.records()) == 5 and webui.is_idle())
+    assert "x-job-id" in webui.post(body(), headers=keyed).headers
 
 
 @pytest.mark.parametrize("hide", [False, True], ids=["images", "no images"])
