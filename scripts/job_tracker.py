@@ -24,6 +24,7 @@ import bisect
 import contextlib
 import contextvars
 import errno
+import functools
 import hashlib
 import json
 import logging
@@ -3340,6 +3341,66 @@ def path_of(scope: Scope) -> str:
     return path if path.startswith(root + "/") else root + path
 
 
+DEFAULT_PORTS = {"http": 80, "https": 443}
+AUTHORITY = re.compile(r"(\[[0-9a-f:.]+\]|[^][\s/:@?#,]+)(?::([0-9]{0,5}))?")
+
+
+def parse_authority(text: str, scheme: str) -> Optional[Tuple[str, int]]:
+    """Host and port by RFC 3986, 3.2, the port of the scheme where none is said; None for what is invalid."""
+    form = AUTHORITY.fullmatch(text.strip().lower())
+    return (form.group(1), int(form.group(2) or DEFAULT_PORTS[scheme])) if form else None
+
+
+def is_foreign(scope: Scope, is_named: Callable[[str], bool]) -> bool:
+    """Whether a browser says that a request comes from a page of another origin, and of one that is not named.
+
+    Browsers send `Sec-Fetch-Site` (W3C, Fetch Metadata, 2.4) over HTTPS and to loopback addresses, and no page can set
+    it. Elsewhere `Origin` (RFC 6454, 7; Fetch, 3.2) must be that of the host that the browser asked for. This stands in
+    `Host` or, where a proxy has changed that, in `X-Forwarded-Host`. Programs send neither, and are never foreign.
+    """
+    origin, site = header_of(scope, b"origin"), header_of(scope, b"sec-fetch-site")
+    if origin and is_named(origin):
+        return False
+    if site or not origin:
+        return site not in ("", "same-origin", "none")
+    scheme, _, authority = origin.lower().partition("://")
+    if scheme not in DEFAULT_PORTS:  # of a page without an origin, too, which is "null"
+        return True
+    page = parse_authority(authority, scheme)
+    hosts = [header_of(scope, b"host"), *header_of(scope, b"x-forwarded-host").split(",")]
+    return page is None or page not in [parse_authority(host, scheme) for host in hosts]
+
+
+class OriginGuard:
+    """Refuses what pages of other origins ask for, with a line in the log, but not with one for each call."""
+
+    REFUSAL = (
+        "A page of another origin may not do this, unless --cors-allow-origins names it. If this page is the webui's "
+        "own, a proxy before it has to set X-Forwarded-Host"
+    )
+    SILENCE = 60.0  # seconds after a line in the log
+
+    def __init__(self, is_named: Callable[[str], bool]):
+        """`is_named` says whether the webui's options name an origin."""
+        self.is_named = is_named
+        self._silent_until = -math.inf
+        self._unsaid = 0
+
+    def refuses(self, scope: Scope, action: str) -> bool:
+        if not is_foreign(scope, self.is_named):
+            return False
+        self.warn(f"A page of {one_line(header_of(scope, b'origin') or 'another origin')}", action)
+        return True
+
+    def warn(self, who: str, action: str) -> None:
+        if time.monotonic() < self._silent_until:
+            self._unsaid += 1
+            return
+        more = f", and {self._unsaid:,} other calls since the last such line" if self._unsaid else ""
+        log.warning("%s tried to %s, and was refused%s", who, action, more)
+        self._silent_until, self._unsaid = time.monotonic() + self.SILENCE, 0
+
+
 def accepts_gzip(scope: Scope) -> bool:
     """By RFC 9110, 12.5.3."""
     for part in header_of(scope, b"accept-encoding").lower().split(","):
@@ -3516,6 +3577,16 @@ class Valve:
         self.headers: List[Tuple[bytes, bytes]] = []  # which the response's head gets besides
         self.error_headers: List[Tuple[bytes, bytes]] = []  # the same if it is an error: the host drops an exception's
         self.work: Optional["asyncio.Task[None]"] = None
+        self.refusal: Optional[str] = None  # the detail of a 403 that is sent in the response's place
+
+
+async def send_refusal(send: Send, detail: str, headers: Iterable[Tuple[bytes, bytes]] = ()) -> None:
+    """A whole response. `headers` are of the one that it stands for, and stay unless they tell of its content."""
+    content = as_json({"detail": detail, "error": detail})  # the latter is what gradio's page shows
+    kept = [(name, value) for name, value in headers if not name.lower().startswith(b"content-")]
+    own = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(content))]
+    await send({"type": "http.response.start", "status": 403, "headers": [*kept, *own]})
+    await send({"type": "http.response.body", "body": content})
 
 
 class Shell:
@@ -3539,8 +3610,17 @@ class Shell:
         cycle = getattr(send, "__self__", None)  # uvicorn's, of this request
         if scope.get("http_version") == "1.0":
             send = without_chunks(send, cycle)
+        asked = header_of(scope, b"access-control-request-headers").lower()
+        if scope["method"] == "OPTIONS" and "x-forwarded-host" in asked:
+            # Only proxies say this, and `is_foreign` believes it. gradio 4 would let any page say it.
+            await send_refusal(send, OriginGuard.REFUSAL)
+            return
 
         async def pass_on(message: Message) -> None:
+            if valve.refusal is not None:
+                if message["type"] == "http.response.start":
+                    await send_refusal(send, valve.refusal, message["headers"])
+                return
             if message["type"] == "http.response.start":
                 more = [*valve.headers, *(valve.error_headers if message["status"] >= 400 else [])]
                 message = {**message, "headers": [*message["headers"], *more]} if more else message
@@ -4299,6 +4379,13 @@ CONFLICT_DOCS = {
         "content": json_like({"detail": "The job is Completed"}),
     },
 }
+FOREIGN_DOCS = {
+    403: {
+        "model": Problem,
+        "description": "A browser says that a page of another origin asks, which --cors-allow-origins does not name",
+        "content": json_like({"detail": OriginGuard.REFUSAL}),
+    },
+}
 IMAGE_DOCS = {
     200: {
         "description": "The image",
@@ -4418,14 +4505,18 @@ class Api:
     JOBS = "/sdapi/v1/jobs"
     CURSOR = r"([0-9]{1,12})((-[A-Za-z0-9]{8}){1,10})"
 
-    def __init__(self, tracker: Tracker):
+    def __init__(self, tracker: Tracker, origins: OriginGuard):
         self.tracker = tracker
+        self.origins = origins
 
     def add_to(self, add_route: Callable[..., Any]) -> None:
         """Registers the routes through the host's own `add_api_route`, which guards them as it guards its own."""
 
         def add(method: str, path: str, endpoint: Callable[..., Any], docs: Dict[int, Any], **more: Any) -> None:
             responses = {**ANY_ROUTE_DOCS, **docs}
+            if method in ("POST", "DELETE"):
+                endpoint = self._guarded(endpoint, f"call {method} {path}")
+                responses.update(FOREIGN_DOCS)
             add_route(path, endpoint, methods=[method], tags=["Job Tracker"], responses=responses, **more)
 
         one = {200: {"description": "The job", "content": json_like({**COMPLETED_EXAMPLE, "images": ["iVBORw0K…"]})}}
@@ -4443,6 +4534,17 @@ class Api:
         add("HEAD", self.IMAGE, self.get_image, {}, include_in_schema=False)
         add("POST", self.JOB + "/cancel", self.cancel_job, ended, response_model=JobSummary)
         add("DELETE", self.JOB, self.delete_job, CONFLICT_DOCS, status_code=204)
+
+    def _guarded(self, endpoint: Callable[..., Any], action: str) -> Callable[..., Any]:
+        """An endpoint that changes something. The host has checked the credentials before."""
+
+        @functools.wraps(endpoint)
+        async def guarded(request: Request, **arguments: Any) -> Any:
+            if self.origins.refuses(request.scope, action):
+                raise HTTPException(403, OriginGuard.REFUSAL)
+            return await endpoint(request=request, **arguments)
+
+        return guarded
 
     async def _run(
         self,
@@ -4652,7 +4754,7 @@ class Api:
         job = await self._get(id)
         return self._respond(request, await self._pieces(job, images=False), self.tracker.pool_for(job))
 
-    async def delete_job(self, id: str = Path(description="the job's ID")) -> Response:
+    async def delete_job(self, request: Request, id: str = Path(description="the job's ID")) -> Response:
         """Removes a job that has ended, and its images."""
         await self.tracker.settle(id)
         await self._end(self.tracker.delete, id)
@@ -4938,14 +5040,19 @@ class Tab:
     """
 
     RETENTIONS = {"30 days": 30, "7 days": 7, "3 days": 3, "1 day": 1, "Off": None}
+    TOKEN = "/job-tracker/token"
+    DIRECT = re.compile(r"/(run|api)/[^/]+/?\Z")  # the paths at which gradio calls a function without its queue
 
-    def __init__(self, tracker: Tracker, trouble: Callable[[], Optional[str]]):
+    def __init__(self, tracker: Tracker, origins: OriginGuard, trouble: Callable[[], Optional[str]]):
         """`trouble` says why generations are not tracked, None if they are."""
         self.tracker = tracker
+        self.origins = origins
         self.trouble = trouble
         self.markup = Markup(tracker)
         self._purge: Optional[Future] = None  # the last one that was asked for here
         self._purge_began = 0.0
+        # Only pages of the webui itself can read it, and so prove what they are where a proxy changes `Host`.
+        self._token = secrets.token_urlsafe()
 
     # The controls
 
@@ -4953,28 +5060,21 @@ class Tab:
         """The page as gradio's Blocks, for gradio 3.41 and 4.40."""
         import gradio as gr
 
-        settings = self.tracker.settings
-
-        def state(name: str, info: str) -> Dict[str, Any]:
-            if name in settings.locked:
-                return {"interactive": False, "info": f"Set by the variable {settings.locked[name]}, and locked by it."}
-            return {"interactive": True, "info": info}
-
         with gr.Blocks(analytics_enabled=False) as blocks, gr.Column(elem_id="job_tracker"):
             gr.HTML(f"<style>{TAB_STYLE}</style>", elem_id="job_tracker_style")
             with gr.Row(elem_id="job_tracker_settings"):
                 enabled = gr.Checkbox(
-                    settings.enabled,
+                    self.tracker.settings.enabled,
                     label="Enable Tracking",
                     elem_id="job_tracker_enabled",
-                    **state("enabled", "Each generation through the API becomes a job that is kept."),
+                    **self._state("enabled", "Each generation through the API becomes a job that is kept."),
                 )
                 retention = gr.Radio(
                     self._retentions(),
                     value=self._retention(),
                     label="Retention",
                     elem_id="job_tracker_retention",
-                    **state("retention_days", "Older jobs are removed, with their images."),
+                    **self._state("retention_days", "Older jobs are removed, with their images."),
                 )
                 purge = gr.Button("Purge Now", size="sm", elem_id="job_tracker_purge")
             gr.HTML('<div class="top"></div>')
@@ -4985,6 +5085,7 @@ class Tab:
             gr.HTML('<div class="main"><p class="empty">Loading</p></div>')
             fresh = gr.HTML(elem_id="job_tracker_fresh")  # the script brings it into the top and the main part
             view = gr.Textbox(visible=False)
+            token = gr.Textbox(visible=False)
             look = gr.Button("Look", elem_id="job_tracker_look")  # for the script, nobody sees it
 
             script_argument = "js" if int(gr.__version__.split(".")[0]) >= 4 else "_js"
@@ -4993,22 +5094,77 @@ class Tab:
                 options = {"queue": False, "show_progress": "hidden", "api_name": False}
                 return event(function, inputs, outputs, **options, **{script_argument: script or None})
 
+            def call(event: Any, function: Any, action: str, inputs: List[Any], outputs: List[Any]) -> Any:
+                finish = "ask" if function == self.look else "sign"
+                script = f"(...values) => window.jobTracker.{finish}(values.slice(0, {len(inputs)}))"
+                return on(event, self._guarded(function, action, len(outputs)), [*inputs, token], outputs, script)
+
             on(blocks.load, script=TAB_SCRIPT)
             inputs, outputs = [view, enabled, retention, status, ip, text], [enabled, retention, purge, fresh]
-            looked = on(look.click, self.look, inputs, outputs, "(...values) => window.jobTracker.ask(values)")
+            looked = call(look.click, self.look, "see the jobs", inputs, outputs)
             on(looked.success, script="() => window.jobTracker.answered()")
             for control in (status, ip, text):
                 on(control.change, script="() => window.jobTracker.filter()")
             for done in (
-                on(enabled.input, self.set_enabled, enabled),
-                on(retention.input, self.set_retention, retention, retention),
-                on(purge.click, self.purge),
+                call(enabled.input, self.set_enabled, "turn tracking on or off", [enabled], []),
+                call(retention.input, self.set_retention, "set the retention", [retention], [retention]),
+                call(purge.click, self.purge, "purge", [], []),
             ):
                 on(done.then, script="() => window.jobTracker.act()")
 
         for block in blocks.blocks.values():
             block.do_not_save_to_config = True  # or the webui puts the values of its ui-config.json back
         return blocks
+
+    def _state(self, name: str, info: str) -> Dict[str, Any]:
+        """What the control of a setting says, and whether it can be used."""
+        locked = self.tracker.settings.locked
+        if name in locked:
+            return {"interactive": False, "info": f"Set by the variable {locked[name]}, and locked by it."}
+        return {"interactive": True, "info": info}
+
+    # Who may use them
+
+    async def get_token(self, request: Request) -> Response:
+        """Another page's script cannot read it: the browser says what page asks, or lets no script have the answer."""
+        if self.origins.refuses(request.scope, "read the tab's token"):
+            raise HTTPException(403, OriginGuard.REFUSAL)
+        headers = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
+        return Response(as_json(self._token), 200, headers, "application/json")
+
+    def _guarded(self, function: Callable[..., Any], action: str, outputs: int) -> Callable[..., Any]:
+        """A function for gradio that pages of other origins cannot call, and nobody through gradio's queue."""
+        import gradio as gr
+
+        async def guarded(request: gr.Request, *values: Any) -> Any:
+            *values, token = values
+            scope = self._direct_scope(request)
+            if scope is None:
+                self.origins.warn("A call through gradio's queue", action)
+                raise gr.Error("This cannot be called through the queue")
+            if self._is_token(token) or not self.origins.refuses(scope, action):
+                return await function(*values)
+            if Shell.KEY not in scope:
+                raise gr.Error(OriginGuard.REFUSAL)
+            scope[Shell.KEY].refusal = OriginGuard.REFUSAL  # of an exception gradio would make a 500, and a traceback
+            return [gr.update()] * outputs if outputs > 1 else gr.update() if outputs else None
+
+        return guarded
+
+    def _is_token(self, token: Any) -> bool:
+        return isinstance(token, str) and secrets.compare_digest(token.encode("utf-8", "replace"), self._token.encode())
+
+    @classmethod
+    def _direct_scope(cls, request: Any) -> Optional[Scope]:
+        """The HTTP request that gradio answers by a function's result; None if it came through the queue.
+
+        gradio 3 calls a function of its queue without one, and also lets the body of any request claim to come from
+        there, with headers of its own. gradio 4 has that by which the queue was joined.
+        """
+        direct = getattr(request, "request", None)
+        if isinstance(direct, Request) and cls.DIRECT.search(direct.scope["path"]):
+            return direct.scope
+        return None
 
     def _retention(self) -> str:
         days = self.tracker.settings.retention_days
@@ -5115,8 +5271,10 @@ TAB_SCRIPT = """() => {
     if (window.jobTracker) window.jobTracker.end();
     const EVERY = 1500, AWAY = 10000;  // milliseconds between two looks, and until an answer is given up
     const view = {page: 0, job: ""};
-    let due = 0, asked = null, acted = false, watched = null;
+    let due = 0, asked = null, acted = false, watched = null, token = null;
 
+    const learnToken = () => fetch("./job-tracker/token").then((answer) => answer.ok ? answer.json() : "")
+        .catch(() => "").then((text) => { token = text; });
     const act = (delay = 0) => {
         acted = true;
         due = Date.now() + delay;
@@ -5129,10 +5287,11 @@ TAB_SCRIPT = """() => {
     };
     const tick = () => {
         const root = [...document.querySelectorAll("#job_tracker")].find((element) => element.offsetParent);
-        if (document.hidden || !root) return;
+        if (document.hidden || !root || token === null) return;
         if (root !== watched) watch(root);
         const now = Date.now();
         if (now < due || asked !== null && now - asked < (acted ? EVERY : AWAY)) return;
+        if (asked !== null) learnToken();  // no answer: the webui may be another one since a restart
         asked = now;
         acted = false;
         root.querySelector("#job_tracker_look").click();
@@ -5193,14 +5352,16 @@ TAB_SCRIPT = """() => {
     document.addEventListener("keydown", onKey);
     document.addEventListener("visibilitychange", tick);
     const timer = setInterval(tick, 200);
+    learnToken();
 
     window.jobTracker = {
         act,
         answered,
         ask: (values) => {
             const {version} = watched.querySelector("#job_tracker_fresh .top")?.dataset ?? {};
-            return [JSON.stringify({...view, version}), ...values.slice(1, 6)];
+            return window.jobTracker.sign([JSON.stringify({...view, version}), ...values.slice(1)]);
         },
+        sign: (values) => [...values, token ?? ""],
         filter: () => {
             view.page = 0;
             act(300);
@@ -5361,12 +5522,14 @@ class Extension:
         settings = Settings(EXTENSION_FOLDER, dict(os.environ))
         self.tracker = Tracker(settings, self._begun, self._progress, self._interrupt, self._dequeue)
         self.trouble: Optional[str] = None  # why generations are not tracked, for the tab
+        self._origins = OriginGuard(self._is_named)
+        self._tab = Tab(self.tracker, self._origins, lambda: self.trouble)
         self._routes: List[Any] = []  # those that are ours, as they stand in the app
         self._app: Any = None
 
     def tab(self) -> List[Tuple[Any, str, str]]:
         """`ui_tabs`: the pages beside the host's own."""
-        return [(Tab(self.tracker, lambda: self.trouble).build(), "Job Tracker", "job_tracker")]
+        return [(self._tab.build(), "Job Tracker", "job_tracker")]
 
     def start(self, demo: Any, app: Any) -> None:
         """`app_started`: everything of the host is in place."""
@@ -5383,7 +5546,7 @@ class Extension:
             self.trouble = f"{type(error).__name__}: {error}"
             log.exception("Generations are not tracked, the webui is none that we know")
         if demo is not None:
-            self._serve_images(app)
+            self._serve_tab(app)
 
     def stop(self) -> None:
         """`script_unloaded`: the webui reloads its scripts."""
@@ -5398,6 +5561,8 @@ class Extension:
             if getattr(route, "path", "").endswith(f"/sdapi/v1/{type_}") and "POST" in (route.methods or ())
         ]
         if not routes:
+            if has_tab:  # which is refused to foreign pages all the same
+                self._put_shell_around(app)
             raise Unsuitable("the API is off. Start the webui with --api")
         if any(hasattr(route.app, "tracker") for route, _ in routes):
             raise Unsuitable("another copy of Job Tracker is at work. Remove one of them")
@@ -5411,7 +5576,7 @@ class Extension:
         anyio.to_thread.current_default_thread_limiter  # noqa: B018 - missing in a foreign anyio
 
         self._put_shell_around(app)
-        Api(self.tracker).add_to(add_route)
+        Api(self.tracker, self._origins).add_to(add_route)
         for owner in owners.values():
             owner.queue_lock = ObservedLock(owner.queue_lock)
         for route, type_ in routes:
@@ -5455,8 +5620,11 @@ class Extension:
             else:
                 log.info("Generations are tracked again")
 
-    def _serve_images(self, app: Any) -> None:
-        """The API's images once more, for the tab: for everyone whom gradio lets see the page, --api-auth or not."""
+    def _serve_tab(self, app: Any) -> None:
+        """What the tab asks for besides gradio: the API's images once more, and the token.
+
+        For everyone whom gradio lets see the page, --api-auth or not.
+        """
         paths = {route.path: route for route in app.routes if hasattr(route, "dependencies")}
         login = next((route.dependencies for path, route in paths.items() if path.startswith("/file=")), None)
         if login is None:
@@ -5464,9 +5632,24 @@ class Extension:
             return
         generation = f"/sdapi/v1/{TYPES[0]}"
         roots = {path[: -len(generation)] for path in paths if path.endswith(generation)}  # SD.Next has a subpath
-        image = Api(self.tracker).get_image
+        image = Api(self.tracker, self._origins).get_image
         for root in {"", *roots}:
-            app.add_api_route(root + Markup.IMAGE, image, dependencies=login, include_in_schema=False)
+            for path, endpoint in ((Markup.IMAGE, image), (Tab.TOKEN, self._tab.get_token)):
+                app.add_api_route(root + path, endpoint, dependencies=login, include_in_schema=False)
+
+    @staticmethod
+    def _is_named(origin: str) -> bool:
+        """Whether --cors-allow-origins names an origin, in the way in which the host's own CORS layer takes it."""
+        from modules import shared
+
+        def option(*names: str) -> str:
+            options = getattr(shared, "cmd_opts", None)
+            return next(filter(None, (getattr(options, name, None) for name in names)), "")
+
+        # The second ones are SD.Next's.
+        named = option("cors_allow_origins", "cors_origins").split(",")
+        pattern = option("cors_allow_origins_regex", "cors_regex")
+        return "*" in named or origin in named or bool(pattern and re.fullmatch(pattern, origin))
 
     @staticmethod
     def _find_add_route(owners: List[Any]) -> Callable[..., Any]:

@@ -48,12 +48,13 @@ return performance.getEntriesByType("resource").filter((entry) => /run.predict/.
 
 
 @contextlib.contextmanager
-def opened() -> Iterator[webdriver.Chrome]:
+def opened(*more: str) -> Iterator[webdriver.Chrome]:
+    """A window of its own, with more options than those above if there are any."""
     options = webdriver.ChromeOptions()
     options.binary_location = BROWSER
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     profile = tempfile.mkdtemp(prefix="browser-")
-    for option in (*OPTIONS, f"--user-data-dir={profile}"):
+    for option in (*OPTIONS, *more, f"--user-data-dir={profile}"):
         options.add_argument(option)
     try:
         driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
@@ -75,11 +76,13 @@ class Page:
         theme: str = "light",
         login: Optional[str] = None,
         path: str = "/",
+        url: Optional[str] = None,
     ):
+        """`url` is where the browser finds the webui, if not where it is."""
         self.driver = driver
         self.webui = webui
         self.resize(*WIDE)
-        self.url = f"{webui.url}{path}?__theme={theme}"
+        self.url = f"{url or webui.url}{path}?__theme={theme}"
         driver.get(self.url)
         if login:
             self._log_in(*login.split(":"))

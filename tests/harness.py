@@ -467,6 +467,8 @@ class Page:
                 self.events[name] = event.get("id", number)
 
     def request(self, name: str, *data: Any) -> bytes:
+        # The last input is the token, which a program does not need.
+        data = [*data, ""]
         return json.dumps({"fn_index": self.events[name], "data": data, "session_hash": "x"}).encode()
 
     def call(self, name: str, *data: Any) -> httpx.Response:

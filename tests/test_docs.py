@@ -59,8 +59,8 @@ def test_every_answer_is_there(document):
     }
     assert statuses == {
         ("/sdapi/v1/job/{id}", "get"): {"200"},
-        ("/sdapi/v1/job/{id}", "delete"): {"204", "409"},
-        ("/sdapi/v1/job/{id}/cancel", "post"): {"200", "409"},
+        ("/sdapi/v1/job/{id}", "delete"): {"204", "403", "409"},
+        ("/sdapi/v1/job/{id}/cancel", "post"): {"200", "403", "409"},
         ("/sdapi/v1/job/{id}/images/{n}", "get"): {"200", "304"},
         ("/sdapi/v1/jobs", "get"): {"200"},
     }
@@ -122,7 +122,7 @@ def test_examples(document, webui):
     for schema, example in found:
         check(document, schema, example)
     for operation in operations(document):
-        for status in {"200", "409"} & set(operation["responses"]):
+        for status in {"200", "403", "409"} & set(operation["responses"]):
             answer = operation["responses"][status].get("content", {}).get("application/json")
             assert answer is None or "example" in answer
     job_id = webui.post(body()).headers["x-job-id"]

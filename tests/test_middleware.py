@@ -131,7 +131,7 @@ def test_a_reload_waits_for_answers_on_their_way(script, tmp_path):
     until(lambda: not tracker.store._thread.is_alive(), what="the store has closed")
 
     with pytest.raises(script.HTTPException) as refused:  # and not 404, as for what is lost
-        asyncio.run(script.Api(tracker)._run(tracker.get, "AAAAAAAA", lost="lost"))
+        asyncio.run(script.Api(tracker, None)._run(tracker.get, "AAAAAAAA", lost="lost"))
     assert refused.value.status_code == 503 and "reloaded" in refused.value.detail
 
 

@@ -14,8 +14,8 @@ add("--api-auth", type=str, default=None, help='credentials of the API: "u1:p1,u
 add("--api-log", action="store_true", help="log every API request")
 add("--api-server-stop", action="store_true", help="allow stop, restart and kill by API")
 add("--gradio-auth", type=str, default=None, help='credentials of the UI: "u1:p1,u2:p2"')
-add("--cors-allow-origins", type=str, default=None, help="allowed origins, separated by commas")
-add("--cors-allow-origins-regex", type=str, default=None, help="allowed origins as an expression")
+add("--cors-allow-origins", "--cors-origins", type=str, default=None, help="allowed origins, separated by commas")
+add("--cors-allow-origins-regex", "--cors-regex", type=str, default=None, help="allowed origins as an expression")
 add("--subpath", type=str, default=None, help="path under which a reverse proxy offers this program")
 add("--tls-keyfile", type=str, default=None, help="key for TLS, of the API without the UI")
 add("--tls-certfile", type=str, default=None, help="certificate for TLS, likewise")
@@ -46,6 +46,8 @@ cmd_opts.ui_settings_file = cmd_opts.ui_settings_file or os.path.join(cmd_opts.d
 os.makedirs(cmd_opts.data_dir, exist_ok=True)
 
 if cmd_opts.shape == "sdnext":
+    cmd_opts.cors_origins = vars(cmd_opts).pop("cors_allow_origins")
+    cmd_opts.cors_regex = vars(cmd_opts).pop("cors_allow_origins_regex")
     cmd_opts.auth = cmd_opts.auth or cmd_opts.api_auth or cmd_opts.gradio_auth
     cmd_opts.port = cmd_opts.port or 7860
     cmd_opts.subpath = "/" + cmd_opts.subpath.strip("/") if cmd_opts.subpath else None

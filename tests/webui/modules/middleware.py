@@ -18,11 +18,14 @@ from modules.cmd_args import cmd_opts
 
 
 def cors_options():
+    origins, pattern = "cors_allow_origins", "cors_allow_origins_regex"
+    if cmd_opts.shape == "sdnext":
+        origins, pattern = "cors_origins", "cors_regex"
     options = {"allow_methods": ["*"], "allow_headers": ["*"], "allow_credentials": True}
-    if cmd_opts.cors_allow_origins:
-        options["allow_origins"] = cmd_opts.cors_allow_origins.split(",")
-    if cmd_opts.cors_allow_origins_regex:
-        options["allow_origin_regex"] = cmd_opts.cors_allow_origins_regex
+    if getattr(cmd_opts, origins):
+        options["allow_origins"] = getattr(cmd_opts, origins).split(",")
+    if getattr(cmd_opts, pattern):
+        options["allow_origin_regex"] = getattr(cmd_opts, pattern)
     return options
 
 
@@ -138,7 +141,7 @@ class RateLimit:
 def setup_sdnext_middleware(app):
     rate_limit = RateLimit()
     add(app, GZipMiddleware, minimum_size=2048)
-    if cmd_opts.cors_allow_origins or cmd_opts.cors_allow_origins_regex:
+    if cmd_opts.cors_origins or cmd_opts.cors_regex:
         add(app, CORSMiddleware, **cors_options())
 
     async def api_preprocess(request, call_next):
