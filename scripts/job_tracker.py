@@ -166,6 +166,15 @@ class FileLock:
         self.release()
 
 
+def reason_of(error: BaseException) -> str:
+    """Why something failed, for clients and pages: without the path that an OSError names. The log may have that."""
+    if isinstance(error, OSError):
+        # One without a number was given a text alone, or, by shutil, a list of paths.
+        own = error.args[0] if len(error.args) == 1 and not isinstance(error, shutil.Error) else ""
+        return error.strerror or (own if isinstance(own, str) and own else type(error).__name__)
+    return str(error) or type(error).__name__
+
+
 def stands_for(path: str, file: int) -> bool:
     """Whether a name stands for a file that is open. Raises OSError if the name cannot be looked up."""
     with contextlib.suppress(FileNotFoundError):
@@ -483,7 +492,7 @@ class Settings:
     def _hold(self, error: Exception) -> None:
         """The file does not count, since it cannot be read or understood."""
         self._version, self._failure = None, error
-        text = f"config.json cannot be read ({getattr(error, 'strerror', None) or error}). Until it can be, "
+        text = f"config.json cannot be read ({reason_of(error)}). Until it can be, "
         text += "what was known of it holds" if self._known else "tracking and retention are off"
         if text != self.trouble:
             log.warning("%s", text)
@@ -502,7 +511,7 @@ class Settings:
         except FileExistsError:
             raise
         except OSError as error:
-            text = f"config.json cannot be written, settings will not be kept: {error.strerror or error}"
+            text = f"config.json cannot be written, settings will not be kept: {reason_of(error)}"
             if text != self.trouble:
                 log.warning("%s", text)
             self.trouble = text
@@ -1555,7 +1564,7 @@ class JobStore:
                 self._make_durable(appended)
         except Exception as error:
             self._tell("written", error)
-            self._trouble = getattr(error, "strerror", None) or type(error).__name__
+            self._trouble = reason_of(error)
             self._retry_at = time.monotonic() + self.RETRY
             for change in changes:
                 if change.new:
@@ -2521,9 +2530,7 @@ class Predecessor:
 
     def _note(self, legacy: LegacyJob, job: Job, failure: OSError, store: JobStore) -> None:
         """Says in a job why its images are not there yet."""
-        error = self._error(
-            legacy, job.id, [f"Its images cannot be copied yet: {failure.strerror or type(failure).__name__}"]
-        )
+        error = self._error(legacy, job.id, [f"Its images cannot be copied yet: {reason_of(failure)}"])
         with self.changing:
             if job.error != error and store.get(job.id) is not None:
                 store.put(job._replace(error=error))
@@ -2776,7 +2783,7 @@ class Tracker:
             job = self.images.save(job, answer)
         except Exception as error:
             log.error("Job %s was generated, but its images could not be stored: %s", job_id, error)
-            self.fail(job_id, f"Generated, but the images could not be stored: {error}")
+            self.fail(job_id, f"Generated, but the images could not be stored: {reason_of(error)}")
             return
         stored = {"images": job.images, "bytes": job.bytes, "has_brief": job.has_brief}
         self._end(job_id, status=COMPLETED, prompt=job.prompt or prompt[:PROMPT_LIMIT], **stored)
@@ -2921,7 +2928,7 @@ class Tracker:
             except (OSError, ValueError, AttributeError, RecursionError) as failure:
                 passing = isinstance(failure, OSError) and passes(failure)
                 error = error or "The parameters " + (
-                    f"cannot be read: {failure.strerror}" if passing else "are no longer on disk"
+                    f"cannot be read: {reason_of(failure)}" if passing else "are no longer on disk"
                 )
         progress, eta = self.progress_of(job)
         return {
@@ -3614,7 +3621,8 @@ class Generation:
         try:
             claim, first = self.tracker.claim(self.key, digest.hexdigest())
         except OSError as error:
-            raise HTTPException(503, f"The jobs cannot be read, so a repeat cannot be told: {error}") from None
+            reason = f"The jobs cannot be read, so a repeat cannot be told: {reason_of(error)}"
+            raise HTTPException(503, reason) from None
         if first:
             self.claim = claim
         elif claim.digest != digest.hexdigest():
@@ -3832,7 +3840,7 @@ class Generation:
             self.tracker.finish(self.job.id, answer, prompt if isinstance(prompt, str) else "")
         except Exception as error:
             log.error("Job %s was generated, but could not be stored: %s", self.job.id, one_line(repr(error)))
-            self.tracker.fail(self.job.id, f"Generated, but it could not be stored: {error!r}")
+            self.tracker.fail(self.job.id, f"Generated, but it could not be stored: {reason_of(error)}")
 
 
 class Exchange:
@@ -3932,7 +3940,7 @@ class Exchange:
         try:
             job = await self.tracker.in_pool(self.tracker.get, job_id)
         except OSError as error:
-            raise HTTPException(503, f"The stored answer cannot be read: {error.strerror or error}") from None
+            raise HTTPException(503, f"The stored answer cannot be read: {reason_of(error)}") from None
         if job is None or job.status == FAILED:
             return False
 
@@ -4008,7 +4016,7 @@ class Exchange:
                 return preceded(await self.tracker.in_pool(next, pieces, b""), pieces)
             job = await self.tracker.in_pool(self.tracker.get, job.id) or job
         except OSError as error:
-            raise HTTPException(503, f"The stored answer cannot be read: {error.strerror or error}") from None
+            raise HTTPException(503, f"The stored answer cannot be read: {reason_of(error)}") from None
         raise HTTPException(500, job.error or CANCELLED)
 
     async def _start(self, status: int, headers: List[Tuple[bytes, bytes]]) -> None:
@@ -4274,7 +4282,7 @@ class Api:
         except OSError as error:
             if lost is not None and not passes(error):
                 raise HTTPException(404, lost) from None
-            raise HTTPException(503, f"The jobs cannot be read or changed: {error.strerror or error}") from None
+            raise HTTPException(503, f"The jobs cannot be read or changed: {reason_of(error)}") from None
 
     @staticmethod
     def _let_nobody_keep_errors(request: Request) -> None:
@@ -4829,7 +4837,7 @@ class Tab:
         try:
             await self.tracker.in_pool(lambda: self.tracker.settings.save(**changes))
         except (OSError, ValueError) as error:
-            raise gr.Error(f"Not saved: {error}") from None
+            raise gr.Error(f"Not saved: {reason_of(error)}") from None
 
     async def purge(self) -> None:
         """Begins a purge. It may take minutes, so its result comes with a later look."""
@@ -4859,7 +4867,7 @@ class Tab:
             if shown.job:
                 main += f'<aside data-key="{shown.job}">{self.markup.details(shown.job)}</aside>'
         except OSError as error:
-            top += self.markup.note(f"The jobs cannot be read: {error}", "error")
+            top += self.markup.note(f"The jobs cannot be read: {reason_of(error)}", "error")
         # A control that agrees is left alone: it may be changing under somebody's hand.
         same = gr.update()
         days = self._retention()
@@ -4893,7 +4901,7 @@ class Tab:
         if self._purging:
             notes += note("Purging: old jobs are being removed. All else goes on meanwhile.")
         elif self._purge is not None and self._purge.exception() is not None:
-            notes += note(f"The purge failed: {self._purge.exception()}", "error")
+            notes += note(f"The purge failed: {reason_of(self._purge.exception())}", "error")
         elif self._purge is not None:
             jobs, images, size = self._purge.result()
             off = " Retention is off, so no job is too old." if settings.retention_days is None else ""
@@ -5171,7 +5179,7 @@ class Extension:
             self.trouble = str(reason)
             log.warning("Generations are not tracked: %s", reason)
         except Exception as error:
-            self.trouble = f"{type(error).__name__}: {error}"
+            self.trouble = f"{type(error).__name__}: {reason_of(error)}"
             log.exception("Generations are not tracked, the webui is none that we know")
         if demo is not None:
             self._serve_images(app)
