@@ -96,56 +96,94 @@ UNSUPPORTED = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK, errn
 IRREPLACEABLE = (errno.EBUSY, errno.EXDEV, errno.EACCES, errno.EPERM, errno.EROFS)  # a mounted file
 
 
+LOCK_SECONDS = 5.0  # how long a lock between processes is waited for: nobody who is well holds one for so long
+LOCK_MOMENT = 0.1  # the same once that was in vain
+LOCK_PAUSE = 0.001  # seconds, at most, between two tries
+LOCK_TURN = 0.05  # seconds for which one process may take the lock again and again, and no other meets it free
+
+
 class FileLock:
     """A lock between processes: an open file that the system unlocks when its holder ends, however it ends.
 
     It also excludes other instances in the same process, since `flock` and `msvcrt.locking` belong to the open file.
     One instance is used by one thread at a time.
+
+    `flock` also works on a file that is open for reading. So the lock can be opened only by those who may write the
+    file that it is for: whoever else could hold it could bring every webui on the folder to a stop.
     """
 
-    def __init__(self, path: str):
-        self.path = path
-        self._file: Optional[int] = None
+    opened: "Set[FileLock]" = set()  # all of this process that have their file open
 
-    def acquire(self, blocking: bool = True) -> bool:
-        """Takes the lock. False when another holds it and `blocking` is false. Raises OSError."""
+    def __init__(self, path: str, guarded: str = ""):
+        """`guarded` is the file that the lock is for. Until there is one, the umask says who may write it."""
+        self.path = path
+        self._guarded = guarded
+        self._file: Optional[int] = None
+        self._patience = LOCK_SECONDS
+        self._turn = self._released = -math.inf  # when the row of turns began, and when the last of them ended
+
+    def acquire(self, seconds: float = LOCK_SECONDS) -> bool:
+        """Takes the lock. False when another still holds it after some seconds; 0 is one try. Raises OSError."""
+        self._let_others_in()
+        until, pause = time.monotonic() + seconds, LOCK_PAUSE / 8
         while True:
             if self._file is None:
-                make_folder(os.path.dirname(self.path))
-                self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | BINARY, 0o666)
+                self._open()
             try:
-                taken = self._take(blocking)
+                taken = self._take()
+                is_lock = stands_for(self.path, self._file)
             except OSError:
                 self.close()  # its disk may be gone, and come back
                 raise
-            if not taken or stands_for(self.path, self._file):
+            if not is_lock:
+                self.close()  # somebody has tidied it away, and others lock a new one
+            elif taken or time.monotonic() >= until:
                 return taken
-            self.close()  # somebody has tidied it away, and others lock a new one
+            else:
+                time.sleep(pause)
+                pause = min(2 * pause, LOCK_PAUSE)
 
-    def _take(self, blocking: bool) -> bool:
-        if fcntl:
-            try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | (0 if blocking else fcntl.LOCK_NB))
-            except OSError as error:
-                if not blocking and error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                    return False
-                if error.errno not in UNSUPPORTED:
-                    raise
-                # A file system without locks, such as some network mounts: one webui alone is as safe as ever.
-            return True
-        while True:
-            try:
+    def _let_others_in(self) -> None:
+        """Who waits only tries now and then. One that takes the lock all the time would be met without it by chance."""
+        now = time.monotonic()
+        if now - self._released >= 2 * LOCK_PAUSE:
+            self._turn = now
+        elif now - self._turn >= LOCK_TURN:
+            time.sleep(2 * LOCK_PAUSE)
+            self._turn = time.monotonic()
+
+    def _open(self) -> None:
+        make_folder(os.path.dirname(self.path))
+        # Nobody but its owner can read a new one, so nobody else can lock it until it has its true mode.
+        self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | NO_WAIT | BINARY, 0o622)
+        self.opened.add(self)
+        found = os.fstat(self._file)
+        with contextlib.suppress(OSError):
+            if found.st_size or not os.path.samestat(os.lstat(self.path), found):
+                return  # it is a link to somebody's file, whose mode is not ours to change
+            source = found
+            with contextlib.suppress(FileNotFoundError):
+                source = os.stat(self._guarded)
+            writers = source.st_mode & 0o022
+            give_access(self._file, source, 0o600 | writers | writers << 1)
+
+    def _take(self) -> bool:
+        try:
+            if fcntl:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            else:
                 os.lseek(self._file, 0, os.SEEK_SET)
                 msvcrt.locking(self._file, msvcrt.LK_NBLCK, 1)
-                return True
-            except OSError as error:
-                if error.errno not in (errno.EACCES, errno.EDEADLK):
-                    raise
-                if not blocking:
-                    return False
-                time.sleep(0.005)
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK):
+                return False
+            if fcntl is None or error.errno not in UNSUPPORTED:
+                raise
+            # A file system without locks, such as some network mounts: one webui alone is as safe as ever.
+        return True
 
     def release(self) -> None:
+        self._released = time.monotonic()
         if fcntl:
             with contextlib.suppress(OSError):
                 fcntl.flock(self._file, fcntl.LOCK_UN)
@@ -156,14 +194,46 @@ class FileLock:
     def close(self) -> None:
         """Gives the lock and the file back."""
         file, self._file = self._file, None
+        if file is None:
+            return
+        if fcntl:
+            with contextlib.suppress(OSError):  # a child that is being forked just now may have a copy of it
+                fcntl.flock(file, fcntl.LOCK_UN)
         close_file(file)
+        self.opened.discard(self)
+
+    @classmethod
+    def let_go(cls) -> None:
+        """In a forked child: closes its copies, by which it would hold the locks after its parent's end.
+
+        Does not unlock them: a copy is the same open file, and the parent would lose its lock.
+        """
+        for lock in list(cls.opened):
+            file, lock._file = lock._file, None
+            close_file(file)
+        cls.opened.clear()
+
+    def hold(self) -> None:
+        """Takes the lock. Raises TimeoutError, an OSError, if another holds it.
+
+        After that it is only asked for a moment, until it can be had again: who waits for us has waited once already.
+        """
+        taken = self.acquire(self._patience)
+        self._patience = LOCK_SECONDS if taken else LOCK_MOMENT
+        if not taken:
+            name = os.path.basename(self.path)
+            raise TimeoutError(errno.ETIMEDOUT, f"another program holds the lock {name}", self.path)
 
     def __enter__(self) -> "FileLock":
-        self.acquire()
+        self.hold()
         return self
 
     def __exit__(self, *_: Any) -> None:
         self.release()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=FileLock.let_go)
 
 
 def reason_of(error: BaseException) -> str:
@@ -250,6 +320,31 @@ def make_folder(path: str) -> None:
             make_folder(above)
         os.makedirs(path, exist_ok=True)
         sync_folder(os.path.dirname(path))
+
+
+# Who may read what we make. A file is made for its owner alone and opened to others when it has its true group:
+# whoever opens it before can read what is written into it later. Windows has no such modes.
+
+
+def give_access(file: int, source: os.stat_result, mode: int) -> None:
+    """Gives a file of ours the owner and the group of another, where that is allowed, and a mode. Does not raise.
+
+    A group that is not the other's may do no more than everybody.
+    """
+    if not hasattr(os, "fchown"):
+        return
+    with contextlib.suppress(OSError):
+        found = os.fstat(file)
+        for owner in (source.st_uid, found.st_uid):
+            if (owner, source.st_gid) != (found.st_uid, found.st_gid):
+                with contextlib.suppress(OSError):
+                    os.fchown(file, owner, source.st_gid)
+                    break
+        found = os.fstat(file)
+        if found.st_gid != source.st_gid:
+            mode = mode & ~0o070 | (mode & 0o007) << 3
+        if stat.S_IMODE(found.st_mode) != mode:
+            os.fchmod(file, mode)
 
 
 def replace_file(path: str, data: bytes) -> None:
@@ -1096,8 +1191,8 @@ class JobStore:
         self._end_left: Optional[Callable[[Job], Job]] = None  # for jobs left behind, if they are to be looked for
         self._awaited = 0  # how many wait for it
         self._closing = self._closed = False
-        self._between = FileLock(self.path + ".lock")  # of the thread alone, as is what follows
-        self._alive = FileLock(f"{self.path}.owner-{self.owner}")  # held for as long as this process lives
+        self._between = FileLock(self.path + ".lock", self.path)  # of the thread alone, as is what follows
+        self._alive = FileLock(f"{self.path}.owner-{self.owner}", self.path)  # held for as long as this process lives
         self._retry: Dict[str, Optional[Job]] = {}
         self._patient: List[Future] = []  # of what is in `_retry`
         self._trouble = ""
@@ -1420,7 +1515,7 @@ class JobStore:
             self._opened = Opened(None)
         self._check()
         self._alive.close()  # the folder may be another: nobody asks for it while we hold the lock
-        self._alive.acquire()
+        self._alive.hold()
         try:
             file = self._open_file()
         except (IsADirectoryError, PermissionError) as error:
@@ -1790,9 +1885,9 @@ class JobStore:
         path = f"{self.path}.owner-{owner}"
         if owner is None or not re.match(r"[0-9a-f]{8}\Z", owner) or not os.path.exists(path):
             return True
-        lock, failure = FileLock(path), None
+        lock, failure = FileLock(path, self.path), None
         try:
-            return lock.acquire(blocking=False)
+            return lock.acquire(0)
         except OSError as error:
             failure = error
             return False
@@ -2326,7 +2421,7 @@ class Predecessor:
         try:
             if not (any(map(self._may_be_legacy, self.paths)) or self._files(self.FOUND)):
                 return
-            with contextlib.closing(FileLock(self.path + ".lock")) as lock, lock:
+            with contextlib.closing(FileLock(self.path + ".lock", self.path)) as lock, lock:
                 read: Dict[str, LegacyFile] = {}
                 for path in self.paths:
                     source, legacy = self._find_legacy(path)
@@ -2472,8 +2567,8 @@ class Predecessor:
                 self.list_jobs()
                 if self._is_in_the_way():
                     pause = self.LOOK_EVERY
-                with contextlib.closing(FileLock(f"{self.path}.{self.FOUND}.lock")) as lock:
-                    if lock.acquire(blocking=False):
+                with contextlib.closing(FileLock(f"{self.path}.{self.FOUND}.lock", self.path)) as lock:
+                    if lock.acquire(0):
                         for path, source in self._files(self.LISTED):
                             self._copy_file(path, source, store, images, stop)
                     else:
@@ -3130,6 +3225,7 @@ class Tracker:
     def _keep_house(self) -> None:
         purge_at = time.monotonic()
         recover_at = purge_at + self.RECOVER_EVERY
+        trouble = ""
         while True:
             now = time.monotonic()
             try:
@@ -3138,12 +3234,16 @@ class Tracker:
                 if now >= recover_at:
                     recover_at = now + self.RECOVER_EVERY
                     self._recover().result()
+                    trouble = ""
                 if now >= purge_at:
                     purge_at = now + self.RECOVER_EVERY
                     self.purge(asked_for=False)
                     self.next_purge = purge_at = now + self.PURGE_EVERY
             except Exception as error:
-                log.error("Housekeeping will be tried again: %s: %s", type(error).__name__, error)
+                text = f"{type(error).__name__}: {error}"
+                if text != trouble:  # it may last for days
+                    log.error("Housekeeping will be tried again: %s", text)
+                trouble = text
             if self._stop.wait(self.LOOK_EVERY):
                 return
 
