@@ -23,6 +23,7 @@ import base64
 import bisect
 import contextlib
 import contextvars
+import copy
 import errno
 import hashlib
 import json
@@ -312,13 +313,24 @@ def sync_folder(path: str) -> None:
         os.close(folder)
 
 
-def make_folder(path: str) -> None:
-    """Makes a folder, and those above it, so that they survive a power cut."""
+def make_folder(path: str, records: str = "") -> None:
+    """Makes a folder, and those above it, so that they survive a power cut.
+
+    It is for nobody who may not read the file `records`, if there is one, nor beyond the umask.
+    """
     if not os.path.isdir(path):
         above = os.path.dirname(path)
         if above != path:  # as of a drive that is not there
             make_folder(above)
-        os.makedirs(path, exist_ok=True)
+        sources = readable(records)
+        mode = common_mode(sources)
+        os.makedirs(path, mode=mode | (mode & 0o444) >> 2, exist_ok=True)
+        if sources and hasattr(os, "fchown"):
+            folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | NO_FOLLOW)
+            try:
+                give_access(folder, sources[0], stat.S_IMODE(os.fstat(folder).st_mode))
+            finally:
+                os.close(folder)
         sync_folder(os.path.dirname(path))
 
 
@@ -347,14 +359,89 @@ def give_access(file: int, source: os.stat_result, mode: int) -> None:
             os.fchmod(file, mode)
 
 
-def replace_file(path: str, data: bytes) -> None:
-    """Puts a new file in the place of an old one: after a crash there is the one or the other, whole."""
+def copy_access(path: str, file: int) -> None:
+    """Gives a file of ours the owner, the group and the mode of another. Raises OSError if that cannot be told."""
+    source = os.stat(path)
+    give_access(file, source, source.st_mode & 0o666)
+
+
+def readable(*paths: str) -> List[os.stat_result]:
+    """Of those of some files that are there, who may read them."""
+    found = []
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            found.append(os.stat(path))
+    return found
+
+
+def common_mode(sources: List[os.stat_result]) -> int:
+    """The mode of a file, with the group of the first, for those who may read them all."""
+    mode = 0o666
+    for source in sources:
+        own = source.st_mode & 0o666
+        if source.st_gid != sources[0].st_gid:
+            own = own & 0o606 | (own & 0o006) << 3
+        mode &= own
+    return mode | 0o600
+
+
+def make_like(path: str, other: str, flags: int = os.O_WRONLY, least: int = 0) -> int:
+    """Opens a new file for the same people as another, and the bits `least`. Without that, the umask says for whom."""
+    flags |= os.O_CREAT | os.O_EXCL | BINARY
+    sources = readable(other)
+    if not sources:
+        return os.open(path, flags, 0o666)
+    file = os.open(path, flags, 0o600)
+    give_access(file, sources[0], sources[0].st_mode & 0o666 | least)
+    return file
+
+
+def make_within(path: str, *others: str) -> int:
+    """Opens a new file for nobody who may not read all of some others, as far as they are there, nor beyond the umask.
+
+    It belongs to the owner of the first.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | BINARY
+    sources = readable(*others)
+    file = os.open(path, flags, common_mode(sources))
+    if not sources:
+        return file
+    mode = stat.S_IMODE(os.fstat(file).st_mode)  # as the umask leaves it
+    if os.fstat(file).st_gid != sources[0].st_gid:  # another group may have opened it
+        os.close(file)
+        os.unlink(path)
+        file = os.open(path, flags, 0o600)
+    give_access(file, sources[0], mode)
+    return file
+
+
+def narrow_access(path: str, other: str) -> None:
+    """Takes a file from those who may not read another. Raises OSError."""
+    sources = readable(path, other)
+    readers = common_mode(sources) & 0o044
+    mode = sources[0].st_mode & (0o600 | readers | readers >> 1)
+    if mode != stat.S_IMODE(sources[0].st_mode):
+        os.chmod(path, mode)
+
+
+def copy_file(source: str, target: str, least: int = 0) -> None:
+    """Copies a file to a new name, for the same people, and the bits `least`. Raises OSError."""
+    with os.fdopen(make_like(target, source, least=least), "wb") as copied:
+        with open(source, "rb", opener=lambda name, flags: os.open(name, flags | NO_WAIT)) as original:
+            if not stat.S_ISREG(os.fstat(original.fileno()).st_mode):
+                raise OSError(errno.EINVAL, "it is no file", source)
+            shutil.copyfileobj(original, copied)
+
+
+def replace_file(path: str, data: bytes, like: str = "") -> None:
+    """Puts a new file in the place of an old one: after a crash there is the one or the other, whole.
+
+    It is for the same people as the old one, or as the file `like`.
+    """
     part = f"{path}.{secrets.token_hex(4)}.part"
     try:
-        file = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | BINARY, 0o666)
+        file = make_like(part, like or path)
         try:
-            with contextlib.suppress(OSError):
-                shutil.copymode(path, part)
             write_at(file, data, 0)
             sync_file(file)
         finally:
@@ -644,7 +731,7 @@ class Settings:
         """Keeps a copy of a file that is not understood. The file itself stays: a start without one is the first."""
         name = name_aside(self.path)
         with open(self.path, "rb") as file:
-            replace_file(name, file.read())
+            replace_file(name, file.read(), like=self.path)
         log.warning("config.json was not understood. It is written anew, what stood in it is in %s", name)
 
     def _understand(self, name: str) -> Any:
@@ -1521,7 +1608,7 @@ class JobStore:
         except (IsADirectoryError, PermissionError) as error:
             aside = set_aside(self.path)
             with contextlib.suppress(OSError):
-                shutil.copyfile(aside, self.path)
+                copy_file(aside, self.path, least=0o600)
             log.warning("jobs.json cannot be opened for writing (%s), it was set aside as %s", error, aside)
             file = self._open_file()
         opened = self._opened = Opened(file)
@@ -1574,8 +1661,7 @@ class JobStore:
         """Copies damaged parts to a file of their own, for somebody who may read more in them, if there is room."""
         path = name_aside(self.path)
         try:
-            with open(path, "xb") as aside:
-                shutil.copymode(self.path, path)
+            with os.fdopen(make_like(path, self.path), "wb") as aside:
                 for gap in gaps:
                     for place in range(gap.place, gap.place + gap.length, self.PIECE):
                         aside.write(read_at(self._opened.file, min(self.PIECE, gap.place + gap.length - place), place))
@@ -1753,8 +1839,7 @@ class JobStore:
             log.warning("jobs.json was not as this program writes it: it is written anew, with %d jobs", len(old.index))
         fresh = Opened(None)
         try:
-            fresh.file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | BINARY, 0o666)
-            shutil.copymode(self.path, path)
+            fresh.file = make_like(path, self.path, os.O_RDWR)
             write_at(fresh.file, self.HEAD, 0)
             fresh.seen = synced = len(self.HEAD)
             for start in range(0, old.index.top, 200):
@@ -1822,6 +1907,7 @@ class JobStore:
     def _replace(self, old: Opened, fresh: Opened, path: str) -> None:
         """Puts a new file, and what is known of it, in the place of the old."""
         write_at(fresh.file, self.TAIL, fresh.seen)
+        copy_access(self.path, fresh.file)  # somebody may have made it private meanwhile
         sync_file(fresh.file)
         with self._lock:
             if OPEN_FILES_STAY:
@@ -2038,8 +2124,15 @@ class ImageStore:
 
     def __init__(self, folder: str):
         self.folder = folder
+        self._sources = (os.path.join(os.path.dirname(folder), "jobs.json"),)  # who may not read them reads no image
         with contextlib.suppress(OSError):
             self._make_folder(folder)
+
+    def as_private_as(self, paths: Iterable[str]) -> "ImageStore":
+        """The same, whose new files are for nobody who may not read some others."""
+        store = copy.copy(self)
+        store._sources = (*self._sources, *paths)
+        return store
 
     def save(self, job: Job, answer: Answer) -> Job:
         """Stores an answer, safe from a power cut, and returns the job with the names and the size of its files.
@@ -2090,12 +2183,11 @@ class ImageStore:
         job = job._replace(has_brief=job.brief_answer in entries)
         return job._replace(bytes=sum(os.lstat(self._path(name)).st_size for name in job.files))
 
-    @staticmethod
-    def _make_folder(path: str, links: bool = True) -> None:
+    def _make_folder(self, path: str, links: bool = True) -> None:
         """Sets aside what stands where a folder should be."""
         if os.path.lexists(path) and (not os.path.isdir(path) or (os.path.islink(path) and not links)):
             log.warning("%s is no folder, it was set aside as %s", path, set_aside(path))
-        make_folder(path)
+        make_folder(path, self._sources[0])
 
     def _save_image(self, base: str, image: Union[bytes, memoryview]) -> Tuple[str, int]:
         if bytes(image[:5]) == b"data:":
@@ -2142,14 +2234,12 @@ class ImageStore:
             raise
         return size
 
-    @staticmethod
-    def _create(path: str) -> int:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | BINARY
+    def _create(self, path: str) -> int:
         try:
-            return os.open(path, flags, 0o666)
+            return make_within(path, *self._sources)
         except FileNotFoundError:  # a purge took the folder together with its last file
-            make_folder(os.path.dirname(path))
-            return os.open(path, flags, 0o666)
+            make_folder(os.path.dirname(path), self._sources[0])
+            return make_within(path, *self._sources)
 
     def _path(self, name: str) -> str:
         return os.path.join(self.folder, *name.split("/"))
@@ -2513,10 +2603,11 @@ class Predecessor:
         return {id_number(job_id): job_id for job_id in ids}
 
     def _make_as_private_as(self, source: str) -> None:
-        """Where there is no jobs.json yet, an empty one with the mode of the predecessor's, which the next inherits."""
-        with contextlib.suppress(FileExistsError):
-            close_file(os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | BINARY, 0o600))
-            shutil.copymode(source, self.path)
+        """Sees to it that our jobs.json is for nobody who may not read the predecessor's. The next inherits that."""
+        try:
+            close_file(make_like(self.path, source, least=0o600))
+        except FileExistsError:
+            narrow_access(self.path, source)
 
     def _listed(self, legacy: LegacyJob, job_id: str, timestamp: int) -> Job:
         """A job of the predecessor before its images are copied."""
@@ -2630,8 +2721,11 @@ class Predecessor:
             if job.error != error and store.get(job.id) is not None:
                 store.put(job._replace(error=error))
 
-    def _read_image(self, path: str) -> Optional[bytes]:
-        """An image of the predecessor's, None if it is no longer there. Raises OSError if it cannot be read now."""
+    def _read_image(self, path: str) -> Optional[Tuple[str, bytes]]:
+        """An image of the predecessor's, and where it lies; None if it is no longer there.
+
+        Raises OSError if it cannot be read now.
+        """
         for place in dict.fromkeys(os.path.join(base, path) for base in self.bases):
             try:
                 with open(place, "rb", opener=lambda name, flags: os.open(name, flags | NO_WAIT)) as file:
@@ -2643,13 +2737,14 @@ class Predecessor:
                     continue
                 raise
             if any(form.match(data) for form, _, _ in IMAGE_TYPES):
-                return data
+                return place, data
         return None
 
     def _store(
-        self, legacy: LegacyJob, job: Job, found: List[bytes], store: JobStore, images: ImageStore
+        self, legacy: LegacyJob, job: Job, images_found: List[Tuple[str, bytes]], store: JobStore, images: ImageStore
     ) -> Optional[Job]:
         """Stores what was found, and returns the job as it is then, None if it was removed. Raises OSError."""
+        found = [data for _, data in images_found]
         if job.bytes and not found:
             return job
         make_folder(images.folder)
@@ -2660,7 +2755,8 @@ class Predecessor:
         seeds = [int(match.group(1)) for match in map(SEED.search, infotexts) if match]
         info = {"prompt": legacy.prompt, **({"seed": seeds[0]} if seeds else {}), "infotexts": infotexts}
         rest = {"images": [], "parameters": {"prompt": legacy.prompt}, "info": json.dumps(info)}
-        kept = images.save(job, Answer(list(map(self._as_base64, found)), as_host_json(rest)))
+        private = images.as_private_as(place for place, _ in images_found)
+        kept = private.save(job, Answer(list(map(self._as_base64, found)), as_host_json(rest)))
         notes = []
         if not legacy.paths:
             notes.append("No images of it were kept")

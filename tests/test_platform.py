@@ -286,7 +286,7 @@ def test_two_processes_on_one_folder(script, tracker, tmp_path):
 def test_a_drive_that_is_not_there(script):
     """It is an OSError, which the store and the tab can say, and no endless search for a folder above."""
 
-    def refuse(path: str, exist_ok: bool = False) -> None:
+    def refuse(path: str, mode: int = 0o777, exist_ok: bool = False) -> None:
         raise FileNotFoundError(errno.ENOENT, "the system cannot find the path", path)
 
     script.os.path, script.os.makedirs = ntpath, refuse
