@@ -155,16 +155,17 @@ class FileLock:
 
     def _open(self) -> None:
         make_folder(os.path.dirname(self.path))
-        # Nobody but its owner can read a new one, so nobody else can lock it until it has its true mode.
-        self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | NO_WAIT | BINARY, 0o622)
+        source: Optional[os.stat_result] = None
+        with contextlib.suppress(FileNotFoundError):
+            source = os.stat(self._guarded)
+        # A new one is at no moment open to more people than it is to be. Of 0o022 the umask leaves those who may write.
+        self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | NO_WAIT | BINARY, 0o600 if source else 0o622)
         self.opened.add(self)
-        found = os.fstat(self._file)
         with contextlib.suppress(OSError):
+            found = os.fstat(self._file)
             if found.st_size or not os.path.samestat(os.lstat(self.path), found):
                 return  # it is a link to somebody's file, whose mode is not ours to change
-            source = found
-            with contextlib.suppress(FileNotFoundError):
-                source = os.stat(self._guarded)
+            source = source or found
             writers = source.st_mode & 0o022
             give_access(self._file, source, 0o600 | writers | writers << 1)
 
@@ -426,11 +427,12 @@ def narrow_access(path: str, other: str) -> None:
 
 def copy_file(source: str, target: str, least: int = 0) -> None:
     """Copies a file to a new name, for the same people, and the bits `least`. Raises OSError."""
-    with os.fdopen(make_like(target, source, least=least), "wb") as copied:
-        with open(source, "rb", opener=lambda name, flags: os.open(name, flags | NO_WAIT)) as original:
-            if not stat.S_ISREG(os.fstat(original.fileno()).st_mode):
-                raise OSError(errno.EINVAL, "it is no file", source)
-            shutil.copyfileobj(original, copied)
+    with contextlib.ExitStack() as files:
+        copied = files.enter_context(os.fdopen(make_like(target, source, least=least), "wb"))
+        original = files.enter_context(open(source, "rb", opener=lambda name, flags: os.open(name, flags | NO_WAIT)))
+        if not stat.S_ISREG(os.fstat(original.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "it is no file", source)
+        shutil.copyfileobj(original, copied)
 
 
 def replace_file(path: str, data: bytes, like: str = "") -> None:

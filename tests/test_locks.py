@@ -236,9 +236,11 @@ def test_a_lock_before_there_is_a_jobs_json(script, tmp_path, umask, mode):
         store.close()
 
 
-def test_a_lock_is_never_open_to_others(script, tmp_path):
+@pytest.mark.parametrize("umask", [0o022, 0o002, 0o000], ids=oct)
+def test_a_lock_is_never_open_to_others(script, tmp_path, umask):
     """From its first moment: whoever has it open then can lock it later."""
     (tmp_path / "jobs.json").touch()
+    (tmp_path / "jobs.json").chmod(0o644)
     seen: List[int] = []
 
     class Watched:
@@ -248,11 +250,11 @@ def test_a_lock_is_never_open_to_others(script, tmp_path):
             return getattr(os, name)
 
     script.os = Watched()
-    with umask_of(0o022):
+    with umask_of(umask):
         lock = script.FileLock(str(tmp_path / "jobs.json.lock"), str(tmp_path / "jobs.json"))
         lock.acquire()
     lock.close()
-    assert len(seen) > 3 and not [oct(mode) for mode in seen if mode & 0o055]
+    assert len(seen) > 3 and not [oct(mode) for mode in seen if mode & 0o077]
 
 
 def test_a_link_in_the_place_of_a_lock(script, tmp_path):
