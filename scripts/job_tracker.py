@@ -23,6 +23,7 @@ import base64
 import bisect
 import contextlib
 import contextvars
+import copy
 import errno
 import functools
 import hashlib
@@ -98,56 +99,95 @@ UNSUPPORTED = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK, errn
 IRREPLACEABLE = (errno.EBUSY, errno.EXDEV, errno.EACCES, errno.EPERM, errno.EROFS)  # a mounted file
 
 
+LOCK_SECONDS = 5.0  # how long a lock between processes is waited for: nobody who is well holds one for so long
+LOCK_MOMENT = 0.1  # the same once that was in vain
+LOCK_PAUSE = 0.001  # seconds, at most, between two tries
+LOCK_TURN = 0.05  # seconds for which one process may take the lock again and again, and no other meets it free
+
+
 class FileLock:
     """A lock between processes: an open file that the system unlocks when its holder ends, however it ends.
 
     It also excludes other instances in the same process, since `flock` and `msvcrt.locking` belong to the open file.
     One instance is used by one thread at a time.
+
+    `flock` also works on a file that is open for reading. So the lock can be opened only by those who may write the
+    file that it is for: whoever else could hold it could bring every webui on the folder to a stop.
     """
 
-    def __init__(self, path: str):
-        self.path = path
-        self._file: Optional[int] = None
+    opened: "Set[FileLock]" = set()  # all of this process that have their file open
 
-    def acquire(self, blocking: bool = True) -> bool:
-        """Takes the lock. False when another holds it and `blocking` is false. Raises OSError."""
+    def __init__(self, path: str, guarded: str = ""):
+        """`guarded` is the file that the lock is for. Until there is one, the umask says who may write it."""
+        self.path = path
+        self._guarded = guarded
+        self._file: Optional[int] = None
+        self._patience = LOCK_SECONDS
+        self._turn = self._released = -math.inf  # when the row of turns began, and when the last of them ended
+
+    def acquire(self, seconds: float = LOCK_SECONDS) -> bool:
+        """Takes the lock. False when another still holds it after some seconds; 0 is one try. Raises OSError."""
+        self._let_others_in()
+        until, pause = time.monotonic() + seconds, LOCK_PAUSE / 8
         while True:
             if self._file is None:
-                make_folder(os.path.dirname(self.path))
-                self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | BINARY, 0o666)
+                self._open()
             try:
-                taken = self._take(blocking)
+                taken = self._take()
+                is_lock = stands_for(self.path, self._file)
             except OSError:
                 self.close()  # its disk may be gone, and come back
                 raise
-            if not taken or stands_for(self.path, self._file):
+            if not is_lock:
+                self.close()  # somebody has tidied it away, and others lock a new one
+            elif taken or time.monotonic() >= until:
                 return taken
-            self.close()  # somebody has tidied it away, and others lock a new one
+            else:
+                time.sleep(pause)
+                pause = min(2 * pause, LOCK_PAUSE)
 
-    def _take(self, blocking: bool) -> bool:
-        if fcntl:
-            try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | (0 if blocking else fcntl.LOCK_NB))
-            except OSError as error:
-                if not blocking and error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                    return False
-                if error.errno not in UNSUPPORTED:
-                    raise
-                # A file system without locks, such as some network mounts: one webui alone is as safe as ever.
-            return True
-        while True:
-            try:
+    def _let_others_in(self) -> None:
+        """Who waits only tries now and then. One that takes the lock all the time would be met without it by chance."""
+        now = time.monotonic()
+        if now - self._released >= 2 * LOCK_PAUSE:
+            self._turn = now
+        elif now - self._turn >= LOCK_TURN:
+            time.sleep(2 * LOCK_PAUSE)
+            self._turn = time.monotonic()
+
+    def _open(self) -> None:
+        make_folder(os.path.dirname(self.path))
+        source: Optional[os.stat_result] = None
+        with contextlib.suppress(FileNotFoundError):
+            source = os.stat(self._guarded)
+        # A new one is at no moment open to more people than it is to be. Of 0o022 the umask leaves those who may write.
+        self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | NO_WAIT | BINARY, 0o600 if source else 0o622)
+        self.opened.add(self)
+        with contextlib.suppress(OSError):
+            found = os.fstat(self._file)
+            if found.st_size or not os.path.samestat(os.lstat(self.path), found):
+                return  # it is a link to somebody's file, whose mode is not ours to change
+            source = source or found
+            writers = source.st_mode & 0o022
+            give_access(self._file, source, 0o600 | writers | writers << 1)
+
+    def _take(self) -> bool:
+        try:
+            if fcntl:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            else:
                 os.lseek(self._file, 0, os.SEEK_SET)
                 msvcrt.locking(self._file, msvcrt.LK_NBLCK, 1)
-                return True
-            except OSError as error:
-                if error.errno not in (errno.EACCES, errno.EDEADLK):
-                    raise
-                if not blocking:
-                    return False
-                time.sleep(0.005)
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK):
+                return False
+            if fcntl is None or error.errno not in UNSUPPORTED:
+                raise
+            # A file system without locks, such as some network mounts: one webui alone is as safe as ever.
+        return True
 
     def release(self) -> None:
+        self._released = time.monotonic()
         if fcntl:
             with contextlib.suppress(OSError):
                 fcntl.flock(self._file, fcntl.LOCK_UN)
@@ -158,14 +198,55 @@ class FileLock:
     def close(self) -> None:
         """Gives the lock and the file back."""
         file, self._file = self._file, None
+        if file is None:
+            return
+        if fcntl:
+            with contextlib.suppress(OSError):  # a child that is being forked just now may have a copy of it
+                fcntl.flock(file, fcntl.LOCK_UN)
         close_file(file)
+        self.opened.discard(self)
+
+    @classmethod
+    def let_go(cls) -> None:
+        """In a forked child: closes its copies, by which it would hold the locks after its parent's end.
+
+        Does not unlock them: a copy is the same open file, and the parent would lose its lock.
+        """
+        for lock in list(cls.opened):
+            file, lock._file = lock._file, None
+            close_file(file)
+        cls.opened.clear()
+
+    def hold(self) -> None:
+        """Takes the lock. Raises TimeoutError, an OSError, if another holds it.
+
+        After that it is only asked for a moment, until it can be had again: who waits for us has waited once already.
+        """
+        taken = self.acquire(self._patience)
+        self._patience = LOCK_SECONDS if taken else LOCK_MOMENT
+        if not taken:
+            name = os.path.basename(self.path)
+            raise TimeoutError(errno.ETIMEDOUT, f"another program holds the lock {name}", self.path)
 
     def __enter__(self) -> "FileLock":
-        self.acquire()
+        self.hold()
         return self
 
     def __exit__(self, *_: Any) -> None:
         self.release()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=FileLock.let_go)
+
+
+def reason_of(error: BaseException) -> str:
+    """Why something failed, for clients and pages: without the path that an OSError names. The log may have that."""
+    if isinstance(error, OSError):
+        # One without a number was given a text alone, or, by shutil, a list of paths.
+        own = error.args[0] if len(error.args) == 1 and not isinstance(error, shutil.Error) else ""
+        return error.strerror or (own if isinstance(own, str) and own else type(error).__name__)
+    return str(error) or type(error).__name__
 
 
 def stands_for(path: str, file: int) -> bool:
@@ -235,24 +316,136 @@ def sync_folder(path: str) -> None:
         os.close(folder)
 
 
-def make_folder(path: str) -> None:
-    """Makes a folder, and those above it, so that they survive a power cut."""
+def make_folder(path: str, records: str = "") -> None:
+    """Makes a folder, and those above it, so that they survive a power cut.
+
+    It is for nobody who may not read the file `records`, if there is one, nor beyond the umask.
+    """
     if not os.path.isdir(path):
         above = os.path.dirname(path)
         if above != path:  # as of a drive that is not there
             make_folder(above)
-        os.makedirs(path, exist_ok=True)
+        sources = readable(records)
+        mode = common_mode(sources)
+        os.makedirs(path, mode=mode | (mode & 0o444) >> 2, exist_ok=True)
+        if sources and hasattr(os, "fchown"):
+            folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | NO_FOLLOW)
+            try:
+                give_access(folder, sources[0], stat.S_IMODE(os.fstat(folder).st_mode))
+            finally:
+                os.close(folder)
         sync_folder(os.path.dirname(path))
 
 
-def replace_file(path: str, data: bytes) -> None:
-    """Puts a new file in the place of an old one: after a crash there is the one or the other, whole."""
+# Who may read what we make. A file is made for its owner alone and opened to others when it has its true group:
+# whoever opens it before can read what is written into it later. Windows has no such modes.
+
+
+def give_access(file: int, source: os.stat_result, mode: int) -> None:
+    """Gives a file of ours the owner and the group of another, where that is allowed, and a mode. Does not raise.
+
+    A group that is not the other's may do no more than everybody.
+    """
+    if not hasattr(os, "fchown"):
+        return
+    with contextlib.suppress(OSError):
+        found = os.fstat(file)
+        for owner in (source.st_uid, found.st_uid):
+            if (owner, source.st_gid) != (found.st_uid, found.st_gid):
+                with contextlib.suppress(OSError):
+                    os.fchown(file, owner, source.st_gid)
+                    break
+        found = os.fstat(file)
+        if found.st_gid != source.st_gid:
+            mode = mode & ~0o070 | (mode & 0o007) << 3
+        if stat.S_IMODE(found.st_mode) != mode:
+            os.fchmod(file, mode)
+
+
+def copy_access(path: str, file: int) -> None:
+    """Gives a file of ours the owner, the group and the mode of another. Raises OSError if that cannot be told."""
+    source = os.stat(path)
+    give_access(file, source, source.st_mode & 0o666)
+
+
+def readable(*paths: str) -> List[os.stat_result]:
+    """Of those of some files that are there, who may read them."""
+    found = []
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            found.append(os.stat(path))
+    return found
+
+
+def common_mode(sources: List[os.stat_result]) -> int:
+    """The mode of a file, with the group of the first, for those who may read them all."""
+    mode = 0o666
+    for source in sources:
+        own = source.st_mode & 0o666
+        if source.st_gid != sources[0].st_gid:
+            own = own & 0o606 | (own & 0o006) << 3
+        mode &= own
+    return mode | 0o600
+
+
+def make_like(path: str, other: str, flags: int = os.O_WRONLY, least: int = 0) -> int:
+    """Opens a new file for the same people as another, and the bits `least`. Without that, the umask says for whom."""
+    flags |= os.O_CREAT | os.O_EXCL | BINARY
+    sources = readable(other)
+    if not sources:
+        return os.open(path, flags, 0o666)
+    file = os.open(path, flags, 0o600)
+    give_access(file, sources[0], sources[0].st_mode & 0o666 | least)
+    return file
+
+
+def make_within(path: str, *others: str) -> int:
+    """Opens a new file for nobody who may not read all of some others, as far as they are there, nor beyond the umask.
+
+    It belongs to the owner of the first.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | BINARY
+    sources = readable(*others)
+    file = os.open(path, flags, common_mode(sources))
+    if not sources:
+        return file
+    mode = stat.S_IMODE(os.fstat(file).st_mode)  # as the umask leaves it
+    if os.fstat(file).st_gid != sources[0].st_gid:  # another group may have opened it
+        os.close(file)
+        os.unlink(path)
+        file = os.open(path, flags, 0o600)
+    give_access(file, sources[0], mode)
+    return file
+
+
+def narrow_access(path: str, other: str) -> None:
+    """Takes a file from those who may not read another. Raises OSError."""
+    sources = readable(path, other)
+    readers = common_mode(sources) & 0o044
+    mode = sources[0].st_mode & (0o600 | readers | readers >> 1)
+    if mode != stat.S_IMODE(sources[0].st_mode):
+        os.chmod(path, mode)
+
+
+def copy_file(source: str, target: str, least: int = 0) -> None:
+    """Copies a file to a new name, for the same people, and the bits `least`. Raises OSError."""
+    with contextlib.ExitStack() as files:
+        copied = files.enter_context(os.fdopen(make_like(target, source, least=least), "wb"))
+        original = files.enter_context(open(source, "rb", opener=lambda name, flags: os.open(name, flags | NO_WAIT)))
+        if not stat.S_ISREG(os.fstat(original.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "it is no file", source)
+        shutil.copyfileobj(original, copied)
+
+
+def replace_file(path: str, data: bytes, like: str = "") -> None:
+    """Puts a new file in the place of an old one: after a crash there is the one or the other, whole.
+
+    It is for the same people as the old one, or as the file `like`.
+    """
     part = f"{path}.{secrets.token_hex(4)}.part"
     try:
-        file = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | BINARY, 0o666)
+        file = make_like(part, like or path)
         try:
-            with contextlib.suppress(OSError):
-                shutil.copymode(path, part)
             write_at(file, data, 0)
             sync_file(file)
         finally:
@@ -485,7 +678,7 @@ class Settings:
     def _hold(self, error: Exception) -> None:
         """The file does not count, since it cannot be read or understood."""
         self._version, self._failure = None, error
-        text = f"config.json cannot be read ({getattr(error, 'strerror', None) or error}). Until it can be, "
+        text = f"config.json cannot be read ({reason_of(error)}). Until it can be, "
         text += "what was known of it holds" if self._known else "tracking and retention are off"
         if text != self.trouble:
             log.warning("%s", text)
@@ -504,7 +697,7 @@ class Settings:
         except FileExistsError:
             raise
         except OSError as error:
-            text = f"config.json cannot be written, settings will not be kept: {error.strerror or error}"
+            text = f"config.json cannot be written, settings will not be kept: {reason_of(error)}"
             if text != self.trouble:
                 log.warning("%s", text)
             self.trouble = text
@@ -542,7 +735,7 @@ class Settings:
         """Keeps a copy of a file that is not understood. The file itself stays: a start without one is the first."""
         name = name_aside(self.path)
         with open(self.path, "rb") as file:
-            replace_file(name, file.read())
+            replace_file(name, file.read(), like=self.path)
         log.warning("config.json was not understood. It is written anew, what stood in it is in %s", name)
 
     def _understand(self, name: str) -> Any:
@@ -1090,8 +1283,8 @@ class JobStore:
         self._end_left: Optional[Callable[[Job], Job]] = None  # for jobs left behind, if they are to be looked for
         self._awaited = 0  # how many wait for it
         self._closing = self._closed = False
-        self._between = FileLock(self.path + ".lock")  # of the thread alone, as is what follows
-        self._alive = FileLock(f"{self.path}.owner-{self.owner}")  # held for as long as this process lives
+        self._between = FileLock(self.path + ".lock", self.path)  # of the thread alone, as is what follows
+        self._alive = FileLock(f"{self.path}.owner-{self.owner}", self.path)  # held for as long as this process lives
         self._retry: Dict[str, Optional[Job]] = {}
         self._patient: List[Future] = []  # of what is in `_retry`
         self._trouble = ""
@@ -1424,13 +1617,13 @@ class JobStore:
         self._let_go()
         self._check()
         self._alive.close()  # the folder may be another: nobody asks for it while we hold the lock
-        self._alive.acquire()
+        self._alive.hold()
         try:
             file = self._open_file()
         except (IsADirectoryError, PermissionError) as error:
             aside = set_aside(self.path)
             with contextlib.suppress(OSError):
-                shutil.copyfile(aside, self.path)
+                copy_file(aside, self.path, least=0o600)
             log.warning("jobs.json cannot be opened for writing (%s), it was set aside as %s", error, aside)
             file = self._open_file()
         opened = self._opened = Opened(file)
@@ -1489,8 +1682,7 @@ class JobStore:
         """Copies damaged parts to a file of their own, for somebody who may read more in them, if there is room."""
         path = name_aside(self.path)
         try:
-            with open(path, "xb") as aside:
-                shutil.copymode(self.path, path)
+            with os.fdopen(make_like(path, self.path), "wb") as aside:
                 for gap in gaps:
                     for place in range(gap.place, gap.place + gap.length, self.PIECE):
                         aside.write(read_at(self._opened.file, min(self.PIECE, gap.place + gap.length - place), place))
@@ -1574,7 +1766,7 @@ class JobStore:
                 self._make_durable(appended)
         except Exception as error:
             self._tell("written", error)
-            self._trouble = getattr(error, "strerror", None) or type(error).__name__
+            self._trouble = reason_of(error)
             self._retry_at = time.monotonic() + self.RETRY
             for change in changes:
                 if change.new:
@@ -1668,8 +1860,7 @@ class JobStore:
             log.warning("jobs.json was not as this program writes it: it is written anew, with %d jobs", len(old.index))
         fresh = Opened(None)
         try:
-            fresh.file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | BINARY, 0o666)
-            shutil.copymode(self.path, path)
+            fresh.file = make_like(path, self.path, os.O_RDWR)
             write_at(fresh.file, self.HEAD, 0)
             fresh.seen = synced = len(self.HEAD)
             for start in range(0, old.index.top, 200):
@@ -1737,6 +1928,7 @@ class JobStore:
     def _replace(self, old: Opened, fresh: Opened, path: str) -> None:
         """Puts a new file, and what is known of it, in the place of the old."""
         write_at(fresh.file, self.TAIL, fresh.seen)
+        copy_access(self.path, fresh.file)  # somebody may have made it private meanwhile
         sync_file(fresh.file)
         with self._reading:
             if OPEN_FILES_STAY:
@@ -1806,9 +1998,9 @@ class JobStore:
         path = f"{self.path}.owner-{owner}"
         if owner is None or not re.match(r"[0-9a-f]{8}\Z", owner) or not os.path.exists(path):
             return True
-        lock, failure = FileLock(path), None
+        lock, failure = FileLock(path, self.path), None
         try:
-            return lock.acquire(blocking=False)
+            return lock.acquire(0)
         except OSError as error:
             failure = error
             return False
@@ -1959,8 +2151,15 @@ class ImageStore:
 
     def __init__(self, folder: str):
         self.folder = folder
+        self._sources = (os.path.join(os.path.dirname(folder), "jobs.json"),)  # who may not read them reads no image
         with contextlib.suppress(OSError):
             self._make_folder(folder)
+
+    def as_private_as(self, paths: Iterable[str]) -> "ImageStore":
+        """The same, whose new files are for nobody who may not read some others."""
+        store = copy.copy(self)
+        store._sources = (*self._sources, *paths)
+        return store
 
     def save(self, job: Job, answer: Answer) -> Job:
         """Stores an answer, safe from a power cut, and returns the job with the names and the size of its files.
@@ -2011,12 +2210,11 @@ class ImageStore:
         job = job._replace(has_brief=job.brief_answer in entries)
         return job._replace(bytes=sum(os.lstat(self._path(name)).st_size for name in job.files))
 
-    @staticmethod
-    def _make_folder(path: str, links: bool = True) -> None:
+    def _make_folder(self, path: str, links: bool = True) -> None:
         """Sets aside what stands where a folder should be."""
         if os.path.lexists(path) and (not os.path.isdir(path) or (os.path.islink(path) and not links)):
             log.warning("%s is no folder, it was set aside as %s", path, set_aside(path))
-        make_folder(path)
+        make_folder(path, self._sources[0])
 
     def _save_image(self, base: str, image: Union[bytes, memoryview]) -> Tuple[str, int]:
         if bytes(image[:5]) == b"data:":
@@ -2063,14 +2261,12 @@ class ImageStore:
             raise
         return size
 
-    @staticmethod
-    def _create(path: str) -> int:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | BINARY
+    def _create(self, path: str) -> int:
         try:
-            return os.open(path, flags, 0o666)
+            return make_within(path, *self._sources)
         except FileNotFoundError:  # a purge took the folder together with its last file
-            make_folder(os.path.dirname(path))
-            return os.open(path, flags, 0o666)
+            make_folder(os.path.dirname(path), self._sources[0])
+            return make_within(path, *self._sources)
 
     def _path(self, name: str) -> str:
         return os.path.join(self.folder, *name.split("/"))
@@ -2342,7 +2538,7 @@ class Predecessor:
         try:
             if not (any(map(self._may_be_legacy, self.paths)) or self._files(self.FOUND)):
                 return
-            with contextlib.closing(FileLock(self.path + ".lock")) as lock, lock:
+            with contextlib.closing(FileLock(self.path + ".lock", self.path)) as lock, lock:
                 read: Dict[str, LegacyFile] = {}
                 for path in self.paths:
                     source, legacy = self._find_legacy(path)
@@ -2434,10 +2630,11 @@ class Predecessor:
         return {id_number(job_id): job_id for job_id in ids}
 
     def _make_as_private_as(self, source: str) -> None:
-        """Where there is no jobs.json yet, an empty one with the mode of the predecessor's, which the next inherits."""
-        with contextlib.suppress(FileExistsError):
-            close_file(os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | BINARY, 0o600))
-            shutil.copymode(source, self.path)
+        """Sees to it that our jobs.json is for nobody who may not read the predecessor's. The next inherits that."""
+        try:
+            close_file(make_like(self.path, source, least=0o600))
+        except FileExistsError:
+            narrow_access(self.path, source)
 
     def _listed(self, legacy: LegacyJob, job_id: str, timestamp: int) -> Job:
         """A job of the predecessor before its images are copied."""
@@ -2488,8 +2685,8 @@ class Predecessor:
                 self.list_jobs()
                 if self._is_in_the_way():
                     pause = self.LOOK_EVERY
-                with contextlib.closing(FileLock(f"{self.path}.{self.FOUND}.lock")) as lock:
-                    if lock.acquire(blocking=False):
+                with contextlib.closing(FileLock(f"{self.path}.{self.FOUND}.lock", self.path)) as lock:
+                    if lock.acquire(0):
                         for path, source in self._files(self.LISTED):
                             self._copy_file(path, source, store, images, stop)
                     else:
@@ -2546,15 +2743,16 @@ class Predecessor:
 
     def _note(self, legacy: LegacyJob, job: Job, failure: OSError, store: JobStore) -> None:
         """Says in a job why its images are not there yet."""
-        error = self._error(
-            legacy, job.id, [f"Its images cannot be copied yet: {failure.strerror or type(failure).__name__}"]
-        )
+        error = self._error(legacy, job.id, [f"Its images cannot be copied yet: {reason_of(failure)}"])
         with self.changing:
             if job.error != error and store.get(job.id) is not None:
                 store.put(job._replace(error=error))
 
-    def _read_image(self, path: str) -> Optional[bytes]:
-        """An image of the predecessor's, None if it is no longer there. Raises OSError if it cannot be read now."""
+    def _read_image(self, path: str) -> Optional[Tuple[str, bytes]]:
+        """An image of the predecessor's, and where it lies; None if it is no longer there.
+
+        Raises OSError if it cannot be read now.
+        """
         for place in dict.fromkeys(os.path.join(base, path) for base in self.bases):
             try:
                 with open(place, "rb", opener=lambda name, flags: os.open(name, flags | NO_WAIT)) as file:
@@ -2566,13 +2764,14 @@ class Predecessor:
                     continue
                 raise
             if any(form.match(data) for form, _, _ in IMAGE_TYPES):
-                return data
+                return place, data
         return None
 
     def _store(
-        self, legacy: LegacyJob, job: Job, found: List[bytes], store: JobStore, images: ImageStore
+        self, legacy: LegacyJob, job: Job, images_found: List[Tuple[str, bytes]], store: JobStore, images: ImageStore
     ) -> Optional[Job]:
         """Stores what was found, and returns the job as it is then, None if it was removed. Raises OSError."""
+        found = [data for _, data in images_found]
         if job.bytes and not found:
             return job
         make_folder(images.folder)
@@ -2583,7 +2782,8 @@ class Predecessor:
         seeds = [int(match.group(1)) for match in map(SEED.search, infotexts) if match]
         info = {"prompt": legacy.prompt, **({"seed": seeds[0]} if seeds else {}), "infotexts": infotexts}
         rest = {"images": [], "parameters": {"prompt": legacy.prompt}, "info": json.dumps(info)}
-        kept = images.save(job, Answer(list(map(self._as_base64, found)), as_host_json(rest)))
+        private = images.as_private_as(place for place, _ in images_found)
+        kept = private.save(job, Answer(list(map(self._as_base64, found)), as_host_json(rest)))
         notes = []
         if not legacy.paths:
             notes.append("No images of it were kept")
@@ -2867,9 +3067,9 @@ class Tracker:
             except Exception as error:
                 if pause is None or not (isinstance(error, OSError) and passes(error)):
                     log.error("Job %s was generated, but its images could not be stored: %s", job_id, error)
-                    self.fail(job_id, f"Generated, but the images could not be stored: {error}")
+                    self.fail(job_id, f"Generated, but the images could not be stored: {reason_of(error)}")
                     return
-                self._note(job_id, f"Generated, but the images cannot be stored yet: {error}")
+                self._note(job_id, f"Generated, but the images cannot be stored yet: {reason_of(error)}")
                 time.sleep(pause)
         stored = {"images": job.images, "bytes": job.bytes, "has_brief": job.has_brief}
         self._end(job_id, status=COMPLETED, prompt=job.prompt or prompt[:PROMPT_LIMIT], error=None, **stored)
@@ -3038,7 +3238,7 @@ class Tracker:
             except (OSError, ValueError, AttributeError, RecursionError) as failure:
                 passing = isinstance(failure, OSError) and passes(failure)
                 error = error or "The parameters " + (
-                    f"cannot be read: {failure.strerror}" if passing else "are no longer on disk"
+                    f"cannot be read: {reason_of(failure)}" if passing else "are no longer on disk"
                 )
         progress, eta = self.progress_of(job)
         return {
@@ -3259,6 +3459,7 @@ class Tracker:
     def _keep_house(self) -> None:
         purge_at = time.monotonic()
         recover_at = purge_at + self.RECOVER_EVERY
+        trouble = ""
         while True:
             now = time.monotonic()
             try:
@@ -3267,12 +3468,16 @@ class Tracker:
                 if now >= recover_at:
                     recover_at = now + self.RECOVER_EVERY
                     self._recover().result()
+                    trouble = ""
                 if now >= purge_at:
                     purge_at = now + self.RECOVER_EVERY
                     self.purge(asked_for=False)
                     self.next_purge = purge_at = now + self.PURGE_EVERY
             except Exception as error:
-                log.error("Housekeeping will be tried again: %s: %s", type(error).__name__, error)
+                text = f"{type(error).__name__}: {error}"
+                if text != trouble:  # it may last for days
+                    log.error("Housekeeping will be tried again: %s", text)
+                trouble = text
             if self._stop.wait(self.LOOK_EVERY):
                 return
 
@@ -3842,7 +4047,8 @@ class Generation:
         try:
             claim, first = self.tracker.claim(self.key, digest.hexdigest())
         except OSError as error:
-            raise HTTPException(503, f"The jobs cannot be read, so a repeat cannot be told: {error}") from None
+            reason = f"The jobs cannot be read, so a repeat cannot be told: {reason_of(error)}"
+            raise HTTPException(503, reason) from None
         if first:
             self.claim = claim
         elif claim.digest != digest.hexdigest():
@@ -4080,7 +4286,7 @@ class Generation:
             self.tracker.finish(self.job.id, answer, prompt if isinstance(prompt, str) else "")
         except Exception as error:
             log.error("Job %s was generated, but could not be stored: %s", self.job.id, one_line(repr(error)))
-            self.tracker.fail(self.job.id, f"Generated, but it could not be stored: {error!r}")
+            self.tracker.fail(self.job.id, f"Generated, but it could not be stored: {reason_of(error)}")
 
 
 class Exchange:
@@ -4181,7 +4387,7 @@ class Exchange:
         try:
             job = await self.tracker.find(job_id)
         except OSError as error:
-            raise HTTPException(503, f"The stored answer cannot be read: {error.strerror or error}") from None
+            raise HTTPException(503, f"The stored answer cannot be read: {reason_of(error)}") from None
         if job is None or job.status == FAILED:
             return False
 
@@ -4262,7 +4468,7 @@ class Exchange:
                 return preceded(await self.tracker.in_pool(next, pieces, b"", pool=pool), pieces)
             job = await self.tracker.find(job.id) or job
         except OSError as error:
-            raise HTTPException(503, f"The stored answer cannot be read: {error.strerror or error}") from None
+            raise HTTPException(503, f"The stored answer cannot be read: {reason_of(error)}") from None
         raise HTTPException(500, job.error or CANCELLED)
 
     async def _start(self, status: int, headers: List[Tuple[bytes, bytes]]) -> None:
@@ -4559,7 +4765,7 @@ class Api:
         except OSError as error:
             if lost is not None and not passes(error):
                 raise HTTPException(404, lost) from None
-            raise HTTPException(503, f"The jobs cannot be read or changed: {error.strerror or error}") from None
+            raise HTTPException(503, f"The jobs cannot be read or changed: {reason_of(error)}") from None
 
     @staticmethod
     def _let_nobody_keep_errors(request: Request) -> None:
@@ -5194,7 +5400,7 @@ class Tab:
         try:
             await self.tracker.in_pool(lambda: self.tracker.settings.save(**changes))
         except (OSError, ValueError) as error:
-            raise gr.Error(f"Not saved: {error}") from None
+            raise gr.Error(f"Not saved: {reason_of(error)}") from None
 
     async def purge(self) -> None:
         """Begins a purge. It may take minutes, so its result comes with a later look."""
@@ -5224,7 +5430,7 @@ class Tab:
             if shown.job:
                 main += f'<aside data-key="{shown.job}">{self.markup.details(shown.job)}</aside>'
         except OSError as error:
-            top += self.markup.note(f"The jobs cannot be read: {error}", "error")
+            top += self.markup.note(f"The jobs cannot be read: {reason_of(error)}", "error")
         # A control that agrees is left alone: it may be changing under somebody's hand.
         same = gr.update()
         days = self._retention()
@@ -5258,7 +5464,7 @@ class Tab:
         if self._purging:
             notes += note("Purging: old jobs are being removed. All else goes on meanwhile.")
         elif self._purge is not None and self._purge.exception() is not None:
-            notes += note(f"The purge failed: {self._purge.exception()}", "error")
+            notes += note(f"The purge failed: {reason_of(self._purge.exception())}", "error")
         elif self._purge is not None:
             jobs, images, size = self._purge.result()
             off = " Retention is off, so no job is too old." if settings.retention_days is None else ""
@@ -5543,7 +5749,7 @@ class Extension:
             self.trouble = str(reason)
             log.warning("Generations are not tracked: %s", reason)
         except Exception as error:
-            self.trouble = f"{type(error).__name__}: {error}"
+            self.trouble = f"{type(error).__name__}: {reason_of(error)}"
             log.exception("Generations are not tracked, the webui is none that we know")
         if demo is not None:
             self._serve_tab(app)

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import random
+import shutil
 import stat
+import tempfile
+import threading
 from pathlib import Path
-from typing import Any, Dict
+from typing import Any, Callable, Dict, Iterator
 
 import pytest
-from inside import a_job, load_script, make_tracker, until
+from inside import a_job, an_answer, completed, load_script, make_tracker, pixels, until
 
 from harness import QUICK, Webui, body
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="Windows has no such modes")
+ROOT = hasattr(os, "geteuid") and os.geteuid() == 0
+NOBODY = 65534
 
 
 def modes_of(folder: Path) -> Dict[str, int]:
@@ -45,7 +52,9 @@ def test_the_umask_decides(start, tmp_path, umask):
     assert all(name in names for name in ("jobs.json.lock", "jobs.json.owner-", "jobs.json.damaged-", "images/"))
     assert sum(job_id in name for name in modes) == 3
     for name, mode in modes.items():
-        assert mode == (0o777 if (data / name).is_dir() else 0o666) & ~umask, (name, oct(mode))
+        lock = name.endswith(".lock") or ".owner-" in name  # for those who may write, see test_locks.py
+        expected = 0o600 if lock else (0o777 if (data / name).is_dir() else 0o666) & ~umask
+        assert mode == expected, (name, oct(mode))
     assert stat.S_IMODE((webui.extension / "config.json").stat().st_mode) == 0o666 & ~umask
 
 
@@ -120,3 +129,365 @@ def test_nobody_waits_with_a_link_for_a_file_of_ours(script, tmp_path):
         assert precious.read_text() == "words"
     finally:
         store.close()
+
+
+# In every path that makes a file
+
+
+class WatchedOs:
+    """`os`, which looks at all files of a folder before each call, and refuses to write what it is told to."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.seen: Dict[str, int] = {}  # each name with all the bits that it ever had
+        self.looking = threading.Lock()
+        self.refused = -1  # the inode of a file that must not be written
+
+    def __getattr__(self, name: str) -> Any:
+        self.look()
+        return getattr(os, name)
+
+    def look(self) -> None:
+        with self.looking:
+            for path in [self.folder, *self.folder.glob("**/*")]:
+                with contextlib.suppress(FileNotFoundError):
+                    name = str(path.relative_to(self.folder))
+                    self.seen[name] = self.seen.get(name, 0) | stat.S_IMODE(path.lstat().st_mode)
+
+    def open(self, path: str, flags: int, *mode: int) -> int:
+        self.look()
+        with contextlib.suppress(FileNotFoundError):
+            if flags & (os.O_WRONLY | os.O_RDWR) and os.stat(path).st_ino == self.refused:
+                raise PermissionError(errno.EACCES, "Permission denied", path)
+        try:
+            return os.open(path, flags, *mode)
+        finally:
+            self.look()
+
+
+@contextlib.contextmanager
+def storing(script: Any, folder: Path) -> Iterator[Any]:
+    store = script.JobStore(str(folder))
+    try:
+        yield store
+    finally:
+        store.close()
+
+
+def settings_are_saved(script: Any, folder: Path) -> None:
+    (folder / "config.json").write_text('{"enabled": false, "retention_days": 3}')
+    (folder / "config.json").chmod(0o600)
+    script.Settings(str(folder), {}).save(enabled=True)
+
+
+def settings_are_set_aside(script: Any, folder: Path) -> None:
+    (folder / "config.json").write_text('{"password": "secret",}')
+    (folder / "config.json").chmod(0o600)
+    script.Settings(str(folder), {}).save(enabled=True)
+    (aside,) = folder.glob("config.json.damaged-*")
+    assert "secret" in aside.read_text()
+
+
+def settings_are_taken_over(script: Any, folder: Path) -> None:
+    (folder / "config.json").write_text('{"tracking_enabled": true, "retention_days": 3}')
+    (folder / "config.json").chmod(0o600)
+    script.Settings(str(folder), {})
+    assert '"enabled": true' in (folder / "config.json").read_text()
+
+
+def private_jobs(folder: Path, text: str = "{\n}\n", mode: int = 0o600) -> Path:
+    path = folder / "jobs.json"
+    path.touch(mode=0o600)
+    path.write_text(text)
+    path.chmod(mode)
+    return path
+
+
+def jobs_are_stored(script: Any, folder: Path) -> None:
+    private_jobs(folder)
+    with storing(script, folder) as store:
+        store.put(a_job(script, random.Random(7)), new=True).result()
+        assert {path.name[:10] for path in folder.iterdir() if path.name != "jobs.json"} == {"jobs.json."}
+
+
+def jobs_are_compacted(script: Any, folder: Path) -> None:
+    path = private_jobs(folder)
+    script.JobStore.SPARE_DEAD = 2
+    with storing(script, folder) as store:
+        job = a_job(script, random.Random(7))
+        for _ in range(20):
+            store.put(job).result()
+        until(lambda: path.read_bytes().count(b"\n") < 10, what="the compaction")
+
+
+def damage_is_set_aside(script: Any, folder: Path) -> None:
+    private_jobs(folder, '{\n"secret prompt": 5\n}\n')
+    with storing(script, folder) as store:
+        store.figures()
+        (aside,) = folder.glob("jobs.json.damaged-*")
+        assert "secret" in aside.read_text()
+
+
+def jobs_that_must_not_be_written(script: Any, folder: Path) -> None:
+    script.os.refused = private_jobs(folder, mode=0o400).stat().st_ino
+    with storing(script, folder) as store:
+        store.put(a_job(script, random.Random(7)), new=True).result()
+        assert len(list(folder.glob("jobs.json.damaged-*"))) == 1
+
+
+def images_are_stored(script: Any, folder: Path) -> None:
+    private_jobs(folder)
+    images = script.ImageStore(str(folder / "images"))
+    job = completed(a_job(script, random.Random(7)))
+    answer = an_answer(script, job.id, 2)
+    long = json.loads(answer.rest.decode())
+    long["parameters"]["negative_prompt"] = "secret" * 1000
+    kept = images.save(job, answer._replace(images=[*answer.images, b"no base64"], rest=json.dumps(long).encode()))
+    assert len(kept.files) == 5
+    assert {path.name for path in folder.glob("images/*/*")} == {name.split("/")[1] for name in kept.files}
+
+
+def legacy_file(folder: Path) -> Path:
+    picture = folder / "picture.png"
+    picture.touch(mode=0o600)
+    picture.write_bytes(pixels("abcdEFGH", 0))
+    job = {"id": "abcdEFGH", "prompt": "secret", "ip": None, "timestamp": 1736712000, "status": "completed"}
+    return private_jobs(folder, json.dumps([{**job, "output_paths": [str(picture)]}]))
+
+
+def take_over(script: Any, folder: Path) -> None:
+    predecessor = script.Predecessor(str(folder), str(folder))
+    predecessor.list_jobs()
+    with storing(script, folder) as store:
+        predecessor.copy_images(store, script.ImageStore(str(folder / "images")), threading.Event())
+        assert len(store.get("abcdEFGH").images) == 1
+
+
+def predecessor_is_taken_over(script: Any, folder: Path) -> None:
+    legacy_file(folder)
+    take_over(script, folder)
+
+
+def predecessor_is_merged(script: Any, folder: Path) -> None:
+    legacy_file(folder).rename(folder / "jobs.json.predecessor")
+    (folder / "jobs.json").write_text("{\n}\n")
+    (folder / "jobs.json").chmod(0o644)
+    script.os.seen.clear()
+    narrow = script.narrow_access
+
+    def narrow_and_note(path: str, other: str) -> None:
+        narrow(path, other)
+        script.os.seen.clear()
+
+    script.narrow_access = narrow_and_note
+    take_over(script, folder)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        settings_are_saved,
+        settings_are_set_aside,
+        settings_are_taken_over,
+        jobs_are_stored,
+        jobs_are_compacted,
+        damage_is_set_aside,
+        jobs_that_must_not_be_written,
+        images_are_stored,
+        predecessor_is_taken_over,
+        predecessor_is_merged,
+    ],
+    ids=lambda it: it.__name__,
+)
+def test_nobody_else_can_open_it_at_any_moment(script, tmp_path, make):
+    """Where the original is private. Whoever opens a file in its first moment can read what comes into it later."""
+    folder = tmp_path / "folder"
+    folder.mkdir(mode=0o700)
+    script.os = WatchedOs(folder)
+    before = os.umask(0o022)
+    try:
+        make(script, folder)
+    finally:
+        os.umask(before)
+    script.os.look()
+    assert len(script.os.seen) > 1
+    assert not {name: oct(mode) for name, mode in script.os.seen.items() if mode & 0o077}
+
+
+def test_images_of_the_predecessor_that_were_private(script, tmp_path):
+    """Its jobs.json was not. What stands beside an image, as its prompt, is as private as that."""
+    legacy_file(tmp_path).chmod(0o644)
+    before = os.umask(0o022)
+    try:
+        take_over(script, tmp_path)
+    finally:
+        os.umask(before)
+    modes = modes_of(tmp_path)
+    assert modes["jobs.json"] == 0o644
+    assert [mode for name, mode in modes.items() if "/abcdEFGH" in name] == [0o600, 0o600]
+
+
+@pytest.mark.parametrize(
+    "umask, mode, expected",
+    [
+        (0o022, 0o600, 0o600),
+        (0o022, 0o640, 0o640),
+        (0o022, 0o644, 0o644),
+        (0o022, 0o664, 0o644),
+        (0o002, 0o664, 0o664),
+        (0o002, 0o660, 0o660),
+        (0o077, 0o664, 0o600),
+        (0o027, 0o644, 0o640),
+        (0o022, 0o400, 0o600),
+        (0o022, None, 0o644),
+    ],
+    ids=lambda it: it if it is None else oct(it),
+)
+def test_images_are_for_those_who_may_read_jobs_json(script, tmp_path, umask, mode, expected):
+    """And never for more than the umask says."""
+    if mode is not None:
+        private_jobs(tmp_path, mode=mode)
+    before = os.umask(umask)
+    try:
+        images = script.ImageStore(str(tmp_path / "images"))
+        job = completed(a_job(script, random.Random(7)))
+        kept = images.save(job, an_answer(script, job.id, 1))
+    finally:
+        os.umask(before)
+    modes = modes_of(tmp_path / "images")
+    folders = expected | (expected & 0o444) >> 2
+    assert modes == {".": folders, job.day: folders, **dict.fromkeys(kept.files, expected)}
+
+
+@pytest.fixture
+def public() -> Iterator[Path]:
+    """A folder that other users can reach, as pytest's own are not."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o755)
+    (folder / "data").mkdir(mode=0o755)
+    try:
+        yield folder / "data"
+    finally:
+        shutil.rmtree(str(folder))
+
+
+def as_another(work: Callable[[], Any], user: int = NOBODY, group: int = NOBODY) -> None:
+    """Does something in a child process as another user, or, where the test is no root's, as the same."""
+    child = os.fork()
+    if child == 0:
+        result = 1
+        try:
+            os.umask(0o022)
+            if ROOT:
+                os.setgroups([])
+                os.setgid(group)
+                os.setuid(user)
+            work()
+            result = 0
+        finally:
+            os._exit(result)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_a_real_jobs_json_that_must_not_be_written(script, public):
+    """It is set aside, and its copy is as private, though it can be written."""
+    path = public / "jobs.json"
+    job = completed(a_job(script, random.Random(7)))
+    path.write_bytes(b'{\n"%s": %s\n}\n' % (job.id.encode(), script.record_of(job)))
+    path.chmod(0o400)
+    if ROOT:
+        for one in (public, path):
+            os.chown(str(one), NOBODY, NOBODY)
+
+    def work() -> None:
+        with storing(script, public) as store:
+            assert store.get(job.id) == job
+            store.put(job._replace(prompt="another")).result()
+
+    as_another(work)
+    (aside,) = public.glob("jobs.json.damaged-*")
+    assert stat.S_IMODE(aside.stat().st_mode) == 0o400
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert b"another" in path.read_bytes()
+
+
+@pytest.mark.skipif(not ROOT, reason="only root makes files for others")
+@pytest.mark.parametrize(
+    "make", [settings_are_saved, jobs_are_compacted, damage_is_set_aside, images_are_stored], ids=lambda it: it.__name__
+)
+def test_what_root_makes_belongs_to_the_owner(script, tmp_path, monkeypatch, make):
+    """Of the file that it takes the place of, or stands beside: he starts the next webui."""
+    chmod = Path.chmod
+
+    def chmod_and_chown(path: Path, mode: int) -> None:
+        chmod(path, mode)
+        os.chown(str(path), 54321, 54322)
+
+    monkeypatch.setattr(Path, "chmod", chmod_and_chown)
+    make(script, tmp_path)
+    monkeypatch.undo()
+    owners = {str(path.relative_to(tmp_path)): path.stat() for path in tmp_path.glob("**/*")}
+    if make is images_are_stored:
+        del owners["images"]  # there before it was known for whom
+    assert owners
+    assert {(it.st_uid, it.st_gid) for it in owners.values()} == {(54321, 54322)}, owners
+
+
+@pytest.mark.skipif(not ROOT, reason="only root can be another user")
+def test_a_group_that_is_not_ours_to_give(script, public):
+    """Our own group gets no more than everybody."""
+    for path in (public / "config.json", public / "jobs.json"):
+        path.write_text('{"enabled": false}' if path.name == "config.json" else "{\n}\n")
+        path.chmod(0o664 if path.name == "config.json" else 0o660)
+        os.chown(str(path), NOBODY, 54322)
+    os.chown(str(public), NOBODY, NOBODY)
+
+    def work() -> None:
+        script.Settings(str(public), {}).save(enabled=True)
+        images = script.ImageStore(str(public / "images"))
+        job = completed(a_job(script, random.Random(7)))
+        images.save(job, an_answer(script, job.id, 1))
+
+    as_another(work)
+    modes = modes_of(public)
+    assert json.loads((public / "config.json").read_text())["enabled"] is True
+    assert modes["config.json"] == 0o644
+    assert {mode for name, mode in modes.items() if name.startswith("images/") and "." in name} == {0o600}
+
+
+def test_jobs_that_are_made_private_during_a_compaction(script, tmp_path):
+    path = tmp_path / "jobs.json"
+    script.JobStore.SPARE_DEAD = 2
+    with storing(script, tmp_path) as store:
+        store.put(a_job(script, random.Random(7))).result()
+        path.chmod(0o644)
+        copy_slots = store._copy_slots
+
+        def copy_and_make_private(*arguments: Any) -> bool:
+            path.chmod(0o600)
+            return copy_slots(*arguments)
+
+        store._copy_slots = copy_and_make_private
+        job = a_job(script, random.Random(8))
+        for _ in range(20):
+            store.put(job).result()
+        until(lambda: path.read_bytes().count(b"\n") < 10, what="the compaction")
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_a_webui_whose_jobs_are_private(start, tmp_path):
+    def prepare(webui: Webui) -> None:
+        webui.data.mkdir()
+        private_jobs(webui.data)
+
+    before = os.umask(0o022)
+    try:
+        webui = start(*QUICK, environ={"TRACKER_DATA_DIR": str(tmp_path / "data")}, prepare=prepare)
+    finally:
+        os.umask(before)
+    job_id = webui.post(body(batch_size=2)).headers["x-job-id"]
+    assert webui.job(job_id, wait=30)["status"] == "Completed"
+    modes = modes_of(webui.data)
+    assert sum(job_id in name for name in modes) == 3
+    readable = {name: oct(mode) for name, mode in modes.items() if mode & 0o077 and name not in (".", "images")}
+    assert not readable, "the images lie in a folder of the day"

@@ -286,7 +286,7 @@ def test_two_processes_on_one_folder(script, tracker, tmp_path):
 def test_a_drive_that_is_not_there(script):
     """It is an OSError, which the store and the tab can say, and no endless search for a folder above."""
 
-    def refuse(path: str, exist_ok: bool = False) -> None:
+    def refuse(path: str, mode: int = 0o777, exist_ok: bool = False) -> None:
         raise FileNotFoundError(errno.ENOENT, "the system cannot find the path", path)
 
     script.os.path, script.os.makedirs = ntpath, refuse
@@ -373,27 +373,30 @@ def test_a_mount_without_locks(tmp_path, error):
     script = load_script()
     script.fcntl = Fcntl(getattr(errno, error))
     lock = script.FileLock(str(tmp_path / "lock"))
-    assert lock.acquire() and lock.acquire(blocking=False)
+    assert lock.acquire() and lock.acquire(0)
     lock.release()
     lock.close()
 
 
-@pytest.mark.parametrize("error, blocking, taken", [("EWOULDBLOCK", False, False), ("EACCES", False, False)])
-def test_a_lock_that_another_holds(tmp_path, error, blocking, taken):
+@pytest.mark.parametrize("error", ["EWOULDBLOCK", "EACCES"])
+def test_a_lock_that_another_holds(tmp_path, error):
     script = load_script()
     script.fcntl = Fcntl(getattr(errno, error))
     lock = script.FileLock(str(tmp_path / "lock"))
-    assert lock.acquire(blocking) is taken
+    assert lock.acquire(0) is False
+    assert script.fcntl.calls == [6], "one try"
+    assert lock.acquire(0.05) is False
+    assert set(script.fcntl.calls) == {6} and len(script.fcntl.calls) > 5, "many tries, none that would hang"
     lock.close()
 
 
-@pytest.mark.parametrize("blocking", [True, False])
-def test_a_lock_that_fails(tmp_path, blocking):
+@pytest.mark.parametrize("seconds", [5, 0])
+def test_a_lock_that_fails(tmp_path, seconds):
     script = load_script()
     script.fcntl = Fcntl(errno.EIO)
     lock = script.FileLock(str(tmp_path / "lock"))
     with pytest.raises(OSError, match="Input/output"):
-        lock.acquire(blocking)
+        lock.acquire(seconds)
     lock.close()
 
 

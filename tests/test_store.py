@@ -547,19 +547,19 @@ def test_no_right_to_write(script, opened, path, three, dice, caplog, readable):
     path.write_bytes(lines(script, *three))
     inode = path.stat().st_ino
 
-    def open_by_rights(name: str, *arguments: Any) -> int:
+    def open_by_rights(name: str, flags: int, *mode: int) -> int:
         with contextlib.suppress(FileNotFoundError):
-            if os.stat(name).st_ino == inode:
+            if os.stat(name).st_ino == inode and flags & (os.O_RDWR | os.O_WRONLY):
                 raise PermissionError(errno.EACCES, "Permission denied", name)
-        return os.open(name, *arguments)
+        return os.open(name, flags, *mode)
 
     script.os = WrappedOs(open=open_by_rights)
     if not readable:
 
-        def no_copy(source: str, target: str) -> None:
+        def no_copy(source: str, target: str, least: int) -> None:
             raise PermissionError(errno.EACCES, "Permission denied", source)
 
-        script.shutil = type("", (), {"copyfile": no_copy, "copymode": script.shutil.copymode})
+        script.copy_file = no_copy
     assert open_damaged(script, opened, path, dice) == ({job.id: job for job in three} if readable else {})
     assert damaged(path) == [lines(script, *three)]
     assert "set aside" in caplog.text
@@ -657,12 +657,12 @@ def test_damage_without_room_to_set_it_aside(script, opened, path, three, dice, 
     script.JobStore.SPARE_DEAD = 1
     script.JobStore.COMPACT_RETRY = 0.0
 
-    def open_with_room_elsewhere(name: Any, mode: str) -> Any:
+    def open_with_room_elsewhere(name: Any, *arguments: Any) -> Any:
         if "damaged" in str(name):
             raise OSError(errno.ENOSPC, "no room")
-        return open(name, mode)
+        return os.open(name, *arguments)
 
-    script.open = open_with_room_elsewhere
+    script.os = WrappedOs(open=open_with_room_elsewhere)
     store = opened()
     assert every(script, store) == {job.id: job for job in three}
     for _ in range(3):
@@ -672,7 +672,7 @@ def test_damage_without_room_to_set_it_aside(script, opened, path, three, dice, 
     assert hurt in path.read_bytes()
     assert not damaged(path) and store.set_aside_ids() is None
     assert caplog.text.count("jobs.json cannot be set aside") == 1
-    del script.open
+    script.os = os
     store._follow().result()
     assert hurt in b"".join(damaged(path))
     store.put(three[0]).result()
@@ -1257,8 +1257,8 @@ def test_locks(script, tmp_path):
     path = str(tmp_path / "lock")
     one, two = script.FileLock(path), script.FileLock(path)
     with one:
-        assert not two.acquire(blocking=False)
-    assert two.acquire(blocking=False)
+        assert not two.acquire(0)
+    assert two.acquire(0)
     taken = []
     thread = threading.Thread(target=lambda: taken.append(one.acquire()))
     thread.start()
@@ -1278,9 +1278,9 @@ def test_a_lock_that_was_tidied_away_still_locks(script, tmp_path):
     one.release()
     path.unlink()
     assert two.acquire()
-    assert not one.acquire(blocking=False)
+    assert not one.acquire(0)
     two.close()
-    assert one.acquire(blocking=False)
+    assert one.acquire(0)
     one.close()
 
 

@@ -21,6 +21,7 @@ from inside import load_script
 MISSING = {
     *("pread", "pwrite", "preadv", "pwritev", "fchmod", "fchown", "chown", "fork", "getpgrp", "statvfs", "sysconf"),
     *("O_NOFOLLOW", "O_NONBLOCK", "O_DIRECTORY", "O_SYNC", "O_CLOEXEC", "openpty", "mkfifo", "fdatasync"),
+    "register_at_fork",
 }
 O_BINARY = 1 << 30
 
