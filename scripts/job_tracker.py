@@ -45,7 +45,7 @@ import traceback
 import zlib
 from array import array
 from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import TimeoutError as FutureTimeout
+from concurrent.futures import wait as wait_for_futures
 from datetime import datetime
 from html import escape
 from types import TracebackType
@@ -2905,7 +2905,7 @@ class Tracker:
     REMOVED_AT_ONCE = 100  # jobs: a crash leaves the files of no more
     LOOK_EVERY = 5  # seconds between two looks at config.json
     PATIENCE = 10.0  # seconds that a request waits for the disk before it goes on without it, or is refused
-    MOMENT = 0.1  # the same while the disk does not answer
+    MOMENT = 0.5  # the same while the disk does not answer
     STORE_AGAIN = (0.5, 1, 2, 5, 10, 20, 30, 60, 60, 60)  # seconds between tries to store what may pass
     UNSTORED_LIMIT = 1 << 29  # bytes of answers that wait for the disk: more could cost the webui its memory
     SETTLE = 1.0  # seconds that storing may take before a job is shown Processing to who has its answer
@@ -3305,17 +3305,17 @@ class Tracker:
         patience = self.patience()
         until = time.monotonic() + patience
         if not self._claiming.acquire(timeout=patience):
-            raise OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
+            raise OSError(errno.ETIMEDOUT, "the disk does not answer")
         try:
             claim = self._claims.get(key)
             if claim is not None and not claim.job_id.done():
                 return claim, False
             looking = self.key_readers.submit(self._with_key, key, claim)
-            try:
-                kept = looking.result(max(until - time.monotonic(), 0))
-            except FutureTimeout:
+            wait_for_futures([looking], timeout=max(until - time.monotonic(), 0))
+            if not looking.done():
                 self._hung_look = None if looking.cancel() else looking
-                raise OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT)) from None
+                raise OSError(errno.ETIMEDOUT, "the disk does not answer")
+            kept = looking.result()
             if kept is not None:
                 return kept, False
             claim = self._claims[key] = Claim(digest)
