@@ -42,6 +42,7 @@ import time
 import traceback
 import zlib
 from array import array
+from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import datetime
 from html import escape
@@ -948,7 +949,15 @@ def refuse(constant: str) -> None:
     raise ValueError(f"{constant} is not JSON")
 
 
-DECODER = json.JSONDecoder(parse_constant=refuse)
+def parse_int(digits: str) -> int:
+    """Python before 3.10.7 reads a whole number in a time that grows with the square of its length."""
+    if len(digits) > 4300:
+        raise ValueError("a number is too long")
+    return int(digits)
+
+
+DECODER = json.JSONDecoder(parse_int=parse_int, parse_constant=refuse)
+REACH = 8  # keys in a damaged record that may look like the begin of another one: a later version may have such fields
 
 
 def read_line(job_id: str, record: bytes, place: int) -> Line:
@@ -979,23 +988,44 @@ def read_lines(data: bytes, base: int) -> Iterator[Union[Line, Gap]]:
         yield from read_foreign(data[position:], base + position)
 
 
+def with_reach(matches: Iterable["re.Match[str]"], end: int) -> Iterator[Tuple["re.Match[str]", int]]:
+    """Matches of what an entry of a damaged file begins with, each with where the entry ends at the latest.
+
+    Otherwise each could be read on to the end of the file, and the time would grow with the square of its length.
+    """
+    ahead: "deque[re.Match[str]]" = deque()
+    for match in matches:
+        ahead.append(match)
+        if len(ahead) > REACH:
+            yield ahead.popleft(), match.start()
+    yield from ((match, end) for match in ahead)
+
+
 def read_foreign(data: bytes, base: int) -> Iterator[Union[Line, Gap]]:
     """The same for a part that is damaged, or laid out in another way, by an editor or jq."""
-    text, position = data.decode("latin-1"), 0  # a character a byte
-    for match in FOREIGN_LINE.finditer(text):
-        if match.start() < position or match.group(1) in Job._fields:
-            continue
+    text = data.decode("latin-1")  # a character a byte
+    position, looked_at, blank = 0, 0, True
+    matches = (match for match in FOREIGN_LINE.finditer(text) if match.group(1) not in Job._fields)
+    for match, end in with_reach(matches, len(text)):
+        start = match.end()
         try:
-            _, end = DECODER.raw_decode(text, match.end())
-            line = read_line(match.group(1), data[match.end() : end], base + match.end())
+            # A part of the text, for an error costs as much as all that comes before it.
+            _, length = DECODER.raw_decode(text[start:end])
+            line = read_line(match.group(1), data[start : start + length], base + start)
         except (ValueError, RecursionError):
             continue
-        blank = not data[position : match.start()].strip(BLANK)
+        if match.start() < position:  # in a record that has lost its end, and so goes on
+            if line.job is not None:
+                yield line
+            continue
+        blank = blank and not data[looked_at : match.start()].strip(BLANK)
+        looked_at = match.start()
         if line.job is not None or blank:  # otherwise it may be a field of a record that is cut here
             yield Gap(base + position, match.start() - position, blank)
             yield line
-            position = end
-    yield Gap(base + position, len(data) - position, not data[position:].strip(BLANK))
+            position = looked_at = start + length
+            blank = True
+    yield Gap(base + position, len(data) - position, blank and not data[looked_at:].strip(BLANK))
 
 
 class Opened:
@@ -2172,7 +2202,7 @@ class LegacyFile(NamedTuple):
 
 
 LEGACY_ENTRY_START = re.compile(r'\{\s*"id"\s*:')
-LEGACY_DECODER = json.JSONDecoder()
+LEGACY_DECODER = json.JSONDecoder(parse_int=parse_int)
 SEED = re.compile(r"\bSeed: (\d+)")
 
 
@@ -2193,16 +2223,17 @@ def read_legacy_file(path: str) -> Optional[LegacyFile]:
 def read_legacy_entries(text: str) -> Tuple[List[Any], int]:
     """The entries of a JSON array, and how many of them, at least, are lost where it is damaged."""
     try:
-        return json.loads(text), 0
+        return LEGACY_DECODER.decode(text), 0
     except (ValueError, RecursionError):
         pass
-    entries, failed, end = [], 0, 0
-    for match in LEGACY_ENTRY_START.finditer(text):
-        if match.start() < end:
+    entries, failed, position = [], 0, 0
+    for match, end in with_reach(LEGACY_ENTRY_START.finditer(text), len(text)):
+        if match.start() < position:
             continue
         try:
-            entry, end = LEGACY_DECODER.raw_decode(text, match.start())
+            entry, length = LEGACY_DECODER.raw_decode(text[match.start() : end])
             entries.append(entry)
+            position = match.start() + length
         except (ValueError, RecursionError):
             failed += 1
     return entries, max(failed, 1)
