@@ -730,9 +730,19 @@ def job_from_record(record: Any) -> Job:
 # ------------------------------------------------------------------------------------------------------------------
 
 
+SEARCH_WORK = 1 << 22  # the length of a text by that of what is looked for in it: at worst 3 ms of the interpreter
+
+
 def fold(text: str) -> bytes:
     """Text in the form in which it is searched, without case."""
     return text.casefold().encode("utf-8", "surrogatepass")
+
+
+def contains(text: bytes, wanted: bytes) -> bool:
+    """Whether `wanted` is in a text. What `in` does can take a time that grows with the product of both lengths."""
+    if len(text) * len(wanted) <= SEARCH_WORK:
+        return wanted in text
+    return re.search(re.escape(wanted), text) is not None  # slower as a rule, but never slower than that
 
 
 class Filter(NamedTuple):
@@ -745,7 +755,7 @@ class Filter(NamedTuple):
     before: Optional[float] = None
     q: Optional[str] = None  # text in the prompt, case ignored, at most LIMIT characters
 
-    LIMIT = 500  # some Pythons look for a text in a time that grows with the product of both lengths
+    LIMIT = 500  # see SEARCH_WORK
 
     @property
     def text(self) -> bytes:
@@ -850,6 +860,14 @@ class Index:
             self.unfinished.add(slot)
         else:
             self.unfinished.discard(slot)
+
+    def step(self, wanted: Filter, below: int, slots: int) -> int:
+        """How far down to look at once from `below`: at most so many slots, and no more than SEARCH_WORK."""
+        above = max(0, below - slots)
+        if not wanted.text:
+            return above
+        first = self._text_end(below - 1) - SEARCH_WORK // len(wanted.text)
+        return min(bisect.bisect_left(self.text_start, first, above, below), below - 1)
 
     def find(self, wanted: Filter, below: int, above: int = 0) -> List[int]:
         """Slots from `above` up to `below` that match, newest first. For some the text remains: see `must_check`."""
@@ -1321,16 +1339,20 @@ class JobStore:
         """Slots of an index, newest first. Holds the lock for a moment at a time."""
         step = 500
         while below > 0:
-            above = max(0, below - step)
             with self._lock:
+                began = time.monotonic()
+                above = index.step(wanted, below, step)
                 found = index.find(wanted, below, above)
+                held = time.monotonic() - began
+            if held > 4 * self.BREAK:
+                time.sleep(self.BREAK)  # nobody else has a lock that is taken again at once
             for slot in found:
                 if wanted.text and index.unsure and index.must_check(slot):
                     job = self.get(index.id(slot))
-                    if job is None or wanted.text not in fold(job.prompt):
+                    if job is None or not contains(fold(job.prompt), wanted.text):
                         continue
                 yield slot
-            below, step = above, min(2 * step, 2_000 if wanted.text else 20_000)  # a text can take long to find
+            below, step = above, min(2 * step, 2_000 if wanted.text else 20_000)
 
     def _read(self, slot: int) -> Optional[Job]:
         opened = self._opened
@@ -2203,7 +2225,7 @@ class LegacyFile(NamedTuple):
 
 LEGACY_ENTRY_START = re.compile(r'\{\s*"id"\s*:')
 LEGACY_DECODER = json.JSONDecoder(parse_int=parse_int)
-SEED = re.compile(r"\bSeed: (\d+)")
+SEED = re.compile(r"\bSeed: (\d{1,100})")
 
 
 def read_legacy_file(path: str) -> Optional[LegacyFile]:
