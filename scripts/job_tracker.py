@@ -27,6 +27,7 @@ import copy
 import errno
 import functools
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -44,6 +45,7 @@ import time
 import traceback
 import zlib
 from array import array
+from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for_futures
 from datetime import datetime
@@ -821,6 +823,7 @@ class Job(NamedTuple):
     key: Optional[str] = None  # of its idempotency, see idempotency_key
     digest: Optional[str] = None  # of the request's body, for a job with a key
     has_brief: bool = False  # beside the answer lies a brief one, see brief_parameters
+    ranges: Tuple[int, ...] = ()  # of a large answer, see Contents
 
     @property
     def ended(self) -> bool:
@@ -838,7 +841,7 @@ class Job(NamedTuple):
 
     @property
     def brief_answer(self) -> str:
-        """The file below images/ with the same without long texts, or the answer itself if it has none."""
+        """The file below images/ with brief parameters, or the answer itself if its own are brief."""
         return f"{self.day}/{self.id}.brief.json" if self.has_brief else self.answer
 
     @property
@@ -893,6 +896,10 @@ def job_from_record(record: Any) -> Job:
     if not isinstance(images, list):
         raise ValueError("images is no list")
     values["images"] = tuple(images)
+    ranges = values.get("ranges", [])
+    if not isinstance(ranges, list) or len(ranges) not in (0, 4):
+        raise ValueError("ranges is no list of four numbers, or of none")
+    values["ranges"] = tuple(ranges)
     try:
         job = Job(**values)
     except TypeError as error:
@@ -901,9 +908,9 @@ def job_from_record(record: Any) -> Job:
         raise ValueError("id is no job ID")
     if job.status not in STATUSES or job.type not in TYPES:
         raise ValueError("status or type is unknown")
-    for number, end in ((job.timestamp, LAST_MOMENT), (job.bytes, 1 << 50)):
+    for number, end in ((job.timestamp, LAST_MOMENT), (job.bytes, 1 << 50), *((place, 1 << 50) for place in ranges)):
         if type(number) is not int or not 0 <= number < end:
-            raise ValueError("timestamp or bytes is no valid number")
+            raise ValueError("timestamp, bytes or a place in ranges is no valid number")
     for moment in (job.started, job.finished):
         if moment is not None and (type(moment) not in (int, float) or not 0 <= moment < LAST_MOMENT):
             raise ValueError("started or finished is no valid time")
@@ -924,9 +931,19 @@ def job_from_record(record: Any) -> Job:
 # ------------------------------------------------------------------------------------------------------------------
 
 
+SEARCH_WORK = 1 << 22  # the length of a text by that of what is looked for in it: at worst 3 ms of the interpreter
+
+
 def fold(text: str) -> bytes:
     """Text in the form in which it is searched, without case."""
     return text.casefold().encode("utf-8", "surrogatepass")
+
+
+def contains(text: bytes, wanted: bytes) -> bool:
+    """Whether `wanted` is in a text. What `in` does can take a time that grows with the product of both lengths."""
+    if len(text) * len(wanted) <= SEARCH_WORK:
+        return wanted in text
+    return re.search(re.escape(wanted), text) is not None  # slower as a rule, but never slower than that
 
 
 class Filter(NamedTuple):
@@ -939,7 +956,7 @@ class Filter(NamedTuple):
     before: Optional[float] = None
     q: Optional[str] = None  # text in the prompt, case ignored, at most LIMIT characters
 
-    LIMIT = 500  # some Pythons look for a text in a time that grows with the product of both lengths
+    LIMIT = 500  # see SEARCH_WORK
 
     @property
     def text(self) -> bytes:
@@ -1045,6 +1062,14 @@ class Index:
         else:
             self.unfinished.discard(slot)
 
+    def step(self, wanted: Filter, below: int, slots: int) -> int:
+        """How far down to look at once from `below`: at most so many slots, and no more than SEARCH_WORK."""
+        above = max(0, below - slots)
+        if not wanted.text:
+            return above
+        first = self._text_end(below - 1) - SEARCH_WORK // len(wanted.text)
+        return min(bisect.bisect_left(self.text_start, first, above, below), below - 1)
+
     def find(self, wanted: Filter, below: int, above: int = 0) -> List[int]:
         """Slots from `above` up to `below` that match, newest first. For some the text remains: see `must_check`."""
         text, slots = wanted.text, self._fitting(wanted, range(below - 1, above - 1, -1))
@@ -1143,7 +1168,15 @@ def refuse(constant: str) -> None:
     raise ValueError(f"{constant} is not JSON")
 
 
-DECODER = json.JSONDecoder(parse_constant=refuse)
+def parse_int(digits: str) -> int:
+    """Python before 3.10.7 reads a whole number in a time that grows with the square of its length."""
+    if len(digits) > 4300:
+        raise ValueError("a number is too long")
+    return int(digits)
+
+
+DECODER = json.JSONDecoder(parse_int=parse_int, parse_constant=refuse)
+REACH = 8  # keys in a damaged record that may look like the begin of another one: a later version may have such fields
 
 
 def read_line(job_id: str, record: bytes, place: int) -> Line:
@@ -1174,23 +1207,44 @@ def read_lines(data: bytes, base: int) -> Iterator[Union[Line, Gap]]:
         yield from read_foreign(data[position:], base + position)
 
 
+def with_reach(matches: Iterable["re.Match[str]"], end: int) -> Iterator[Tuple["re.Match[str]", int]]:
+    """Matches of what an entry of a damaged file begins with, each with where the entry ends at the latest.
+
+    Otherwise each could be read on to the end of the file, and the time would grow with the square of its length.
+    """
+    ahead: "deque[re.Match[str]]" = deque()
+    for match in matches:
+        ahead.append(match)
+        if len(ahead) > REACH:
+            yield ahead.popleft(), match.start()
+    yield from ((match, end) for match in ahead)
+
+
 def read_foreign(data: bytes, base: int) -> Iterator[Union[Line, Gap]]:
     """The same for a part that is damaged, or laid out in another way, by an editor or jq."""
-    text, position = data.decode("latin-1"), 0  # a character a byte
-    for match in FOREIGN_LINE.finditer(text):
-        if match.start() < position or match.group(1) in Job._fields:
-            continue
+    text = data.decode("latin-1")  # a character a byte
+    position, looked_at, blank = 0, 0, True
+    matches = (match for match in FOREIGN_LINE.finditer(text) if match.group(1) not in Job._fields)
+    for match, end in with_reach(matches, len(text)):
+        start = match.end()
         try:
-            _, end = DECODER.raw_decode(text, match.end())
-            line = read_line(match.group(1), data[match.end() : end], base + match.end())
+            # A part of the text, for an error costs as much as all that comes before it.
+            _, length = DECODER.raw_decode(text[start:end])
+            line = read_line(match.group(1), data[start : start + length], base + start)
         except (ValueError, RecursionError):
             continue
-        blank = not data[position : match.start()].strip(BLANK)
+        if match.start() < position:  # in a record that has lost its end, and so goes on
+            if line.job is not None:
+                yield line
+            continue
+        blank = blank and not data[looked_at : match.start()].strip(BLANK)
+        looked_at = match.start()
         if line.job is not None or blank:  # otherwise it may be a field of a record that is cut here
             yield Gap(base + position, match.start() - position, blank)
             yield line
-            position = end
-    yield Gap(base + position, len(data) - position, not data[position:].strip(BLANK))
+            position = looked_at = start + length
+            blank = True
+    yield Gap(base + position, len(data) - position, blank and not data[looked_at:].strip(BLANK))
 
 
 class Opened:
@@ -1498,20 +1552,24 @@ class JobStore:
         """Slots of an index, newest first. Holds the lock for a moment at a time."""
         step = 500
         while below > 0:
-            above = max(0, below - step)
             with self._lock:
+                began = time.monotonic()
+                above = index.step(wanted, below, step)
                 found = index.find(wanted, below, above)
+                held = time.monotonic() - began
+            if held > 4 * self.BREAK:
+                time.sleep(self.BREAK)  # nobody else has a lock that is taken again at once
             for slot in found:
                 if abandoned is not None and abandoned.is_set():
                     return
                 if wanted.text and index.unsure and index.must_check(slot):
                     job = self.get(index.id(slot))
-                    if job is None or wanted.text not in fold(job.prompt):
+                    if job is None or not contains(fold(job.prompt), wanted.text):
                         continue
                 yield slot
             if abandoned is not None and abandoned.is_set():
                 return
-            below, step = above, min(2 * step, 2_000 if wanted.text else 20_000)  # a text can take long to find
+            below, step = above, min(2 * step, 2_000 if wanted.text else 20_000)
 
     @staticmethod
     def _read(opened: Opened, job_id: str, place: int, length: int) -> Optional[Job]:
@@ -2038,11 +2096,19 @@ MEDIA_TYPES["txt"] = "text/plain"  # starlette adds the charset
 OTHER_MEDIA_TYPE = "application/octet-stream"
 
 
+class Contents(NamedTuple):
+    """What an answer without its images says, which is read once."""
+
+    parameters: Any
+    ranges: Tuple[int, ...]  # where the values of `parameters` and `info` start and end in it; 0 for what is not there
+
+
 class Answer(NamedTuple):
     """What the host answered: its images as base64, and its JSON with an empty list in their place."""
 
     images: List[Union[bytes, memoryview]]
     rest: bytes
+    contents: Optional[Contents] = None  # of `rest`, if that was read
 
 
 IMAGES_START = re.compile(rb'\s*\{\s*"images"\s*:\s*\[')
@@ -2069,67 +2135,193 @@ def split_answer(body: bytes) -> Answer:
         position = after.end()
         if after.group(1) == b"]":
             rest = body[: start.end()] + body[position - 1 :]
-            json.loads(rest.decode())
-            return Answer(images, rest)
+            return Answer(images, rest, contents_of(rest))
     data = json.loads(body.decode())
     if not isinstance(data, dict):
         raise ValueError("the answer is no JSON object")
     found = data.pop("images", None)
     images = [str(image).encode("utf-8", "surrogatepass") for image in found] if isinstance(found, list) else []
-    return Answer(images, as_host_json({"images": [], **data}))
+    rest = as_host_json({"images": [], **data})
+    return Answer(images, rest, contents_of(rest))
+
+
+LARGE = 1 << 18  # bytes of an answer without its images: what is larger is never again read as a whole
+SPACE = re.compile(rb"[ \t\r\n]*")
+SCALAR = re.compile(rb"[-+.0-9A-Za-z]+")
+BRACKET = re.compile(rb"[\[\]{}]")
+
+
+def end_of_string(data: bytes, position: int) -> int:
+    """The end of a JSON string that begins before `position`, found in steps that hold the interpreter shortly."""
+    step = 256  # most are short
+    while position < len(data):
+        piece = data[position : position + step]
+        if b"\\" in piece:
+            piece = piece.replace(b"\\\\", b"__").replace(b'\\"', b"__")
+        quote = piece.find(b'"')
+        if quote >= 0:
+            return position + quote + 1
+        if position + step >= len(data):
+            break
+        position += len(piece) - piece.endswith(b"\\")  # which belongs to what comes next
+        step = min(4 * step, 1 << 16)
+    raise ValueError("a string has no end")
+
+
+def end_of_value(data: bytes, position: int) -> int:
+    """The same for any JSON value, of which only the brackets and the quotes are looked at."""
+    first, depth, step = data[position : position + 1], 0, 1 << 16
+    if first == b'"':
+        return end_of_string(data, position + 1)
+    if first not in (b"{", b"["):
+        scalar = SCALAR.match(data, position)
+        if scalar is None:
+            raise ValueError("a value is missing")
+        return scalar.end()
+    while position < len(data):
+        quote = data.find(b'"', position, position + step)
+        end = quote if quote >= 0 else min(position + step, len(data))
+        for bracket in BRACKET.finditer(data, position, end):
+            depth += 1 if bracket.group() in b"[{" else -1
+            if depth == 0:
+                return bracket.end()
+        position = end if quote < 0 else end_of_string(data, quote + 1)
+    raise ValueError("a list or an object has no end")
+
+
+def members(data: bytes, position: int = 0) -> Iterator[Tuple[str, int, int]]:
+    """The members of a JSON object: each one's name, and where its value starts and ends. Raises ValueError."""
+
+    def skip(position: int, *expected: bytes) -> int:
+        """The place after some space, one of the expected signs and some space again."""
+        position = SPACE.match(data, position).end()
+        if data[position : position + 1] not in expected:
+            raise ValueError("it is no JSON object")
+        return SPACE.match(data, position + 1).end()
+
+    position = skip(position, b"{")
+    if data[position : position + 1] == b"}":
+        return
+    while True:
+        if data[position : position + 1] != b'"':
+            raise ValueError("a name is missing")
+        end = end_of_string(data, position + 1)
+        name = json.loads(data[position:end].decode())
+        start = skip(end, b":")
+        end = end_of_value(data, start)
+        yield name, start, end
+        position = skip(end, b",", b"}")
+        if data[end:position].strip() == b"}":
+            return
+
+
+def contents_of(rest: bytes) -> Contents:
+    """Reads an answer without its images. Raises ValueError, RecursionError.
+
+    Of a large one, only `parameters` are read, and the rest is passed by.
+    """
+    places = {name: (start, end) for name, start, end in members(rest)}
+    (start, end), info = (places.get(name, (0, 0)) for name in ("parameters", "info"))
+    if len(rest) < LARGE:
+        parameters = json.loads(rest.decode()).get("parameters")
+    else:
+        parameters = json.loads(rest[start:end].decode()) if end else None
+    return Contents(parameters, (start, end, *info))
+
+
+def with_images_hidden(answer: Answer) -> Answer:
+    """An answer whose parameters say that the client does not want the images, and else the same to the byte."""
+    contents = answer.contents
+    if not isinstance(contents.parameters, dict) or "send_images" not in contents.parameters:
+        return answer
+    places = {name: (start, end) for name, start, end in members(answer.rest, contents.ranges[0])}
+    start, end = places["send_images"]
+    rest = b"".join((answer.rest[:start], b"false", answer.rest[end:]))
+    moved = len(rest) - len(answer.rest)
+    ranges = tuple(place + moved if place >= end else place for place in contents.ranges)
+    return answer._replace(rest=rest, contents=Contents({**contents.parameters, "send_images": False}, ranges))
 
 
 def parameters_of(rest: bytes) -> Dict[str, Any]:
     """The parameters of an answer; empty if they are no object. Raises ValueError, RecursionError if it is none."""
-    answer = json.loads(rest.decode())
-    if not isinstance(answer, dict):
-        raise ValueError("the answer is no JSON object")
-    parameters = answer.get("parameters")
+    parameters = contents_of(rest).parameters
     return parameters if isinstance(parameters, dict) else {}
 
 
 BRIEF_TEXT = 1000  # characters that a text in `parameters` may have in a list
+BRIEF_SIZE = 1 << 16  # bytes that they may have there together, about
+BRIEF_DEPTH = 100  # lists and objects within one another
 
 
 def brief_parameters(parameters: Any) -> Tuple[Any, bool]:
-    """A copy of `parameters` with a note in the place of each long text, and whether there was one.
+    """A copy of `parameters` with a note in the place of what is large, and whether there was something large.
 
-    The host gives a request's own pictures back in there, wherever its scripts take them.
+    That is each long text, and, where there is too much in sum, what lies deepest: a list or an object as a whole.
+    What lies at the top and is no text, list or object always stays. The host gives a request's own pictures back in
+    there, wherever its scripts take them.
     """
-    found = False
+    found, left, note = False, BRIEF_SIZE, 30  # bytes that are left, and those of a note
 
-    def shorten(value: Any) -> Any:
-        nonlocal found
-        if isinstance(value, str) and len(value) > BRIEF_TEXT:
+    def shorten(value: Any, room: float = math.inf) -> Any:
+        """A scalar, or a note in its place. Takes what it costs from what is left."""
+        nonlocal found, left
+        if isinstance(value, str) and (len(value) > BRIEF_TEXT or len(as_json(value)) > room):
             found = True
-            return f"({len(value):,} characters)"
-        if isinstance(value, (dict, list)):
-            copy: Any = type(value)()
-            waiting.append((value, copy))
-            return copy
+            value = f"({len(value):,} characters)"
+        left -= len(as_json(value)) + 1
         return value
 
-    waiting: List[Tuple[Any, Any]] = []  # a loop, since what a client sends may be nested deeper than Python's stack
-    result = shorten(parameters)
+    def fits(value: Any) -> bool:
+        """Whether there is room for all that a list or an object has, with a note for each list or object in it."""
+        size, entries = 0, [value] if isinstance(value, list) else [value, value.values()]
+        if sum(map(len, entries)) * 2 > left:
+            return False
+        for entry in itertools.chain(*entries):
+            long = isinstance(entry, str) and len(entry) > BRIEF_TEXT
+            size += note if long or isinstance(entry, (dict, list)) else len(as_json(entry)) + 1
+            if size > left:
+                return False
+        return True
+
+    result: List[Any] = [None]
+    waiting = deque([(parameters, result, 0, 0)])  # level by level, and however deep
     while waiting:
-        value, copy = waiting.pop()
-        if isinstance(value, list):
-            copy.extend(map(shorten, value))
-        else:
-            copy.update((shorten(key), shorten(item)) for key, item in value.items())
-    return result, found
+        value, parent, key, depth = waiting.popleft()
+        left += note
+        if not isinstance(value, (dict, list)):
+            parent[key] = shorten(value)
+            continue
+        is_top = depth == 0 and isinstance(value, dict) and len(value) <= BRIEF_TEXT
+        if not is_top and (depth > BRIEF_DEPTH or not fits(value)):
+            found = True
+            parent[key] = shorten(f"({len(value):,} entries)")
+            continue
+        copy = parent[key] = [None] * len(value) if isinstance(value, list) else {}
+        left -= 2
+        for name, entry in enumerate(value) if isinstance(value, list) else value.items():
+            name = shorten(name) if isinstance(name, str) else name
+            if isinstance(entry, (dict, list)):
+                copy[name] = None  # keeps the order
+                left -= note  # for that it costs at least
+                waiting.append((entry, copy, name, depth + 1))
+            else:
+                copy[name] = shorten(entry, left if is_top else math.inf)
+    return result[0], found
 
 
-def brief_answer_of(rest: bytes) -> Optional[bytes]:
-    """An answer with brief parameters, or None if they have no long text. Raises ValueError."""
+def brief_answer_of(rest: bytes, contents: Contents) -> Optional[bytes]:
+    """An answer with brief parameters, or None if its own are. Of a large one, nothing else is in it."""
     if len(rest) <= BRIEF_TEXT:
         return None
     try:
-        answer = json.loads(rest.decode())
-        answer["parameters"], found = brief_parameters(answer.get("parameters"))
-        return as_host_json(answer) if found else None
+        parameters, found = brief_parameters(contents.parameters)
+        data = as_host_json(parameters) if found else b""
     except RecursionError:  # Pythons differ in how deep they read and write, and that is not to cost the images
         return None
+    if not found:
+        return None
+    start, end = contents.ranges[:2]
+    return b'{"images":[],"parameters":%s}' % data if len(rest) >= LARGE else rest[:start] + data + rest[end:]
 
 
 PASSING = (errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT)
@@ -2169,8 +2361,10 @@ class ImageStore:
         folder = os.path.join(self.folder, job.day)
         self._make_folder(self.folder)
         self._make_folder(folder, links=False)
-        brief = brief_answer_of(answer.rest)
-        job = job._replace(has_brief=brief is not None)
+        contents = answer.contents or contents_of(answer.rest)
+        brief = brief_answer_of(answer.rest, contents)
+        ranges = contents.ranges if len(answer.rest) >= LARGE else ()
+        job = job._replace(has_brief=brief is not None, ranges=ranges)
         names: List[str] = []
         total = 0
         try:
@@ -2208,6 +2402,9 @@ class ImageStore:
             return None
         job = job._replace(images=tuple(images[number] for number in range(len(images))), has_brief=True)
         job = job._replace(has_brief=job.brief_answer in entries)
+        if os.lstat(self._path(job.answer)).st_size >= LARGE:
+            with contextlib.suppress(ValueError, RecursionError):
+                job = job._replace(ranges=contents_of(b"".join(self.read(job.answer))).ranges)
         return job._replace(bytes=sum(os.lstat(self._path(name)).st_size for name in job.files))
 
     def _make_folder(self, path: str, links: bool = True) -> None:
@@ -2299,13 +2496,15 @@ class ImageStore:
         os.close(file)
         return size
 
-    def read(self, name: str) -> Iterator[bytes]:
-        """A file's bytes, `PIECE` at a time."""
+    def read(self, name: str, start: int = 0, end: Optional[int] = None) -> Iterator[bytes]:
+        """A file's bytes, or a part of them, `PIECE` at a time."""
         file, _ = self.open(name)
         try:
-            position = 0
-            while True:
-                data = read_at(file, self.PIECE, position)
+            position = start
+            while end is None or position < end:
+                data = read_at(file, self.PIECE if end is None else min(self.PIECE, end - position), position)
+                if not data and end is not None:
+                    raise OSError(errno.EIO, "it is damaged", name)
                 if not data:
                     return
                 yield data
@@ -2393,8 +2592,8 @@ class LegacyFile(NamedTuple):
 
 
 LEGACY_ENTRY_START = re.compile(r'\{\s*"id"\s*:')
-LEGACY_DECODER = json.JSONDecoder()
-SEED = re.compile(r"\bSeed: (\d+)")
+LEGACY_DECODER = json.JSONDecoder(parse_int=parse_int)
+SEED = re.compile(r"\bSeed: (\d{1,100})")
 
 
 def read_legacy_file(path: str) -> Optional[LegacyFile]:
@@ -2414,16 +2613,17 @@ def read_legacy_file(path: str) -> Optional[LegacyFile]:
 def read_legacy_entries(text: str) -> Tuple[List[Any], int]:
     """The entries of a JSON array, and how many of them, at least, are lost where it is damaged."""
     try:
-        return json.loads(text), 0
+        return LEGACY_DECODER.decode(text), 0
     except (ValueError, RecursionError):
         pass
-    entries, failed, end = [], 0, 0
-    for match in LEGACY_ENTRY_START.finditer(text):
-        if match.start() < end:
+    entries, failed, position = [], 0, 0
+    for match, end in with_reach(LEGACY_ENTRY_START.finditer(text), len(text)):
+        if match.start() < position:
             continue
         try:
-            entry, end = LEGACY_DECODER.raw_decode(text, match.start())
+            entry, length = LEGACY_DECODER.raw_decode(text[match.start() : end])
             entries.append(entry)
+            position = match.start() + length
         except (ValueError, RecursionError):
             failed += 1
     return entries, max(failed, 1)
@@ -3071,7 +3271,7 @@ class Tracker:
                     return
                 self._note(job_id, f"Generated, but the images cannot be stored yet: {reason_of(error)}")
                 time.sleep(pause)
-        stored = {"images": job.images, "bytes": job.bytes, "has_brief": job.has_brief}
+        stored = {name: getattr(job, name) for name in ("images", "bytes", "has_brief", "ranges")}
         self._end(job_id, status=COMPLETED, prompt=job.prompt or prompt[:PROMPT_LIMIT], error=None, **stored)
 
     def _note(self, job_id: str, error: str) -> None:
@@ -3223,7 +3423,8 @@ class Tracker:
     def describe(self, job: Job, whole: bool = False) -> Dict[str, Any]:
         """A job as the API shows it, without its images. Reads the file with the answer.
 
-        Unless it is to be `whole`, `parameters` have no long text, nor is one read from disk.
+        Unless it is to be `whole`, `parameters` are brief, nor are others read from disk. Of a large answer, what
+        `_left_out` names is None.
         """
         parameters = info = None
         error = job.error
@@ -3232,9 +3433,7 @@ class Tracker:
                 error = f"The job has ended, but that could not be stored yet: {self.store.trouble}"
         if job.status == COMPLETED:
             try:
-                answer = DECODER.decode(b"".join(self.images.read(job.answer if whole else job.brief_answer)).decode())
-                parameters, info = answer.get("parameters"), answer.get("info")
-                parameters = parameters if whole else brief_parameters(parameters)[0]
+                parameters, info = self._read_answer(job, whole)
             except (OSError, ValueError, AttributeError, RecursionError) as failure:
                 passing = isinstance(failure, OSError) and passes(failure)
                 error = error or "The parameters " + (
@@ -3252,32 +3451,90 @@ class Tracker:
             "image_count": len(job.images),
         }
 
-    def as_json(self, job: Job) -> Iterator[bytes]:
-        """A job as the API shows it, with its images, a piece at a time. Raises OSError, before a piece or at one."""
-        there = [self.images.size(name) is not None for name in job.images]
-        description = self.describe(job, whole=True)
+    def _read_answer(self, job: Job, whole: bool) -> Tuple[Any, Any]:
+        """`parameters` and `info` of a Completed job. Raises OSError, ValueError, AttributeError, RecursionError."""
+        if job.ranges:
+            left_out = self._left_out(job, whole)
+            size = self.images.size(job.answer)
+            if size is None or size < max(job.ranges):
+                raise OSError(errno.ENOENT, os.strerror(errno.ENOENT), job.answer)
+            info = None if "info" in left_out else self._read_value(job, *job.ranges[2:])
+            return None if "parameters" in left_out else self._brief_parameters(job), info
+        answer = DECODER.decode(b"".join(self.images.read(job.answer if whole else job.brief_answer)).decode())
+        parameters = answer.get("parameters")
+        return parameters if whole else brief_parameters(parameters)[0], answer.get("info")
+
+    @staticmethod
+    def _left_out(job: Job, whole: bool) -> Dict[str, Tuple[int, int]]:
+        """What of a large answer is only to be passed on, a piece at a time, and where it lies."""
+        start, end, info_start, info_end = job.ranges or (0, 0, 0, 0)
+        left_out = {"parameters": (start, end)} if whole and end else {}
+        if info_end - info_start > LARGE:
+            left_out["info"] = info_start, info_end
+        return left_out
+
+    def _brief_parameters(self, job: Job) -> Any:
+        """Those of a large answer."""
+        if not job.has_brief:
+            return self._read_value(job, *job.ranges[:2])
+        return DECODER.decode(b"".join(self.images.read(job.brief_answer)).decode()).get("parameters")
+
+    def _read_value(self, job: Job, start: int, end: int) -> Any:
+        return DECODER.decode(b"".join(self.images.read(job.answer, start, end)).decode()) if end else None
+
+    def as_json(self, job: Job, images: bool = True) -> Iterator[bytes]:
+        """A job as the API shows it, a piece at a time. Raises OSError, before a piece or at one.
+
+        Without its images, its `parameters` are brief.
+        """
+        there = [self.images.size(name) is not None for name in job.images] if images else []
+        description = self.describe(job, whole=images)
         if not all(there):
             description["error"] = f"{there.count(False)} of {len(there)} images are no longer on disk"
+        left_out = self._left_out(job, images)
 
         def pieces() -> Iterator[bytes]:
-            yield as_json(description)[:-1] + b',"images":['
-            yield from self._images_as_json(job, needed=False)
-            yield b"]}"
+            known = as_json({name: value for name, value in description.items() if name not in left_out})[:-1]
+            for start in range(0, len(known), self.images.PIECE):
+                yield known[start : start + self.images.PIECE]
+            for name, (start, end) in left_out.items():
+                yield b',"%s":' % name.encode()
+                yield from self._part_as_json(job, start, end)
+            if images:
+                yield b',"images":['
+                yield from self._images_as_json(job, needed=False)
+                yield b"]"
+            yield b"}"
 
         return pieces()
 
+    def _part_as_json(self, job: Job, start: int, end: int) -> Iterator[bytes]:
+        """A value of a large answer as it was stored; null if that is gone."""
+        pieces = self.images.read(job.answer, start, end)
+        try:
+            first = next(pieces)
+        except OSError as error:
+            if passes(error):
+                raise
+            first = b"null"
+        yield first
+        yield from pieces
+
     def answer_as_json(self, job: Job) -> Iterator[bytes]:
         """What the host answered, once more, a piece at a time. Raises OSError."""
-        rest = b"".join(self.images.read(job.answer))
-        try:
-            wanted = parameters_of(rest).get("send_images", True)
-            start = IMAGES_START.match(rest).end()
-        except (ValueError, AttributeError, RecursionError):
-            raise OSError(errno.EIO, "the stored answer is damaged", job.answer) from None
-        yield rest[:start]
-        if wanted:
-            yield from self._images_as_json(job, needed=True)
-        yield rest[start:]
+        with contextlib.closing(self.images.read(job.answer)) as pieces:
+            try:
+                rest = next(pieces, b"") if job.ranges else b"".join(pieces)
+                parameters = self._brief_parameters(job) if job.ranges else parameters_of(rest)
+                wanted = not isinstance(parameters, dict) or parameters.get("send_images", True)
+                start = IMAGES_START.match(rest).end()
+            except (ValueError, AttributeError, RecursionError):
+                raise OSError(errno.EIO, "the stored answer is damaged", job.answer) from None
+            yield rest[:start]
+            if wanted:
+                yield from self._images_as_json(job, needed=True)
+            yield rest[start:]
+            yield from pieces
 
     def _images_as_json(self, job: Job, needed: bool) -> Iterator[bytes]:
         """An image that is not there is null, or OSError if it is needed or the trouble passes."""
@@ -4021,6 +4278,8 @@ class Generation:
         self.followed = False  # the client is told of the job, whatever comes of it
         self.passed_on = False  # it gets what the host answered as if we were not there
         self.storing: Optional[Future] = None  # how it ended
+        self._reading = threading.Lock()  # guards this one
+        self._answer: Optional[Answer] = None  # what the host answered, once it was read
         self._state = threading.Lock()  # guards what follows
         self.lock: Optional[str] = None  # the host's queue lock is "held", then "released"
         self.cancelled = False
@@ -4230,7 +4489,7 @@ class Generation:
         if self.storing is not None and not self.storing.done():  # the server was stopped meanwhile
             self.storing.add_done_callback(self.forget)
         else:
-            self.messages, self.error, self.request = [], None, None
+            self.messages, self.error, self.request, self._answer = [], None, None, None
 
     @property
     def failed(self) -> bool:
@@ -4262,15 +4521,12 @@ class Generation:
         return b"".join(message.get("body", b"") for message in self.messages[1:])
 
     def answer(self) -> Answer:
-        """The same in parts, with the parameters as the client sent them."""
-        answer = split_answer(self.bytes())
-        if not self.hide_images:
-            return answer
-        if "send_images" not in parameters_of(answer.rest):
-            return answer
-        data = json.loads(answer.rest.decode())
-        data["parameters"]["send_images"] = False
-        return answer._replace(rest=as_host_json(data))
+        """The same in parts, with the parameters as the client sent them. It is read once."""
+        with self._reading:
+            if self._answer is None:
+                answer = split_answer(self.bytes())
+                self._answer = with_images_hidden(answer) if self.hide_images else answer
+            return self._answer
 
     def for_client(self) -> Iterator[bytes]:
         """The same as the client asked for it, a piece at a time."""
@@ -4282,7 +4538,8 @@ class Generation:
             return
         try:
             answer = self.answer()
-            prompt = parameters_of(answer.rest).get("prompt")
+            parameters = answer.contents.parameters
+            prompt = parameters.get("prompt") if isinstance(parameters, dict) else None
             self.tracker.finish(self.job.id, answer, prompt if isinstance(prompt, str) else "")
         except Exception as error:
             log.error("Job %s was generated, but could not be stored: %s", self.job.id, one_line(repr(error)))
@@ -4426,9 +4683,13 @@ class Exchange:
             with contextlib.suppress(OSError):  # then as it was
                 job = await self.tracker.find(job.id) or job
             pool = self.tracker.pool_for(job)
-            data = as_json(await self.tracker.in_pool(self.tracker.describe, job, pool=pool))
+            pieces = await self.tracker.in_pool(self.tracker.as_json, job, False, pool=pool)
             await self._start(202, self._job_headers(job, headers))
-            await self._send_all(in_pieces(data), pool)
+            try:
+                await self._send_all(pieces, pool)
+            except OSError as error:
+                self.valve.cut = True
+                log.error("Job %s: the stored answer cannot be read: %s", job.id, error)
             return
         pieces = await self._first(job, result, pool) if ended.done() else None
         gone = asyncio.get_running_loop().create_task(until_gone(self.receive))
@@ -4523,8 +4784,9 @@ class JobSummary(BaseModel):
     progress: Optional[float] = maybe("while Processing: 0 to 1")
     eta: Optional[float] = maybe("while Processing: seconds that are left, if that can be told")
     parameters: Optional[Dict[str, Any]] = maybe(
-        "as the webui answered, with a note in the place of each text of more than 1,000 characters, except in a job "
-        "with its images; null until Completed"
+        "as the webui answered. Except in a job with its images, with a note in the place of each text of more than "
+        "1,000 characters, and of lists and objects that are too much, so that it has some 64 kB at most. null until "
+        "Completed"
     )
     info: Optional[str] = maybe("JSON text, as the webui answered; null until Completed")
     image_count: int = Field(description="how many images the job has")
@@ -4690,11 +4952,13 @@ class Streamed(StreamingResponse):
             log.error("An answer breaks off: %s", one_line(str(error)))
 
 
-def joined(items: Iterator[bytes]) -> Iterator[bytes]:
-    """A JSON array, an item at a time."""
+def joined(items: Iterable[Iterator[bytes]]) -> Iterator[bytes]:
+    """A JSON array of items, each of which comes in pieces."""
     yield b"["
     for number, item in enumerate(items):
-        yield b"," + item if number else item
+        first = next(item)
+        yield b"," + first if number else first
+        yield from item
     yield b"]"
 
 
@@ -4799,14 +5063,10 @@ class Api:
         job = await self._get(id)
         if wait > HEARTBEAT and not job.ended:
             return self._respond(request, self._wait_on(request, id, images, wait - HEARTBEAT))
-        return self._respond(request, await self._pieces(job, images), self.tracker.pool_for(job))
+        return self._respond(request, await self._as_json(job, images), self.tracker.pool_for(job))
 
-    async def _pieces(self, job: Job, images: bool) -> Iterator[bytes]:
-        """A job as JSON, a piece at a time."""
-        pool = self.tracker.pool_for(job)
-        if images:
-            return await self._run(self.tracker.as_json, job, pool=pool)
-        return in_pieces(as_json(await self._run(self.tracker.describe, job, pool=pool)))
+    async def _as_json(self, job: Job, images: bool) -> Iterator[bytes]:
+        return await self._run(self.tracker.as_json, job, images, pool=self.tracker.pool_for(job))
 
     async def _wait_on(self, request: Request, job_id: str, images: bool, seconds: float) -> AsyncIterator[bytes]:
         """White space while the job goes on, and then the job. The head is out: for trouble, the connection is cut."""
@@ -4819,7 +5079,7 @@ class Api:
                 await asyncio.wait({ended}, timeout=HEARTBEAT)
             await self.tracker.settle(job_id)
             job = await self._get(job_id)
-            pieces = await self._pieces(job, images)
+            pieces = await self._as_json(job, images)
             pieces = gzip.encode_all(pieces) if gzip else pieces
             with contextlib.closing(FromPool(self.tracker, pieces, self.tracker.pool_for(job))) as made:
                 async for piece in made:
@@ -4884,7 +5144,7 @@ class Api:
 
         pool = self.tracker.searchers if wanted.text else self.tracker.pool
         jobs, last = await self._run_while_here(request, look, pool)
-        response = self._respond(request, joined(as_json(self.tracker.describe(job)) for job in jobs))
+        response = self._respond(request, joined(self.tracker.as_json(job, images=False) for job in jobs))
         if last:
             asked = URL("?" + request.scope["query_string"].decode("latin-1"))
             query = asked.include_query_params(cursor=last).query
@@ -4958,7 +5218,7 @@ class Api:
         await self._end(self.tracker.cancel, id)
         await self.tracker.settle(id)
         job = await self._get(id)
-        return self._respond(request, await self._pieces(job, images=False), self.tracker.pool_for(job))
+        return self._respond(request, await self._as_json(job, images=False), self.tracker.pool_for(job))
 
     async def delete_job(self, request: Request, id: str = Path(description="the job's ID")) -> Response:
         """Removes a job that has ended, and its images."""
@@ -5164,8 +5424,12 @@ class Markup:
         if job is None:
             return f'<header><b>{job_id}</b>{close}</header><p class="empty">This job is no longer kept.</p>'
         known = self.tracker.describe(job)
-        info = self._info(known["info"])
+        text = known["info"]
+        size = job.ranges[3] - job.ranges[2] if job.ranges else len(text) if isinstance(text, str) else 0
+        info = self._info(text if size <= LARGE else None)
         error = self.note(known["error"], "error") if known["error"] else ""
+        if size > LARGE:
+            error += self.note(f"What the webui says of this job is too long to be shown here: {as_size(size)}")
         texts = [("Prompt", job.prompt)]
         if info["negative_prompt"]:
             texts.append(("Negative prompt", info["negative_prompt"]))

@@ -696,3 +696,12 @@ def test_times_of_any_kind(script):
     assert script.legacy_time("2025-01-12T20:00:00Z") == 1736712000
     strange = [None, "", "yesterday", -1, 0, 1 << 34, 1e300, float("nan"), float("inf"), [], {}, "9999-99-99", 10**400]
     assert [script.legacy_time(value) for value in strange] == [None] * len(strange)
+
+
+def test_a_seed_that_is_no_seed(script, tracker, tmp_path):
+    """A prompt can say anything, and stands in the image before the seed."""
+    (tmp_path / "x.png").write_bytes(png(f"a lighthouse, Seed: {'1' * 9999}"))
+    write_array(tmp_path, [entry("AAAAAAAA", output_paths=[str(tmp_path / "x.png")])])
+    one = tracker()
+    until(lambda: names(tmp_path) == DONE)
+    assert len(one.get("AAAAAAAA").images) == 1
