@@ -4674,7 +4674,7 @@ class Exchange:
 
         The result's pieces are made in the threads of `pool`.
         """
-        in_time = self.preference.wait is not None and ended.done()
+        in_time = bool(self.preference.wait) and ended.done()  # within no time nothing ends
         if self.preference.respond_async:
             headers.append((b"preference-applied", self.preference.applied(respond_async=not in_time)))
         if self.preference.respond_async and not in_time:
