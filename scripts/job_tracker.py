@@ -823,7 +823,7 @@ class Job(NamedTuple):
     key: Optional[str] = None  # of its idempotency, see idempotency_key
     digest: Optional[str] = None  # of the request's body, for a job with a key
     has_brief: bool = False  # beside the answer lies a brief one, see brief_parameters
-    ranges: Tuple[int, ...] = ()  # of a large answer, see Contents
+    ranges: Tuple[int, ...] = ()  # of a large answer, see ranges_of
 
     @property
     def ended(self) -> bool:
@@ -897,8 +897,8 @@ def job_from_record(record: Any) -> Job:
         raise ValueError("images is no list")
     values["images"] = tuple(images)
     ranges = values.get("ranges", [])
-    if not isinstance(ranges, list) or len(ranges) not in (0, 4):
-        raise ValueError("ranges is no list of four numbers, or of none")
+    if not isinstance(ranges, list) or len(ranges) not in (0, 7):
+        raise ValueError("ranges is no list of seven numbers, or of none")
     values["ranges"] = tuple(ranges)
     try:
         job = Job(**values)
@@ -911,6 +911,8 @@ def job_from_record(record: Any) -> Job:
     for number, end in ((job.timestamp, LAST_MOMENT), (job.bytes, 1 << 50), *((place, 1 << 50) for place in ranges)):
         if type(number) is not int or not 0 <= number < end:
             raise ValueError("timestamp, bytes or a place in ranges is no valid number")
+    if any(end != 0 and start >= end for start, end in ((ranges[0:2], ranges[3:5]) if ranges else ())):
+        raise ValueError("a range ends before it starts")
     for moment in (job.started, job.finished):
         if moment is not None and (type(moment) not in (int, float) or not 0 <= moment < LAST_MOMENT):
             raise ValueError("started or finished is no valid time")
@@ -1170,12 +1172,13 @@ def refuse(constant: str) -> None:
 
 def parse_int(digits: str) -> int:
     """Python before 3.10.7 reads a whole number in a time that grows with the square of its length."""
-    if len(digits) > 4300:
+    if len(digits.lstrip("-")) > 4300:
         raise ValueError("a number is too long")
     return int(digits)
 
 
-DECODER = json.JSONDecoder(parse_int=parse_int, parse_constant=refuse)
+LINE_DECODER = json.JSONDecoder(parse_int=parse_int, parse_constant=refuse)
+DECODER = json.JSONDecoder(parse_constant=refuse)  # for what the host wrote, and so reads
 REACH = 8  # keys in a damaged record that may look like the begin of another one: a later version may have such fields
 
 
@@ -1183,7 +1186,7 @@ def read_line(job_id: str, record: bytes, place: int) -> Line:
     """Raises ValueError, RecursionError."""
     job = None
     if record != b"null":
-        job = job_from_record(DECODER.decode(record.decode()))
+        job = job_from_record(LINE_DECODER.decode(record.decode()))
         if job.id != job_id:
             raise ValueError("the ID is not the key")
     return Line(job_id, job, place, len(record))
@@ -1229,7 +1232,7 @@ def read_foreign(data: bytes, base: int) -> Iterator[Union[Line, Gap]]:
         start = match.end()
         try:
             # A part of the text, for an error costs as much as all that comes before it.
-            _, length = DECODER.raw_decode(text[start:end])
+            _, length = LINE_DECODER.raw_decode(text[start:end])
             line = read_line(match.group(1), data[start : start + length], base + start)
         except (ValueError, RecursionError):
             continue
@@ -1357,6 +1360,12 @@ class JobStore:
         record is on disk, and the Future ends only then, or with OSError if the store is closed before.
         """
         return self._change({job.id: job}, new, meanwhile)
+
+    @property
+    def progress(self) -> Any:
+        """Something that changes as jobs.json is read."""
+        opened = self._opened
+        return id(opened), opened.seen
 
     @property
     def trouble(self) -> str:
@@ -2008,7 +2017,7 @@ class JobStore:
     # Jobs of processes that are gone
 
     def _recover(self, opened: Opened) -> None:
-        """Does not raise: whatever cannot be done now, jobs can be looked at."""
+        """Raises OSError if the jobs cannot be read. Whatever else cannot be done now, jobs can be looked at."""
         with self._work:
             end, self._end_left = self._end_left, None
         if end is None:
@@ -2018,7 +2027,12 @@ class JobStore:
             ids = [index.id(slot) for slot in sorted(index.unfinished)]
             known = {job_id: self._in_force(job_id) for job_id in ids if job_id in self._unwritten}
             places = {index.id(slot): (index.place[slot], index.length[slot]) for slot in index.unfinished}
-        found = (known[one] if one in known else self._read(opened, one, *places[one]) for one in ids)
+        try:
+            found = [known[one] if one in known else self._read(opened, one, *places[one]) for one in ids]
+        except OSError:
+            with self._work:
+                self._end_left = self._end_left or end  # at the next look
+            raise
         jobs = [job for job in found if job is not None]
         gone = {owner: self._is_gone(owner) for owner in {job.owner for job in jobs}}
         meanwhile = {job.id: job for job in jobs if gone[job.owner]}
@@ -2229,6 +2243,16 @@ def contents_of(rest: bytes) -> Contents:
     return Contents(parameters, (start, end, *info))
 
 
+def ranges_of(rest: bytes, contents: Contents) -> Tuple[int, ...]:
+    """What is kept of a large answer: where `parameters` and `info` start and end, each with the CRC of its bytes.
+
+    The last is the CRC of all of it. So what is passed on without being read is known to be what was stored.
+    """
+    view, (start, end, info_start, info_end) = memoryview(rest), contents.ranges
+    info = info_start, info_end, zlib.crc32(view[info_start:info_end])
+    return (start, end, zlib.crc32(view[start:end]), *info, zlib.crc32(view))
+
+
 def with_images_hidden(answer: Answer) -> Answer:
     """An answer whose parameters say that the client does not want the images, and else the same to the byte."""
     contents = answer.contents
@@ -2324,7 +2348,10 @@ def brief_answer_of(rest: bytes, contents: Contents) -> Optional[bytes]:
     return b'{"images":[],"parameters":%s}' % data if len(rest) >= LARGE else rest[:start] + data + rest[end:]
 
 
-PASSING = (errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT)
+PASSING = (
+    *(errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENOMEM),
+    *(errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.EHOSTUNREACH),  # of mounts
+)
 
 
 def passes(error: OSError) -> bool:
@@ -2363,7 +2390,7 @@ class ImageStore:
         self._make_folder(folder, links=False)
         contents = answer.contents or contents_of(answer.rest)
         brief = brief_answer_of(answer.rest, contents)
-        ranges = contents.ranges if len(answer.rest) >= LARGE else ()
+        ranges = ranges_of(answer.rest, contents) if len(answer.rest) >= LARGE else ()
         job = job._replace(has_brief=brief is not None, ranges=ranges)
         names: List[str] = []
         total = 0
@@ -2404,7 +2431,8 @@ class ImageStore:
         job = job._replace(has_brief=job.brief_answer in entries)
         if os.lstat(self._path(job.answer)).st_size >= LARGE:
             with contextlib.suppress(ValueError, RecursionError):
-                job = job._replace(ranges=contents_of(b"".join(self.read(job.answer))).ranges)
+                rest = b"".join(self.read(job.answer))
+                job = job._replace(ranges=ranges_of(rest, contents_of(rest)))
         return job._replace(bytes=sum(os.lstat(self._path(name)).st_size for name in job.files))
 
     def _make_folder(self, path: str, links: bool = True) -> None:
@@ -2511,6 +2539,14 @@ class ImageStore:
                 position += len(data)
         finally:
             os.close(file)
+
+    def check(self, name: str, crc: int, start: int = 0, end: Optional[int] = None) -> None:
+        """Reads a file, or a part of it. Raises OSError if it is not as it was stored."""
+        found = 0
+        for data in self.read(name, start, end):
+            found = zlib.crc32(data, found)
+        if found != crc:
+            raise OSError(errno.EIO, "it is damaged", name)
 
     def read_as_json(self, name: str) -> Iterator[bytes]:
         """The JSON string that the host answered for this file, a piece at a time."""
@@ -3048,6 +3084,14 @@ class Claim:
             self.job_id.set_result(job_id)
 
 
+class Part(NamedTuple):
+    """A value of a large answer, which is passed on and never read as a whole: where it lies, and its CRC."""
+
+    start: int
+    end: int  # 0: there is none
+    crc: int
+
+
 Progress = Optional[float]  # 0 to 1; None where unknown
 
 
@@ -3067,7 +3111,7 @@ class Clock:
 class Threads(ThreadPoolExecutor):
     """Threads for one kind of work, which so keeps back no other, and a limit to how much of it may wait."""
 
-    def __init__(self, count: int, name: str, limit: int = 10_000):
+    def __init__(self, count: int, name: str, limit: int = 2_000):
         super().__init__(count, f"job-tracker-{name}")
         self._limit = limit
         self._unfinished = 0
@@ -3106,7 +3150,7 @@ class Tracker:
     LOOK_EVERY = 5  # seconds between two looks at config.json
     PATIENCE = 10.0  # seconds that a request waits for the disk before it goes on without it, or is refused
     MOMENT = 0.5  # the same while the disk does not answer
-    STORE_AGAIN = (0.5, 1, 2, 5, 10, 20, 30, 60, 60, 60)  # seconds between tries to store what may pass
+    STORE_AGAIN = (0.5, 1, 2, 5, 10, 20, 30, 45, 60, 75)  # seconds between tries to store what may pass
     UNSTORED_LIMIT = 1 << 29  # bytes of answers that wait for the disk: more could cost the webui its memory
     SETTLE = 1.0  # seconds that storing may take before a job is shown Processing to who has its answer
     SHOWN = ("id", "type", "status", "prompt", "timestamp", "ip", "started", "finished")  # as they are
@@ -3155,6 +3199,7 @@ class Tracker:
         self._accepted_at: Dict[str, float] = {}  # by time.monotonic()
         self._cancels: Dict[str, Callable[[], None]] = {}
         self._answered: Set[str] = set()  # those whose answer is being stored
+        self.stored_at = time.monotonic()  # when the last answer was stored
         self._unstored = 0  # bytes of all answers that wait to be stored
         self._waiting: Dict[str, List[Callable[[], None]]] = {}
         self._holder: Optional[str] = None  # the job that has the host's queue lock
@@ -3208,10 +3253,9 @@ class Tracker:
         """Seconds that a request waits for the disk now: a moment only where another has waited in vain."""
         with self._lock:
             since = [self._accepted_at[job_id] for job_id, written in self._accepted.items() if not written.done()]
-        has_hung = since and time.monotonic() - min(since) >= self.PATIENCE
-        return (
-            self.MOMENT if has_hung or (self._hung_look is not None and not self._hung_look.done()) else self.PATIENCE
-        )
+            look = self._hung_look
+        has_hung = (since and time.monotonic() - min(since) >= self.PATIENCE) or (look is not None and not look.done())
+        return self.MOMENT if has_hung else self.PATIENCE
 
     def _forget(self, job_id: str) -> None:
         log.error("A generation is not tracked, since its job could not be stored")
@@ -3237,42 +3281,57 @@ class Tracker:
             if job_id in self._running:
                 self._answered.add(job_id)
 
-    @contextlib.contextmanager
-    def unstored(self, size: int) -> Iterator[bool]:
-        """While an answer of a size in bytes waits to be stored. False if too much waits already."""
+    def hold(self, size: int) -> bool:
+        """Counts an answer of a size in bytes that waits to be stored. False if there is no room for it yet."""
         with self._lock:
             has_room = not self._unstored or self._unstored + size <= self.UNSTORED_LIMIT
-            held = size if has_room else 0
-            self._unstored += held
-        try:
-            yield has_room
-        finally:
-            with self._lock:
-                self._unstored -= held
+            self._unstored += size if has_room else 0
+        return has_room
 
-    def finish(self, job_id: str, answer: Answer, prompt: str = "") -> None:
+    def let_go(self, size: int) -> None:
+        """An answer for which there was room has been stored, or given up."""
+        with self._lock:
+            self._unstored -= size
+            self.stored_at = time.monotonic()
+
+    def finish(self, job_id: str, answer: Answer, prompt: str = "") -> Future:
         """The host answered with success. Stores the images; a job whose images cannot be stored has failed.
 
-        A trouble that may pass is waited for, for minutes, in which the job is shown Processing and says so. `prompt`
-        is the one that the host used, for a request that named none.
+        `prompt` is the one that the host used, for a request that named none. A trouble that may pass is waited for,
+        for minutes, in which the job is shown Processing and says so. The Future ends when that is over.
         """
-        with self._lock:
-            job = self._running.get(job_id)
-        if job is None:
-            return
-        for pause in (*self.STORE_AGAIN, None):
-            try:
-                job = self.images.save(job, answer)
-                break
-            except Exception as error:
-                if pause is None or not (isinstance(error, OSError) and passes(error)):
-                    log.error("Job %s was generated, but its images could not be stored: %s", job_id, error)
-                    self.fail(job_id, f"Generated, but the images could not be stored: {reason_of(error)}")
-                    return
-                self._note(job_id, f"Generated, but the images cannot be stored yet: {reason_of(error)}")
+        done = promise()
+
+        def store(pauses: Iterable[float]) -> None:
+            for pause in pauses:
                 time.sleep(pause)
+                if self._try_to_finish(job_id, answer, prompt, is_last=pause == self.STORE_AGAIN[-1]):
+                    break
+            done.set_result(None)
+
+        if self._try_to_finish(job_id, answer, prompt, is_last=False):
+            done.set_result(None)
+        else:  # in a thread of its own, for there may be many
+            threading.Thread(target=store, args=(self.STORE_AGAIN,), name="job-tracker-again", daemon=True).start()
+        return done
+
+    def _try_to_finish(self, job_id: str, answer: Answer, prompt: str, is_last: bool) -> bool:
+        """False if it is worth another try."""
+        job = self.running(job_id)
+        if job is None:
+            return True
+        try:
+            job = self.images.save(job, answer)
+        except Exception as error:
+            if isinstance(error, OSError) and passes(error) and not is_last:
+                self._note(job_id, f"Generated, but the images cannot be stored yet: {reason_of(error)}")
+                return False
+            log.error("Job %s was generated, but its images could not be stored: %s", job_id, error)
+            self.fail(job_id, f"Generated, but the images could not be stored: {reason_of(error)}")
+            return True
         stored = {name: getattr(job, name) for name in ("images", "bytes", "has_brief", "ranges")}
         self._end(job_id, status=COMPLETED, prompt=job.prompt or prompt[:PROMPT_LIMIT], error=None, **stored)
+        return True
 
     def _note(self, job_id: str, error: str) -> None:
         """Says in a job that has not ended what it waits for."""
@@ -3342,8 +3401,11 @@ class Tracker:
     # Looking at jobs
 
     async def in_pool(self, function: Callable[..., Any], *args: Any, pool: Optional[Threads] = None) -> Any:
-        """Runs a function that may block in a thread of the tracker's own. Raises OSError, also as `Threads.submit`."""
-        return await asyncio.wrap_future((pool or self.pool).submit(function, *args))
+        """Runs a function that may block in a thread of the tracker's own. Raises OSError, also as `Threads.submit`.
+
+        What nobody waits for any more runs all the same: it would stay in the queue, and would not be counted.
+        """
+        return await asyncio.shield(asyncio.wrap_future((pool or self.pool).submit(function, *args)))
 
     def pool_for(self, job: Optional[Job]) -> Threads:
         """Threads for work on a job: where it has not ended, that needs no disk, and is not to wait for one."""
@@ -3423,8 +3485,7 @@ class Tracker:
     def describe(self, job: Job, whole: bool = False) -> Dict[str, Any]:
         """A job as the API shows it, without its images. Reads the file with the answer.
 
-        Unless it is to be `whole`, `parameters` are brief, nor are others read from disk. Of a large answer, what
-        `_left_out` names is None.
+        Unless it is to be `whole`, `parameters` are brief, nor are others read from disk. What is large is a `Part`.
         """
         parameters = info = None
         error = job.error
@@ -3454,33 +3515,41 @@ class Tracker:
     def _read_answer(self, job: Job, whole: bool) -> Tuple[Any, Any]:
         """`parameters` and `info` of a Completed job. Raises OSError, ValueError, AttributeError, RecursionError."""
         if job.ranges:
-            left_out = self._left_out(job, whole)
-            size = self.images.size(job.answer)
-            if size is None or size < max(job.ranges):
-                raise OSError(errno.ENOENT, os.strerror(errno.ENOENT), job.answer)
-            info = None if "info" in left_out else self._read_value(job, *job.ranges[2:])
-            return None if "parameters" in left_out else self._brief_parameters(job), info
+            parameters, info = Part(*job.ranges[:3]), Part(*job.ranges[3:6])
+            return (
+                self._look_at(job, parameters) if whole else self._brief_parameters(job),
+                self._look_at(job, info) if info.end - info.start > LARGE else self._read_part(job, info),
+            )
         answer = DECODER.decode(b"".join(self.images.read(job.answer if whole else job.brief_answer)).decode())
         parameters = answer.get("parameters")
         return parameters if whole else brief_parameters(parameters)[0], answer.get("info")
 
-    @staticmethod
-    def _left_out(job: Job, whole: bool) -> Dict[str, Tuple[int, int]]:
-        """What of a large answer is only to be passed on, a piece at a time, and where it lies."""
-        start, end, info_start, info_end = job.ranges or (0, 0, 0, 0)
-        left_out = {"parameters": (start, end)} if whole and end else {}
-        if info_end - info_start > LARGE:
-            left_out["info"] = info_start, info_end
-        return left_out
+    def _look_at(self, job: Job, part: Part) -> Optional[Part]:
+        """A part that is to be passed on, if it is there and as it was stored."""
+        if not part.end:
+            return None
+        self.images.check(job.answer, part.crc, part.start, part.end)
+        return part
+
+    def _read_part(self, job: Job, part: Part) -> Any:
+        if not part.end:
+            return None
+        self.images.check(job.answer, part.crc, part.start, part.end)
+        return DECODER.decode(b"".join(self.images.read(job.answer, part.start, part.end)).decode())
 
     def _brief_parameters(self, job: Job) -> Any:
         """Those of a large answer."""
         if not job.has_brief:
-            return self._read_value(job, *job.ranges[:2])
+            return self._read_part(job, Part(*job.ranges[:3]))
         return DECODER.decode(b"".join(self.images.read(job.brief_answer)).decode()).get("parameters")
 
-    def _read_value(self, job: Job, start: int, end: int) -> Any:
-        return DECODER.decode(b"".join(self.images.read(job.answer, start, end)).decode()) if end else None
+    def _known_parameters(self, job: Job) -> Any:
+        """The same where they have what lies at their top, else all of them."""
+        with contextlib.suppress(OSError, ValueError, AttributeError, RecursionError):
+            parameters = self._brief_parameters(job)
+            if isinstance(parameters, dict):
+                return parameters
+        return self._read_part(job, Part(*job.ranges[:3]))
 
     def as_json(self, job: Job, images: bool = True) -> Iterator[bytes]:
         """A job as the API shows it, a piece at a time. Raises OSError, before a piece or at one.
@@ -3491,15 +3560,15 @@ class Tracker:
         description = self.describe(job, whole=images)
         if not all(there):
             description["error"] = f"{there.count(False)} of {len(there)} images are no longer on disk"
-        left_out = self._left_out(job, images)
+        parts = {name: value for name, value in description.items() if isinstance(value, Part)}
 
         def pieces() -> Iterator[bytes]:
-            known = as_json({name: value for name, value in description.items() if name not in left_out})[:-1]
+            known = as_json({name: value for name, value in description.items() if name not in parts})[:-1]
             for start in range(0, len(known), self.images.PIECE):
                 yield known[start : start + self.images.PIECE]
-            for name, (start, end) in left_out.items():
+            for name, part in parts.items():
                 yield b',"%s":' % name.encode()
-                yield from self._part_as_json(job, start, end)
+                yield from self.images.read(job.answer, part.start, part.end)
             if images:
                 yield b',"images":['
                 yield from self._images_as_json(job, needed=False)
@@ -3508,24 +3577,14 @@ class Tracker:
 
         return pieces()
 
-    def _part_as_json(self, job: Job, start: int, end: int) -> Iterator[bytes]:
-        """A value of a large answer as it was stored; null if that is gone."""
-        pieces = self.images.read(job.answer, start, end)
-        try:
-            first = next(pieces)
-        except OSError as error:
-            if passes(error):
-                raise
-            first = b"null"
-        yield first
-        yield from pieces
-
     def answer_as_json(self, job: Job) -> Iterator[bytes]:
         """What the host answered, once more, a piece at a time. Raises OSError."""
+        if job.ranges:
+            self.images.check(job.answer, job.ranges[6])
         with contextlib.closing(self.images.read(job.answer)) as pieces:
             try:
                 rest = next(pieces, b"") if job.ranges else b"".join(pieces)
-                parameters = self._brief_parameters(job) if job.ranges else parameters_of(rest)
+                parameters = self._known_parameters(job) if job.ranges else parameters_of(rest)
                 wanted = not isinstance(parameters, dict) or parameters.get("send_images", True)
                 start = IMAGES_START.match(rest).end()
             except (ValueError, AttributeError, RecursionError):
@@ -3559,19 +3618,18 @@ class Tracker:
         A Failed job frees its key, also while its generation still waits in the queue. Raises OSError, also when the
         disk says nothing for `PATIENCE` seconds.
         """
-        patience = self.patience()
-        until = time.monotonic() + patience
-        if not self._claiming.acquire(timeout=patience):
-            raise OSError(errno.ETIMEDOUT, "the disk does not answer")
+        self._wait_for_disk(lambda seconds: self._claiming.acquire(timeout=seconds))
         try:
             claim = self._claims.get(key)
             if claim is not None and not claim.job_id.done():
                 return claim, False
             looking = self.key_readers.submit(self._with_key, key, claim)
-            wait_for_futures([looking], timeout=max(until - time.monotonic(), 0))
-            if not looking.done():
-                self._hung_look = None if looking.cancel() else looking
-                raise OSError(errno.ETIMEDOUT, "the disk does not answer")
+            try:
+                self._wait_for_disk(lambda seconds: bool(wait_for_futures([looking], timeout=seconds).done))
+            except OSError:
+                if not looking.cancel():
+                    self._hung_look = looking
+                raise
             kept = looking.result()
             if kept is not None:
                 return kept, False
@@ -3579,6 +3637,14 @@ class Tracker:
             return claim, True
         finally:
             self._claiming.release()
+
+    def _wait_for_disk(self, succeeds_within: Callable[[float], bool]) -> None:
+        """Waits for something. Raises OSError if the disk does nothing meanwhile: a long jobs.json is being read."""
+        seen = self.store.progress
+        while not succeeds_within(self.patience()):
+            before, seen = seen, self.store.progress
+            if seen == before:
+                raise OSError(errno.ETIMEDOUT, "the disk does not answer")
 
     def _with_key(self, key: str, claim: Optional[Claim]) -> Optional[Claim]:
         """The job that has a key, as a claim; `claim` is that of this process, which came to be a job."""
@@ -3804,6 +3870,7 @@ def path_of(scope: Scope) -> str:
 
 
 DEFAULT_PORTS = {"http": 80, "https": 443}
+LOOPBACK = re.compile(r"localhost|127(\.[0-9]{1,3}){3}|\[::1\]")
 AUTHORITY = re.compile(r"(\[[0-9a-f:.]+\]|[^][\s/:@?#,]+)(?::([0-9]{0,5}))?")
 
 
@@ -3818,7 +3885,9 @@ def is_foreign(scope: Scope, is_named: Callable[[str], bool]) -> bool:
 
     Browsers send `Sec-Fetch-Site` (W3C, Fetch Metadata, 2.4) over HTTPS and to loopback addresses, and no page can set
     it. Elsewhere `Origin` (RFC 6454, 7; Fetch, 3.2) must be that of the host that the browser asked for. This stands in
-    `Host` or, where a proxy has changed that, in `X-Forwarded-Host`. Programs send neither, and are never foreign.
+    `Host` or, where a proxy on this machine has changed that, in `X-Forwarded-Host`. That is not believed elsewhere: a
+    page can send it, too, once gradio has allowed it to, which it does while the webui starts. Programs send neither
+    `Origin` nor `Sec-Fetch-Site`, and are never foreign.
     """
     origin, site = header_of(scope, b"origin"), header_of(scope, b"sec-fetch-site")
     if origin and is_named(origin):
@@ -3829,8 +3898,12 @@ def is_foreign(scope: Scope, is_named: Callable[[str], bool]) -> bool:
     if scheme not in DEFAULT_PORTS:  # of a page without an origin, too, which is "null"
         return True
     page = parse_authority(authority, scheme)
-    hosts = [header_of(scope, b"host"), *header_of(scope, b"x-forwarded-host").split(",")]
-    return page is None or page not in [parse_authority(host, scheme) for host in hosts]
+    host = parse_authority(header_of(scope, b"host"), scheme)
+    if page is None or page == host:
+        return page is None
+    forwarded = header_of(scope, b"x-forwarded-host").split(",")
+    is_proxied = host is not None and LOOPBACK.fullmatch(host[0]) is not None
+    return not (is_proxied and page in [parse_authority(other, scheme) for other in forwarded])
 
 
 class OriginGuard:
@@ -3988,13 +4061,27 @@ class FromPool:
         self._pieces = pieces
         self._making: "Future[bytes]" = Future()
         self._making.set_result(b"")
+        self._begun = b""
         self._ended = False
         tracker.sending.add(self)
 
     def __aiter__(self) -> "FromPool":
         return self
 
+    async def begin(self) -> None:
+        """Makes the first piece before anything is sent, so that trouble with it still has a status of its own."""
+        try:
+            self._begun = await self.__anext__()
+        except StopAsyncIteration:
+            pass
+        except BaseException:
+            self.close()
+            raise
+
     async def __anext__(self) -> bytes:
+        if self._begun:
+            begun, self._begun = self._begun, b""
+            return begun
         if not self._ended:
             self._making = self._pool.submit(self._make)
             made = await asyncio.wrap_future(self._making)
@@ -4015,9 +4102,17 @@ class FromPool:
         return b"".join(made)
 
     def close(self) -> None:
-        """Ends the generator, and so closes its file, as soon as no thread is in it."""
+        """Ends the generator, and so closes its file, as soon as no thread is in it. Waits for nothing."""
         self._tracker.sending.discard(self)
-        self._making.add_done_callback(lambda _: self._pieces.close())
+        self._making.add_done_callback(lambda _: self._close_in_thread())
+
+    def _close_in_thread(self) -> None:
+        if self._ended:
+            return
+        try:
+            self._pool.submit(self._pieces.close)  # which waits for a disk that does not answer
+        except OSError:
+            threading.Thread(target=self._pieces.close, name="job-tracker-close", daemon=True).start()
 
 
 def one_line(text: str) -> str:
@@ -4429,11 +4524,25 @@ class Generation:
             self._end()
         try:
             if self.job is not None:
-                with self.tracker.unstored(self.size()) as has_room:
+                size = self.size()
+                has_room = await self._find_room(size)
+                try:
                     await self._keep(has_room)
+                finally:
+                    if has_room:
+                        self.tracker.let_go(size)
         finally:
             if self.claim:
                 self.tracker.release(self.key, self.claim)
+
+    async def _find_room(self, size: int) -> bool:
+        """Waits until the answer may wait for the disk. False if nothing was stored for long: it does not answer."""
+        began = time.monotonic()
+        while not self.tracker.hold(size):
+            if time.monotonic() - max(began, self.tracker.stored_at) > UNTOLD:
+                return False
+            await asyncio.sleep(0.2)
+        return True
 
     async def _keep(self, has_room: bool) -> None:
         """Sees to it that the job's end is stored, once the job is on disk."""
@@ -4478,8 +4587,12 @@ class Generation:
             if not self.failed and not accepts_gzip(self.scope):  # packing takes longer, and leaves room for both
                 await asyncio.wait({self.served}, timeout=SENDING)
         finally:  # also if the server is stopped
-            self.storing = self.tracker.storers.submit(self._store)
-        await asyncio.shield(asyncio.wrap_future(self.storing))
+            pool = self.tracker.senders if self.failed else self.tracker.storers  # a failure needs no disk of ours
+            self.storing = pool.submit(self._store)
+        stored = await asyncio.shield(asyncio.wrap_future(self.storing))
+        if stored is not None:  # or will be, once a trouble has passed
+            self.storing = stored
+            await asyncio.shield(asyncio.wrap_future(stored))
 
     async def _capture(self, message: Message) -> None:
         self.messages.append(copy_of(message))
@@ -4506,8 +4619,9 @@ class Generation:
         if self.error is not None:
             text = ""
             with contextlib.suppress(Exception):  # an exception of an extension's may fail at that, too
-                text = str(getattr(self.error, "detail", "") or self.error)
-            return f"{type(self.error).__name__}: {text}" if text else type(self.error).__name__
+                text = str(getattr(self.error, "detail", "") or reason_of(self.error))
+            name = type(self.error).__name__
+            return f"{name}: {text}" if text not in ("", name) else name
         if not self.messages:
             return "The webui gave no answer"
         return f"The webui answered {self.messages[0]['status']}: {self.bytes()[:1000].decode('utf-8', 'replace')}"
@@ -4532,18 +4646,19 @@ class Generation:
         """The same as the client asked for it, a piece at a time."""
         yield from in_pieces(self.answer().rest if self.hide_images else self.bytes())
 
-    def _store(self) -> None:
+    def _store(self) -> Optional[Future]:
         if self.failed:
             self.tracker.fail(self.job.id, self.reason())
-            return
+            return None
         try:
             answer = self.answer()
             parameters = answer.contents.parameters
             prompt = parameters.get("prompt") if isinstance(parameters, dict) else None
-            self.tracker.finish(self.job.id, answer, prompt if isinstance(prompt, str) else "")
+            return self.tracker.finish(self.job.id, answer, prompt if isinstance(prompt, str) else "")
         except Exception as error:
             log.error("Job %s was generated, but could not be stored: %s", self.job.id, one_line(repr(error)))
             self.tracker.fail(self.job.id, f"Generated, but it could not be stored: {reason_of(error)}")
+            return None
 
 
 class Exchange:
@@ -4655,7 +4770,7 @@ class Exchange:
         ended = asyncio.get_running_loop().create_task(self.tracker.wait(job_id, math.inf))
         ended.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # `result` meets the same
         try:
-            if self.preference.wait is not None:
+            if job.ended or self.preference.wait is not None:  # so that a trouble with what is stored has a status
                 await asyncio.wait({ended}, timeout=None if job.ended else self.preference.wait)
             headers = [(b"idempotent-replayed", b"true")] if job.ended else []
             await self._tell(job, ended, result, headers, self.tracker.pool)
@@ -5029,7 +5144,11 @@ class Api:
         except OSError as error:
             if lost is not None and not passes(error):
                 raise HTTPException(404, lost) from None
-            raise HTTPException(503, f"The jobs cannot be read or changed: {reason_of(error)}") from None
+            raise self._unreadable(error) from None
+
+    @staticmethod
+    def _unreadable(error: OSError) -> HTTPException:
+        return HTTPException(503, f"The jobs cannot be read or changed: {reason_of(error)}")
 
     @staticmethod
     def _let_nobody_keep_errors(request: Request) -> None:
@@ -5062,8 +5181,8 @@ class Api:
         await self.tracker.settle(id)
         job = await self._get(id)
         if wait > HEARTBEAT and not job.ended:
-            return self._respond(request, self._wait_on(request, id, images, wait - HEARTBEAT))
-        return self._respond(request, await self._as_json(job, images), self.tracker.pool_for(job))
+            return await self._respond(request, self._wait_on(request, id, images, wait - HEARTBEAT))
+        return await self._respond(request, await self._as_json(job, images), self.tracker.pool_for(job))
 
     async def _as_json(self, job: Job, images: bool) -> Iterator[bytes]:
         return await self._run(self.tracker.as_json, job, images, pool=self.tracker.pool_for(job))
@@ -5144,7 +5263,7 @@ class Api:
 
         pool = self.tracker.searchers if wanted.text else self.tracker.pool
         jobs, last = await self._run_while_here(request, look, pool)
-        response = self._respond(request, joined(self.tracker.as_json(job, images=False) for job in jobs))
+        response = await self._respond(request, joined(self.tracker.as_json(job, images=False) for job in jobs))
         if last:
             asked = URL("?" + request.scope["query_string"].decode("latin-1"))
             query = asked.include_query_params(cursor=last).query
@@ -5210,7 +5329,7 @@ class Api:
             headers["Content-Length"] = str(size)
         media_type = MEDIA_TYPES.get(name.rpartition(".")[2], OTHER_MEDIA_TYPE)
         if request.method == "HEAD":
-            pieces.close()
+            await self._run(pieces.close)
         return Streamed(FromPool(self.tracker, pieces), 200, headers, media_type)
 
     async def cancel_job(self, request: Request, id: str = Path(description="the job's ID")) -> Response:
@@ -5218,7 +5337,7 @@ class Api:
         await self._end(self.tracker.cancel, id)
         await self.tracker.settle(id)
         job = await self._get(id)
-        return self._respond(request, await self._as_json(job, images=False), self.tracker.pool_for(job))
+        return await self._respond(request, await self._as_json(job, images=False), self.tracker.pool_for(job))
 
     async def delete_job(self, request: Request, id: str = Path(description="the job's ID")) -> Response:
         """Removes a job that has ended, and its images."""
@@ -5251,7 +5370,7 @@ class Api:
             raise self._invalid(name, "it must be a finite number")
         return value
 
-    def _respond(
+    async def _respond(
         self,
         request: Request,
         pieces: Union[Iterator[bytes], AsyncIterator[bytes]],
@@ -5266,6 +5385,10 @@ class Api:
             headers["X-Accel-Buffering"] = "no"  # nginx would keep the head and the white space back until the end
         else:
             pieces = FromPool(self.tracker, Gzip().encode_all(pieces) if gzip else pieces, pool)
+            try:
+                await pieces.begin()
+            except OSError as error:
+                raise self._unreadable(error) from None
         return Streamed(pieces, 200, headers, "application/json")
 
 
@@ -5425,7 +5548,7 @@ class Markup:
             return f'<header><b>{job_id}</b>{close}</header><p class="empty">This job is no longer kept.</p>'
         known = self.tracker.describe(job)
         text = known["info"]
-        size = job.ranges[3] - job.ranges[2] if job.ranges else len(text) if isinstance(text, str) else 0
+        size = text.end - text.start if isinstance(text, Part) else len(text) if isinstance(text, str) else 0
         info = self._info(text if size <= LARGE else None)
         error = self.note(known["error"], "error") if known["error"] else ""
         if size > LARGE:
@@ -6119,7 +6242,9 @@ class Extension:
         # The second ones are SD.Next's.
         named = option("cors_allow_origins", "cors_origins").split(",")
         pattern = option("cors_allow_origins_regex", "cors_regex")
-        return "*" in named or origin in named or bool(pattern and re.fullmatch(pattern, origin))
+        with contextlib.suppress(re.error):  # Forge's pages do without the layer that would not start with it
+            return "*" in named or origin in named or bool(pattern and re.fullmatch(pattern, origin))
+        return False
 
     @staticmethod
     def _find_add_route(owners: List[Any]) -> Callable[..., Any]:

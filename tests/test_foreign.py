@@ -72,10 +72,19 @@ CASES: Dict[str, Tuple[Headers, bool]] = {
         OWN,
     ),
     "forwarded in two fields": (
-        [("Host", "a"), ("Origin", "https://box.lan"), ("X-Forwarded-Host", "b"), ("X-Forwarded-Host", "box.lan")],
+        [("Host", "[::1]"), ("Origin", "https://box.lan"), ("X-Forwarded-Host", "b"), ("X-Forwarded-Host", "box.lan")],
         OWN,
     ),
-    "forwarded, foreign": ([("Host", "a"), ("Origin", EVIL), ("X-Forwarded-Host", "box.lan")], FOREIGN),
+    "forwarded, foreign": ([("Host", "localhost"), ("Origin", EVIL), ("X-Forwarded-Host", "box.lan")], FOREIGN),
+    "forwarded, says the page itself": ([BOX, ("Origin", EVIL), ("X-Forwarded-Host", EVIL.split("/")[-1])], FOREIGN),
+    "forwarded to another machine": (
+        [("Host", "a"), ("Origin", "http://b.lan"), ("X-Forwarded-Host", "b.lan")],
+        FOREIGN,
+    ),
+    "forwarded to a name that begins like loopback": (
+        [("Host", "127.0.0.1.evil.example"), ("Origin", EVIL), ("X-Forwarded-Host", EVIL.split("/")[-1])],
+        FOREIGN,
+    ),
     "forwarded, and Host as Origin": ([BOX, ("Origin", "http://box.lan:7860"), ("X-Forwarded-Host", "b")], OWN),
     # Nonsense
     "two origins": ([BOX, ("Origin", "http://box.lan:7860"), ("Origin", EVIL)], FOREIGN),

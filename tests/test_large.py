@@ -178,7 +178,7 @@ def test_all_looks_at_a_large_answer(tracker, name):
     body = ANSWERS[name]
     answer = json.loads(body.decode())
     job = stored(tracker, body)
-    assert job.status == "Completed" and len(job.ranges) == 4
+    assert job.status == "Completed" and len(job.ranges) == 7
     whole = json.loads(pieces_of(tracker.as_json(job)).decode())
     assert {key: whole[key] for key in ("images", "parameters", "info")} == {
         "parameters": None,
@@ -276,7 +276,7 @@ def test_after_a_crash(script, tracker, name):
 
 
 def test_the_record(script):
-    job = a_job(script, random.Random(1), status="Failed", ranges=(20, 300_000, 300_010, 300_020))
+    job = a_job(script, random.Random(1), status="Failed", ranges=(20, 300_000, 1, 300_010, 300_020, 2, 3))
     record = json.loads(script.record_of(job).decode())
     assert script.job_from_record(record) == job
     del record["ranges"]
@@ -286,12 +286,14 @@ def test_the_record(script):
         5,
         {},
         [1],
-        [1, 2, 3],
-        [1, 2, 3, -4],
-        [1, 2, 3, "4"],
-        [1, 2, 3, 4.0],
-        [1, 2, 3, True],
-        [1] * 5,
+        [1, 2, 3, 4],
+        [1, 2, 3, 4, 5, 6, -7],
+        [1, 2, 3, 4, 5, 6, "7"],
+        [1, 2, 3, 4, 5, 6, 7.0],
+        [1, 2, 3, 4, 5, 6, True],
+        [2, 2, 3, 4, 5, 6, 7],
+        [1, 2, 3, 5, 4, 6, 7],
+        [1] * 8,
     ):
         with pytest.raises(ValueError):
             script.job_from_record({**record, "ranges": ranges})
@@ -313,6 +315,59 @@ def test_a_large_answer_that_is_gone(tracker, harm):
         whole = json.loads(pieces_of(tracker.as_json(job)).decode())
         assert whole["parameters"] is whole["info"] is None and len(whole["images"]) == 2
         assert "no longer on disk" in whole["error"]
+
+
+HARMS = {
+    "cut by a byte": lambda data, ranges: data[:-1],
+    "cut in parameters": lambda data, ranges: data[: (ranges[0] + ranges[1]) // 2],
+    "cut in info": lambda data, ranges: data[: (ranges[3] + ranges[4]) // 2],
+    "a byte of parameters": lambda data, ranges: data[: ranges[0] + 9] + b"~" + data[ranges[0] + 10 :],
+    "laid out anew": lambda data, ranges: json.dumps(json.loads(data.decode()), indent=2).encode(),
+    "zeros": lambda data, ranges: bytes(len(data)),
+    "gone": None,
+}
+
+
+def content(webui: Webui, path: str, **headers: str) -> Any:
+    response = webui.client.get(path, headers=headers)
+    assert response.status_code == 200, response.text[:300]
+    return response.json()
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_a_large_answer_that_was_harmed(harmed, harm):
+    """Whatever is left of it: JSON that is whole, with the images, and no other job is missed for it."""
+    webui, request = harmed
+    key = {"Idempotency-Key": harm}
+    job_id = webui.post(request, headers=key).headers["x-job-id"]
+    before = webui.job(job_id, wait=60)
+    path = next(path for path in webui.images() if path.name == f"{job_id}.json")
+    data, change = path.read_bytes(), HARMS[harm]
+    if change is None:
+        path.unlink()
+    else:
+        path.write_bytes(change(data, webui.records()[job_id]["ranges"]))
+    for coding in ("gzip", "identity"):
+        whole = content(webui, f"/sdapi/v1/job/{job_id}", **{"Accept-Encoding": coding})
+        assert whole["images"] == before["images"]
+        said = {name: whole[name] for name in ("parameters", "info")}
+        assert said == {name: before[name] for name in said} or (
+            set(said.values()) == {None} and "no longer on disk" in whole["error"]
+        )
+        assert said["parameters"] is None or harm == "cut by a byte"
+        brief = content(webui, f"/sdapi/v1/job/{job_id}?images=false", **{"Accept-Encoding": coding})
+        assert brief["info"] in (None, before["info"])
+        listed = content(webui, "/sdapi/v1/jobs", **{"Accept-Encoding": coding})
+        assert job_id in [job["id"] for job in listed] and len(listed) == len(webui.records())
+        replay = webui.post(request, headers={**key, "Accept-Encoding": coding})
+        assert (replay.status_code, str(webui.data) in replay.text) == (503, False), replay.text[:300]
+    path.write_bytes(data)
+    assert webui.post(request, headers=key).json()["images"] == before["images"]
+
+
+@pytest.fixture(scope="module")
+def harmed(start_shared):
+    return start_shared(*QUICK), body(styles=["x" * 999] * 700, prompt="a " * 200_000)
 
 
 def test_a_large_answer_of_an_earlier_version(script, tracker):

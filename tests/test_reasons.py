@@ -58,7 +58,7 @@ def sabotage(owner, name):
 
 sabotage(module.ImageStore, "save")
 sabotage(module.ImageStore, "open")
-sabotage(module.JobStore, "_is_current")
+sabotage(module.JobStore, "_length")
 sabotage(module.JobStore, "_append")
 sabotage(module.JobStore, "_end")
 sabotage(module.Settings, "_write")
@@ -117,7 +117,7 @@ def sabotaged(webui: Webui, name: str) -> Iterator[None]:
         (webui.folder / name).unlink()
 
 
-NAMES = ("save", "open", "_is_current", "_append", "_end", "_write", "_remove_orphans", "answer")
+NAMES = ("save", "open", "_length", "_append", "_end", "_write", "_remove_orphans", "answer")
 TROUBLES = {
     **{f"{name} fails": lambda webui, name=name: sabotaged(webui, name) for name in NAMES},
     "a file for the data folder": lambda webui: a_file_for(webui, "."),
