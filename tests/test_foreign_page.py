@@ -104,6 +104,18 @@ async function attack(url, calls, jobs) {
     return learned;
 }
 
+// gradio, alone while the webui starts, lets every page say every header, and browsers keep that for minutes.
+async function turnOff(url, call, until) {
+    const heard = new Set();
+    while (Date.now() < until) {
+        const headers = {"X-Forwarded-Host": location.host}, body = new Blob([JSON.stringify(call)]);
+        const answer = await tried(fetch(`${url}/run/predict`, {method: "POST", headers, body}).then(read));
+        heard.add(answer.slice(0, 60));
+        await waits(3);
+    }
+    return [...heard];
+}
+
 async function use(url, jobs) {
     const said = [];
     for (const job of jobs) {
@@ -215,6 +227,23 @@ def test_page_from_elsewhere(start, driver, elsewhere, page, name):
     assert len(refusals) == 1, "it is told once"
     gate.open()
     assert [webui.job(one, wait=30)["status"] for one in (running, waiting)] == ["Completed"] * 2
+
+
+def test_page_that_asks_while_the_webui_starts(start, driver, elsewhere):
+    webui = start("--api")
+    off = json.loads(Calls(webui.client).request("job_tracker_enabled", False))
+    driver.get(f"http://evil.lan:{elsewhere}/")
+    driver.execute_script(
+        "window.asked = turnOff(arguments[0], arguments[1], Date.now() + 20000)", f"http://{PLAIN}:{webui.port}", off
+    )
+    for _ in range(5):
+        webui.reload_ui()
+        time.sleep(1)
+        if "was refused" in webui.log:
+            break
+    heard = driver.execute_async_script("window.asked.then(arguments[0])")
+    assert settings_of(webui) == {"enabled": True, "retention_days": 30}, heard
+    assert "was refused" in webui.log, "the browser was never allowed to ask"
 
 
 @pytest.mark.parametrize("name", [LOOPBACK, PLAIN])

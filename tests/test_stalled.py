@@ -231,6 +231,32 @@ def test_jobs_that_wait_can_be_cancelled(start_on, disk, ask):
         assert (job["status"], job["error"]) == ("Failed", "Cancelled")
 
 
+SLOW_DISK = """
+import os, time
+from modules import script_loading
+
+module = next(module for path, module in script_loading.loaded_scripts.items() if path.endswith("job_tracker.py"))
+real = module.write_at
+
+def write_at(file, data, position):
+    time.sleep(len(data) / 4e6)
+    real(file, data, position)
+
+module.write_at = write_at
+"""
+
+
+def test_a_disk_that_is_slow(start):
+    """It answers all the time: whatever waits for it is stored in the end."""
+    size, count = 4 << 20, 6
+    limit = with_constant("UNSTORED_LIMIT = 1 << 29", f"UNSTORED_LIMIT = {2 * size}")
+    webui = start(*MODE_FLAGS[MODES[-1]], scripts={"z-slow-disk": SLOW_DISK}, prepare=limit)
+    headers = {"Prefer": "respond-async"}
+    ids = [webui.post(body("large", {"image_bytes": size}), headers=headers).headers["x-job-id"] for _ in range(count)]
+    jobs = [webui.job(job_id, wait=60, images=False) for job_id in ids]
+    assert [(job["status"], job["error"], job["image_count"]) for job in jobs] == [("Completed", None, 1)] * count
+
+
 def test_the_disk_is_waited_for_once(start_on, disk):
     """Who comes while it is known not to answer goes on at once."""
     patience = 6
