@@ -4844,6 +4844,7 @@ class Exchange:
                 return preceded(await self.tracker.in_pool(next, pieces, b"", pool=pool), pieces)
             job = await self.tracker.find(job.id) or job
         except OSError as error:
+            log.error("Job %s: the stored answer cannot be read: %s", job.id, error)
             raise HTTPException(503, f"The stored answer cannot be read: {reason_of(error)}") from None
         raise HTTPException(500, job.error or CANCELLED)
 

@@ -46,7 +46,7 @@ def add(script):  # noqa: F811
             job_id, "txt2img", status, int(time.time() - days * DAY), "127.0.0.1", "a cat", owner="00000000"
         )
         if status == "Completed":
-            job = tracker.images.save(job, script.Answer([b"A" * 136], b'{"images":[] ,"a":1 '))
+            job = tracker.images.save(job, script.Answer([b"A" * 136], b'{"images":[] ,"a":1}'))
         elif status in ("Pending", "Processing"):
             job = job._replace(owner=tracker.store.owner)
         tracker.store.put(job, new=True).result()
