@@ -3292,7 +3292,6 @@ class Tracker:
         """An answer for which there was room has been stored, or given up."""
         with self._lock:
             self._unstored -= size
-            self.stored_at = time.monotonic()
 
     def finish(self, job_id: str, answer: Answer, prompt: str = "") -> Future:
         """The host answered with success. Stores the images; a job whose images cannot be stored has failed.
@@ -3329,6 +3328,7 @@ class Tracker:
             log.error("Job %s was generated, but its images could not be stored: %s", job_id, error)
             self.fail(job_id, f"Generated, but the images could not be stored: {reason_of(error)}")
             return True
+        self.stored_at = time.monotonic()
         stored = {name: getattr(job, name) for name in ("images", "bytes", "has_brief", "ranges")}
         self._end(job_id, status=COMPLETED, prompt=job.prompt or prompt[:PROMPT_LIMIT], error=None, **stored)
         return True
