@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import shutil
 import tempfile
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional
 
@@ -45,6 +47,31 @@ return [...document.querySelectorAll(arguments[0] + " tbody tr")].map((row) => O
 COUNT_LOOKS = """
 return performance.getEntriesByType("resource").filter((entry) => /run.predict/.test(entry.name)).length;
 """
+
+
+@contextlib.contextmanager
+def served(page: str) -> Iterator[int]:
+    """A page from elsewhere, whatever is asked for: the port of its origin."""
+
+    class Elsewhere(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:  # noqa: N802
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html")
+            self.end_headers()
+            self.wfile.write(page.encode())
+
+        do_POST = do_GET  # noqa: N815
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Elsewhere)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield server.server_port
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 @contextlib.contextmanager

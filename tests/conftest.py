@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import tempfile
+from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Tuple
 
 import hypothesis
@@ -109,6 +112,18 @@ def every_webui(request: pytest.FixtureRequest, pool: Pool) -> Webui:
 def off(request: pytest.FixtureRequest, pool: Pool) -> Webui:
     """A webui with Job Tracker, that does not track, with --api-auth."""
     return pool.get("off", request.param, auth=True)
+
+
+@pytest.fixture
+def public() -> Iterator[Path]:
+    """A folder that other users can reach, as pytest's own are not."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o755)
+    (folder / "data").mkdir(mode=0o755)
+    try:
+        yield folder / "data"
+    finally:
+        shutil.rmtree(str(folder))
 
 
 @pytest.fixture(scope="session")

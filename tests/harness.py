@@ -116,6 +116,45 @@ def with_constant(old: str, new: str) -> Callable[[Webui], None]:
     return prepare
 
 
+OLD_ID = "OLDOLDOL"
+
+
+def with_old_job(days: int, prompt: str = "") -> Callable[[Webui], None]:
+    """Prepares a webui that has a Failed job of so many days ago, by the ID `OLD_ID`."""
+
+    def prepare(webui: Webui) -> None:
+        job = {
+            "id": OLD_ID,
+            "type": "txt2img",
+            "status": "Failed",
+            "timestamp": int(time.time()) - days * 86400,
+            "ip": None,
+            "prompt": prompt,
+            "started": None,
+            "finished": None,
+            "error": "no",
+            "images": [],
+            "bytes": 0,
+        }
+        (webui.data / "jobs.json").write_text(f'{{\n"{OLD_ID}": {json.dumps(job)}\n}}\n')
+
+    return prepare
+
+
+class Switch:
+    """A file that is there inside a `with`, for an extension that looks whether it is."""
+
+    def __init__(self, path: Path):
+        self.switch = path
+
+    def __enter__(self) -> None:
+        self.switch.touch()
+
+    def __exit__(self, *_: Any) -> None:
+        if self.switch.exists():
+            self.switch.unlink()
+
+
 class Proxy:
     """A proxy in front of a webui. What it does with a connection is in `_serve`, which runs in a thread."""
 

@@ -13,7 +13,7 @@ import pytest
 from conftest import Start
 from inside import an_answer, files_are_whole, load_script, make_tracker, pixels
 
-from harness import MODES, QUICK, Page, Webui, body, until
+from harness import MODES, QUICK, Page, Switch, Webui, body, until
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells which file a descriptor is of")
 
@@ -32,19 +32,12 @@ os.fsync = fsync
 """
 
 
-class Disk:
+class Disk(Switch):
     """The disk under jobs.json, which can be stalled."""
 
     def __init__(self, folder: Path):
-        self.switch = folder / "stalled"
+        super().__init__(folder / "stalled")
         self.script = STALLED_DISK.format(switch=str(self.switch))
-
-    def __enter__(self) -> None:
-        self.switch.touch()
-
-    def __exit__(self, *_: Any) -> None:
-        if self.switch.exists():
-            self.switch.unlink()
 
 
 @pytest.fixture

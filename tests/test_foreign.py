@@ -11,7 +11,7 @@ import httpx
 import pytest
 from inside import load_script
 
-from harness import AUTH, CLOSE, MODE_FLAGS, MODES, SHAPE, Page, Webui, body, until
+from harness import AUTH, CLOSE, MODE_FLAGS, MODES, OLD_ID, SHAPE, Page, Webui, body, until, with_old_job
 
 Headers = List[Tuple[str, str]]
 
@@ -141,24 +141,8 @@ def test_rule_takes_no_time():
 # Over HTTP
 
 
-OLD = "OLDOLDOL"
-
-
-def with_old_job(webui: Webui) -> None:
-    job = {
-        "id": OLD,
-        "type": "txt2img",
-        "status": "Failed",
-        "timestamp": int(time.time()) - 40 * 86400,
-        "ip": None,
-        "prompt": "",
-        "started": None,
-        "finished": None,
-        "error": "no",
-        "images": [],
-        "bytes": 0,
-    }
-    (webui.data / "jobs.json").write_text(f'{{\n"{OLD}": {json.dumps(job)}\n}}\n')
+def with_old_job_that_stays(webui: Webui) -> None:
+    with_old_job(40)(webui)
     (webui.extension / "config.json").write_text('{"enabled": true, "retention_days": null}')
 
 
@@ -173,7 +157,7 @@ def webui(request: pytest.FixtureRequest, start_shared: Any) -> Webui:
 @pytest.fixture(scope="module")
 def site(start_shared: Any) -> Webui:
     """The same with its pages, and with a job that is old: a purge removes it once there is a retention."""
-    webui = start_shared("--api", *FLAGS, prepare=with_old_job)
+    webui = start_shared("--api", *FLAGS, prepare=with_old_job_that_stays)
     assert webui.job(webui.post(body("a secret")).headers["x-job-id"], wait=30)["status"] == "Completed"
     return webui
 
@@ -326,10 +310,10 @@ def test_who_is_not_foreign_uses_them(site):
             call = page.request("job_tracker_retention", retention)
             assert ask(site, "POST", "/run/predict", CASES[name][0], call).status_code == 200
             assert config_of(site)["retention_days"] == int(retention.split()[0])
-    assert OLD in site.records()
+    assert OLD_ID in site.records()
     call = page.request("job_tracker_purge")
     assert ask(site, "POST", "/run/predict", CASES["same-origin"][0], call).status_code == 200
-    until(lambda: OLD not in site.records(), what="the old job is purged")
+    until(lambda: OLD_ID not in site.records(), what="the old job is purged")
     site.restart()  # the last purge is told no more
 
 

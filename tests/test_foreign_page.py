@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Dict, Iterator, NamedTuple, Optional
 
 import pytest
 
-from harness import MODE_FLAGS, MODES, SHAPE, Webui, body, until
+from harness import MODE_FLAGS, MODES, OLD_ID, SHAPE, Webui, body, until, with_old_job
 from harness import Page as Calls
 
 pytest.importorskip("selenium")
@@ -130,29 +128,11 @@ async function use(url, jobs) {
 """
 
 
-class Elsewhere(BaseHTTPRequestHandler):
-    def do_GET(self) -> None:  # noqa: N802
-        self.send_response(200)
-        self.send_header("Content-Type", "text/html")
-        self.end_headers()
-        self.wfile.write(FOREIGN_PAGE.encode())
-
-    do_POST = do_GET  # noqa: N815
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-
 @pytest.fixture(scope="module")
 def elsewhere() -> Iterator[int]:
     """The port at which the page is served."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Elsewhere)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield server.server_port
-    finally:
-        server.shutdown()
-        server.server_close()
+    with browser.served(FOREIGN_PAGE) as port:
+        yield port
 
 
 @pytest.fixture(scope="module")
@@ -163,25 +143,6 @@ def driver() -> Iterator[Any]:
 
 
 SECRET = "a secret prompt"
-OLD = "OLDOLDOL"
-
-
-def with_old_job(webui: Webui) -> None:
-    """One that a purge would remove, were there a retention."""
-    job = {
-        "id": OLD,
-        "type": "txt2img",
-        "status": "Failed",
-        "timestamp": int(time.time()) - 3 * 86400,
-        "ip": None,
-        "prompt": SECRET,
-        "started": None,
-        "finished": None,
-        "error": "no",
-        "images": [],
-        "bytes": 0,
-    }
-    (webui.data / "jobs.json").write_text(f'{{\n"{OLD}": {json.dumps(job)}\n}}\n')
 
 
 def settings_of(webui: Webui) -> Dict[str, Any]:
@@ -201,7 +162,7 @@ PAGES = {"on another port": LOOPBACK, "of another site": "evil.lan"}
 @pytest.mark.parametrize("name", [LOOPBACK, PLAIN])
 @pytest.mark.parametrize("page", PAGES)
 def test_page_from_elsewhere(start, driver, elsewhere, page, name):
-    webui = start("--api", prepare=with_old_job)
+    webui = start("--api", prepare=with_old_job(3, SECRET))
     gate = webui.gate()
     running, waiting = (webui.send(body(SECRET, {"hold": gate})).job_id() for _ in range(2))
     webui.until_status(running, "Processing")
@@ -216,7 +177,7 @@ def test_page_from_elsewhere(start, driver, elsewhere, page, name):
     }
     requests = {name: json.loads(functions.request(name, *data)) for name, data in calls.items()}
     driver.get(f"http://{PAGES[page]}:{elsewhere}/")
-    learned = call(driver, "attack", f"http://{name}:{webui.port}", requests, [running, waiting, OLD])
+    learned = call(driver, "attack", f"http://{name}:{webui.port}", requests, [running, waiting, OLD_ID])
 
     assert len(learned) > 50 and "nothing came" not in learned.values(), learned
     assert settings_of(webui) == {"enabled": True, "retention_days": 30}

@@ -6,12 +6,10 @@ import contextlib
 import errno
 import os
 import random
-import shutil
 import signal
 import stat
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from pathlib import Path
@@ -60,18 +58,6 @@ def held(path: Path, *user: Any) -> Iterator[None]:
 @pytest.fixture
 def script() -> Any:
     return load_script()
-
-
-@pytest.fixture
-def public() -> Iterator[Path]:
-    """A folder that other users can reach, as pytest's own are not."""
-    folder = Path(tempfile.mkdtemp())
-    folder.chmod(0o755)
-    (folder / "data").mkdir(mode=0o755)
-    try:
-        yield folder / "data"
-    finally:
-        shutil.rmtree(str(folder))
 
 
 @contextlib.contextmanager

@@ -5,8 +5,6 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Dict, Iterator, Optional
 
 import httpx
@@ -16,6 +14,7 @@ from harness import AUTH, MODE_FLAGS, MODES, SHAPE, Webui, body, until
 
 pytest.importorskip("selenium")
 
+import browser
 from browser import BROWSER, DRIVER, opened
 
 PAGE = """<!doctype html><meta charset="utf-8"><title>a page from elsewhere</title><link rel="icon" href="data:,">
@@ -52,27 +51,11 @@ addEventListener("load", () => localStorage.job && recover());
 """
 
 
-class Elsewhere(BaseHTTPRequestHandler):
-    def do_GET(self) -> None:  # noqa: N802
-        self.send_response(200)
-        self.send_header("Content-Type", "text/html")
-        self.end_headers()
-        self.wfile.write(PAGE.encode())
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-
 @contextlib.contextmanager
 def served() -> Iterator[str]:
     """The page, at an origin of its own."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Elsewhere)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        server.server_close()
+    with browser.served(PAGE) as port:
+        yield f"http://127.0.0.1:{port}"
 
 
 @pytest.fixture(scope="module")

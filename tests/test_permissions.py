@@ -7,9 +7,7 @@ import errno
 import json
 import os
 import random
-import shutil
 import stat
-import tempfile
 import threading
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator
@@ -357,18 +355,6 @@ def test_images_are_for_those_who_may_read_jobs_json(script, tmp_path, umask, mo
     modes = modes_of(tmp_path / "images")
     folders = expected | (expected & 0o444) >> 2
     assert modes == {".": folders, job.day: folders, **dict.fromkeys(kept.files, expected)}
-
-
-@pytest.fixture
-def public() -> Iterator[Path]:
-    """A folder that other users can reach, as pytest's own are not."""
-    folder = Path(tempfile.mkdtemp())
-    folder.chmod(0o755)
-    (folder / "data").mkdir(mode=0o755)
-    try:
-        yield folder / "data"
-    finally:
-        shutil.rmtree(str(folder))
 
 
 def as_another(work: Callable[[], Any], user: int = NOBODY, group: int = NOBODY) -> None:

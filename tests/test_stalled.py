@@ -13,7 +13,7 @@ import httpx
 import pytest
 from conftest import Start
 
-from harness import KINDS, MODE_FLAGS, MODES, Page, Webui, body, until, with_constant
+from harness import KINDS, MODE_FLAGS, MODES, Page, Switch, Webui, body, until, with_constant
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells which file a descriptor is of")
 
@@ -55,20 +55,13 @@ builtins.open = stalling(builtins.open)
 """
 
 
-class Disk:
+class Disk(Switch):
     """The disk with the data folder, which can be stalled."""
 
     def __init__(self, folder: Path):
         self.data = folder / "data"
-        self.switch = folder / "stalled"
+        super().__init__(folder / "stalled")
         self.script = STALLED_DISK.format(folder=str(self.data), switch=str(self.switch))
-
-    def __enter__(self) -> None:
-        self.switch.touch()
-
-    def __exit__(self, *_: Any) -> None:
-        if self.switch.exists():
-            self.switch.unlink()
 
 
 @pytest.fixture
