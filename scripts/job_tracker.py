@@ -3179,11 +3179,11 @@ class Tracker:
         self.store = JobStore(settings.data_folder, self.predecessor.refuse_to_open)
         self.images = ImageStore(os.path.join(settings.data_folder, "images"))
         # Threads by what they may have to wait for: who looks at jobs keeps back no answer, whatever the disk does.
-        self.pool = Threads(8, "look")  # the disk, for whoever looks at jobs
+        self.pool = Threads(4, "look")  # the disk, for whoever looks at jobs
         self.searchers = Threads(2, "search", limit=100)  # all prompts to be searched, which can take long
-        self.key_readers = Threads(2, "key")  # the disk, for requests with an idempotency key
-        self.storers = Threads(8, "store")  # the disk, to store answers on it
-        self.senders = Threads(4, "send")  # nothing: what is in memory goes to clients
+        self.key_readers = Threads(1, "key")  # the disk, for requests with an idempotency key, one after another
+        self.storers = Threads(2, "store")  # the disk, to store answers on it
+        self.senders = Threads(2, "send")  # nothing: what is in memory goes to clients
         self.sending: "WeakSet[Any]" = WeakSet()  # what is on its way to clients, and needs the pool for its rest
         self.watch: Callable[[], None] = lambda: None  # looks after the host, as often as for config.json
         self.next_purge: Optional[float] = None  # by time.monotonic()
