@@ -2532,7 +2532,7 @@ class ImageStore:
             while end is None or position < end:
                 data = read_at(file, self.PIECE if end is None else min(self.PIECE, end - position), position)
                 if not data and end is not None:
-                    raise OSError(errno.EIO, "it is damaged", name)
+                    raise self.damaged(name)
                 if not data:
                     return
                 yield data
@@ -2540,13 +2540,18 @@ class ImageStore:
         finally:
             os.close(file)
 
+    @staticmethod
+    def damaged(name: str) -> OSError:
+        """What is raised for a file that is not as it was stored."""
+        return OSError(errno.EIO, "it is damaged", name)
+
     def check(self, name: str, crc: int, start: int = 0, end: Optional[int] = None) -> None:
         """Reads a file, or a part of it. Raises OSError if it is not as it was stored."""
         found = 0
         for data in self.read(name, start, end):
             found = zlib.crc32(data, found)
         if found != crc:
-            raise OSError(errno.EIO, "it is damaged", name)
+            raise self.damaged(name)
 
     def read_as_json(self, name: str) -> Iterator[bytes]:
         """The JSON string that the host answered for this file, a piece at a time."""
@@ -2554,7 +2559,7 @@ class ImageStore:
             try:
                 text = b"".join(self.read(name)).decode("utf-8", "surrogatepass")
             except UnicodeDecodeError:
-                raise OSError(errno.EIO, "it is damaged", name) from None
+                raise self.damaged(name) from None
             yield as_host_json(text)
             return
         pieces = self.read(name)
@@ -3301,17 +3306,17 @@ class Tracker:
         """
         done = promise()
 
-        def store(pauses: Iterable[float]) -> None:
-            for pause in pauses:
+        def store_again() -> None:
+            for tries, pause in enumerate(self.STORE_AGAIN, 1):
                 time.sleep(pause)
-                if self._try_to_finish(job_id, answer, prompt, is_last=pause == self.STORE_AGAIN[-1]):
+                if self._try_to_finish(job_id, answer, prompt, is_last=tries == len(self.STORE_AGAIN)):
                     break
             done.set_result(None)
 
         if self._try_to_finish(job_id, answer, prompt, is_last=False):
             done.set_result(None)
         else:  # in a thread of its own, for there may be many
-            threading.Thread(target=store, args=(self.STORE_AGAIN,), name="job-tracker-again", daemon=True).start()
+            threading.Thread(target=store_again, name="job-tracker-again", daemon=True).start()
         return done
 
     def _try_to_finish(self, job_id: str, answer: Answer, prompt: str, is_last: bool) -> bool:
@@ -3520,7 +3525,7 @@ class Tracker:
                 self._look_at(job, parameters) if whole else self._brief_parameters(job),
                 self._look_at(job, info) if info.end - info.start > LARGE else self._read_part(job, info),
             )
-        answer = DECODER.decode(b"".join(self.images.read(job.answer if whole else job.brief_answer)).decode())
+        answer = self._read_json(job.answer if whole else job.brief_answer)
         parameters = answer.get("parameters")
         return parameters if whole else brief_parameters(parameters)[0], answer.get("info")
 
@@ -3532,15 +3537,21 @@ class Tracker:
         return part
 
     def _read_part(self, job: Job, part: Part) -> Any:
-        if self._look_at(job, part) is None:
-            return None
-        return DECODER.decode(b"".join(self.images.read(job.answer, part.start, part.end)).decode())
+        return self._read_json(job.answer, part) if part.end else None
+
+    def _read_json(self, name: str, part: Optional[Part] = None) -> Any:
+        """A file, or a part of one if that is as it was stored."""
+        start, end = part[:2] if part else (0, None)
+        data = b"".join(self.images.read(name, start, end))
+        if part and zlib.crc32(data) != part.crc:
+            raise self.images.damaged(name)
+        return DECODER.decode(data.decode())
 
     def _brief_parameters(self, job: Job) -> Any:
         """Those of a large answer."""
         if not job.has_brief:
             return self._read_part(job, Part(*job.ranges[:3]))
-        return DECODER.decode(b"".join(self.images.read(job.brief_answer)).decode()).get("parameters")
+        return self._read_json(job.brief_answer).get("parameters")
 
     def _known_parameters(self, job: Job) -> Any:
         """The same where they have what lies at their top, else all of them."""
