@@ -268,10 +268,10 @@ def test_over_a_restart(start, clock):  # noqa: F811
     until(lambda: running in webui.records())
     webui.kill()
     webui.start()
-    assert until(lambda: done not in webui.records(), what="the purge")
-    assert not [path for path in webui.images() if path.name.startswith(done)]
-    purges = [line for line in webui.our_log() if "Purge: removed" in line]
+    purges = until(lambda: [line for line in webui.our_log() if "Purge: removed" in line], what="the purge")
     assert len(purges) == 1
+    assert done not in webui.records()
+    assert not [path for path in webui.images() if path.name.startswith(done)]
     assert webui.job(running)["status"] == "Failed"
 
 
