@@ -18,7 +18,7 @@ from typing import Any, Iterator, List
 import pytest
 from inside import a_job, load_script, until
 
-from harness import MODE_FLAGS, MODES, QUICK, Page, Webui, body
+from harness import MODE_FLAGS, MODES, QUICK, Page, Webui, body, open_files
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="needs flock")
 
@@ -310,6 +310,7 @@ def end(child: int) -> None:
     os.waitpid(child, 0)
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs /proc")
 @pytest.mark.parametrize("ends", ["closes", "is killed"])
 def test_a_child_lets_go(script, tmp_path, ends):
     """The parent keeps its locks meanwhile, and at its end they are free."""
@@ -317,7 +318,7 @@ def test_a_child_lets_go(script, tmp_path, ends):
     assert lock.acquire()
     child = forked(script)
     try:
-        until(lambda: str(tmp_path / "lock") not in files_of(child), 10, "the child has let go")
+        until(lambda: str(tmp_path / "lock") not in open_files(child), 10, "the child has let go")
         assert not other.acquire(0), "the parent has it"
         lock.close() if ends == "closes" else os.close(lock._file)
         assert other.acquire(0)
@@ -335,13 +336,6 @@ def test_a_lock_that_is_closed_is_free_whoever_has_a_copy(script, tmp_path):
     assert other.acquire(0)
     other.close()
     os.close(copy)
-
-
-def files_of(process: int) -> List[str]:
-    folder = f"/proc/{process}/fd"
-    if not os.path.isdir(folder):
-        pytest.skip("needs /proc")
-    return [os.readlink(f"{folder}/{number}") for number in os.listdir(folder)]
 
 
 FORKS = """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +12,7 @@ import httpx
 import pytest
 from conftest import Start
 
-from harness import KINDS, MODE_FLAGS, MODES, Page, Switch, Webui, body, until, with_constant
+from harness import KINDS, MODE_FLAGS, MODES, Page, Switch, Webui, body, open_files, until, with_constant
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells which file a descriptor is of")
 
@@ -292,8 +291,7 @@ def test_a_client_that_leaves_between_two_pieces(start_on, disk, path):
         for _ in range(3):
             assert webui.client.get("/sdapi/v1/progress?skip_current_image=true", timeout=20).status_code == 200
             time.sleep(0.2)
-    files = Path(f"/proc/{webui.pid}/fd")
-    until(lambda: not any(job_id in os.readlink(str(link)) for link in files.iterdir() if link.is_symlink()))
+    until(lambda: not any(job_id in name for name in open_files(webui.pid)))
 
 
 @pytest.mark.parametrize("hide", [False, True], ids=["images", "no images"])
