@@ -12,7 +12,7 @@ import threading
 import pytest
 from inside import load_script
 
-from harness import TESTS, body, until
+from harness import PROJECT, TESTS, body, until
 
 
 @pytest.fixture(scope="module")
@@ -525,6 +525,30 @@ def test_config_json_counts_without_a_restart(start):
     path = webui.extension / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "enabled": True}))
     until(lambda: "x-job-id" in webui.post(body()).headers, 15)
+
+
+@pytest.mark.parametrize("flags", [(), ("--skip-install",)], ids=["install.py", "--skip-install"])
+def test_the_first_start_makes_the_files(start, tmp_path, flags):
+    """Where the extension looks for them; what is there already stays as it is."""
+    webui = start("--nowebui", *flags, tracking=None, environ={"HOME": str(tmp_path), "TRACKER_DATA_DIR": '"~/my jobs"'})
+    data = tmp_path / "my jobs"
+    until(lambda: (data / "jobs.json").exists())
+    assert (data / "jobs.json").read_text() == "{\n}\n" and (data / "images").is_dir()
+    assert sorted(os.listdir(str(webui.extension))) == ["config.json", "install.py", "scripts"]
+    text = '{"enabled": true, "retention_days": 12}'
+    (webui.extension / "config.json").write_text(text)
+    webui.restart()
+    assert (webui.extension / "config.json").read_text() == text
+
+
+def test_the_installer_makes_nothing(tmp_path):
+    """It cannot know where: that is for the extension to say."""
+    folder = tmp_path / "extension"
+    folder.mkdir()
+    shutil.copy(str(PROJECT / "install.py"), str(folder))
+    environ = {**os.environ, "TRACKER_DATA_DIR": '"~/my jobs"'}
+    subprocess.run([sys.executable, str(folder / "install.py")], cwd=str(tmp_path), env=environ, check=True)
+    assert [path.name for path in tmp_path.glob("**/*")] == ["extension", "install.py"]
 
 
 def test_the_folder_for_the_data(start, tmp_path):
