@@ -101,145 +101,14 @@ UNSUPPORTED = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK, errn
 IRREPLACEABLE = (errno.EBUSY, errno.EXDEV, errno.EACCES, errno.EPERM, errno.EROFS)  # a mounted file
 
 
-LOCK_SECONDS = 5.0  # how long a lock between processes is waited for: nobody who is well holds one for so long
-LOCK_MOMENT = 0.1  # the same once that was in vain
-LOCK_PAUSE = 0.001  # seconds, at most, between two tries
-LOCK_TURN = 0.05  # seconds for which one process may take the lock again and again, and no other meets it free
-
-
-class FileLock:
-    """A lock between processes: an open file that the system unlocks when its holder ends, however it ends.
-
-    It also excludes other instances in the same process, since `flock` and `msvcrt.locking` belong to the open file.
-    One instance is used by one thread at a time.
-
-    `flock` also works on a file that is open for reading. So the lock can be opened only by those who may write the
-    file that it is for: whoever else could hold it could bring every webui on the folder to a stop.
-    """
-
-    opened: "Set[FileLock]" = set()  # all of this process that have their file open
-
-    def __init__(self, path: str, guarded: str = ""):
-        """`guarded` is the file that the lock is for. Until there is one, the umask says who may write it."""
-        self.path = path
-        self._guarded = guarded
-        self._file: Optional[int] = None
-        self._patience = LOCK_SECONDS
-        self._turn = self._released = -math.inf  # when the row of turns began, and when the last of them ended
-
-    def acquire(self, seconds: float = LOCK_SECONDS) -> bool:
-        """Takes the lock. False when another still holds it after some seconds; 0 is one try. Raises OSError."""
-        self._let_others_in()
-        until, pause = time.monotonic() + seconds, LOCK_PAUSE / 8
-        while True:
-            if self._file is None:
-                self._open()
-            try:
-                taken = self._take()
-                is_lock = stands_for(self.path, self._file)
-            except OSError:
-                self.close()  # its disk may be gone, and come back
-                raise
-            if not is_lock:
-                self.close()  # somebody has tidied it away, and others lock a new one
-            elif taken or time.monotonic() >= until:
-                return taken
-            else:
-                time.sleep(pause)
-                pause = min(2 * pause, LOCK_PAUSE)
-
-    def _let_others_in(self) -> None:
-        """Who waits only tries now and then. One that takes the lock all the time would be met without it by chance."""
-        now = time.monotonic()
-        if now - self._released >= 2 * LOCK_PAUSE:
-            self._turn = now
-        elif now - self._turn >= LOCK_TURN:
-            time.sleep(2 * LOCK_PAUSE)
-            self._turn = time.monotonic()
-
-    def _open(self) -> None:
-        make_folder(os.path.dirname(self.path))
-        source: Optional[os.stat_result] = None
-        with contextlib.suppress(FileNotFoundError):
-            source = os.stat(self._guarded)
-        # A new one is at no moment open to more people than it is to be. Of 0o022 the umask leaves those who may write.
-        self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | NO_WAIT | BINARY, 0o600 if source else 0o622)
-        self.opened.add(self)
-        with contextlib.suppress(OSError):
-            found = os.fstat(self._file)
-            if found.st_size or not os.path.samestat(os.lstat(self.path), found):
-                return  # it is a link to somebody's file, whose mode is not ours to change
-            source = source or found
-            writers = source.st_mode & 0o022
-            give_access(self._file, source, 0o600 | writers | writers << 1)
-
-    def _take(self) -> bool:
-        try:
-            if fcntl:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            else:
-                os.lseek(self._file, 0, os.SEEK_SET)
-                msvcrt.locking(self._file, msvcrt.LK_NBLCK, 1)
-        except OSError as error:
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK):
-                return False
-            if fcntl is None or error.errno not in UNSUPPORTED:
-                raise
-            # A file system without locks, such as some network mounts: one webui alone is as safe as ever.
-        return True
-
-    def release(self) -> None:
-        self._released = time.monotonic()
-        if fcntl:
-            with contextlib.suppress(OSError):
-                fcntl.flock(self._file, fcntl.LOCK_UN)
-        else:
-            os.lseek(self._file, 0, os.SEEK_SET)
-            msvcrt.locking(self._file, msvcrt.LK_UNLCK, 1)
-
-    def close(self) -> None:
-        """Gives the lock and the file back."""
-        file, self._file = self._file, None
-        if file is None:
-            return
-        if fcntl:
-            with contextlib.suppress(OSError):  # a child that is being forked just now may have a copy of it
-                fcntl.flock(file, fcntl.LOCK_UN)
-        close_file(file)
-        self.opened.discard(self)
-
-    @classmethod
-    def let_go(cls) -> None:
-        """In a forked child: closes its copies, by which it would hold the locks after its parent's end.
-
-        Does not unlock them: a copy is the same open file, and the parent would lose its lock.
-        """
-        for lock in list(cls.opened):
-            file, lock._file = lock._file, None
-            close_file(file)
-        cls.opened.clear()
-
-    def hold(self) -> None:
-        """Takes the lock. Raises TimeoutError, an OSError, if another holds it.
-
-        After that it is only asked for a moment, until it can be had again: who waits for us has waited once already.
-        """
-        taken = self.acquire(self._patience)
-        self._patience = LOCK_SECONDS if taken else LOCK_MOMENT
-        if not taken:
-            name = os.path.basename(self.path)
-            raise TimeoutError(errno.ETIMEDOUT, f"another program holds the lock {name}", self.path)
-
-    def __enter__(self) -> "FileLock":
-        self.hold()
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.release()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=FileLock.let_go)
+@contextlib.contextmanager
+def unsupported_ignored() -> Iterator[None]:
+    """Passes over what a file system does not offer, as some network drives have no locks. Raises every other error."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
 
 
 def reason_of(error: BaseException) -> str:
@@ -251,30 +120,44 @@ def reason_of(error: BaseException) -> str:
     return str(error) or type(error).__name__
 
 
+# Open files
+
+
 def stands_for(path: str, file: int) -> bool:
     """Whether a name stands for a file that is open. Raises OSError if the name cannot be looked up."""
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(FileNotFoundError):  # then it stands for nothing
         found = os.stat(path)
-        with contextlib.suppress(OSError):  # of a file whose disk has gone, though another is in its place by now
+        # The open file's disk may be gone, though another is in its place by now.
+        with contextlib.suppress(OSError):
             return OPEN_FILES_STAY or os.path.samestat(found, os.fstat(file))
     return False
 
 
 def close_file(file: Optional[int]) -> None:
-    """Closes a file, if there is one. Whatever the system reports, it is closed and its number is another's."""
+    """Closes a file, if there is one."""
     if file is not None:
+        # Also when this fails, the number is free and may be another file's: it must not be closed again.
         with contextlib.suppress(OSError):
             os.close(file)
 
 
-seeking = threading.Lock()  # where a file has but one position, Windows
+def open_regular(path: str) -> int:
+    """Opens a file for reading. Raises OSError, also for a folder, and for a pipe without waiting for its other end."""
+    file = os.open(path, os.O_RDONLY | NO_WAIT | BINARY)
+    if not stat.S_ISREG(os.fstat(file).st_mode):
+        os.close(file)
+        raise OSError(errno.EINVAL, "it is no file", path)
+    return file
+
+
+seek_lock = threading.Lock()  # where a file has only one position, Windows
 
 
 def read_at(file: int, length: int, position: int) -> bytes:
     """`length` bytes from `position`, fewer at the end of the file."""
     if hasattr(os, "pread"):
         return os.pread(file, length, position)
-    with seeking:
+    with seek_lock:
         os.lseek(file, position, os.SEEK_SET)
         return os.read(file, length)
 
@@ -285,7 +168,7 @@ def write_at(file: int, data: bytes, position: int) -> None:
         if hasattr(os, "pwrite"):
             written = os.pwrite(file, data, position)
         else:
-            with seeking:
+            with seek_lock:
                 os.lseek(file, position, os.SEEK_SET)
                 written = os.write(file, data)
         data = data[written:]
@@ -295,12 +178,9 @@ def write_at(file: int, data: bytes, position: int) -> None:
 def sync_file(file: int) -> None:
     """Makes what was written survive a power cut. On macOS, `fsync` alone leaves it in the drive's own memory."""
     if hasattr(fcntl, "F_FULLFSYNC"):
-        try:
+        with unsupported_ignored():
             fcntl.fcntl(file, fcntl.F_FULLFSYNC)
             return
-        except OSError as error:
-            if error.errno not in UNSUPPORTED:
-                raise
     os.fsync(file)
 
 
@@ -310,68 +190,43 @@ def sync_folder(path: str) -> None:
         return
     folder = os.open(path, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
     try:
-        sync_file(folder)
-    except OSError as error:
-        if error.errno not in UNSUPPORTED:
-            raise
+        with unsupported_ignored():
+            sync_file(folder)
     finally:
         os.close(folder)
 
 
-def make_folder(path: str, records: str = "") -> None:
-    """Makes a folder, and those above it, so that they survive a power cut.
-
-    It is for nobody who may not read the file `records`, if there is one, nor beyond the umask.
-    """
-    if not os.path.isdir(path):
-        above = os.path.dirname(path)
-        if above != path:  # as of a drive that is not there
-            make_folder(above)
-        sources = readable(records)
-        mode = common_mode(sources)
-        os.makedirs(path, mode=mode | (mode & 0o444) >> 2, exist_ok=True)
-        if sources and hasattr(os, "fchown"):
-            folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | NO_FOLLOW)
-            try:
-                give_access(folder, sources[0], stat.S_IMODE(os.fstat(folder).st_mode))
-            finally:
-                os.close(folder)
-        sync_folder(os.path.dirname(path))
-
-
-# Who may read what we make. A file is made for its owner alone and opened to others when it has its true group:
-# whoever opens it before can read what is written into it later. Windows has no such modes.
+# Access. What takes the place of a file, or is made from one, is for the same people. A new file is private until it
+# has its true owner and group: whoever opens it in its first moment can read all that is written into it later.
+# Without a file to follow, the umask decides. Windows has no such modes.
 
 
 def give_access(file: int, source: os.stat_result, mode: int) -> None:
-    """Gives a file of ours the owner and the group of another, where that is allowed, and a mode. Does not raise.
+    """Gives an open file of ours the owner and group of another, as far as that is allowed, and a mode. Never raises.
 
-    A group that is not the other's may do no more than everybody.
+    If the group cannot be the other's, it may do no more than everybody.
     """
     if not hasattr(os, "fchown"):
         return
+    for owner in (source.st_uid, -1):  # -1: as it is, for only root can give files away
+        with contextlib.suppress(OSError):
+            os.fchown(file, owner, source.st_gid)
+            break
+    # A drive may have no modes, or be gone. The file stays as it was made, which is private.
     with contextlib.suppress(OSError):
-        found = os.fstat(file)
-        for owner in (source.st_uid, found.st_uid):
-            if (owner, source.st_gid) != (found.st_uid, found.st_gid):
-                with contextlib.suppress(OSError):
-                    os.fchown(file, owner, source.st_gid)
-                    break
-        found = os.fstat(file)
-        if found.st_gid != source.st_gid:
+        if os.fstat(file).st_gid != source.st_gid:
             mode = mode & ~0o070 | (mode & 0o007) << 3
-        if stat.S_IMODE(found.st_mode) != mode:
-            os.fchmod(file, mode)
+        os.fchmod(file, mode)
 
 
 def copy_access(path: str, file: int) -> None:
-    """Gives a file of ours the owner, the group and the mode of another. Raises OSError if that cannot be told."""
+    """Gives an open file of ours the owner, the group and the mode of another. Raises OSError if it cannot be found."""
     source = os.stat(path)
     give_access(file, source, source.st_mode & 0o666)
 
 
-def readable(*paths: str) -> List[os.stat_result]:
-    """Of those of some files that are there, who may read them."""
+def stats_of(*paths: str) -> List[os.stat_result]:
+    """Of those of some files that are there. Raises OSError if that cannot be told."""
     found = []
     for path in paths:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
@@ -380,7 +235,7 @@ def readable(*paths: str) -> List[os.stat_result]:
 
 
 def common_mode(sources: List[os.stat_result]) -> int:
-    """The mode of a file, with the group of the first, for those who may read them all."""
+    """The mode of a file for those who may read all of some others. Its owner and group are those of the first."""
     mode = 0o666
     for source in sources:
         own = source.st_mode & 0o666
@@ -390,73 +245,98 @@ def common_mode(sources: List[os.stat_result]) -> int:
     return mode | 0o600
 
 
-def make_like(path: str, other: str, flags: int = os.O_WRONLY, least: int = 0) -> int:
-    """Opens a new file for the same people as another, and the bits `least`. Without that, the umask says for whom."""
-    flags |= os.O_CREAT | os.O_EXCL | BINARY
-    sources = readable(other)
+NEW = os.O_CREAT | os.O_EXCL | BINARY
+
+
+def make_like(path: str, other: str, flags: int = os.O_WRONLY, within: str = "") -> int:
+    """Opens a new file for those who may read another, and `within` if that is there."""
+    sources = stats_of(other, within)
     if not sources:
-        return os.open(path, flags, 0o666)
-    file = os.open(path, flags, 0o600)
-    give_access(file, sources[0], sources[0].st_mode & 0o666 | least)
+        return os.open(path, flags | NEW, 0o666)
+    file = os.open(path, flags | NEW, 0o600)
+    give_access(file, sources[0], common_mode(sources))
     return file
 
 
 def make_within(path: str, *others: str) -> int:
-    """Opens a new file for nobody who may not read all of some others, as far as they are there, nor beyond the umask.
+    """Opens a new file for those who may read all of some others, if these are there, but no more than the umask says.
 
     It belongs to the owner of the first.
     """
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | BINARY
-    sources = readable(*others)
-    file = os.open(path, flags, common_mode(sources))
+    sources = stats_of(*others)
+    file = os.open(path, os.O_WRONLY | NEW, common_mode(sources))
     if not sources:
         return file
-    mode = stat.S_IMODE(os.fstat(file).st_mode)  # as the umask leaves it
-    if os.fstat(file).st_gid != sources[0].st_gid:  # another group may have opened it
+    found = os.fstat(file)
+    if found.st_gid != sources[0].st_gid:  # another group may have opened it
         os.close(file)
         os.unlink(path)
-        file = os.open(path, flags, 0o600)
-    give_access(file, sources[0], mode)
+        file = os.open(path, os.O_WRONLY | NEW, 0o600)
+    give_access(file, sources[0], stat.S_IMODE(found.st_mode))  # which is what the umask has left
     return file
 
 
-def narrow_access(path: str, other: str) -> None:
-    """Takes a file from those who may not read another. Raises OSError."""
-    sources = readable(path, other)
-    readers = common_mode(sources) & 0o044
-    mode = sources[0].st_mode & (0o600 | readers | readers >> 1)
-    if mode != stat.S_IMODE(sources[0].st_mode):
-        os.chmod(path, mode)
+def make_folder(path: str, records: str = "") -> None:
+    """Makes a folder, and those above it, so that they survive a power cut.
+
+    It is for those who may read the file `records`, if that is there, but no more than the umask says.
+    """
+    if os.path.isdir(path):
+        return
+    above = os.path.dirname(path)
+    if above != path:  # as of a drive that is not there
+        make_folder(above)
+    sources = stats_of(records)
+    mode = common_mode(sources)
+    os.makedirs(path, mode=mode | (mode & 0o444) >> 2, exist_ok=True)
+    if sources and hasattr(os, "fchown"):
+        folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | NO_FOLLOW)
+        try:
+            give_access(folder, sources[0], stat.S_IMODE(os.fstat(folder).st_mode))
+        finally:
+            os.close(folder)
+    sync_folder(above)
 
 
-def copy_file(source: str, target: str, least: int = 0) -> None:
-    """Copies a file to a new name, for the same people, and the bits `least`. Raises OSError."""
-    with contextlib.ExitStack() as files:
-        copied = files.enter_context(os.fdopen(make_like(target, source, least=least), "wb"))
-        original = files.enter_context(open(source, "rb", opener=lambda name, flags: os.open(name, flags | NO_WAIT)))
-        if not stat.S_ISREG(os.fstat(original.fileno()).st_mode):
-            raise OSError(errno.EINVAL, "it is no file", source)
-        shutil.copyfileobj(original, copied)
+# Whole files
+
+
+def fill_file(file: int, path: str, pieces: Iterable[bytes], name: str) -> int:
+    """Writes a new file, which is open, renames it if it has not its true name yet, and returns its size in bytes.
+
+    Removes it if that fails. The name is not safe from a power cut before the folder is synced.
+    """
+    size = 0
+    try:
+        try:
+            for piece in pieces:
+                write_at(file, piece, size)
+                size += len(piece)
+            sync_file(file)
+        finally:
+            os.close(file)
+        if name != path:
+            os.replace(path, name)
+    except BaseException:
+        with contextlib.suppress(OSError):  # the disk may be gone
+            os.unlink(path)
+        raise
+    return size
+
+
+def create_file(path: str, data: bytes) -> None:
+    """Makes a file that is not there, whole or not at all. Raises FileExistsError if somebody else has just made it."""
+    fill_file(os.open(path, os.O_WRONLY | NEW, 0o666), path, [data], path)
+    sync_folder(os.path.dirname(path))
 
 
 def replace_file(path: str, data: bytes, like: str = "") -> None:
     """Puts a new file in the place of an old one: after a crash there is the one or the other, whole.
 
-    It is for the same people as the old one, or as the file `like`.
+    It is for those who may read the old one, and the file `like`, as far as these are there.
     """
     part = f"{path}.{secrets.token_hex(4)}.part"
-    try:
-        file = make_like(part, like or path)
-        try:
-            write_at(file, data, 0)
-            sync_file(file)
-        finally:
-            os.close(file)
-        os.replace(part, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(part)
-        raise
+    fill_file(make_like(part, path, within=like), part, [data], path)
     sync_folder(os.path.dirname(path))
 
 
@@ -491,30 +371,21 @@ def write_file(path: str, data: bytes) -> None:
         overwrite_file(path, data)
 
 
-def create_file(path: str, data: bytes) -> None:
-    """Makes a file that is not there, whole or not at all. Raises FileExistsError if somebody else has just made it."""
-    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | BINARY, 0o666)
-    try:
-        try:
-            write_at(file, data, 0)
-            sync_file(file)
-        finally:
-            os.close(file)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(path)
-        raise
-    sync_folder(os.path.dirname(path))
+def copy_file(source: str, target: str) -> None:
+    """Copies a file to a new name, for the same people. Raises OSError."""
+    with os.fdopen(open_regular(source), "rb") as original, os.fdopen(make_like(target, source), "wb") as copied:
+        shutil.copyfileobj(original, copied)
+
+
+def free_name(path: str) -> str:
+    """A name that no file has yet: this one, or with a number behind it."""
+    names = itertools.chain([path], (f"{path}-{number}" for number in itertools.count(2)))
+    return next(name for name in names if not os.path.lexists(name))
 
 
 def name_aside(path: str) -> str:
     """A new name for what cannot be used: `<path>.damaged-<time>`."""
-    name = f"{path}.damaged-{time.strftime('%Y%m%d-%H%M%S')}"
-    unique, count = name, 1
-    while os.path.lexists(unique):
-        count += 1
-        unique = f"{name}-{count}"
-    return unique
+    return free_name(f"{path}.damaged-{time.strftime('%Y%m%d-%H%M%S')}")
 
 
 def set_aside(path: str) -> str:
@@ -522,6 +393,148 @@ def set_aside(path: str) -> str:
     name = name_aside(path)
     os.rename(path, name)
     return name
+
+
+# The lock between processes
+
+
+LOCK_SECONDS = 5.0  # how long it is waited for: nobody who is well holds one for so long
+LOCK_MOMENT = 0.1  # the same once that was in vain
+LOCK_PAUSE = 0.001  # seconds, at most, between two tries
+LOCK_TURN = 0.05  # seconds for which one process may take it again and again, and no other meets it free
+
+
+def try_lock(file: int) -> bool:
+    """Locks an open file, False if another has done so. The system unlocks it when its holder ends, however it ends."""
+    try:
+        if fcntl:
+            with unsupported_ignored():  # one webui alone is as safe as ever
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:
+            os.lseek(file, 0, os.SEEK_SET)
+            msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
+    except (BlockingIOError, PermissionError):
+        return False
+    return True
+
+
+def unlock(file: int) -> None:
+    with contextlib.suppress(OSError):  # it was not locked, or its disk is gone
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_UN)
+        else:
+            os.lseek(file, 0, os.SEEK_SET)
+            msvcrt.locking(file, msvcrt.LK_UNLCK, 1)
+
+
+class FileLock:
+    """A lock between processes. It also excludes other instances in the same one: it belongs to the open file.
+
+    One instance is used by one thread at a time.
+
+    `flock` also works on a file that is open for reading. So the lock can be opened only by those who may write the
+    file that it is for: whoever else could hold it could bring every webui on the folder to a stop.
+    """
+
+    opened: "Set[FileLock]" = set()  # all of this process that have their file open
+
+    def __init__(self, path: str, guarded: str = ""):
+        """`guarded` is the file that the lock is for. Until there is one, the umask says who may write it."""
+        self.path = path
+        self._guarded = guarded
+        self._file: Optional[int] = None
+        self._patience = LOCK_SECONDS
+        self._turn_began = self._released_at = -math.inf  # a turn is a row of holds without a pause between them
+
+    def acquire(self, seconds: float = LOCK_SECONDS) -> bool:
+        """Takes the lock. False when another still holds it after some seconds; 0 is one try. Raises OSError."""
+        self._let_others_in()
+        until, pause = time.monotonic() + seconds, LOCK_PAUSE / 8
+        while True:
+            if self._file is None:
+                self._open()
+            try:
+                locked = try_lock(self._file)
+                is_current = stands_for(self.path, self._file)
+            except OSError:
+                self.close()  # its disk may be gone, and come back
+                raise
+            if not is_current:
+                self.close()  # its folder was removed, or mounted anew: others lock another file by this name
+            elif locked or time.monotonic() >= until:
+                return locked
+            else:
+                time.sleep(pause)
+                pause = min(2 * pause, LOCK_PAUSE)
+
+    def _let_others_in(self) -> None:
+        """Pauses after a long turn: others only try now and then, and would otherwise meet the lock free by chance."""
+        now = time.monotonic()
+        if now - self._released_at >= 2 * LOCK_PAUSE:
+            self._turn_began = now
+        elif now - self._turn_began >= LOCK_TURN:
+            time.sleep(2 * LOCK_PAUSE)
+            self._turn_began = time.monotonic()
+
+    def _open(self) -> None:
+        make_folder(os.path.dirname(self.path))
+        sources = stats_of(self._guarded)
+        # At no moment is it open to more people than it is to be. Of 0o022 the umask leaves those who may write.
+        self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | NO_WAIT | BINARY, 0o600 if sources else 0o622)
+        self.opened.add(self)
+        with contextlib.suppress(OSError):  # it may just be going: `acquire` will see that
+            found = os.fstat(self._file)
+            if found.st_size or not os.path.samestat(os.lstat(self.path), found):
+                return  # it is a link to somebody's file, whose mode is not ours to change
+            source = sources[0] if sources else found
+            writers = source.st_mode & 0o022
+            give_access(self._file, source, 0o600 | writers | writers << 1)
+
+    def hold(self) -> None:
+        """Takes the lock. Raises TimeoutError, an OSError, if another holds it.
+
+        After that it is only asked for a moment, until it can be had again: who waits for us has waited once already.
+        """
+        locked = self.acquire(self._patience)
+        self._patience = LOCK_SECONDS if locked else LOCK_MOMENT
+        if not locked:
+            name = os.path.basename(self.path)
+            raise TimeoutError(errno.ETIMEDOUT, f"another program holds the lock {name}", self.path)
+
+    def release(self) -> None:
+        self._released_at = time.monotonic()
+        unlock(self._file)
+
+    def close(self) -> None:
+        """Gives the lock and the file back."""
+        if self._file is not None:
+            unlock(self._file)  # a child that is being forked just now may have a copy of the file
+            self._forget()
+
+    def _forget(self) -> None:
+        file, self._file = self._file, None
+        close_file(file)
+        self.opened.discard(self)
+
+    @classmethod
+    def let_go(cls) -> None:
+        """In a forked child: closes its copies, by which it would hold the locks after its parent's end.
+
+        Does not unlock them: a copy is the same open file, and the parent would lose its lock.
+        """
+        for lock in list(cls.opened):
+            lock._forget()
+
+    def __enter__(self) -> "FileLock":
+        self.hold()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.release()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=FileLock.let_go)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -1690,7 +1703,7 @@ class JobStore:
         except (IsADirectoryError, PermissionError) as error:
             aside = set_aside(self.path)
             with contextlib.suppress(OSError):
-                copy_file(aside, self.path, least=0o600)
+                copy_file(aside, self.path)
             log.warning("jobs.json cannot be opened for writing (%s), it was set aside as %s", error, aside)
             file = self._open_file()
         opened = self._opened = Opened(file)
@@ -2637,9 +2650,17 @@ LEGACY_DECODER = json.JSONDecoder(parse_int=parse_int)
 SEED = re.compile(r"\bSeed: (\d{1,100})")
 
 
+def is_ours(path: str) -> bool:
+    """Whether a jobs.json is one of ours, for all that its first byte says. Raises OSError."""
+    if not os.path.isfile(path):
+        return False
+    with open(path, "rb") as file:
+        return file.read(1) == JobStore.HEAD
+
+
 def read_legacy_file(path: str) -> Optional[LegacyFile]:
     """Reads a file as the predecessor's jobs.json. None if it is something else, or is not there. Raises OSError."""
-    if not os.path.isfile(path):
+    if not os.path.isfile(path) or is_ours(path):
         return None
     with open(path, "rb") as file:
         text = file.read().decode("utf-8-sig", "replace").strip()
@@ -2653,10 +2674,8 @@ def read_legacy_file(path: str) -> Optional[LegacyFile]:
 
 def read_legacy_entries(text: str) -> Tuple[List[Any], int]:
     """The entries of a JSON array, and how many of them, at least, are lost where it is damaged."""
-    try:
+    with contextlib.suppress(ValueError, RecursionError):  # then each entry is read by itself
         return LEGACY_DECODER.decode(text), 0
-    except (ValueError, RecursionError):
-        pass
     entries, failed, position = [], 0, 0
     for match, end in with_reach(LEGACY_ENTRY_START.finditer(text), len(text)):
         if match.start() < position:
@@ -2692,14 +2711,12 @@ def legacy_job(entry: Any) -> Optional[LegacyJob]:
 
 def legacy_time(value: Any) -> Optional[int]:
     """A time in Unix seconds, from a number, its text or an ISO date. None for everything else."""
-    try:
-        seconds = int(float(value))
-    except (TypeError, ValueError, OverflowError):
-        try:
-            seconds = int(datetime.fromisoformat(value.replace("Z", "+00:00")).timestamp())
-        except (AttributeError, ValueError, OverflowError, OSError):
-            return None
-    return seconds if 0 < seconds < LAST_MOMENT else None
+    for parse in (float, lambda text: datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp()):
+        # That is all that these raise for whatever stands in a file.
+        with contextlib.suppress(TypeError, ValueError, OverflowError, AttributeError, OSError):
+            seconds = int(parse(value))
+            return seconds if 0 < seconds < LAST_MOMENT else None
+    return None
 
 
 def assign_ids(jobs: List[LegacyJob], known: Dict[int, str]) -> List[str]:
@@ -2758,6 +2775,7 @@ class Predecessor:
     SPARE = 1 << 30  # bytes that copies leave free on the disk, or a twentieth of a smaller one
     # What says that there is no such file. Everything else may be different later, as with a drive that is not ready.
     GONE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL, errno.ENXIO)
+    NO_IMAGES = "No images of it were kept"
 
     def __init__(self, extension_folder: str, data_folder: str):
         paths = (os.path.realpath(os.path.join(folder, "jobs.json")) for folder in (data_folder, extension_folder))
@@ -2777,35 +2795,26 @@ class Predecessor:
         a damaged one of ours. To be called before the JobStore opens its file.
         """
         try:
-            if not (any(map(self._may_be_legacy, self.paths)) or self._files(self.FOUND)):
+            # Who has nothing to take over does not wait for the lock.
+            if not (any(map(self._find, self.paths)) or self._files(self.FOUND)):
                 return
             with contextlib.closing(FileLock(self.path + ".lock", self.path)) as lock, lock:
-                read: Dict[str, LegacyFile] = {}
                 for path in self.paths:
-                    source, legacy = self._find_legacy(path)
-                    if legacy is not None:
-                        read[self._rename(source, path, self.FOUND)] = legacy
+                    source = self._find(path)
+                    if source is not None:
+                        self._rename(source, path, self.FOUND)
                 for path, source in self._files(self.FOUND):
-                    self._merge(path, source, read.get(source) or self._read(source))
+                    self._merge(path, source)
         except Exception as error:
             self._log_once(f"The predecessor's jobs cannot be taken over yet: {type(error).__name__}: {error}")
 
-    @staticmethod
-    def _may_be_legacy(path: str) -> bool:
-        """Whether a jobs.json, for all that one byte says, is not ours."""
-        if not os.path.isfile(path):
-            return os.path.isfile(f"{path}.bak")
-        with open(path, "rb") as file:
-            return file.read(1) != JobStore.HEAD
-
-    def _find_legacy(self, path: str) -> Tuple[str, Optional[LegacyFile]]:
-        """What the predecessor would read: its jobs.json, or, where a power cut cost it that, the copy beside it."""
-        if not self._may_be_legacy(path):
-            return path, None
-        legacy = read_legacy_file(path)
-        if legacy is None and not any(self._files(stage) for stage in (self.FOUND, self.LISTED, self.DONE)):
-            return f"{path}.bak", read_legacy_file(f"{path}.bak")
-        return path, legacy
+    def _find(self, path: str) -> Optional[str]:
+        """The file that the predecessor would read: jobs.json, or the copy beside it if a power cut cost it that."""
+        if read_legacy_file(path) is not None:
+            return path
+        copy = f"{path}.bak"
+        began = any(map(self._files, (self.FOUND, self.LISTED, self.DONE)))  # then the copy has been taken over, too
+        return copy if not (began or is_ours(path)) and read_legacy_file(copy) is not None else None
 
     @staticmethod
     def _read(source: str) -> LegacyFile:
@@ -2820,24 +2829,20 @@ class Predecessor:
         for path in self.paths:
             folder, name = os.path.split(path)
             form = re.compile(re.escape(f"{name}.{stage}") + r"(-\d+)?\Z")
+            # A folder that is not there, or that nobody lets us see, has nothing to take over.
             with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
                 found += [(path, os.path.join(folder, entry)) for entry in os.listdir(folder) if form.match(entry)]
         return sorted(found)
 
     @staticmethod
-    def _rename(source: str, path: str, stage: str) -> str:
-        """Gives the predecessor's file the name of its next stage, and returns that."""
-        target, count = f"{path}.{stage}", 1
-        while os.path.lexists(target):
-            count += 1
-            target = f"{path}.{stage}-{count}"
-        os.rename(source, target)
+    def _rename(source: str, path: str, stage: str) -> None:
+        """Gives the predecessor's file the name of its next stage."""
+        os.rename(source, free_name(f"{path}.{stage}"))
         sync_folder(os.path.dirname(path))
-        return target
 
-    def _merge(self, path: str, source: str, legacy: LegacyFile) -> None:
+    def _merge(self, path: str, source: str) -> None:
         """Writes the jobs of the predecessor's file, if they are not there yet, before our own."""
-        ours = self._read_ours()
+        legacy, ours = self._read(source), self._read_ours()
         if ours.strip() and not (ours.startswith(JobStore.EMPTY[:2]) and ours.endswith(JobStore.TAIL)):
             raise ValueError("jobs.json is damaged, and must be mended first")
         known = self._known_ids(ours)
@@ -2851,9 +2856,8 @@ class Predecessor:
                 log.warning("Job %r of the predecessor has got the ID %s", job.id[:100], job_id)
         if lines:
             rest = ours[len(JobStore.HEAD) : -len(JobStore.TAIL)]
-            self._make_as_private_as(source)
-            data = JobStore.HEAD + b",".join(lines) + (b"," if rest else b"") + rest + JobStore.TAIL
-            replace_file(self.path, data)
+            lines += [rest] if rest else []
+            replace_file(self.path, JobStore.HEAD + b",".join(lines) + JobStore.TAIL, like=source)
         self._rename(source, path, self.LISTED)
         log.info("Taken over from the predecessor: %d jobs, whose images are being copied", len(legacy.jobs))
 
@@ -2870,23 +2874,14 @@ class Predecessor:
         ids = (match.group(2).decode() for match in LINE.finditer(ours))
         return {id_number(job_id): job_id for job_id in ids}
 
-    def _make_as_private_as(self, source: str) -> None:
-        """Sees to it that our jobs.json is for nobody who may not read the predecessor's. The next inherits that."""
-        try:
-            close_file(make_like(self.path, source, least=0o600))
-        except FileExistsError:
-            narrow_access(self.path, source)
-
     def _listed(self, legacy: LegacyJob, job_id: str, timestamp: int) -> Job:
         """A job of the predecessor before its images are copied."""
-        status, notes = FAILED, []
+        status, note = FAILED, "The webui ended before the generation did"
         if legacy.status.casefold() == COMPLETED.casefold():
             status = COMPLETED
-            notes.append("Its images are still to be copied" if legacy.paths else "No images of it were kept")
+            note = "Its images are still to be copied" if legacy.paths else self.NO_IMAGES
         elif legacy.status.casefold() == FAILED.casefold():
-            notes.append("The generation failed, and it was not kept why")
-        else:
-            notes.append("The webui ended before the generation did")
+            note = "The generation failed, and it was not kept why"
         return Job(
             id=job_id,
             type=TYPES[0],  # the predecessor did not keep which
@@ -2894,14 +2889,13 @@ class Predecessor:
             timestamp=timestamp,
             ip=legacy.ip,
             prompt=legacy.prompt[:PROMPT_LIMIT],
-            error=self._error(legacy, job_id, notes),
+            error=self._error(legacy, job_id, note),
         )
 
     @staticmethod
-    def _error(legacy: LegacyJob, job_id: str, notes: List[str]) -> Optional[str]:
-        if job_id != legacy.id:
-            notes = [*notes, f"Its ID was {without_surrogates(legacy.id[:100])}"]
-        return ". ".join(notes) or None
+    def _error(legacy: LegacyJob, job_id: str, note: str) -> Optional[str]:
+        renamed = "" if job_id == legacy.id else f"Its ID was {without_surrogates(legacy.id[:100])}"
+        return ". ".join(filter(None, (note, renamed))) or None
 
     # Their images
 
@@ -2911,11 +2905,11 @@ class Predecessor:
 
     def _is_in_the_way(self) -> bool:
         """Whether a jobs.json is still the predecessor's, which could not be given another name."""
-        return any(self._may_be_legacy(path) and read_legacy_file(path) is not None for path in self.paths)
+        return any(read_legacy_file(path) is not None for path in self.paths)
 
     def refuse_to_open(self) -> None:
         """Raises OSError while jobs.json is the predecessor's: the store would take it for a damaged one of ours."""
-        if self._may_be_legacy(self.path) and read_legacy_file(self.path) is not None:
+        if read_legacy_file(self.path) is not None:
             raise OSError(errno.EBUSY, "The predecessor's jobs.json cannot be taken over yet", self.path)
 
     def copy_images(self, store: JobStore, images: ImageStore, stop: threading.Event) -> None:
@@ -2948,18 +2942,20 @@ class Predecessor:
         failure: Optional[OSError] = None
         ids = assign_ids(legacy.jobs, self._known_ids(self._read_ours()))
         for one, job_id in zip(reversed(legacy.jobs), reversed(ids)):
-            began = time.monotonic()
             if stop.is_set():
                 return
+            began = time.monotonic()
             job = store.get(job_id)
             if job is not None and job.status == COMPLETED and not self._is_copied(one, job):
                 try:
-                    found = [self._read_image(image) for image in one.paths]
-                except OSError as error:
+                    found = [image for image in map(self._read_image, one.paths) if image is not None]
+                except OSError as error:  # the job says so, and the others need not wait for its images
                     failure = error
-                    self._note(one, job, error, store)
+                    note = self._error(one, job_id, f"Its images cannot be copied yet: {reason_of(error)}")
+                    if job.error != note:
+                        self._put(store, job._replace(error=note))
                     continue
-                job = self._store(one, job, [image for image in found if image is not None], store, images)
+                job = self._save(one, job, found, store, images)
                 stop.wait(2 * (time.monotonic() - began))  # generations, and a webui that starts, come first
             if job is not None:
                 count, copied, size = count + 1, copied + len(job.images), size + job.bytes
@@ -2970,24 +2966,13 @@ class Predecessor:
         log.info(
             "The predecessor's jobs are complete: %d jobs, %d images, %s bytes; %d images were no longer on disk, "
             "%d entries could not be read",
-            count,
-            copied,
-            f"{size:,}",
-            missing,
-            legacy.unreadable,
+            *(count, copied, f"{size:,}", missing, legacy.unreadable),
         )
 
     @staticmethod
     def _is_copied(legacy: LegacyJob, job: Job) -> bool:
         """Whether nothing is left to do: a job of which no image was found may have some by now."""
         return bool(job.images) or (job.bytes > 0 and not legacy.paths)
-
-    def _note(self, legacy: LegacyJob, job: Job, failure: OSError, store: JobStore) -> None:
-        """Says in a job why its images are not there yet."""
-        error = self._error(legacy, job.id, [f"Its images cannot be copied yet: {reason_of(failure)}"])
-        with self.changing:
-            if job.error != error and store.get(job.id) is not None:
-                store.put(job._replace(error=error))
 
     def _read_image(self, path: str) -> Optional[Tuple[str, bytes]]:
         """An image of the predecessor's, and where it lies; None if it is no longer there.
@@ -2996,9 +2981,9 @@ class Predecessor:
         """
         for place in dict.fromkeys(os.path.join(base, path) for base in self.bases):
             try:
-                with open(place, "rb", opener=lambda name, flags: os.open(name, flags | NO_WAIT)) as file:
-                    data = file.read() if stat.S_ISREG(os.fstat(file.fileno()).st_mode) else b""
-            except ValueError:  # no path
+                with os.fdopen(open_regular(place), "rb") as file:
+                    data = file.read()
+            except ValueError:  # it is no path
                 continue
             except OSError as error:
                 if error.errno in self.GONE or os.path.isdir(place):
@@ -3008,37 +2993,43 @@ class Predecessor:
                 return place, data
         return None
 
-    def _store(
-        self, legacy: LegacyJob, job: Job, images_found: List[Tuple[str, bytes]], store: JobStore, images: ImageStore
+    def _save(
+        self, legacy: LegacyJob, job: Job, found: List[Tuple[str, bytes]], store: JobStore, images: ImageStore
     ) -> Optional[Job]:
-        """Stores what was found, and returns the job as it is then, None if it was removed. Raises OSError."""
-        found = [data for _, data in images_found]
+        """Stores the images that were found, and returns the job as it is then. None if it was removed meanwhile.
+
+        Raises OSError.
+        """
         if job.bytes and not found:
             return job
+        places, pictures = [place for place, _ in found], [data for _, data in found]
         make_folder(images.folder)
         disk = shutil.disk_usage(images.folder)
-        if disk.free - sum(map(len, found)) < min(self.SPARE, disk.total // 20):
+        if disk.free - sum(map(len, pictures)) < min(self.SPARE, disk.total // 20):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        infotexts = [text for text in map(infotext_of, found) if text is not None]
+        infotexts = [text for text in map(infotext_of, pictures) if text is not None]
         seeds = [int(match.group(1)) for match in map(SEED.search, infotexts) if match]
         info = {"prompt": legacy.prompt, **({"seed": seeds[0]} if seeds else {}), "infotexts": infotexts}
         rest = {"images": [], "parameters": {"prompt": legacy.prompt}, "info": json.dumps(info)}
-        private = images.as_private_as(place for place, _ in images_found)
-        kept = private.save(job, Answer(list(map(self._as_base64, found)), as_host_json(rest)))
-        notes = []
-        if not legacy.paths:
-            notes.append("No images of it were kept")
-        elif len(found) < len(legacy.paths):
-            lost = len(legacy.paths) - len(found)
-            notes.append(f"{lost} of {len(legacy.paths)} images were no longer on disk when the job was taken over")
-        kept = kept._replace(error=self._error(legacy, job.id, notes))
-        with self.changing:
-            if store.get(job.id) is None:
-                images.remove(kept.files)
-                return None
-            written = store.put(kept)
+        answer = Answer(list(map(self._as_base64, pictures)), as_host_json(rest))
+        kept = images.as_private_as(places).save(job, answer)
+        lost, note = len(legacy.paths) - len(found), ""
+        if lost:
+            note = f"{lost} of {len(legacy.paths)} images were no longer on disk when the job was taken over"
+        elif not found:
+            note = self.NO_IMAGES
+        kept = kept._replace(error=self._error(legacy, job.id, note))
+        written = self._put(store, kept)
+        if written is None:
+            images.remove(kept.files)
+            return None
         written.result()
         return kept
+
+    def _put(self, store: JobStore, job: Job) -> Optional[Future]:
+        """Changes a job, unless it was removed meanwhile. None then."""
+        with self.changing:
+            return None if store.get(job.id) is None else store.put(job)
 
     @staticmethod
     def _as_base64(data: bytes) -> bytes:

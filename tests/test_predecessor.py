@@ -463,7 +463,7 @@ def test_a_full_disk_at_first(script, tracker, tmp_path, monkeypatch):
     array = write_array(tmp_path, [entry("WAITS001", output_paths=[str(image)])])
     replace_file = script.replace_file
 
-    def full(*_: Any) -> None:
+    def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(script, "replace_file", full)
@@ -583,11 +583,11 @@ def test_two_webuis_share_the_work(script, tracker, tmp_path, monkeypatch):
     saved: List[str] = []
     replace_file, save = script.replace_file, script.ImageStore.save
 
-    def replace_slowly(path: str, data: bytes) -> None:
+    def replace_slowly(path: str, data: bytes, **rest: Any) -> None:
         if path.endswith("jobs.json"):
             merged.append(path)
             time.sleep(0.3)
-        replace_file(path, data)
+        replace_file(path, data, **rest)
 
     def save_slowly(images: Any, job: Any, answer: Any) -> Any:
         saved.append(job.id)

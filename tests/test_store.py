@@ -556,7 +556,7 @@ def test_no_right_to_write(script, opened, path, three, dice, caplog, readable):
     script.os = WrappedOs(open=open_by_rights)
     if not readable:
 
-        def no_copy(source: str, target: str, least: int) -> None:
+        def no_copy(source: str, target: str) -> None:
             raise PermissionError(errno.EACCES, "Permission denied", source)
 
         script.copy_file = no_copy
