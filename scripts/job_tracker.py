@@ -541,259 +541,242 @@ if hasattr(os, "register_at_fork"):
 # Settings: config.json and the environment's variables
 # ------------------------------------------------------------------------------------------------------------------
 
-DEFAULT_CONFIG = {
-    "enabled": False,
-    "retention_days": 30,  # null, 0 or "off": nothing is removed by age
-}
-UNKNOWN_CONFIG = {"enabled": False, "retention_days": None}  # in force until config.json can be read for the first time
-
 BOOLEANS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
-
-
 NUMBER = re.compile(r"[0-9]*\.?[0-9]+([eE][+-]?[0-9]+)?\Z")  # Python's `float` takes more: 1_0
-LONGEST = sys.float_info.max  # an int can be more, and is no float then
+IGNORED = object()  # of an invalid value: what was in force stays so
 
 
-def as_number(text: str) -> Union[float, str]:
-    """A number of JSON, or its text where it is too large for a float, which would be no JSON any more."""
-    return float(text) if math.isfinite(float(text)) else text
+def parse_boolean(text: str) -> bool:
+    if text.lower() not in BOOLEANS:
+        raise ValueError("it must be one of " + ", ".join(BOOLEANS))
+    return BOOLEANS[text.lower()]
 
 
-def as_days(value: Any) -> Optional[float]:
-    """A retention as a number of days, None for off. Raises ValueError for anything else."""
+def check_boolean(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError("it must be true or false")
+    return value
+
+
+def parse_days(text: str) -> Optional[float]:
+    return check_days(float(text) if NUMBER.match(text) else text)
+
+
+def check_days(value: Any) -> Optional[float]:
     if value is None or (isinstance(value, str) and value.strip().lower() == "off"):
         return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= LONGEST:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
         raise ValueError("it must be a number of days >= 0, or off")
-    return float(value) or None
+    return value or None
 
 
-def find_data_folder(environ: Dict[str, str], default: str) -> str:
-    """The folder of `TRACKER_DATA_DIR`, as people write it into a shell script, a batch file or a list of variables."""
-    text = environ.get("TRACKER_DATA_DIR", "").strip()
+def parse_folder(text: str) -> str:
+    """A folder, as people write it into a shell script, a batch file or a list of variables. Empty for none."""
     if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'":
         text = text[1:-1].strip()
-    path = os.path.expanduser(text or default)
-    if not os.path.isabs(path):
+    path = os.path.expanduser(text)
+    if text and not os.path.isabs(path):
         log.warning("TRACKER_DATA_DIR=%r is not an absolute path: jobs are in %s", text, os.path.abspath(path))
-    return os.path.abspath(path)
+    return os.path.abspath(path) if text else ""
+
+
+class Setting(NamedTuple):
+    """All that there is to say about one setting."""
+
+    name: str  # in config.json, and of the attribute of Settings
+    default: Any
+    variable: str  # of the environment, which overrides config.json
+    parse: Callable[[str], Any]  # the variable's text; raises ValueError
+    check: Optional[Callable[[Any], Any]] = None  # the same for a value in config.json; None: it has no place there
+    until_read: Any = None  # in force until config.json can be read
+    when_invalid: Tuple[Any, str] = IGNORED, "it is ignored"  # what is in force then, and how the log says it
+
+
+SETTINGS = (
+    Setting("enabled", False, "TRACKER_ENABLED", parse_boolean, check_boolean, False),
+    # Whoever meant something else is not given the default, which might remove what he wants to keep.
+    Setting("retention_days", 30, "TRACKER_RETENTION", parse_days, check_days, None, (None, "retention is off")),
+    Setting("data_folder", "", "TRACKER_DATA_DIR", parse_folder),
+)
+IN_CONFIG = {setting.name: setting for setting in SETTINGS if setting.check}
+FIRST_CONFIG = {name: setting.default for name, setting in IN_CONFIG.items()}
+NO_CONFIG = {name: setting.until_read for name, setting in IN_CONFIG.items()}
+
+
+def value_in(config: Dict[str, Any], setting: Setting) -> Any:
+    """The value that config.json gives a setting. Raises ValueError."""
+    if setting.name in config:
+        return setting.check(config[setting.name])
+    unknown = [name for name in config if name not in IN_CONFIG]
+    if unknown and setting.when_invalid[0] is not IGNORED:  # a slip of the pen may be meant by it
+        raise ValueError(f"it is missing, and {unknown[0][:80]!a} is no setting")
+    return setting.default
+
+
+def with_own_names(config: Dict[str, Any]) -> Dict[str, Any]:
+    """The settings of our predecessor, API-Job-Tracker-SD-WebUI, by our own names."""
+    rest = dict(config)
+    enabled = rest.pop("tracking_enabled", None)
+    return {"enabled": enabled, **rest} if isinstance(enabled, bool) and "enabled" not in config else config
 
 
 class Settings:
-    """What the user decided. `enabled` and `retention_days` (None: off) may be read from any thread at any time.
+    """What the user decided: an attribute for each of SETTINGS, to be read from any thread at any time.
 
     A variable of the environment overrides config.json for the life of the process; `locked` maps the name of such a
     setting to its variable. Nothing here raises for what a file or a variable says: it warns and goes on.
 
-    What cannot be read or understood never deletes anything and never overwrites anything. While config.json is
-    broken, empty, half-written or gone, what was known of it holds; until it can be read for the first time, tracking
-    and retention are off. A retention that cannot be understood is off.
+    What cannot be read never deletes anything and never overwrites anything. While config.json is broken, empty,
+    half-written or gone, what was known of it holds; until it can be read for the first time, tracking and retention
+    are off.
     """
+
+    enabled: bool
+    retention_days: Optional[float]  # None: off
+    data_folder: str  # where jobs.json and images/ lie
 
     def __init__(self, folder: str, environ: Dict[str, str]):
         self.folder = folder  # the extension's
         self.path = os.path.join(folder, "config.json")
-        self.data_folder = find_data_folder(environ, folder)
         self.locked: Dict[str, str] = {}
-        self.enabled: bool = UNKNOWN_CONFIG["enabled"]
-        self.retention_days: Optional[float] = UNKNOWN_CONFIG["retention_days"]
-        self.trouble: Optional[str] = None  # why config.json does not count as it is now
+        self.trouble: Optional[str] = None  # what is wrong with config.json now, for everybody's eyes
         self._lock = threading.Lock()
-        self._config: Dict[str, Any] = dict(UNKNOWN_CONFIG)  # as it was last understood
-        self._known = False  # it was, or it was made here
-        self._version: Any = None  # of the file that was understood, None where it is to be read
-        self._failure: Optional[Exception] = None  # why the file could not be read or understood
-        self._ready = False  # changes are worth a line in the log
-        self._read_variable(environ, "TRACKER_ENABLED", "enabled")
-        self._read_variable(environ, "TRACKER_RETENTION", "retention_days")
-        self.refresh()
-        self._ready = True
+        self._config = NO_CONFIG  # what config.json said when it was last understood, or written here
+        self._data: Optional[bytes] = None  # the same as it stood there
+        self._failure: Optional[Exception] = None  # why it cannot be read now
+        for setting in SETTINGS:
+            setattr(self, setting.name, setting.default)
+            self._read_variable(setting, environ.get(setting.variable, "").strip())
+        self.data_folder = self.data_folder or os.path.abspath(folder)
+        self._apply(NO_CONFIG)
+        self._read()
 
-    def _read_variable(self, environ: Dict[str, str], variable: str, name: str) -> None:
-        text = environ.get(variable, "").strip()
+    def _read_variable(self, setting: Setting, text: str) -> None:
         if not text:
             return
         try:
-            setattr(self, name, self._parse_enabled(text) if name == "enabled" else self._parse_days(text))
+            value = setting.parse(text)
         except ValueError as error:
-            if name != "retention_days":
-                log.warning("%s=%r is ignored: %s", variable, text[:80], error)
-                return
-            log.warning("%s=%r is not understood, so retention is off: %s", variable, text[:80], error)
-        self.locked[name] = variable
-
-    @staticmethod
-    def _parse_enabled(text: str) -> bool:
-        if text.lower() not in BOOLEANS:
-            raise ValueError("it must be one of " + ", ".join(BOOLEANS))
-        return BOOLEANS[text.lower()]
-
-    @staticmethod
-    def _parse_days(text: str) -> Optional[float]:
-        return as_days(float(text) if NUMBER.match(text) else text)
+            value, consequence = setting.when_invalid
+            log.warning("%s=%r is invalid, so %s: %s", setting.variable, text[:80], consequence, error)
+        if value is not IGNORED:
+            setattr(self, setting.name, value)
+            self.locked[setting.name] = setting.variable
 
     @property
     def is_unsure(self) -> bool:
-        """Whether the retention stands in a config.json that cannot be read or understood now."""
+        """Whether the retention stands in a config.json that cannot be read now."""
         return self._failure is not None and "retention_days" not in self.locked
 
     def refresh(self) -> None:
-        """Reads config.json again if it was changed, and makes it if there never was one."""
-        with self._lock:
-            self._refresh()
-            self._apply()
-
-    def _refresh(self) -> None:
-        try:
-            version = self._look_at_file()
-            if version == self._version:
-                return
-            config = self._parse()
-        except FileNotFoundError as error:
-            # A link that leads nowhere is no first start: what it leads to may be on a drive that is not there yet.
-            if self._known or os.path.islink(self.path):
-                self._hold(error)
-            else:
-                self._create()
-        except (OSError, ValueError, RecursionError) as error:
-            self._hold(error)
-        else:
-            if self.trouble:
-                log.info("config.json can be read again")
-            self._take(config, version)
-
-    def _look_at_file(self) -> Tuple[int, int, int]:
-        status = os.stat(self.path)
-        if not stat.S_ISREG(status.st_mode):
-            raise OSError(errno.EINVAL, "it is no file", self.path)
-        return status.st_ino, status.st_size, status.st_mtime_ns
-
-    def _take(self, config: Dict[str, Any], version: Any) -> None:
-        self._config, self._version, self._known = config, version, True
-        self.trouble = self._failure = None
-        for name in DEFAULT_CONFIG:
-            try:
-                self._understand(name)
-            except ValueError as error:
-                instead = "retention is off" if name == "retention_days" else "it is ignored"
-                self.trouble = f"config.json: {name} is not understood, so {instead}: {error}"
-                log.warning("%s", self.trouble)
-        if "tracking_enabled" in config and "enabled" not in config:
-            self._take_over()
-
-    def _take_over(self) -> None:
-        """Writes the settings of our predecessor, API-Job-Tracker-SD-WebUI, by our own names."""
-        config = dict(self._config)
-        enabled = config.pop("tracking_enabled")
-        if isinstance(enabled, bool):
-            log.info("config.json of API-Job-Tracker-SD-WebUI is taken over")
-            self._config = {"enabled": enabled, **config}
-            self._try_to_write(write_file)
-
-    def _hold(self, error: Exception) -> None:
-        """The file does not count, since it cannot be read or understood."""
-        self._version, self._failure = None, error
-        text = f"config.json cannot be read ({reason_of(error)}). Until it can be, "
-        text += "what was known of it holds" if self._known else "tracking and retention are off"
-        if text != self.trouble:
-            log.warning("%s", text)
-        self.trouble = text
-
-    def _create(self) -> None:
-        before, self._config = self._config, dict(DEFAULT_CONFIG)
-        try:
-            self._known = self._try_to_write(create_file)
-        except FileExistsError:  # somebody has just written it: it is read at the next look, and may want no default
-            self._config = before
-
-    def _try_to_write(self, write: Callable[[str, bytes], None]) -> bool:
-        try:
-            self._write(self._config, write)
-        except FileExistsError:
-            raise
-        except OSError as error:
-            text = f"config.json cannot be written, settings will not be kept: {reason_of(error)}"
-            if text != self.trouble:
-                log.warning("%s", text)
-            self.trouble = text
-            return False
-        self.trouble = None
-        return True
+        """Reads config.json again, and makes it if there never was one."""
+        with self._changing():
+            self._read()
 
     def save(self, **changes: Any) -> None:
         """Changes settings, at once and in config.json, which keeps what else stands in it.
 
-        A file that is not understood is set aside first. Raises ValueError for an unknown name, an invalid value, or a
+        Of a file that is no valid JSON, a copy is kept. Raises ValueError for an unknown name, an invalid value, or a
         setting that a variable locks, and OSError if the file cannot be read or written; then nothing has changed.
         """
         for name, value in changes.items():
-            if name not in DEFAULT_CONFIG:
+            if name not in IN_CONFIG:
                 raise ValueError(f"there is no setting {name!r}")
             if name in self.locked:
                 raise ValueError(f"{name} is set by {self.locked[name]}")
-            self._check(name, value)
-        with self._lock:
-            self._refresh()
-            failure = self._failure
-            if isinstance(failure, OSError) and not isinstance(failure, FileNotFoundError):
-                raise failure
+            IN_CONFIG[name].check(value)
+        with self._changing():
+            self._read()
             write = write_file
-            if failure is not None and not isinstance(failure, OSError):
-                self._set_aside()
+            if isinstance(self._failure, ValueError):
+                copy = name_aside(self.path)
+                with open(self.path, "rb") as file:
+                    replace_file(copy, file.read(), like=self.path)
+                log.warning("config.json was broken. It is written anew, what stood in it is in %s", copy)
                 # It may be half of an upload, whose rest is not to go into a file that has lost its name.
                 write = overwrite_file
+            elif isinstance(self._failure, OSError) and not isinstance(self._failure, FileNotFoundError):
+                raise self._failure
             self._write({**self._config, **changes}, write)
-            self.trouble, self._failure, self._known = None, None, True
-            self._apply()
 
-    def _set_aside(self) -> None:
-        """Keeps a copy of a file that is not understood. The file itself stays: a start without one is the first."""
-        name = name_aside(self.path)
-        with open(self.path, "rb") as file:
-            replace_file(name, file.read(), like=self.path)
-        log.warning("config.json was not understood. It is written anew, what stood in it is in %s", name)
+    @contextlib.contextmanager
+    def _changing(self) -> Iterator[None]:
+        with self._lock:
+            was = self.enabled
+            try:
+                yield
+            finally:
+                if self.enabled != was:
+                    log.info("Tracking is %s now", "on" if self.enabled else "off")
 
-    def _understand(self, name: str) -> Any:
-        """The value that config.json gives a setting. Raises ValueError."""
-        if name == "retention_days" and name not in self._config:
-            for other in self._config.keys() - {*DEFAULT_CONFIG, "tracking_enabled"}:
-                # It may be meant by it, by somebody who does not want the default.
-                raise ValueError(f"it is missing, and {other[:80]!a} is no setting")
-        return self._check(name, self._config.get(name, DEFAULT_CONFIG[name]))
+    def _read(self) -> None:
+        try:
+            with os.fdopen(open_regular(self.path), "rb") as file:
+                data = file.read(1 << 20)
+            if data == self._data and self._failure is None:
+                return
+            config = json.loads(data.decode("utf-8-sig"))
+            if not isinstance(config, dict):
+                raise ValueError("it is no JSON object")
+        except FileNotFoundError as error:
+            # A link that leads nowhere is no first start: what it leads to may be on a drive that is not there yet.
+            if self._config is NO_CONFIG and not os.path.islink(self.path):
+                self._try_to_write(FIRST_CONFIG, create_file)
+            else:
+                self._fail(error)
+        except (OSError, ValueError) as error:
+            self._fail(error)
+        else:
+            if self._failure is not None:
+                log.info("config.json can be read again")
+            own_names = with_own_names(config)
+            self._take(own_names, data)
+            if own_names != config:
+                log.info("config.json of API-Job-Tracker-SD-WebUI is taken over")
+                self._try_to_write(own_names, write_file)
 
-    @staticmethod
-    def _check(name: str, value: Any) -> Any:
-        if name == "retention_days":
-            return as_days(value)
-        if not isinstance(value, bool):
-            raise ValueError("it must be true or false")
-        return value
+    def _fail(self, error: Exception) -> None:
+        """The file cannot be read, or is no valid JSON."""
+        self._failure = error
+        state = "tracking and retention are off" if self._config is NO_CONFIG else "what was known of it holds"
+        self._say(f"config.json cannot be read ({reason_of(error)}). Until it can be, {state}")
 
-    def _parse(self) -> Dict[str, Any]:
-        """Raises OSError, ValueError, RecursionError."""
-        with open(self.path, "rb") as file:
-            data = file.read(1 << 20)
-        config = json.loads(data.decode("utf-8-sig"), parse_constant=str, parse_float=as_number)
-        if not isinstance(config, dict):
-            raise ValueError("it is no JSON object")
-        json.dumps(config, indent=4)  # what is too deep to be written again is broken, too
-        return config
+    def _take(self, config: Dict[str, Any], data: bytes) -> None:
+        """What config.json holds is known now."""
+        self._config, self._data, self._failure = config, data, None
+        self._say(self._apply(config))
+
+    def _apply(self, config: Dict[str, Any]) -> Optional[str]:
+        """Puts in force what no variable locks. Returns what is invalid, in words."""
+        troubles = []
+        for name, setting in IN_CONFIG.items():
+            try:
+                value = value_in(config, setting)
+            except ValueError as error:
+                value, consequence = setting.when_invalid
+                troubles.append(f"{name} is invalid, so {consequence}: {error}")
+            if value is not IGNORED and name not in self.locked:
+                setattr(self, name, value)
+        return f"config.json: {'. '.join(troubles)}" if troubles else None
 
     def _write(self, config: Dict[str, Any], write: Callable[[str, bytes], None]) -> None:
-        write(os.path.realpath(self.path), json.dumps(config, indent=4).encode() + b"\n")
-        self._config, self._version = config, None  # somebody may have written it since: it is read again
+        data = json.dumps(config, indent=4).encode() + b"\n"
+        write(os.path.realpath(self.path), data)
+        self._take(config, data)
 
-    def _apply(self) -> None:
-        was = self.enabled
-        for name in DEFAULT_CONFIG:
-            if name not in self.locked:
-                try:
-                    setattr(self, name, self._understand(name))
-                except ValueError:  # a warning was given; `enabled` stays as it is
-                    if name == "retention_days":
-                        self.retention_days = None
-        if self._ready and self.enabled != was:
-            log.info("Tracking is %s now", "on" if self.enabled else "off")
+    def _try_to_write(self, config: Dict[str, Any], write: Callable[[str, bytes], None]) -> None:
+        try:
+            self._write(config, write)
+        except FileExistsError as error:  # somebody has just made it: it is read at the next look
+            self._fail(error)
+        except OSError as error:
+            self._apply(config)
+            self._say(f"config.json cannot be written, settings will not be kept: {reason_of(error)}")
+
+    def _say(self, trouble: Optional[str]) -> None:
+        if trouble and trouble != self.trouble:
+            log.warning("%s", trouble)
+        self.trouble = trouble
 
 
 # ------------------------------------------------------------------------------------------------------------------

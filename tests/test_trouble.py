@@ -547,7 +547,7 @@ def test_config_that_cannot_be_read_is_said_in_the_tab(start):
     assert "config.json cannot be read (" in html and "what was known of it holds" in html
     assert str(webui.folder) not in html
     (webui.extension / "config.json").write_text('{"enabled": true, "retention_days": "7"}')
-    assert "retention_days is not understood, so retention is off" in page.look()
+    assert "retention_days is invalid, so retention is off" in page.look()
     (webui.extension / "config.json").write_text('{"enabled": true, "retention_days": 7}')
     assert "config.json" not in page.look()
 
