@@ -593,9 +593,9 @@ class Setting(NamedTuple):
 
 
 SETTINGS = (
-    Setting("enabled", False, "TRACKER_ENABLED", parse_boolean, check_boolean, False),
+    Setting("enabled", False, "TRACKER_ENABLED", parse_boolean, check_boolean, until_read=False),
     # Whoever meant something else is not given the default, which might remove what he wants to keep.
-    Setting("retention_days", 30, "TRACKER_RETENTION", parse_days, check_days, None, (None, "retention is off")),
+    Setting("retention_days", 30, "TRACKER_RETENTION", parse_days, check_days, when_invalid=(None, "retention is off")),
     Setting("data_folder", "", "TRACKER_DATA_DIR", parse_folder),
 )
 IN_CONFIG = {setting.name: setting for setting in SETTINGS if setting.check}
@@ -2778,11 +2778,12 @@ class Predecessor:
         a damaged one of ours. To be called before the JobStore opens its file.
         """
         try:
-            # Who has nothing to take over does not wait for the lock.
-            if not (any(map(self._find, self.paths)) or self._files(self.FOUND)):
-                return
+            found = [path for path in self.paths if not is_ours(path)]
+            found = [path for path in found if os.path.isfile(path) or os.path.isfile(f"{path}.bak")]
+            if not (found or self._files(self.FOUND)):
+                return  # and so never waits for the lock
             with contextlib.closing(FileLock(self.path + ".lock", self.path)) as lock, lock:
-                for path in self.paths:
+                for path in found:
                     source = self._find(path)
                     if source is not None:
                         self._rename(source, path, self.FOUND)
