@@ -294,6 +294,19 @@ def test_a_file_that_cannot_be_read_at_the_start(settings, script):
     assert (made.enabled, made.retention_days) == (True, 90)
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no such pipes")
+@pytest.mark.parametrize("make", ["mkdir", "mkfifo"])
+def test_something_else_in_its_place(settings, tmp_path, make):
+    """Nobody waits for a pipe's other end, and nothing is written over it."""
+    getattr(os, make)(str(tmp_path / "config.json"))
+    made = settings()
+    assert (made.enabled, made.retention_days) == (False, None)
+    assert "config.json cannot be read (it is no file)" in made.trouble
+    with pytest.raises(OSError, match="it is no file"):
+        made.save(enabled=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
 def test_a_file_that_is_being_uploaded(settings, tmp_path):
     """It is empty for a while, then half there, then whole: the settings in force stay, and the file too."""
     made = settings('{"enabled": true, "retention_days": null}')
@@ -521,6 +534,17 @@ def test_what_another_wrote_is_seen(settings, tmp_path):
     os.replace(str(tmp_path / "new"), str(tmp_path / "config.json"))
     made.refresh()
     assert (made.enabled, made.retention_days) == (True, 6)
+
+
+def test_a_change_is_seen_whatever_its_time(settings, tmp_path):
+    """Some file systems count in seconds, and a copy may bring its own time."""
+    path = tmp_path / "config.json"
+    made = settings('{"retention_days": 5}')
+    before = path.stat()
+    path.write_text('{"retention_days": 6}')
+    os.utime(str(path), ns=(before.st_atime_ns, before.st_mtime_ns))
+    made.refresh()
+    assert made.retention_days == 6
 
 
 def test_many_writers_leave_a_whole_file(settings, config):
