@@ -138,9 +138,9 @@ def test_from_the_first_click_to_the_image(start, driver):
     ],
     ids=lambda text: str(text)[:20],
 )
-def test_a_view_that_is_none_is_the_first_page(text):
+def test_an_invalid_page_state_is_the_first_page(text):
     script = load_script()
-    assert script.View.parse(text) == script.View()
+    assert script.PageState.parse(text) == script.PageState()
 
 
 def test_settings_are_kept_and_shown_on_every_page(start, driver):
