@@ -5513,6 +5513,7 @@ def with_names(text: str, **more: str) -> str:
     return Template(text).substitute(NAMES, **more)
 
 
+# Control characters, those that turn the direction of text, and what is no character.
 UNPRINTABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
 
 
@@ -5740,7 +5741,7 @@ class TabHtml:
     ROWS = 50
     INFOTEXTS = 20
     IMAGE = "/job-tracker/{id}/{n}"  # for whom gradio shows the page; the API has credentials of its own
-    SHOWN = ("png", "jpg", "webp", "gif", "avif", "bmp")  # by every browser
+    BROWSER_FORMATS = ("png", "jpg", "webp", "gif", "avif", "bmp")
 
     def __init__(self, tracker: Tracker):
         self.tracker = tracker
@@ -5824,9 +5825,9 @@ class TabHtml:
         ending = name.rpartition(".")[2]
         return {
             "name": name,
-            "size": self.tracker.images.size(job.images[number]),
+            "size": self.tracker.images.size(job.images[number]) or 0,  # it may have gone just now
             "ending": ending,
-            "is_shown": ending in self.SHOWN,
+            "is_shown": ending in self.BROWSER_FORMATS,
             "url": "." + self.IMAGE.format(id=job.id, n=number),
         }
 
