@@ -49,7 +49,7 @@ from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for_futures
 from datetime import datetime
-from html import escape
+from string import Template
 from types import TracebackType
 from typing import (
     Any,
@@ -71,6 +71,8 @@ from weakref import WeakSet
 import anyio.to_thread
 from fastapi import HTTPException, Path, Query, Request, Response
 from fastapi.responses import StreamingResponse
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup, escape
 from pydantic import VERSION as PYDANTIC
 from pydantic import BaseModel, Field
 from starlette.datastructures import URL
@@ -3819,6 +3821,17 @@ class Tracker:
 
         threading.Thread(target=drain, name="job-tracker-end", daemon=True).start()
 
+    # What the tab asks for
+
+    def list(self, filter_: Filter, limit: int, cursor: Any = None, skip: int = 0, abandoned: Any = None) -> Page:
+        return self.store.query(filter_, limit, skip, abandoned=abandoned)
+
+    def stats(self) -> Tuple[Dict[str, int], int]:
+        return self.store.figures()
+
+    def missing(self, job: Job) -> Set[int]:
+        return {number for number, name in enumerate(job.images) if self.images.size(name) is None}
+
 
 # ------------------------------------------------------------------------------------------------------------------
 # Middleware: the ASGI side of one generation request
@@ -5382,41 +5395,290 @@ class Api:
 # Tab: the page "Job Tracker" in the webui
 # ------------------------------------------------------------------------------------------------------------------
 
+
+class Texts:
+    """Everything that the tab says, to be reworded or translated here. What stands in braces is filled in."""
+
+    # The controls
+    ENABLED, ENABLED_INFO = "Enable Tracking", "Each generation through the API becomes a job that is kept."
+    RETENTION, RETENTION_INFO = "Retention", "Older jobs are removed, with their images."
+    RETENTIONS = {"30 days": 30, "7 days": 7, "3 days": 3, "1 day": 1, "Off": None}
+    OTHER_RETENTION = "{days:g} days"
+    LOCKED = "Set by the variable {variable}, and locked by it."
+    PURGE, PURGING = "Purge Now", "Purging \u2026"
+    ALL, ANY_IP, ANY_PROMPT = "All", "Any address", "Any text"
+    LOADING = "Loading"
+    NOT_SAVED = "Not saved: {reason}"
+    NO_QUEUE = "This cannot be called through the queue"
+
+    # The notes above all else
+    NOT_TRACKED = "Generations are not tracked: {reason}."
+    LOCKED_OFF = "Tracking is off: {variable} says so."
+    TRACKING_OFF = "Tracking is off: generations leave no job. Enable Tracking takes effect at once."
+    SETTINGS_TROUBLE = "{trouble}."
+    KEPT_FOR_CLOCK = (
+        "{jobs:,} jobs are older than the retention, all from before this start. "
+        "They are kept, since the clock may be wrong. Purge Now removes them."
+    )
+    PURGE_RUNS = "Purging: old jobs are being removed. All else goes on meanwhile."
+    PURGE_FAILED = "The purge failed: {reason}"
+    PURGED = "Purge at {time}: removed {jobs:,} jobs, {images:,} images, {size}."
+    PURGED_WITHOUT_RETENTION = PURGED + " Retention is off, so no job is too old."
+    NOT_READABLE = "The jobs cannot be read: {reason}"
+
+    # The figures
+    ON_DISK, NEXT_PURGE = "On disk", "Next purge"
+    NEVER, SOON, IN_MINUTES, IN_HOURS = "Off", "soon", "in {minutes} min", "in {hours} h {minutes:02} min"
+
+    # The table of jobs
+    ID, TIME, TYPE, STATUS = "ID", "Time", "Type", "Status"
+    PROMPT, IMAGES, SECONDS, IP = "Prompt", "Images", "Seconds", "IP"
+    NEXT, PLACE = "next", "no. {place}"  # of a job that waits
+    NO_JOBS, NO_MATCH = "No jobs yet.", "No job matches these filters."
+    NEWEST, NEWER, OLDER, OLDEST = "Newest", "Newer", "Older", "Oldest"
+    ROWS, ROWS_OF_ALL = "{first:,} to {last:,}", "{first:,} to {last:,} of {total:,}"
+
+    # The open job
+    CLOSE, GONE = "Close", "This job is no longer kept."
+    INFO_TOO_LONG = "What the webui says of this job is too long to be shown here: {size}"
+    IMAGE, IMAGE_GONE = "Image {number}", "no longer on disk"
+    NEGATIVE_PROMPT, INFOTEXT, INFOTEXT_OF_IMAGE = "Negative prompt", "Infotext", "Infotext of image {number}"
+    CLIENT, ACCEPTED, WAITED, TOOK, LEFT, SEED = "Client", "Accepted", "Waited", "Took", "Left", "Seed"
+
+    # Values
+    CUT = "\u2026 and {count:,} characters more"
+    DURATIONS = ("{seconds} s", "{minutes} min {seconds:02} s", "{hours} h {minutes:02} min")
+    SIZES = ("{:,.0f} bytes", "{:,.1f} kB", "{:,.1f} MB", "{:,.1f} GB")
+
+
+class Column(NamedTuple):
+    """A column of the table of jobs."""
+
+    name: str  # its class, which the style knows
+    heading: str
+    cell: str  # how it is made, as a piece of the template: `shown` is a ShownJob, `job` is its Job
+
+
+COLUMNS = (
+    Column("id", Texts.ID, '<button type="button" aria-expanded="{{ is_open | lower }}">{{ job.id }}</button>'),
+    Column("time", Texts.TIME, "{{ job.timestamp | time }}"),
+    Column("type", Texts.TYPE, "{{ job.type }}"),
+    Column("status", Texts.STATUS, "{{ status(job.status, shown) }}"),
+    Column("prompt", Texts.PROMPT, "{{ job.prompt[:300] | text }}"),
+    Column("images", Texts.IMAGES, '{{ job.images | length or "" }}'),
+    Column("seconds", Texts.SECONDS, '{{ "" if shown.seconds is none else "{:.1f}".format(shown.seconds) }}'),
+    Column("ip", Texts.IP, "{{ job.ip | text(100) }}"),
+)
+
+# What the template, the script and the style share is named once, here. They write `$name`, and a name that is not here
+# is an error as soon as this file is loaded. What they write without `$` is HTML's or gradio's.
+IDS = ("style", "settings", "enabled", "retention", "purge", "filters", "status", "ip", "text", "fresh", "look")
+CLASSES = (
+    *("top", "main", "note", "error", "empty", "figures", "frame", "open", "gallery", "blank", "text", "wide"),
+    *STATUSES,
+    *(column.name for column in COLUMNS),
+)
+DATA = ("job", "page", "key", "version")  # attributes data-...
+NAMES = {name: name for name in (*CLASSES, *DATA)}
+NAMES.update({"tab": "job_tracker", **{f"tab_{name}": f"job_tracker_{name}" for name in IDS}})
+
+
+def with_names(text: str, **more: str) -> str:
+    """Fills in what is named once. Raises KeyError for an unknown name."""
+    return Template(text).substitute(NAMES, **more)
+
+
+# Control characters, those that turn the direction of text, and what is no character.
 UNPRINTABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
 
 
-def as_html(text: str, limit: int) -> str:
-    """Foreign text as HTML that shows it as text, cut, and with no say in the direction of what is beside it."""
+# The template's filters
+
+
+def as_text(text: Optional[str], limit: int = 20_000) -> Markup:
+    """Foreign text as HTML that shows it as text, cut, and with no say in the direction of what is beside it.
+
+    What is HTML already stays as it is.
+    """
+    if isinstance(text, Markup):
+        return text
     if not text:
-        return ""
+        return Markup("")
     rest = len(text) - limit
-    more = f" <em>\u2026 and {rest:,} characters more</em>" if rest > 0 else ""
-    return f"<bdi>{escape(UNPRINTABLE.sub(chr(0xFFFD), text[:limit]))}</bdi>{more}"
+    more = f" <em>{escape(Texts.CUT.format(count=rest))}</em>" if rest > 0 else ""
+    return Markup(f"<bdi>{escape(UNPRINTABLE.sub(chr(0xFFFD), text[:limit]))}</bdi>{more}")
 
 
-def as_time(moment: float) -> str:
-    """A moment as HTML, in UTC; the page's script turns it into the time of who looks at it."""
+def as_time(moment: float) -> Markup:
+    """A moment in Unix seconds as HTML, in UTC; the page's script turns it into the time of who looks at it."""
     text = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(moment))
-    return f'<time datetime="{text}">{text}</time>'
+    return Markup(f'<time datetime="{text}">{text}</time>')
 
 
 def as_duration(seconds: float) -> str:
+    """In the units that people use."""
+    short, medium, long = Texts.DURATIONS
     if seconds < 60:
-        return f"{round(max(seconds, 0), 1)} s"
+        return short.format(seconds=round(max(seconds, 0), 1))
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds:02} s"
+    return (long if hours else medium).format(hours=hours, minutes=minutes, seconds=seconds)
 
 
 def as_size(size: float) -> str:
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if size < 1000 or unit == "GB":
-            break
+    """A number of bytes, in the units that people use."""
+    *texts, largest = Texts.SIZES
+    for text in texts:
+        if size < 1000:
+            return text.format(size)
         size /= 1000
-    return f"{size:,.0f} {unit}" if unit == "bytes" else f"{size:,.1f} {unit}"
+    return largest.format(size)
 
 
-class View(NamedTuple):
+TAB_TEMPLATE = with_names(
+    """
+{% macro status(name, shown=none) %}
+  <span class="$status {{ name }}">{{ name }}
+  {% if shown and shown.progress is not none %} {{ "{:.0%}".format(shown.progress) }}
+    <progress value="{{ "{:.2f}".format(shown.progress) }}"></progress>
+  {% elif shown and shown.position is not none %} <small>
+    {{ texts.NEXT if shown.position == 1 else texts.PLACE.format(place=shown.position) }}
+  </small>{% endif %}
+  </span>
+{% endmacro %}
+
+{% macro notes_of(notes) %}
+  {% for note in notes %}<p class="$note{{ " $error" if note.is_error }}">{{ note.text | text }}</p>{% endfor %}
+{% endmacro %}
+
+{% macro figures_of(counts, size, next_purge) %}
+  <div class="$figures">
+    {% for name, count in counts.items() %}<div><b>{{ "{:,}".format(count) }}</b>{{ status(name) }}</div>{% endfor %}
+    <div><b>{{ size | size }}</b>{{ texts.ON_DISK }}</div>
+    <div><b>{{ next_purge }}</b>{{ texts.NEXT_PURGE }}</div>
+  </div>
+{% endmacro %}
+
+{% macro turn(label, page, is_possible) %}
+  <button type="button" data-$page="{{ page }}"{{ "" if is_possible else " disabled" }}>{{ label }}</button>
+{% endmacro %}
+
+{% macro table_of(table) %}
+  <div class="$frame"><table>
+    <thead><tr>
+      {% for column in columns %}
+        <th class="{{ column.name }}" scope="col">{{ column.heading }}</th>
+      {% endfor %}
+    </tr></thead>
+    <tbody>
+      {% for shown in table.jobs %}
+        {% set job, is_open = shown.job, shown.job.id == table.open %}
+        <tr data-$job="{{ "" if is_open else job.id }}" class="{{ "$open" if is_open }}">$cells</tr>
+      {% endfor %}
+    </tbody>
+  </table></div>
+  <nav>
+    {{ turn(texts.NEWEST, 0, table.page > 0) }}
+    {{ turn(texts.NEWER, table.page - 1, table.page > 0) }}
+    <span>{{ table.where }}</span>
+    {{ turn(texts.OLDER, table.page + 1, table.has_more) }}
+    {% if table.last_page is not none %}
+      {{ turn(texts.OLDEST, table.last_page, table.has_more) }}
+    {% endif %}
+  </nav>
+{% endmacro %}
+
+{% macro figure_of(picture, number) %}
+  <figure>
+    {% if picture.is_missing %}
+      <div class="$blank">{{ texts.IMAGE_GONE }}</div>
+      <figcaption>{{ picture.name }}</figcaption>
+    {% else %}
+      <a href="{{ picture.url }}" target="_blank" rel="noopener">
+        {% if picture.is_shown %}
+          <img src="{{ picture.url }}" alt="{{ texts.IMAGE.format(number=number) }}" loading="lazy">
+        {% else %}
+          <div class="$blank">{{ picture.ending }}</div>
+        {% endif %}
+      </a>
+      <figcaption>
+        <a href="{{ picture.url }}" target="_blank" rel="noopener">{{ picture.name }}</a>
+        {{ " " }}<small>{{ picture.size | size }}</small>
+      </figcaption>
+    {% endif %}
+  </figure>
+{% endmacro %}
+
+{% macro long_text(label, text, is_open=true) %}
+  <details{{ " open" if is_open }}>
+    <summary>{{ label }}</summary>
+    <div class="$text">{{ text | text or "\u00a0" }}</div>
+  </details>
+{% endmacro %}
+
+{% macro fact(label, value, is_wide=false) %}
+  {% if value %}
+    <div{% if is_wide %} class="$wide"{% endif %}><dt>{{ label }}</dt><dd>{{ value }}</dd></div>
+  {% endif %}
+{% endmacro %}
+
+{% macro details_of(open, shown, job) %}
+  <div>{{ notes_of(open.notes) }}</div>
+  <div class="$gallery">
+    {% for picture in open.pictures %}{{ figure_of(picture, loop.index) }}{% endfor %}
+  </div>
+  {{ long_text(texts.PROMPT, job.prompt) }}
+  {% if open.negative_prompt %}{{ long_text(texts.NEGATIVE_PROMPT, open.negative_prompt) }}{% endif %}
+  <dl>
+    {{ fact(texts.TYPE, job.type) }}
+    {{ fact(texts.CLIENT, job.ip | text(100)) }}
+    {{ fact(texts.ACCEPTED, job.timestamp | time) }}
+    {{ fact(texts.WAITED, (job.started - job.timestamp) | int | duration if job.started) }}
+    {{ fact(texts.TOOK, shown.seconds | duration if job.started and job.finished) }}
+    {{ fact(texts.LEFT, shown.eta | duration if shown.eta is not none) }}
+    {{ fact(texts.ON_DISK, job.bytes | size if job.bytes) }}
+    {{ fact(texts.SEED, open.seeds | text(1000), is_wide=true) }}
+  </dl>
+  {% for text in open.infotexts %}
+    {% if loop.length == 1 %}
+      {{ long_text(texts.INFOTEXT, text) }}
+    {% else %}
+      {{ long_text(texts.INFOTEXT_OF_IMAGE.format(number=loop.index), text, is_open=loop.first) }}
+    {% endif %}
+  {% endfor %}
+{% endmacro %}
+
+<div class="$top">
+  {{ notes_of(notes) }}
+  {% if figures %}{{ figures_of(**figures) }}{% endif %}
+</div>
+<div class="$main">
+  {% if table %}
+    <section>
+      {% if table.jobs %}{{ table_of(table) }}{% else %}<p class="$empty">{{ table.nothing }}</p>{% endif %}
+    </section>
+  {% endif %}
+  {% if open %}
+    <aside data-$key="{{ open.id }}">
+      <header>
+        <b>{{ open.id }}</b>
+        {% if open.shown %}{{ status(open.shown.job.status, open.shown) }}{% endif %}
+        <button type="button" data-$job="">{{ texts.CLOSE }}</button>
+      </header>
+      {% if open.shown %}
+        {{ details_of(open, open.shown, open.shown.job) }}
+      {% else %}
+        <p class="$empty">{{ texts.GONE }}</p>
+      {% endif %}
+    </aside>
+  {% endif %}
+</div>
+""",
+    cells="".join(with_names(f'<td class="{column.name}">{column.cell}</td>') for column in COLUMNS),
+)
+
+
+class PageState(NamedTuple):
     """What one open page shows. It comes from the browser with every look."""
 
     page: int = 0
@@ -5424,138 +5686,128 @@ class View(NamedTuple):
     version: str = ""  # of the HTML that it has
 
     @classmethod
-    def parse(cls, text: Any) -> "View":
-        """Anybody can send anything: what is no view is the first page."""
+    def parse(cls, text: Any) -> "PageState":
+        """Anybody can send anything: an invalid state is the first page."""
         with contextlib.suppress(TypeError, ValueError, RecursionError):
-            view = cls(**json.loads(text))
-            if type(view.page) is int and 0 <= view.page < 1 << 32 and (view.job == "" or ID_FORM.match(view.job)):
-                return view
+            state = cls(**json.loads(text))
+            if type(state.page) is int and 0 <= state.page < 1 << 32 and (state.job == "" or ID_FORM.match(state.job)):
+                return state
         return cls()
 
 
-class Markup:
-    """Jobs as HTML. What came from a client goes through `as_html`."""
+class Note(NamedTuple):
+    text: str
+    is_error: bool = False
+
+
+class ShownJob(NamedTuple):
+    """A job with what its record does not say."""
+
+    job: Job
+    progress: Progress
+    eta: Optional[float]  # seconds
+    position: Optional[int]  # in the queue
+    seconds: Optional[float]  # of its generation, until now
+
+
+class TabHtml:
+    """The HTML of the page: looks up what it shows, and renders the template, both in a thread that may block."""
 
     ROWS = 50
-    ROW_TEXT, FULL_TEXT = 300, 20_000  # characters of a prompt in the table, and of any text in an open job
     INFOTEXTS = 20
     IMAGE = "/job-tracker/{id}/{n}"  # for whom gradio shows the page; the API has credentials of its own
-    SHOWN = ("png", "jpg", "webp", "gif", "avif", "bmp")  # by every browser
+    BROWSER_FORMATS = ("png", "jpg", "webp", "gif", "avif", "bmp")
 
     def __init__(self, tracker: Tracker):
         self.tracker = tracker
+        # Every value is escaped that is not Markup, and an unknown name raises.
+        environment = Environment(autoescape=True, undefined=StrictUndefined)
+        environment.filters.update(text=as_text, time=as_time, duration=as_duration, size=as_size)
+        environment.globals.update(texts=Texts, columns=COLUMNS)
+        # Line breaks between two tags, and what indents the second, are for the template's readers only.
+        self._template = environment.from_string(re.sub(r"(?<=[>}])\n\s*(?=[<{])", "", TAB_TEMPLATE.strip()))
 
-    @classmethod
-    def note(cls, text: str, kind: str = "plain") -> str:
-        return f'<p class="note {kind}">{as_html(text, cls.FULL_TEXT)}</p>'
-
-    def figures(self) -> str:
-        counts, size = self.tracker.store.figures()
-        figures = [(self._status(status), f"{counts[status]:,}") for status in STATUSES]
-        figures += [("On disk", as_size(size)), ("Next purge", self._next_purge())]
-        cells = "".join(f"<div><b>{value}</b>{name}</div>" for name, value in figures)
-        return f'<div class="figures">{cells}</div>'
+    def render(self, state: PageState, filter_: Filter, notes: Iterable[Note] = ()) -> str:
+        """The whole page. What cannot be read is left out, and a note says so."""
+        parts: Dict[str, Any] = {"notes": [*notes], "figures": None, "table": None, "open": None}
+        try:
+            counts, size = self.tracker.stats()
+            parts["figures"] = {"counts": counts, "size": size, "next_purge": self._next_purge()}
+            parts["table"] = self._table(state, filter_, counts)
+            parts["open"] = self._open(state.job) if state.job else None
+        except OSError as error:
+            parts["notes"].append(Note(Texts.NOT_READABLE.format(reason=reason_of(error)), is_error=True))
+        return self._template.render(parts)
 
     def _next_purge(self) -> str:
         at = self.tracker.next_purge
         if self.tracker.settings.retention_days is None:
-            return "Off"
+            return Texts.NEVER
         if at is None:
-            return "soon"
+            return Texts.SOON
         hours, minutes = divmod(max(int(at - time.monotonic()) // 60, 0), 60)
-        return f"in {hours} h {minutes:02} min" if hours else f"in {minutes} min"
+        return (Texts.IN_HOURS if hours else Texts.IN_MINUTES).format(hours=hours, minutes=minutes)
 
-    @staticmethod
-    def _status(status: str, more: str = "") -> str:
-        return f'<span class="status {status}">{status}{more}</span>'
-
-    def _status_of(self, job: Job) -> str:
-        progress, _ = self.tracker.progress_of(job)
-        position = self.tracker.position(job.id)
-        more = ""
-        if progress is not None:
-            more = f' {progress:.0%}<progress value="{progress:.2f}"></progress>'
-        elif position is not None:
-            more = f" <small>{'next' if position == 1 else f'no. {position}'}</small>"
-        return self._status(job.status, more)
-
-    def table(self, view: View, wanted: Filter) -> str:
+    def _table(self, state: PageState, filter_: Filter, counts: Dict[str, int]) -> Dict[str, Any]:
         """A page of the jobs that match."""
-        store, total = self.tracker.store, None
-        if wanted == Filter(status=wanted.status):  # all others would have to be counted
-            counts = store.figures()[0]
-            total = sum(counts.values()) if wanted.status is None else counts[wanted.status]
-        page = view.page if total is None else min(view.page, max(total - 1, 0) // self.ROWS)
-        found = store.query(wanted, self.ROWS, page * self.ROWS)
+        total = None
+        if filter_ == Filter(status=filter_.status):  # all others would have to be counted
+            total = sum(counts.values()) if filter_.status is None else counts[filter_.status]
+        page = state.page if total is None else min(state.page, max(total - 1, 0) // self.ROWS)
+        found = self.tracker.list(filter_, self.ROWS, skip=page * self.ROWS)
         if page and not found.jobs:
-            page, found = 0, store.query(wanted, self.ROWS)
-        if not found.jobs:
-            text = "No jobs yet." if wanted == Filter() else "No job matches these filters."
-            return f'<p class="empty">{text}</p>'
-        columns = ("ID", "Time", "Type", "Status", "Prompt", "Images", "Seconds", "IP")
-        head = "".join(f'<th class="{column.lower()}" scope="col">{column}</th>' for column in columns)
-        rows = "".join(self._row(self.tracker.get(job.id) or job, job.id == view.job) for job in found.jobs)
-        pages = self._pages(page, len(found.jobs), total, found.more)
-        return f'<div class="frame"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>{pages}'
-
-    def _row(self, job: Job, is_open: bool) -> str:
-        seconds = self.tracker.seconds(job)
-        cells = {
-            "id": f'<button type="button" aria-expanded="{"true" if is_open else "false"}">{job.id}</button>',
-            "time": as_time(job.timestamp),
-            "type": job.type,
-            "status": self._status_of(job),
-            "prompt": as_html(job.prompt[: self.ROW_TEXT], self.ROW_TEXT),
-            "images": str(len(job.images) or ""),
-            "seconds": "" if seconds is None else f"{seconds:.1f}",
-            "ip": as_html(job.ip or "", 100),
-        }
-        row = "".join(f'<td class="{name}">{cell}</td>' for name, cell in cells.items())
-        return f'<tr data-job="{"" if is_open else job.id}" class="{"open" if is_open else ""}">{row}</tr>'
-
-    def _pages(self, page: int, rows: int, total: Optional[int], more: bool) -> str:
-        def button(text: str, to: int, possible: bool) -> str:
-            return f'<button type="button" data-page="{to}"{"" if possible else " disabled"}>{text}</button>'
-
+            page, found = 0, self.tracker.list(filter_, self.ROWS)
         first = page * self.ROWS + 1
-        where = f"{first:,} to {first + rows - 1:,}"
-        newer = button("Newest", 0, page > 0) + button("Newer", page - 1, page > 0)
-        older = button("Older", page + 1, more)
-        if total is not None:
-            where += f" of {total:,}"
-            older += button("Oldest", (total - 1) // self.ROWS, more)
-        return f"<nav>{newer}<span>{where}</span>{older}</nav>"
+        where = Texts.ROWS if total is None else Texts.ROWS_OF_ALL
+        return {
+            "jobs": [self._shown(self.tracker.running(job.id) or job) for job in found.jobs],
+            "open": state.job,
+            "nothing": Texts.NO_JOBS if filter_ == Filter() else Texts.NO_MATCH,
+            "page": page,
+            "where": where.format(first=first, last=first + len(found.jobs) - 1, total=total),
+            "has_more": found.more,
+            "last_page": None if total is None else (total - 1) // self.ROWS,
+        }
 
-    def details(self, job_id: str) -> str:
+    def _shown(self, job: Job) -> ShownJob:
+        progress, eta = self.tracker.progress_of(job)
+        return ShownJob(job, progress, eta, self.tracker.position(job.id), self.tracker.seconds(job))
+
+    def _open(self, job_id: str) -> Dict[str, Any]:
         """All there is to know of a job."""
-        close = '<button type="button" data-job="">Close</button>'
         job = self.tracker.get(job_id)
         if job is None:
-            return f'<header><b>{job_id}</b>{close}</header><p class="empty">This job is no longer kept.</p>'
+            return {"id": job_id, "shown": None}
         known = self.tracker.describe(job)
-        text = known["info"]
-        size = text.end - text.start if isinstance(text, Part) else len(text) if isinstance(text, str) else 0
-        info = self._info(text if size <= LARGE else None)
-        error = self.note(known["error"], "error") if known["error"] else ""
+        info = known["info"]
+        size = info.end - info.start if isinstance(info, Part) else len(info) if isinstance(info, str) else 0
+        notes = [Note(known["error"], is_error=True)] if known["error"] else []
         if size > LARGE:
-            error += self.note(f"What the webui says of this job is too long to be shown here: {as_size(size)}")
-        texts = [("Prompt", job.prompt)]
-        if info["negative_prompt"]:
-            texts.append(("Negative prompt", info["negative_prompt"]))
-        infotexts = info["infotexts"][: self.INFOTEXTS]
-        return (
-            f"<header><b>{job.id}</b>{self._status_of(job)}{close}</header><div>{error}</div>"
-            + self._gallery(job)
-            + "".join(self._text(name, text) for name, text in texts)
-            + self._facts(job, known, info)
-            + "".join(
-                self._text("Infotext" if len(infotexts) == 1 else f"Infotext of image {number + 1}", text, number == 0)
-                for number, text in enumerate(infotexts)
-            )
-        )
+            notes.append(Note(Texts.INFO_TOO_LONG.format(size=as_size(size))))
+        missing = self.tracker.missing(job)
+        return {
+            "id": job_id,
+            "shown": self._shown(job),
+            "notes": notes,
+            "pictures": [
+                {**self._picture_of(job, number), "is_missing": number in missing} for number in range(len(job.images))
+            ],
+            **self._info(info if size <= LARGE else None),
+        }
 
-    @staticmethod
-    def _info(text: Any) -> Dict[str, Any]:
+    def _picture_of(self, job: Job, number: int) -> Dict[str, Any]:
+        name = os.path.basename(job.images[number])
+        ending = name.rpartition(".")[2]
+        return {
+            "name": name,
+            "size": self.tracker.images.size(job.images[number]) or 0,  # it may have gone just now
+            "ending": ending,
+            "is_shown": ending in self.BROWSER_FORMATS,
+            "url": "." + self.IMAGE.format(id=job.id, n=number),
+        }
+
+    @classmethod
+    def _info(cls, text: Any) -> Dict[str, Any]:
         """What is shown of the host's `info`, whatever that is."""
         info: Any = None
         with contextlib.suppress(TypeError, ValueError, RecursionError):
@@ -5566,48 +5818,8 @@ class Markup:
         return {
             "negative_prompt": str(info.get("negative_prompt") or ""),
             "seeds": ", ".join(map(str, lists["all_seeds"] or [info.get("seed", "")])),
-            "infotexts": list(map(str, lists["infotexts"])),
+            "infotexts": list(map(str, lists["infotexts"][: cls.INFOTEXTS])),
         }
-
-    def _facts(self, job: Job, known: Dict[str, Any], info: Dict[str, Any]) -> str:
-        facts = {
-            "Type": job.type,
-            "Client": as_html(job.ip or "", 100),
-            "Accepted": as_time(job.timestamp),
-            "Waited": as_duration(int(job.started - job.timestamp)) if job.started else "",
-            "Took": as_duration(self.tracker.seconds(job) or 0) if job.started and job.finished else "",
-            "Left": as_duration(known["eta"]) if known["eta"] is not None else "",
-            "On disk": as_size(job.bytes) if job.bytes else "",
-        }
-        shown = [f"<div><dt>{name}</dt><dd>{fact}</dd></div>" for name, fact in facts.items() if fact]
-        if info["seeds"]:
-            shown.append(f'<div class="wide"><dt>Seed</dt><dd>{as_html(info["seeds"], 1000)}</dd></div>')
-        return f"<dl>{''.join(shown)}</dl>"
-
-    def _text(self, name: str, text: str, is_open: bool = True) -> str:
-        return (
-            f"<details{' open' if is_open else ''}><summary>{name}</summary>"
-            f'<div class="text">{as_html(text, self.FULL_TEXT) or "&nbsp;"}</div></details>'
-        )
-
-    def _gallery(self, job: Job) -> str:
-        figures = ""
-        for number, name in enumerate(job.images):
-            file_name, size = os.path.basename(name), self.tracker.images.size(name)
-            url = "." + self.IMAGE.format(id=job.id, n=number)
-            link, end = f'<a href="{url}" target="_blank" rel="noopener">', "</a>"
-            ending = name.rpartition(".")[2]
-            picture, note = f'<div class="blank">{ending}</div>', ""
-            if size is None:
-                link = end = ""
-                picture = '<div class="blank">no longer on disk</div>'
-            else:
-                note = f" <small>{as_size(size)}</small>"
-                if ending in self.SHOWN:
-                    picture = f'<img src="{url}" alt="Image {number + 1}" loading="lazy">'
-            caption = f"<figcaption>{link}{file_name}{end}{note}</figcaption>"
-            figures += f"<figure>{link}{picture}{end}{caption}</figure>"
-        return f'<div class="gallery">{figures}</div>'
 
 
 class Tab:
@@ -5618,7 +5830,6 @@ class Tab:
     and nothing is asked while nobody looks.
     """
 
-    RETENTIONS = {"30 days": 30, "7 days": 7, "3 days": 3, "1 day": 1, "Off": None}
     TOKEN = "/job-tracker/token"
     DIRECT = re.compile(r"/(run|api)/[^/]+/?\Z")  # the paths at which gradio calls a function without its queue
 
@@ -5627,7 +5838,7 @@ class Tab:
         self.tracker = tracker
         self.origins = origins
         self.trouble = trouble
-        self.markup = Markup(tracker)
+        self.html = TabHtml(tracker)
         self._purge: Optional[Future] = None  # the last one that was asked for here
         self._purge_began = 0.0
         # Only pages of the webui itself can read it, and so prove what they are where a proxy changes `Host`.
@@ -5639,33 +5850,37 @@ class Tab:
         """The page as gradio's Blocks, for gradio 3.41 and 4.40."""
         import gradio as gr
 
-        with gr.Blocks(analytics_enabled=False) as blocks, gr.Column(elem_id="job_tracker"):
-            gr.HTML(f"<style>{TAB_STYLE}</style>", elem_id="job_tracker_style")
-            with gr.Row(elem_id="job_tracker_settings"):
+        with gr.Blocks(analytics_enabled=False) as blocks, gr.Column(elem_id=NAMES["tab"]):
+            gr.HTML(f"<style>{TAB_STYLE}</style>", elem_id=NAMES["tab_style"])
+            with gr.Row(elem_id=NAMES["tab_settings"]):
                 enabled = gr.Checkbox(
                     self.tracker.settings.enabled,
-                    label="Enable Tracking",
-                    elem_id="job_tracker_enabled",
-                    **self._state("enabled", "Each generation through the API becomes a job that is kept."),
+                    label=Texts.ENABLED,
+                    elem_id=NAMES["tab_enabled"],
+                    **self._control("enabled", Texts.ENABLED_INFO),
                 )
                 retention = gr.Radio(
                     self._retentions(),
                     value=self._retention(),
-                    label="Retention",
-                    elem_id="job_tracker_retention",
-                    **self._state("retention_days", "Older jobs are removed, with their images."),
+                    label=Texts.RETENTION,
+                    elem_id=NAMES["tab_retention"],
+                    **self._control("retention_days", Texts.RETENTION_INFO),
                 )
-                purge = gr.Button("Purge Now", size="sm", elem_id="job_tracker_purge")
-            gr.HTML('<div class="top"></div>')
-            with gr.Row(elem_id="job_tracker_filters"):
-                status = gr.Dropdown(["All", *STATUSES], value="All", label="Status", elem_id="job_tracker_status")
-                ip = gr.Textbox(label="IP", placeholder="Any address", max_lines=1, elem_id="job_tracker_ip")
-                text = gr.Textbox(label="Prompt", placeholder="Any text", max_lines=1, elem_id="job_tracker_text")
-            gr.HTML('<div class="main"><p class="empty">Loading</p></div>')
-            fresh = gr.HTML(elem_id="job_tracker_fresh")  # the script brings it into the top and the main part
-            view = gr.Textbox(visible=False)
+                purge = gr.Button(Texts.PURGE, size="sm", elem_id=NAMES["tab_purge"])
+            gr.HTML(with_names('<div class="$top"></div>'))
+            with gr.Row(elem_id=NAMES["tab_filters"]):
+                status = gr.Dropdown(
+                    [Texts.ALL, *STATUSES], value=Texts.ALL, label=Texts.STATUS, elem_id=NAMES["tab_status"]
+                )
+                ip = gr.Textbox(label=Texts.IP, placeholder=Texts.ANY_IP, max_lines=1, elem_id=NAMES["tab_ip"])
+                text = gr.Textbox(
+                    label=Texts.PROMPT, placeholder=Texts.ANY_PROMPT, max_lines=1, elem_id=NAMES["tab_text"]
+                )
+            gr.HTML(with_names('<div class="$main"><p class="$empty">$loading</p></div>', loading=Texts.LOADING))
+            fresh = gr.HTML(elem_id=NAMES["tab_fresh"])  # the script brings it into the top and the main part
+            state = gr.Textbox(visible=False)
             token = gr.Textbox(visible=False)
-            look = gr.Button("Look", elem_id="job_tracker_look")  # for the script, nobody sees it
+            look = gr.Button("Look", elem_id=NAMES["tab_look"])  # for the script, nobody sees it
 
             script_argument = "js" if int(gr.__version__.split(".")[0]) >= 4 else "_js"
 
@@ -5679,7 +5894,7 @@ class Tab:
                 return on(event, self._guarded(function, action, len(outputs)), [*inputs, token], outputs, script)
 
             on(blocks.load, script=TAB_SCRIPT)
-            inputs, outputs = [view, enabled, retention, status, ip, text], [enabled, retention, purge, fresh]
+            inputs, outputs = [state, enabled, retention, status, ip, text], [enabled, retention, purge, fresh]
             looked = call(look.click, self.look, "see the jobs", inputs, outputs)
             on(looked.success, script="() => window.jobTracker.answered()")
             for control in (status, ip, text):
@@ -5695,11 +5910,11 @@ class Tab:
             block.do_not_save_to_config = True  # or the webui puts the values of its ui-config.json back
         return blocks
 
-    def _state(self, name: str, info: str) -> Dict[str, Any]:
+    def _control(self, name: str, info: str) -> Dict[str, Any]:
         """What the control of a setting says, and whether it can be used."""
         locked = self.tracker.settings.locked
         if name in locked:
-            return {"interactive": False, "info": f"Set by the variable {locked[name]}, and locked by it."}
+            return {"interactive": False, "info": Texts.LOCKED.format(variable=locked[name])}
         return {"interactive": True, "info": info}
 
     # Who may use them
@@ -5720,7 +5935,7 @@ class Tab:
             scope = self._direct_scope(request)
             if scope is None:
                 self.origins.warn("A call through gradio's queue", action)
-                raise gr.Error("This cannot be called through the queue")
+                raise gr.Error(Texts.NO_QUEUE)
             if self._is_token(token) or not self.origins.refuses(scope, action):
                 return await function(*values)
             if Shell.KEY not in scope:
@@ -5747,14 +5962,14 @@ class Tab:
 
     def _retention(self) -> str:
         days = self.tracker.settings.retention_days
-        known = [text for text, value in self.RETENTIONS.items() if value == days]
-        return known[0] if known else f"{days:g} days"
+        known = [text for text, value in Texts.RETENTIONS.items() if value == days]
+        return known[0] if known else Texts.OTHER_RETENTION.format(days=days)
 
     def _retentions(self) -> List[str]:
         now = self._retention()
-        return [*([] if now in self.RETENTIONS else [now]), *self.RETENTIONS]
+        return [*([] if now in Texts.RETENTIONS else [now]), *Texts.RETENTIONS]
 
-    # What they do, in threads of the tracker's own, so that the host's are never needed
+    # What the controls do, in threads of the tracker's own, so that the host's are never needed
 
     async def set_enabled(self, enabled: Any) -> None:
         if isinstance(enabled, bool):  # anybody can send anything
@@ -5763,8 +5978,8 @@ class Tab:
     async def set_retention(self, retention: Any) -> Any:
         import gradio as gr
 
-        if retention in list(self.RETENTIONS):  # a list also looks for what has no hash
-            await self._save(retention_days=self.RETENTIONS[retention])
+        if retention in list(Texts.RETENTIONS):  # a list also looks for what has no hash
+            await self._save(retention_days=Texts.RETENTIONS[retention])
         return gr.update(choices=self._retentions(), value=self._retention())
 
     async def _save(self, **changes: Any) -> None:
@@ -5773,7 +5988,7 @@ class Tab:
         try:
             await self.tracker.in_pool(lambda: self.tracker.settings.save(**changes))
         except (OSError, ValueError) as error:
-            raise gr.Error(f"Not saved: {reason_of(error)}") from None
+            raise gr.Error(Texts.NOT_SAVED.format(reason=reason_of(error))) from None
 
     async def purge(self) -> None:
         """Begins a purge. It may take minutes, so its result comes with a later look."""
@@ -5781,78 +5996,69 @@ class Tab:
             self._purge_began = time.time()
             self._purge = self.tracker.pool.submit(self.tracker.purge)
 
-    async def look(self, view: Any, enabled: Any, retention: Any, status: Any, ip: Any, text: Any) -> List[Any]:
+    async def look(self, state: Any, enabled: Any, retention: Any, status: Any, ip: Any, text: Any) -> List[Any]:
         """The outputs of `build`, for the values of its inputs."""
-        wanted = Filter(
+        filter_ = Filter(
             ip=str(ip or "").strip() or None,
             status=status if status in STATUSES else None,
             q=str(text or "").strip()[: Filter.LIMIT] or None,
         )
-        pool = self.tracker.searchers if wanted.text else self.tracker.pool
-        return await self.tracker.in_pool(self._look, View.parse(view), enabled, retention, wanted, pool=pool)
+        pool = self.tracker.searchers if filter_.text else self.tracker.pool
+        return await self.tracker.in_pool(self._look, PageState.parse(state), enabled, retention, filter_, pool=pool)
 
-    def _look(self, shown: View, enabled: Any, retention: Any, wanted: Filter) -> List[Any]:
+    def _look(self, state: PageState, enabled: Any, retention: Any, filter_: Filter) -> List[Any]:
         import gradio as gr
 
         settings = self.tracker.settings
         settings.refresh()
-        top, main = self._notes(), ""
-        try:
-            top += self.markup.figures()
-            main = f"<section>{self.markup.table(shown, wanted)}</section>"
-            if shown.job:
-                main += f'<aside data-key="{shown.job}">{self.markup.details(shown.job)}</aside>'
-        except OSError as error:
-            top += self.markup.note(f"The jobs cannot be read: {reason_of(error)}", "error")
+        html = self.html.render(state, filter_, self._notes())
+        version = str(zlib.crc32(html.encode()))
         # A control that agrees is left alone: it may be changing under somebody's hand.
         same = gr.update()
         days = self._retention()
-        version = str(zlib.crc32(f"{top}\0{main}".encode()))
-        html = f'<div class="top" data-version="{version}">{top}</div><div class="main">{main}</div>'
         return [
             same if enabled == settings.enabled else gr.update(value=settings.enabled),
             same if retention == days else gr.update(choices=self._retentions(), value=days),
-            gr.update(interactive=not self._purging, value="Purging \u2026" if self._purging else "Purge Now"),
-            same if version == shown.version else html,
+            gr.update(interactive=not self._purging, value=Texts.PURGING if self._purging else Texts.PURGE),
+            same if version == state.version else f'<div data-{NAMES["version"]}="{version}">{html}</div>',
         ]
 
     @property
     def _purging(self) -> bool:
         return self._purge is not None and not self._purge.done()
 
-    def _notes(self) -> str:
+    def _notes(self) -> Iterator[Note]:
         """What has to be said before all else."""
-        settings, note, notes = self.tracker.settings, self.markup.note, ""
-        if self.trouble():
-            notes += note(f"Generations are not tracked: {self.trouble()}.", "error")
+        settings, trouble, kept = self.tracker.settings, self.trouble(), self.tracker.kept_for_clock
+        if trouble:
+            yield Note(Texts.NOT_TRACKED.format(reason=trouble), is_error=True)
         elif not settings.enabled and "enabled" in settings.locked:
-            notes += note(f"Tracking is off: {settings.locked['enabled']} says so.")
+            yield Note(Texts.LOCKED_OFF.format(variable=settings.locked["enabled"]))
         elif not settings.enabled:
-            notes += note("Tracking is off: generations leave no job. Enable Tracking takes effect at once.")
+            yield Note(Texts.TRACKING_OFF)
         if settings.trouble:
-            notes += note(f"{settings.trouble}.", "error")
-        if self.tracker.kept_for_clock and not self._purging:
-            kept = f"{self.tracker.kept_for_clock:,} jobs are older than the retention, all from before this start."
-            notes += note(f"{kept} They are kept, since the clock may be wrong. Purge Now removes them.")
+            yield Note(Texts.SETTINGS_TROUBLE.format(trouble=settings.trouble), is_error=True)
+        if kept and not self._purging:
+            yield Note(Texts.KEPT_FOR_CLOCK.format(jobs=kept))
         if self._purging:
-            notes += note("Purging: old jobs are being removed. All else goes on meanwhile.")
+            yield Note(Texts.PURGE_RUNS)
         elif self._purge is not None and self._purge.exception() is not None:
-            notes += note(f"The purge failed: {reason_of(self._purge.exception())}", "error")
+            yield Note(Texts.PURGE_FAILED.format(reason=reason_of(self._purge.exception())), is_error=True)
         elif self._purge is not None:
             jobs, images, size = self._purge.result()
-            off = " Retention is off, so no job is too old." if settings.retention_days is None else ""
-            removed = f"removed {jobs:,} jobs, {images:,} images, {as_size(size)}.{off}"
-            notes += f'<p class="note">Purge at {as_time(self._purge_began)}: {removed}</p>'
-        return notes
+            text = Texts.PURGED_WITHOUT_RETENTION if settings.retention_days is None else Texts.PURGED
+            began = as_time(self._purge_began)
+            yield Note(escape(text).format(time=began, jobs=jobs, images=images, size=as_size(size)))
 
 
-TAB_SCRIPT = """() => {
+TAB_SCRIPT = with_names(
+    """() => {
     if (window.jobTracker) window.jobTracker.end();
     const EVERY = 1500, AWAY = 10000;  // milliseconds between two looks, and until an answer is given up
-    const view = {page: 0, job: ""};
+    const state = {page: 0, job: ""};
     let due = 0, asked = null, acted = false, watched = null, token = null;
 
-    const learnToken = () => fetch("./job-tracker/token").then((answer) => answer.ok ? answer.json() : "")
+    const learnToken = () => fetch(".$token").then((answer) => answer.ok ? answer.json() : "")
         .catch(() => "").then((text) => { token = text; });
     const act = (delay = 0) => {
         acted = true;
@@ -5865,7 +6071,7 @@ TAB_SCRIPT = """() => {
         tick();
     };
     const tick = () => {
-        const root = [...document.querySelectorAll("#job_tracker")].find((element) => element.offsetParent);
+        const root = [...document.querySelectorAll("#$tab")].find((element) => element.offsetParent);
         if (document.hidden || !root || token === null) return;
         if (root !== watched) watch(root);
         const now = Date.now();
@@ -5873,13 +6079,13 @@ TAB_SCRIPT = """() => {
         if (asked !== null) learnToken();  // no answer: the webui may be another one since a restart
         asked = now;
         acted = false;
-        root.querySelector("#job_tracker_look").click();
+        root.querySelector("#$tab_look").click();
     };
 
     // What is alike stays in place, so that focus, selection and a click under way live on.
     const morph = (old, fresh) => {
         if (old.isEqualNode(fresh)) return;
-        if (old.nodeType !== 1 || old.nodeName !== fresh.nodeName || old.dataset.key !== fresh.dataset.key)
+        if (old.nodeType !== 1 || old.nodeName !== fresh.nodeName || old.dataset.$key !== fresh.dataset.$key)
             return old.replaceWith(fresh.cloneNode(true));
         if (old.nodeName !== "DETAILS") {  // which are the reader's to open and close
             for (const {name} of [...old.attributes]) if (!fresh.hasAttribute(name)) old.removeAttribute(name);
@@ -5893,8 +6099,8 @@ TAB_SCRIPT = """() => {
     };
     const changed = () => {
         watched.querySelectorAll("time:not([title])").forEach(inLocalTime);
-        for (const part of [".top", ".main"]) {
-            const fresh = watched.querySelector("#job_tracker_fresh " + part);
+        for (const part of [".$top", ".$main"]) {
+            const fresh = watched.querySelector("#$tab_fresh " + part);
             if (fresh) morph(watched.querySelector(part), fresh);  // the first of them, not the fresh one
         }
     };
@@ -5914,18 +6120,18 @@ TAB_SCRIPT = """() => {
     };
 
     const open = (job) => {
-        view.job = job;
+        state.job = job;
         act();
     };
     const onClick = (event) => {
-        const target = event.target.closest("#job_tracker [data-job], #job_tracker [data-page]");
+        const target = event.target.closest("#$tab [data-$job], #$tab [data-$page]");
         if (!target || target.tagName === "TR" && String(getSelection())) return;
-        if (target.dataset.page === undefined) return open(target.dataset.job);
-        view.page = Number(target.dataset.page);
+        if (target.dataset.$page === undefined) return open(target.dataset.$job);
+        state.page = Number(target.dataset.$page);
         act();
     };
     const onKey = (event) => {
-        if (event.key === "Escape" && view.job && watched && watched.offsetParent) open("");
+        if (event.key === "Escape" && state.job && watched && watched.offsetParent) open("");
     };
     document.addEventListener("click", onClick);
     document.addEventListener("keydown", onKey);
@@ -5937,12 +6143,12 @@ TAB_SCRIPT = """() => {
         act,
         answered,
         ask: (values) => {
-            const {version} = watched.querySelector("#job_tracker_fresh .top")?.dataset ?? {};
-            return window.jobTracker.sign([JSON.stringify({...view, version}), ...values.slice(1)]);
+            const version = watched.querySelector("#$tab_fresh [data-$version]")?.dataset.$version;
+            return window.jobTracker.sign([JSON.stringify({...state, version}), ...values.slice(1)]);
         },
         sign: (values) => [...values, token ?? ""],
         filter: () => {
-            view.page = 0;
+            state.page = 0;
             act(300);
         },
         end: () => {
@@ -5953,136 +6159,138 @@ TAB_SCRIPT = """() => {
             document.removeEventListener("visibilitychange", tick);
         },
     };
-}"""
+}""",
+    token=Tab.TOKEN,
+)
 
-TAB_STYLE = """
-#job_tracker { gap: 16px; }
-#job_tracker_style, #job_tracker_look, #job_tracker_fresh { display: none !important; }
-#job_tracker .pending { opacity: 1; }
-#job_tracker :is(b, th) { font-weight: 600; }
-#job_tracker :is(small, em) { font-size: inherit; font-style: normal; color: var(--body-text-color-subdued); }
-#job_tracker :is(button, p, table, figure, img, summary) { margin: 0; }
-#job_tracker :is(td, nav, header) button { padding: 4px 12px; border: 1px solid var(--border-color-primary);
+TAB_STYLE = with_names("""
+#$tab { gap: 16px; }
+#$tab_style, #$tab_look, #$tab_fresh { display: none !important; }
+#$tab .pending { opacity: 1; }
+#$tab :is(b, th) { font-weight: 600; }
+#$tab :is(small, em) { font-size: inherit; font-style: normal; color: var(--body-text-color-subdued); }
+#$tab :is(button, p, table, figure, img, summary) { margin: 0; }
+#$tab :is(td, nav, header) button { padding: 4px 12px; border: 1px solid var(--border-color-primary);
     border-radius: var(--radius-md); background: none; color: var(--body-text-color); cursor: pointer; }
-#job_tracker :is(nav, header) button:hover { border-color: var(--color-accent); }
+#$tab :is(nav, header) button:hover { border-color: var(--color-accent); }
 
-#job_tracker_settings { align-items: flex-start; gap: 16px; padding: 4px 0; }
-#job_tracker_settings .form { display: flex; flex-flow: row wrap; gap: 16px 64px; border: 0; background: none;
+#$tab_settings { align-items: flex-start; gap: 16px; padding: 4px 0; }
+#$tab_settings .form { display: flex; flex-flow: row wrap; gap: 16px 64px; border: 0; background: none;
     box-shadow: none; overflow: visible; }
-#job_tracker_settings .block { flex: 0 1 auto; width: auto; padding: 0; border: 0 !important; background: none;
+#$tab_settings .block { flex: 0 1 auto; width: auto; padding: 0; border: 0 !important; background: none;
     box-shadow: none; }
-#job_tracker_enabled { display: flex; flex-direction: column; gap: 6px; }
-#job_tracker_enabled label { order: -1; }
-#job_tracker_settings label:has(:disabled) { cursor: default; }
-#job_tracker_settings label:has(:disabled):not(.selected) { opacity: 0.5; }
-#job_tracker_purge { flex: none; align-self: center; margin-left: auto; padding: 6px 20px;
+#$tab_enabled { display: flex; flex-direction: column; gap: 6px; }
+#$tab_enabled label { order: -1; }
+#$tab_settings label:has(:disabled) { cursor: default; }
+#$tab_settings label:has(:disabled):not(.selected) { opacity: 0.5; }
+#$tab_purge { flex: none; align-self: center; margin-left: auto; padding: 6px 20px;
     border: 1px solid var(--border-color-primary); }
 
-#job_tracker .note { margin-bottom: 8px; padding: 8px 12px; border-left: 3px solid var(--border-color-primary);
+#$tab .$note { margin-bottom: 8px; padding: 8px 12px; border-left: 3px solid var(--border-color-primary);
     background: var(--background-fill-secondary); color: var(--body-text-color); overflow-wrap: anywhere; }
-#job_tracker .note.error { border-color: var(--color-red-500); }
-#job_tracker .empty { padding: 64px 16px; border: 1px solid var(--border-color-primary);
+#$tab .$note.$error { border-color: var(--color-red-500); }
+#$tab .$empty { padding: 64px 16px; border: 1px solid var(--border-color-primary);
     border-radius: var(--radius-lg); text-align: center; color: var(--body-text-color-subdued); }
 
-#job_tracker .figures { display: grid; grid-template-columns: repeat(6, 1fr); gap: 1px; overflow: hidden;
+#$tab .$figures { display: grid; grid-template-columns: repeat(6, 1fr); gap: 1px; overflow: hidden;
     border: 1px solid var(--border-color-primary); border-radius: var(--radius-lg);
     background: var(--border-color-primary); }
-#job_tracker .figures > div { padding: 10px 14px; background: var(--background-fill-primary);
+#$tab .$figures > div { padding: 10px 14px; background: var(--background-fill-primary);
     color: var(--body-text-color-subdued); font-size: var(--text-sm); }
-#job_tracker .figures b { display: block; font-size: var(--text-lg); color: var(--body-text-color);
+#$tab .$figures b { display: block; font-size: var(--text-lg); color: var(--body-text-color);
     font-variant-numeric: tabular-nums; white-space: nowrap; }
 
-#job_tracker span.status { white-space: nowrap; }
-#job_tracker span.status::before { content: ""; display: inline-block; width: 8px; height: 8px; margin-right: 7px;
+#$tab span.$status { white-space: nowrap; }
+#$tab span.$status::before { content: ""; display: inline-block; width: 8px; height: 8px; margin-right: 7px;
     border: 2px solid var(--dot); border-radius: 50%; background: var(--dot); box-sizing: border-box;
     vertical-align: 1px; }
-#job_tracker .Pending { --dot: var(--body-text-color-subdued); }
-#job_tracker span.Pending::before { background: none; }
-#job_tracker .Processing { --dot: var(--color-accent); }
-#job_tracker .Completed { --dot: var(--color-green-500); }
-#job_tracker .Failed { --dot: var(--color-red-500); }
-#job_tracker progress { display: block; width: 100%; height: 3px; margin: 3px 0 -6px; border: 0; border-radius: 2px;
+#$tab .$Pending { --dot: var(--body-text-color-subdued); }
+#$tab span.$Pending::before { background: none; }
+#$tab .$Processing { --dot: var(--color-accent); }
+#$tab .$Completed { --dot: var(--color-green-500); }
+#$tab .$Failed { --dot: var(--color-red-500); }
+#$tab progress { display: block; width: 100%; height: 3px; margin: 3px 0 -6px; border: 0; border-radius: 2px;
     overflow: hidden; appearance: none; background: var(--border-color-primary); }
-#job_tracker progress::-webkit-progress-bar { background: var(--border-color-primary); }
-#job_tracker progress::-webkit-progress-value { background: var(--color-accent); }
-#job_tracker progress::-moz-progress-bar { background: var(--color-accent); }
+#$tab progress::-webkit-progress-bar { background: var(--border-color-primary); }
+#$tab progress::-webkit-progress-value { background: var(--color-accent); }
+#$tab progress::-moz-progress-bar { background: var(--color-accent); }
 
-#job_tracker .main { display: flex; align-items: flex-start; gap: 16px; }
-#job_tracker .main > * { flex: 1 1 0; min-width: 0; }
-#job_tracker .frame { overflow: hidden; border: 1px solid var(--border-color-primary);
+#$tab .$main { display: flex; align-items: flex-start; gap: 16px; }
+#$tab .$main > * { flex: 1 1 0; min-width: 0; }
+#$tab .$frame { overflow: hidden; border: 1px solid var(--border-color-primary);
     border-radius: var(--radius-lg); }
-#job_tracker table { width: 100%; border: 0; border-collapse: collapse; table-layout: fixed;
+#$tab table { width: 100%; border: 0; border-collapse: collapse; table-layout: fixed;
     font-size: var(--text-sm); line-height: 1.4; }
-#job_tracker :is(th, td) { padding: 8px 10px; border: 0; text-align: left; vertical-align: middle; white-space: nowrap;
+#$tab :is(th, td) { padding: 8px 10px; border: 0; text-align: left; vertical-align: middle; white-space: nowrap;
     overflow: hidden; text-overflow: ellipsis; color: var(--body-text-color); }
-#job_tracker th { font-weight: 500; color: var(--body-text-color-subdued);
+#$tab th { font-weight: 500; color: var(--body-text-color-subdued);
     background: var(--background-fill-secondary); }
-#job_tracker :is(thead, tbody, tr) { border: 0; }
-#job_tracker tbody tr { border-top: 1px solid var(--border-color-primary); cursor: pointer;
+#$tab :is(thead, tbody, tr) { border: 0; }
+#$tab tbody tr { border-top: 1px solid var(--border-color-primary); cursor: pointer;
     background: none; }
-#job_tracker tbody tr:is(:hover, .open) { background: var(--background-fill-secondary); }
-#job_tracker tbody tr.open { box-shadow: inset 3px 0 var(--color-accent); }
-#job_tracker td button { display: block; padding: 0; border: 0; font: inherit; font-family: var(--font-mono); }
-#job_tracker .id { width: 100px; }
-#job_tracker .time { width: calc(20px + 8.8em); }
-#job_tracker .type { width: 80px; }
-#job_tracker :is(th, td).status { width: 150px; }
-#job_tracker .images { width: 70px; text-align: right; }
-#job_tracker .seconds { width: 80px; text-align: right; font-variant-numeric: tabular-nums; }
-#job_tracker .ip { width: 130px; }
-#job_tracker .main:has(aside) :is(.type, .images, .seconds, .ip) { display: none; }
-#job_tracker nav { display: flex; justify-content: center; align-items: center; gap: 4px; padding: 12px 0;
+#$tab tbody tr:is(:hover, .$open) { background: var(--background-fill-secondary); }
+#$tab tbody tr.$open { box-shadow: inset 3px 0 var(--color-accent); }
+#$tab td button { display: block; padding: 0; border: 0; font: inherit; font-family: var(--font-mono); }
+#$tab .$id { width: 100px; }
+#$tab .$time { width: calc(20px + 8.8em); }
+#$tab .$type { width: 80px; }
+#$tab :is(th, td).$status { width: 150px; }
+#$tab .$images { width: 70px; text-align: right; }
+#$tab .$seconds { width: 80px; text-align: right; font-variant-numeric: tabular-nums; }
+#$tab .$ip { width: 130px; }
+#$tab .$main:has(aside) :is(.$type, .$images, .$seconds, .$ip) { display: none; }
+#$tab nav { display: flex; justify-content: center; align-items: center; gap: 4px; padding: 12px 0;
     font-size: var(--text-sm); white-space: nowrap; }
-#job_tracker nav span { min-width: 110px; text-align: center; font-variant-numeric: tabular-nums; }
-#job_tracker nav button:disabled { opacity: 0.4; cursor: default; border-color: var(--border-color-primary); }
+#$tab nav span { min-width: 110px; text-align: center; font-variant-numeric: tabular-nums; }
+#$tab nav button:disabled { opacity: 0.4; cursor: default; border-color: var(--border-color-primary); }
 
-#job_tracker .main aside { flex: 0 0 min(480px, 45%); position: sticky; top: 8px; max-height: calc(100vh - 16px);
+#$tab .$main aside { flex: 0 0 min(480px, 45%); position: sticky; top: 8px; max-height: calc(100vh - 16px);
     overflow-y: auto; padding: 0 16px; border: 1px solid var(--border-color-primary); border-radius: var(--radius-lg);
     background: var(--background-fill-primary); }
-#job_tracker header { display: flex; align-items: center; gap: 14px; position: sticky; top: 0; z-index: 1;
+#$tab header { display: flex; align-items: center; gap: 14px; position: sticky; top: 0; z-index: 1;
     padding: 12px 0; background: var(--background-fill-primary); }
-#job_tracker header b { font-family: var(--font-mono); }
-#job_tracker header button { margin-left: auto; font-size: var(--text-sm); }
-#job_tracker header progress { width: 80px; margin: 2px 0 0; }
-#job_tracker .gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(160px, 1fr)); gap: 12px; }
-#job_tracker .gallery:not(:empty), #job_tracker dl, #job_tracker details { margin: 0 0 14px; }
-#job_tracker figure:only-child { grid-column: 1 / -1; }
-#job_tracker figure img, #job_tracker .blank { display: block; width: 100%; max-height: 420px; object-fit: contain;
+#$tab header b { font-family: var(--font-mono); }
+#$tab header button { margin-left: auto; font-size: var(--text-sm); }
+#$tab header progress { width: 80px; margin: 2px 0 0; }
+#$tab .$gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(160px, 1fr)); gap: 12px; }
+#$tab .$gallery:not(:empty), #$tab dl, #$tab details { margin: 0 0 14px; }
+#$tab figure:only-child { grid-column: 1 / -1; }
+#$tab figure img, #$tab .$blank { display: block; width: 100%; max-height: 420px; object-fit: contain;
     border-radius: var(--radius-md); background: var(--background-fill-secondary); }
-#job_tracker figure img { aspect-ratio: auto 1; }  /* room for what is still to come */
-#job_tracker .blank { padding: 48px 8px; text-align: center; color: var(--body-text-color-subdued); }
-#job_tracker figcaption { margin-top: 4px; font-size: var(--text-xs); overflow-wrap: anywhere; }
-#job_tracker :is(summary, dt) { font-size: var(--text-sm); font-weight: 400; color: var(--body-text-color-subdued); }
-#job_tracker summary { cursor: pointer; }
-#job_tracker .text { max-height: 240px; margin-top: 4px; padding: 8px 10px; overflow: auto; white-space: pre-wrap;
+#$tab figure img { aspect-ratio: auto 1; }  /* room for what is still to come */
+#$tab .$blank { padding: 48px 8px; text-align: center; color: var(--body-text-color-subdued); }
+#$tab figcaption { margin-top: 4px; font-size: var(--text-xs); overflow-wrap: anywhere; }
+#$tab :is(summary, dt) { font-size: var(--text-sm); font-weight: 400; color: var(--body-text-color-subdued); }
+#$tab summary { cursor: pointer; }
+#$tab .$text { max-height: 240px; margin-top: 4px; padding: 8px 10px; overflow: auto; white-space: pre-wrap;
     overflow-wrap: anywhere; border-radius: var(--radius-md); background: var(--background-fill-secondary);
     font-size: var(--text-sm); line-height: 1.5; }
-#job_tracker dl { display: grid; grid-template-columns: repeat(3, 1fr); gap: 8px 16px; font-size: var(--text-sm); }
-#job_tracker dl .wide { grid-column: 1 / -1; }
-#job_tracker dd { margin: 0; overflow-wrap: anywhere; }
+#$tab dl { display: grid; grid-template-columns: repeat(3, 1fr); gap: 8px 16px; font-size: var(--text-sm); }
+#$tab dl .$wide { grid-column: 1 / -1; }
+#$tab dd { margin: 0; overflow-wrap: anywhere; }
 
 @media (max-width: 1000px) {
-    #job_tracker .figures { grid-template-columns: repeat(3, 1fr); }
-    #job_tracker :is(.type, .ip) { display: none; }
-    #job_tracker .main aside { position: fixed; z-index: 100; inset: 0; max-height: none; border: 0; border-radius: 0; }
+    #$tab .$figures { grid-template-columns: repeat(3, 1fr); }
+    #$tab :is(.$type, .$ip) { display: none; }
+    #$tab .$main aside { position: fixed; z-index: 100; inset: 0; max-height: none; border: 0; border-radius: 0; }
 }
 @media (max-width: 640px) {
-    #job_tracker .figures { grid-template-columns: repeat(2, 1fr); }
-    #job_tracker_purge { margin-left: 0; }
-    #job_tracker_filters .form { display: grid; grid-template-columns: 1fr 1fr; }
-    #job_tracker_filters .form > * { min-width: 0 !important; }
-    #job_tracker_filters .form > :last-child { grid-column: 1 / -1; }
-    #job_tracker thead { display: none; }
-    #job_tracker tbody tr:first-child { border: 0; }
-    #job_tracker td progress { margin: 3px 0 0; }
-    #job_tracker tbody tr { display: grid; grid-template-columns: 1fr auto; padding: 8px 10px; }
-    #job_tracker :is(td.id, td.prompt, td.status, td.time) { display: block; width: auto; padding: 1px 0; }
-    #job_tracker td.prompt { grid-area: 1 / 1 / 2 / 3; }
-    #job_tracker :is(.id, .images, .seconds):is(th, td) { display: none; }
-    #job_tracker nav { flex-wrap: wrap; }
-    #job_tracker nav span { flex: 1 0 100%; order: -1; }
+    #$tab .$figures { grid-template-columns: repeat(2, 1fr); }
+    #$tab_purge { margin-left: 0; }
+    #$tab_filters .form { display: grid; grid-template-columns: 1fr 1fr; }
+    #$tab_filters .form > * { min-width: 0 !important; }
+    #$tab_filters .form > :last-child { grid-column: 1 / -1; }
+    #$tab thead { display: none; }
+    #$tab tbody tr:first-child { border: 0; }
+    #$tab td progress { margin: 3px 0 0; }
+    #$tab tbody tr { display: grid; grid-template-columns: 1fr auto; padding: 8px 10px; }
+    #$tab :is(td.$id, td.$prompt, td.$status, td.$time) { display: block; width: auto; padding: 1px 0; }
+    #$tab td.$prompt { grid-area: 1 / 1 / 2 / 3; }
+    #$tab :is(.$id, .$images, .$seconds):is(th, td) { display: none; }
+    #$tab nav { flex-wrap: wrap; }
+    #$tab nav span { flex: 1 0 100%; order: -1; }
 }
-"""
+""")
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -6213,7 +6421,7 @@ class Extension:
         roots = {path[: -len(generation)] for path in paths if path.endswith(generation)}  # SD.Next has a subpath
         image = Api(self.tracker, self._origins).get_image
         for root in {"", *roots}:
-            for path, endpoint in ((Markup.IMAGE, image), (Tab.TOKEN, self._tab.get_token)):
+            for path, endpoint in ((TabHtml.IMAGE, image), (Tab.TOKEN, self._tab.get_token)):
                 app.add_api_route(root + path, endpoint, dependencies=login, include_in_schema=False)
 
     @staticmethod

@@ -14,7 +14,7 @@ import time
 import tracemalloc
 import uuid
 from pathlib import Path
-from typing import Any, Dict, Iterator, List
+from typing import Any, Callable, Dict, Iterator, List
 
 import pytest
 from hypothesis import HealthCheck, given
@@ -166,6 +166,12 @@ def stored(tracker: Any, answer: bytes) -> Any:
     return until(lambda: (lambda done: done if done.ended else None)(tracker.get(job.id)))
 
 
+def page_of(script: Any, tracker: Any) -> Callable[[Any], str]:
+    """Gives the tab's HTML with a job open."""
+    html = script.TabHtml(tracker)
+    return lambda job: html.render(script.PageState(job=job.id), script.Filter())
+
+
 def pieces_of(pieces: Iterator[bytes]) -> bytes:
     """All pieces together, none of which is large."""
     made = list(pieces)
@@ -212,11 +218,12 @@ def test_a_small_answer_is_as_before(tracker):
 def test_a_look_holds_little(script, tracker, name, look):
     job = stored(tracker, ANSWERS[name])
     size = tracker.images.size(job.answer)
+    on_the_page = page_of(script, tracker)
     looks = {
         "whole": lambda: tracker.as_json(job),
         "brief": lambda: tracker.as_json(job, images=False),
         "replay": lambda: tracker.answer_as_json(job),
-        "tab": lambda: iter([script.Markup(tracker).details(job.id).encode()]),
+        "tab": lambda: iter([on_the_page(job).encode()]),
     }
     tracemalloc.start()
     try:
@@ -383,12 +390,12 @@ def test_a_large_answer_of_an_earlier_version(script, tracker):
 
 
 def test_the_tab_says_so(script, tracker):
-    markup = script.Markup(tracker)
-    large = markup.details(stored(tracker, ANSWERS["large info"]).id)
+    on_the_page = page_of(script, tracker)
+    large = on_the_page(stored(tracker, ANSWERS["large info"]))
     assert "too long to be shown here" in large and len(large) < 100_000
-    other = markup.details(stored(tracker, ANSWERS["large parameters"]).id)
+    other = on_the_page(stored(tracker, ANSWERS["large parameters"]))
     assert "too long" not in other and "Seed: 7" in other
-    assert "too long" not in markup.details(stored(tracker, an_answer_of({}, "{}")).id)
+    assert "too long" not in on_the_page(stored(tracker, an_answer_of({}, "{}")))
 
 
 # In a webui

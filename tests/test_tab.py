@@ -4,7 +4,6 @@ import json
 import time
 
 import pytest
-from inside import load_script
 
 import browser
 from browser import MAIN, NARROW, OPEN_JOB, TOP, WIDE, Page
@@ -128,19 +127,6 @@ def test_from_the_first_click_to_the_image(start, driver):
     page.click(f"{OPEN_JOB} header button", "Close")
     page.until(lambda: not page.find(OPEN_JOB), "the job is closed")
     assert not page.errors()
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        *(None, 1, "", "{", "[]", "null", '{"page": -1}', '{"page": true}', '{"page": 1e3}', '{"page": 4294967296}'),
-        *('{"job": "a"}', '{"job": 1}', '{"job": null}', '{"job": "../../.."}', '{"other": 1}', "[" * 100_000),
-    ],
-    ids=lambda text: str(text)[:20],
-)
-def test_a_view_that_is_none_is_the_first_page(text):
-    script = load_script()
-    assert script.View.parse(text) == script.View()
 
 
 def test_settings_are_kept_and_shown_on_every_page(start, driver):

@@ -1,0 +1,144 @@
+"""The tab's HTML, without a browser: foreign text is text, and markup, style and script mean the same by a name."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Set, Tuple
+
+import pytest
+from inside import load_script, make_tracker
+
+FOREIGN = "<script>x()</script></td></div><b title='\"'>&amp; {{ 7 * 7 }} $job \u202eturned \0 null \x9b"
+SHOWN = "<script>x()</script></td></div><b title='\"'>&amp; {{ 7 * 7 }} $job \ufffdturned \ufffd null \ufffd"
+OF_GRADIO = {"form", "block", "selected", "pending"}  # classes that the style knows and gradio gives
+
+
+class Markup(HTMLParser):
+    """The names in HTML, and its texts, each with the element that it is in."""
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.names: Set[str] = set()  # of classes, IDs and data
+        self.texts: List[Tuple[str, str]] = []
+        self._around: List[str] = [""]
+        self.feed(html)
+        self.close()
+        assert self._around == [""], "all elements are closed"
+
+    def handle_starttag(self, tag: str, attributes: List[Tuple[str, Optional[str]]]) -> None:
+        for name, value in attributes:
+            if name in ("class", "id"):
+                self.names.update((value or "").split())
+            elif name.startswith("data-"):
+                self.names.add(name[len("data-") :])
+        if tag != "img":
+            self._around.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._around.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append((self._around[-1], data))
+
+
+class Tab(NamedTuple):
+    """A tab with a job of each status. Whatever a client or the webui says of them is hostile."""
+
+    script: Any
+    tab: Any
+
+    def look(self, job: str = "", text: str = "") -> str:
+        """The HTML, with a job open."""
+        return asyncio.run(self.tab.look(json.dumps({"job": job}), None, None, "All", "", text))[3]
+
+
+def jobs_of(script: Any) -> Iterator[Any]:
+    job = script.Job("", "txt2img", "", int(time.time()), FOREIGN, FOREIGN, error=FOREIGN)
+    yield job._replace(id="FAILED01", status="Failed")
+    files = ("0.png", "1.txt", "2.png")
+    yield job._replace(id="IMAGES01", status="Completed", images=[f"{job.day}/IMAGES01_{name}" for name in files])
+
+
+@pytest.fixture
+def shown(tmp_path: Path) -> Iterator[Tab]:
+    script = load_script()
+    _, done = jobs = list(jobs_of(script))
+    (tmp_path / "jobs.json").write_text(json.dumps({job.id: job._asdict() for job in jobs}))
+    (tmp_path / "images" / done.day).mkdir(parents=True)
+    for name in done.images[:2]:
+        (tmp_path / "images" / name).write_bytes(b"x")
+    info = {"negative_prompt": FOREIGN, "all_seeds": [FOREIGN], "infotexts": [FOREIGN, FOREIGN]}
+    answer = {"images": [], "parameters": {}, "info": json.dumps(info)}
+    (tmp_path / "images" / done.answer).write_text(json.dumps(answer))
+    tracker = make_tracker(script, tmp_path)
+    running = [script.Job(name, "img2img", "Pending", done.timestamp, "::1", "") for name in ("RUNNING1", "WAITING1")]
+    try:
+        for job in running:
+            tracker.accept(job, lambda: True).result()
+        tracker.start("RUNNING1")
+        yield Tab(script, script.Tab(tracker, None, lambda: FOREIGN))
+    finally:
+        for job in running:
+            tracker.fail(job.id, "")
+        tracker.close()
+
+
+def test_foreign_text_is_text_in_an_element_of_its_own(shown):
+    pages: Dict[str, List[str]] = {}
+    for job in ("", "FAILED01", "IMAGES01"):
+        html = shown.look(job)
+        texts = Markup(html).texts
+        pages[job] = [element for element, text in texts if text.rstrip(".").endswith(SHOWN)]
+        assert not shown.script.UNPRINTABLE.search(html)
+        assert "x()" not in "".join(text for element, text in texts if element != "bdi")
+    # The note above all says why nothing is tracked, and two rows have a prompt and an IP. An open job has an error, a
+    # prompt and an IP; a Completed one has a negative prompt, a seed and two infotexts, too.
+    assert {job: len(elements) for job, elements in pages.items()} == {"": 5, "FAILED01": 8, "IMAGES01": 12}
+    assert {element for elements in pages.values() for element in elements} == {"bdi"}
+
+
+def test_long_text_is_cut_and_says_so():
+    as_text = load_script().as_text
+    assert as_text("<" * 8, 5) == "<bdi>&lt;&lt;&lt;&lt;&lt;</bdi> <em>\u2026 and 3 characters more</em>"
+    assert as_text("x" * 1_020_000).endswith("x</bdi> <em>\u2026 and 1,000,000 characters more</em>")
+    assert as_text("x", 1) == "<bdi>x</bdi>"
+    assert as_text(None) == as_text("") == ""
+
+
+def test_markup_style_and_script_agree(shown):
+    """A name that one of them spells otherwise would be no error, and nothing would happen."""
+    pages = [shown.look(job) for job in ("", "FAILED01", "IMAGES01", "GONE0001")] + [
+        shown.look(text="nobody wrote this")
+    ]
+    in_markup = set().union(*(Markup(html).names for html in pages))
+    ids = {block.elem_id for block in shown.tab.build().blocks.values()}
+    names = set(shown.script.NAMES.values())
+    assert in_markup <= names <= in_markup | ids
+    style, code = shown.script.TAB_STYLE, shown.script.TAB_SCRIPT
+    in_style = re.findall(r"[.#]([A-Za-z][\w-]*)", style)
+    in_code = re.findall(r"(?:#|dataset\.|data-|\"\.)([A-Za-z]\w*)", code)
+    assert {*in_style, *in_code} - OF_GRADIO <= names
+    assert len(set(in_style)) > 30 and len(set(in_code)) >= 8
+
+
+def test_an_unknown_name_is_an_error():
+    with pytest.raises(KeyError):
+        load_script().with_names("#$tab .$nope")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(None, 1, "", "{", "[]", "null", '{"page": -1}', '{"page": true}', '{"page": 1e3}', '{"page": 4294967296}'),
+        *('{"job": "a"}', '{"job": 1}', '{"job": null}', '{"job": "../../.."}', '{"other": 1}', "[" * 100_000),
+    ],
+    ids=lambda text: str(text)[:20],
+)
+def test_an_invalid_page_state_is_the_first_page(text):
+    script = load_script()
+    assert script.PageState.parse(text) == script.PageState()
