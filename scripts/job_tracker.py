@@ -928,6 +928,44 @@ def job_from_record(record: Any) -> Job:
     return job
 
 
+TEMPORARY_ERRNOS = (
+    *(errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENOMEM),
+    *(errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.EHOSTUNREACH),  # of mounts
+)
+
+
+class StoreError(Exception):
+    """What a store could not do. The text is a reason for users and names no path."""
+
+    def __init__(self, reason: str, temporary: bool = False):
+        super().__init__(reason)
+        # The same may go well in a moment: too many files are open, say, or a mount does not answer.
+        self.temporary = temporary
+
+    @classmethod
+    def of(cls, error: Exception) -> "StoreError":
+        """What a store says of a failure of its own."""
+        if isinstance(error, StoreError):
+            return error
+        failure = cls(reason_of(error), isinstance(error, OSError) and error.errno in TEMPORARY_ERRNOS)
+        failure.__cause__ = error
+        return failure
+
+    @property
+    def details(self) -> str:
+        """For the log, which may have the path."""
+        return str(self.__cause__ or self)
+
+
+@contextlib.contextmanager
+def raising_store_error() -> Iterator[None]:
+    """Around what a store does for others: an OSError would tell them nothing."""
+    try:
+        yield
+    except OSError as error:
+        raise StoreError.of(error) from error
+
+
 # ------------------------------------------------------------------------------------------------------------------
 # JobStore: jobs.json
 # ------------------------------------------------------------------------------------------------------------------
@@ -1353,11 +1391,11 @@ class JobStore:
     # What others call
 
     def put(self, job: Job, new: bool = False, meanwhile: Optional[Job] = None) -> Future:
-        """Keeps a job as it is now. The Future ends when that is on disk, or with OSError.
+        """Keeps a job as it is now. The Future ends when that is on disk, or with StoreError.
 
         A new job that cannot be written is not kept. A change that cannot be written is in force all the same, and is
         tried again until it is written or the process ends. With `meanwhile`, the job is shown as that until its own
-        record is on disk, and the Future ends only then, or with OSError if the store is closed before.
+        record is on disk, and the Future ends only then, or with StoreError if the store is closed before.
         """
         return self._change({job.id: job}, new, meanwhile)
 
@@ -1373,7 +1411,7 @@ class JobStore:
         return self._trouble
 
     def remove(self, ids: List[str]) -> Future:
-        """Ends jobs. The Future ends when that is on disk, or with OSError; then it is tried again."""
+        """Ends jobs. The Future ends when that is on disk, or with StoreError; then it is tried again."""
         return self._change(dict.fromkeys(ids), False)
 
     def knows(self, job_id: str) -> bool:
@@ -1382,8 +1420,9 @@ class JobStore:
         with self._lock:
             return number in self._opened.index.slots or number in map(id_number, self._unwritten)
 
+    @raising_store_error()
     def get(self, job_id: str) -> Optional[Job]:
-        """A job, None if there is none. Waits while the file is being loaded. Raises OSError."""
+        """A job, None if there is none. Waits while the file is being loaded. Raises StoreError."""
         if not ID_FORM.match(job_id):
             return None
         while True:
@@ -1400,7 +1439,7 @@ class JobStore:
                     return self._read(opened, job_id, place, length)
 
     def with_key(self, key: str) -> Optional[Job]:
-        """The latest job with an idempotency key, None if there is none. Raises OSError."""
+        """The latest job with an idempotency key, None if there is none. Raises StoreError."""
         with self._current() as index:
             slot = index.slots.get(index.keys.get(key, -1))
         job = None if slot is None else self.get(index.id(slot))
@@ -1418,7 +1457,7 @@ class JobStore:
         """The newest jobs that match: at most `limit`, without the first `skip`, or those that come after a job.
 
         If the job `after_id` is no longer known, those that are not newer than `after_time` (Unix seconds). Ends early,
-        with what was found, once `abandoned` is set. Raises OSError.
+        with what was found, once `abandoned` is set. Raises StoreError.
         """
         with self._current() as index:
             below = index.top if after_id is None else index.slots.get(id_number(after_id))
@@ -1438,19 +1477,23 @@ class JobStore:
         return Page(jobs, False)
 
     def figures(self) -> Tuple[Dict[str, int], int]:
-        """Jobs by status, and the bytes of all their files. Raises OSError."""
+        """Jobs by status, and the bytes of all their files. Raises StoreError."""
         with self._current() as index:
             return dict(zip(STATUSES, index.counts)), index.total_bytes
 
     def expired(self, before: float, after: Optional[float] = None) -> List[str]:
-        """IDs of ended jobs accepted before a time, and after another (Unix seconds), oldest first. Raises OSError."""
+        """IDs of ended jobs accepted before a time, and after another (Unix seconds), oldest first.
+
+        Raises StoreError.
+        """
         with self._current() as index:
             top = index.top
         old = self._matching(index, Filter(before=before, after=after), top)
         return [index.id(slot) for slot in old if slot not in index.unfinished][::-1]
 
+    @raising_store_error()
     def set_aside_ids(self) -> Optional[Set[str]]:
-        """IDs of jobs in what was, or is to be, set aside; None if they cannot be told. Raises OSError.
+        """IDs of jobs in what was, or is to be, set aside; None if they cannot be told. Raises StoreError.
 
         Before `get` knows nothing of a job whose record is damaged, it is among them.
         """
@@ -1474,9 +1517,9 @@ class JobStore:
     def recover(self, end: Callable[[Job], Job]) -> Future:
         """Changes each unfinished job of a process that is gone by `end`, once among all processes that try.
 
-        The Future ends when that is done, or with OSError if the file cannot be read. If this is called before
+        The Future ends when that is done, or with StoreError if the file cannot be read. If this is called before
         anything else, nobody sees such a job unchanged, as long as the disk takes it. A change that cannot be written
-        is tried again. `end` may raise OSError for a job that cannot be judged now: it stays as it is.
+        is tried again. `end` may raise StoreError for a job that cannot be judged now: it stays as it is.
         """
         with self._work:
             self._end_left = end
@@ -1501,7 +1544,7 @@ class JobStore:
                     self._queue.append(change)
                     self._work.notify()
                     return change.written
-        change.written.set_exception(OSError("the store is closed"))
+        change.written.set_exception(StoreError("the store is closed"))
         return change.written
 
     def _supersede(self, jobs: Dict[str, Optional[Job]], meanwhile: Dict[str, Job]) -> None:
@@ -1526,7 +1569,7 @@ class JobStore:
 
     @contextlib.contextmanager
     def _current(self) -> Iterator[Index]:
-        """Holds the lock, with an index that knows all that the file held when this was called. Raises OSError."""
+        """Holds the lock, with an index that knows all that the file held when this was called. Raises StoreError."""
         while True:
             with self._lock:
                 opened, seen = self._opened, self._opened.seen
@@ -1595,14 +1638,14 @@ class JobStore:
         result = promise()
         with self._work:
             if self._closed:
-                result.set_exception(OSError("the store is closed"))
+                result.set_exception(StoreError("the store is closed"))
             else:
                 self._chores.insert(0 if first else len(self._chores), (work, result))
                 self._work.notify()
         return result
 
     def _follow(self) -> Future:
-        """Reads what the index does not know yet. The Future ends when it does, or with OSError."""
+        """Reads what the index does not know yet. The Future ends when it does, or with StoreError."""
         with self._work:
             if self._following is None or self._following.done():
                 self._following = self._add_chore(self._load(), first=True)
@@ -1627,9 +1670,9 @@ class JobStore:
                 self._be_polite(2 * (time.monotonic() - began))
         for work, result in self._chores:
             work.close()
-            result.set_exception(OSError("the store is closed"))
+            result.set_exception(StoreError("the store is closed"))
         for written in self._patient:
-            written.set_exception(OSError("the store is closed"))
+            written.set_exception(StoreError("the store is closed"))
         self._close_files()
 
     def _be_polite(self, seconds: float) -> None:
@@ -1655,7 +1698,7 @@ class JobStore:
             result.set_result(value)
             self._consider_compacting()
         else:
-            result.set_exception(failure)
+            result.set_exception(StoreError.of(failure))
 
     def _consider_compacting(self) -> None:
         index = self._opened.index
@@ -1663,7 +1706,7 @@ class JobStore:
             if not self._chores and time.monotonic() >= self._compact_at:
                 self._add_chore(self._compact())
 
-    def _tell(self, what: str, error: Optional[Exception]) -> None:
+    def _tell(self, what: str, error: Optional[BaseException]) -> None:
         """Logs a trouble when it begins and when it is over, not each time that it shows."""
         text = f"jobs.json cannot be {what}: {type(error).__name__}: {error}" if error else ""
         if text != self._troubles.get(what, ""):
@@ -1843,7 +1886,7 @@ class JobStore:
                 if change.patient:
                     self._patient.append(change.written)
                 else:
-                    change.written.set_exception(error)
+                    change.written.set_exception(StoreError.of(error))
             return
         self._tell("written", None)
         self._trouble = ""
@@ -2037,12 +2080,12 @@ class JobStore:
         gone = {owner: self._is_gone(owner) for owner in {job.owner for job in jobs}}
         meanwhile = {job.id: job for job in jobs if gone[job.owner]}
         left: Dict[str, Optional[Job]] = {}
-        failure: Optional[OSError] = None
+        failure: Optional[BaseException] = None
         for job in meanwhile.values():
             try:
                 left[job.id] = end(job)
-            except OSError as error:  # that passes: it is tried again at the next look
-                failure = error
+            except StoreError as error:  # it is temporary: it is tried again at the next look
+                failure = error.__cause__ or error
         self._tell("completed by what lies in images/", failure)
         with contextlib.suppress(OSError):
             self._remove_leftovers()
@@ -2348,19 +2391,8 @@ def brief_answer_of(rest: bytes, contents: Contents) -> Optional[bytes]:
     return b'{"images":[],"parameters":%s}' % data if len(rest) >= LARGE else rest[:start] + data + rest[end:]
 
 
-PASSING = (
-    *(errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENOMEM),
-    *(errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.EHOSTUNREACH),  # of mounts
-)
-
-
-def passes(error: OSError) -> bool:
-    """Whether the same may go well in a moment: too many files are open, say, or a mount does not answer."""
-    return error.errno in PASSING
-
-
 class ImageStore:
-    """The files of jobs, in a folder for each day. Every method may block, and raises OSError unless it says else.
+    """The files of jobs, in a folder for each day. Every method may block, and raises StoreError unless it says not to.
 
     A file is whole once it has its name, and it has its name before a record names it. No symbolic link below the
     folder is followed.
@@ -2380,6 +2412,7 @@ class ImageStore:
         store._sources = (*self._sources, *paths)
         return store
 
+    @raising_store_error()
     def save(self, job: Job, answer: Answer) -> Job:
         """Stores an answer, safe from a power cut, and returns the job with the names and the size of its files.
 
@@ -2411,10 +2444,11 @@ class ImageStore:
             raise
         return job._replace(images=tuple(names), bytes=total)
 
+    @raising_store_error()
     def find(self, job: Job) -> Optional[Job]:
         """A job that a crash left between `save` and its record, with its files, as `save` returned it.
 
-        None if `save` did not come to its end. Raises OSError if that cannot be told.
+        None if `save` did not come to its end. Raises StoreError if that cannot be told.
         """
         folder = os.path.join(self.folder, job.day)
         if os.path.islink(folder):  # which is never followed
@@ -2501,6 +2535,7 @@ class ImageStore:
         if os.path.islink(path):
             raise OSError(errno.ELOOP, "a symbolic link is not followed", path)
 
+    @raising_store_error()
     def open(self, name: str) -> Tuple[int, int]:
         """A descriptor for reading, to be closed by the caller, and the size in bytes."""
         path = self._path(name)
@@ -2514,11 +2549,11 @@ class ImageStore:
         return file, status.st_size
 
     def size(self, name: str) -> Optional[int]:
-        """In bytes; None if the file is not there or cannot be read. Raises only an OSError that passes."""
+        """In bytes; None if the file is not there or cannot be read. Raises only a temporary StoreError."""
         try:
             file, size = self.open(name)
-        except OSError as error:
-            if passes(error):
+        except StoreError as error:
+            if error.temporary:
                 raise
             return None
         os.close(file)
@@ -2530,7 +2565,8 @@ class ImageStore:
         try:
             position = start
             while end is None or position < end:
-                data = read_at(file, self.PIECE if end is None else min(self.PIECE, end - position), position)
+                with raising_store_error():
+                    data = read_at(file, self.PIECE if end is None else min(self.PIECE, end - position), position)
                 if not data and end is not None:
                     raise self.damaged(name)
                 if not data:
@@ -2541,12 +2577,12 @@ class ImageStore:
             os.close(file)
 
     @staticmethod
-    def damaged(name: str) -> OSError:
+    def damaged(name: str) -> StoreError:
         """What is raised for a file that is not as it was stored."""
-        return OSError(errno.EIO, "it is damaged", name)
+        return StoreError.of(OSError(errno.EIO, "it is damaged", name))
 
     def check(self, name: str, crc: int, start: int = 0, end: Optional[int] = None) -> None:
-        """Reads a file, or a part of it. Raises OSError if it is not as it was stored."""
+        """Reads a file, or a part of it. Raises StoreError if it is not as it was stored."""
         found = 0
         for data in self.read(name, start, end):
             found = zlib.crc32(data, found)
@@ -2591,6 +2627,8 @@ class ImageStore:
             days = sorted(os.listdir(self.folder))
         except (FileNotFoundError, NotADirectoryError):
             return
+        except OSError as error:
+            raise StoreError.of(error) from error
         for day in days:
             folder = os.path.join(self.folder, day)
             if not DAY_FORM.match(day) or os.path.islink(folder) or not os.path.isdir(folder):
@@ -2604,7 +2642,7 @@ class ImageStore:
                 continue
             for entry in entries:
                 name = f"{day}/{entry}"
-                with contextlib.suppress(FileNotFoundError):
+                with raising_store_error(), contextlib.suppress(FileNotFoundError):
                     if OWN_FILE_FORM.match(name) and os.lstat(self._path(name)).st_mtime < before:
                         yield name
 
@@ -3123,14 +3161,17 @@ class Threads(ThreadPoolExecutor):
         self._counting = threading.Lock()
 
     def submit(self, function: Callable[..., Any], *args: Any) -> Future:
-        """The result of a function that may block. Raises OSError if too much waits, or the webui is being reloaded."""
+        """The result of a function that may block.
+
+        Raises StoreError if too much waits, or the webui is being reloaded.
+        """
         with self._counting:
             if self._unfinished >= self._limit:
-                raise OSError(errno.EAGAIN, "too many wait already")
+                raise StoreError("too many wait already", temporary=True)
             try:
                 work = super().submit(function, *args)
             except RuntimeError:
-                raise OSError(errno.EAGAIN, "the webui is being reloaded") from None
+                raise StoreError("the webui is being reloaded", temporary=True) from None
             self._unfinished += 1
         work.add_done_callback(self._finished)
         return work
@@ -3237,7 +3278,7 @@ class Tracker:
         return job_id
 
     def accept(self, job: Job, cancel: Callable[[], bool]) -> Future:
-        """A new job. The Future ends when it is on disk, or with OSError: then there is no job.
+        """A new job. The Future ends when it is on disk, or with StoreError: then there is no job.
 
         `cancel` is called for a job that is to be cancelled; its generation then sees to it that the job fails, or
         returns False, since it has ended.
@@ -3327,10 +3368,11 @@ class Tracker:
         try:
             job = self.images.save(job, answer)
         except Exception as error:
-            if isinstance(error, OSError) and passes(error) and not is_last:
-                self._note(job_id, f"Generated, but the images cannot be stored yet: {reason_of(error)}")
+            if isinstance(error, StoreError) and error.temporary and not is_last:
+                self._note(job_id, f"Generated, but the images cannot be stored yet: {error}")
                 return False
-            log.error("Job %s was generated, but its images could not be stored: %s", job_id, error)
+            details = error.details if isinstance(error, StoreError) else error
+            log.error("Job %s was generated, but its images could not be stored: %s", job_id, details)
             self.fail(job_id, f"Generated, but the images could not be stored: {reason_of(error)}")
             return True
         self.stored_at = time.monotonic()
@@ -3406,7 +3448,7 @@ class Tracker:
     # Looking at jobs
 
     async def in_pool(self, function: Callable[..., Any], *args: Any, pool: Optional[Threads] = None) -> Any:
-        """Runs a function that may block in a thread of the tracker's own. Raises OSError, also as `Threads.submit`.
+        """Runs a function that may block in a thread of the tracker's own. Raises also what `Threads.submit` does.
 
         What nobody waits for any more runs all the same: it would stay in the queue, and would not be counted.
         """
@@ -3426,7 +3468,7 @@ class Tracker:
         return self.running(job_id) or await self.in_pool(self.get, job_id)
 
     def get(self, job_id: str) -> Optional[Job]:
-        """A job as it is now, None if there is none. Raises OSError."""
+        """A job as it is now, None if there is none. Raises StoreError."""
         return self.running(job_id) or self.store.get(job_id)
 
     def position(self, job_id: str) -> Optional[int]:
@@ -3500,10 +3542,10 @@ class Tracker:
         if job.status == COMPLETED:
             try:
                 parameters, info = self._read_answer(job, whole)
-            except (OSError, ValueError, AttributeError, RecursionError) as failure:
-                passing = isinstance(failure, OSError) and passes(failure)
+            except (StoreError, ValueError, AttributeError, RecursionError) as failure:
+                temporary = isinstance(failure, StoreError) and failure.temporary
                 error = error or "The parameters " + (
-                    f"cannot be read: {reason_of(failure)}" if passing else "are no longer on disk"
+                    f"cannot be read: {failure}" if temporary else "are no longer on disk"
                 )
         progress, eta = self.progress_of(job)
         return {
@@ -3518,7 +3560,7 @@ class Tracker:
         }
 
     def _read_answer(self, job: Job, whole: bool) -> Tuple[Any, Any]:
-        """`parameters` and `info` of a Completed job. Raises OSError, ValueError, AttributeError, RecursionError."""
+        """`parameters` and `info` of a Completed job. Raises StoreError, ValueError, AttributeError, RecursionError."""
         if job.ranges:
             parameters, info = Part(*job.ranges[:3]), Part(*job.ranges[3:6])
             return (
@@ -3555,14 +3597,14 @@ class Tracker:
 
     def _known_parameters(self, job: Job) -> Any:
         """The same where they have what lies at their top, else all of them."""
-        with contextlib.suppress(OSError, ValueError, AttributeError, RecursionError):
+        with contextlib.suppress(StoreError, ValueError, AttributeError, RecursionError):
             parameters = self._brief_parameters(job)
             if isinstance(parameters, dict):
                 return parameters
         return self._read_part(job, Part(*job.ranges[:3]))
 
     def as_json(self, job: Job, images: bool = True) -> Iterator[bytes]:
-        """A job as the API shows it, a piece at a time. Raises OSError, before a piece or at one.
+        """A job as the API shows it, a piece at a time. Raises StoreError, before a piece or at one.
 
         Without its images, its `parameters` are brief.
         """
@@ -3588,7 +3630,7 @@ class Tracker:
         return pieces()
 
     def answer_as_json(self, job: Job) -> Iterator[bytes]:
-        """What the host answered, once more, a piece at a time. Raises OSError."""
+        """What the host answered, once more, a piece at a time. Raises StoreError."""
         if job.ranges:
             self.images.check(job.answer, job.ranges[6])
         with contextlib.closing(self.images.read(job.answer)) as pieces:
@@ -3598,7 +3640,7 @@ class Tracker:
                 wanted = not isinstance(parameters, dict) or parameters.get("send_images", True)
                 start = IMAGES_START.match(rest).end()
             except (ValueError, AttributeError, RecursionError):
-                raise OSError(errno.EIO, "the stored answer is damaged", job.answer) from None
+                raise StoreError("the stored answer is damaged") from None
             yield rest[:start]
             if wanted:
                 yield from self._images_as_json(job, needed=True)
@@ -3606,15 +3648,15 @@ class Tracker:
             yield from pieces
 
     def _images_as_json(self, job: Job, needed: bool) -> Iterator[bytes]:
-        """An image that is not there is null, or OSError if it is needed or the trouble passes."""
+        """An image that is not there is null, or StoreError if it is needed or the trouble is temporary."""
         for number, name in enumerate(job.images):
             if number:
                 yield b","
             pieces = self.images.read_as_json(name)
             try:
                 first = next(pieces)
-            except OSError as error:
-                if needed or passes(error):
+            except StoreError as error:
+                if needed or error.temporary:
                     raise
                 first = b"null"
             yield first
@@ -3625,8 +3667,8 @@ class Tracker:
     def claim(self, key: str, digest: str) -> Tuple[Claim, bool]:
         """Who was first with a key, and whether that is the caller, who then must `release` the claim at its end.
 
-        A Failed job frees its key, also while its generation still waits in the queue. Raises OSError, also when the
-        disk says nothing for `PATIENCE` seconds.
+        A Failed job frees its key, also while its generation still waits in the queue. Raises StoreError, also when
+        the disk says nothing for `PATIENCE` seconds.
         """
         self._wait_for_disk(lambda seconds: self._claiming.acquire(timeout=seconds))
         try:
@@ -3636,7 +3678,7 @@ class Tracker:
             looking = self.key_readers.submit(self._with_key, key, claim)
             try:
                 self._wait_for_disk(lambda seconds: bool(wait_for_futures([looking], timeout=seconds).done))
-            except OSError:
+            except StoreError:
                 if not looking.cancel():
                     self._hung_look = looking
                 raise
@@ -3649,12 +3691,12 @@ class Tracker:
             self._claiming.release()
 
     def _wait_for_disk(self, succeeds_within: Callable[[float], bool]) -> None:
-        """Waits for something. Raises OSError if the disk does nothing meanwhile: a long jobs.json is being read."""
+        """Waits for something. Raises StoreError if the disk does nothing meanwhile: a long jobs.json is being read."""
         seen = self.store.progress
         while not succeeds_within(self.patience()):
             before, seen = seen, self.store.progress
             if seen == before:
-                raise OSError(errno.ETIMEDOUT, "the disk does not answer")
+                raise StoreError("the disk does not answer", temporary=True)
 
     def _with_key(self, key: str, claim: Optional[Claim]) -> Optional[Claim]:
         """The job that has a key, as a claim; `claim` is that of this process, which came to be a job."""
@@ -3681,7 +3723,7 @@ class Tracker:
     # The end of jobs
 
     def cancel(self, job_id: str) -> bool:
-        """Takes a job out of the queue or interrupts it. False if there is none. Raises Conflict, OSError.
+        """Takes a job out of the queue or interrupts it. False if there is none. Raises Conflict, StoreError.
 
         A Pending job fails at once, and is shown so when that is on disk. A Processing one fails when the host has
         stopped it.
@@ -3698,7 +3740,7 @@ class Tracker:
         raise Conflict(f"The job is {job.status}" if job.ended else "The job belongs to another webui on this folder")
 
     def delete(self, job_id: str) -> bool:
-        """Removes a job that has ended and its files. False if there is none. Raises Conflict, OSError."""
+        """Removes a job that has ended and its files. False if there is none. Raises Conflict, StoreError."""
         job = self.get(job_id)
         if job is None:
             return False
@@ -3721,7 +3763,7 @@ class Tracker:
         """Removes the jobs that are older than the retention, with their files, and files that no job names.
 
         Files of many jobs that the store does not know are kept: then it has been lost. A purge that nobody asked for
-        removes nothing by a clock that may be wrong. One purge at a time; a second caller waits. Raises OSError.
+        removes nothing by a clock that may be wrong. One purge at a time; a second caller waits. Raises StoreError.
         """
         with self._purging:
             purged = Purged()
@@ -3807,7 +3849,8 @@ class Tracker:
                     self.purge(asked_for=False)
                     self.next_purge = purge_at = now + self.PURGE_EVERY
             except Exception as error:
-                text = f"{type(error).__name__}: {error}"
+                cause = error.__cause__ or error  # which names the path
+                text = f"{type(cause).__name__}: {cause}"
                 if text != trouble:  # it may last for days
                     log.error("Housekeeping will be tried again: %s", text)
                 trouble = text
@@ -3818,7 +3861,7 @@ class Tracker:
         return self.store.recover(self._end_left)
 
     def _end_left(self, job: Job) -> Job:
-        """How a job ends that a webui left behind. Nobody knows when it did. Raises OSError if it cannot be told."""
+        """How a job ends that a webui left behind. Nobody knows when it did. Raises StoreError if it cannot be told."""
         found = self.images.find(job)
         if found is None:
             return job._replace(status=FAILED, error="The webui ended before the generation did")
@@ -4121,7 +4164,7 @@ class FromPool:
             return
         try:
             self._pool.submit(self._pieces.close)  # which waits for a disk that does not answer
-        except OSError:
+        except StoreError:
             threading.Thread(target=self._pieces.close, name="job-tracker-close", daemon=True).start()
 
 
@@ -4410,8 +4453,8 @@ class Generation:
         self.key = hashlib.sha256(json.dumps([key, user_of(self.scope), self.type]).encode()).hexdigest()[:32]
         try:
             claim, first = self.tracker.claim(self.key, digest.hexdigest())
-        except OSError as error:
-            reason = f"The jobs cannot be read, so a repeat cannot be told: {reason_of(error)}"
+        except StoreError as error:
+            reason = f"The jobs cannot be read, so a repeat cannot be told: {error}"
             raise HTTPException(503, reason) from None
         if first:
             self.claim = claim
@@ -4768,8 +4811,8 @@ class Exchange:
         await self.tracker.settle(job_id)  # it may have just failed
         try:
             job = await self.tracker.find(job_id)
-        except OSError as error:
-            raise HTTPException(503, f"The stored answer cannot be read: {reason_of(error)}") from None
+        except StoreError as error:
+            raise HTTPException(503, f"The stored answer cannot be read: {error}") from None
         if job is None or job.status == FAILED:
             return False
 
@@ -4805,16 +4848,16 @@ class Exchange:
         if self.preference.respond_async and not in_time:
             location = path_of(self.scope).rpartition("/")[0] + f"/job/{job.id}"
             headers.append((b"location", location.encode()))
-            with contextlib.suppress(OSError):  # then as it was
+            with contextlib.suppress(StoreError):  # then as it was
                 job = await self.tracker.find(job.id) or job
             pool = self.tracker.pool_for(job)
             pieces = await self.tracker.in_pool(self.tracker.as_json, job, False, pool=pool)
             await self._start(202, self._job_headers(job, headers))
             try:
                 await self._send_all(pieces, pool)
-            except OSError as error:
+            except StoreError as error:
                 self.valve.cut = True
-                log.error("Job %s: the stored answer cannot be read: %s", job.id, error)
+                log.error("Job %s: the stored answer cannot be read: %s", job.id, error.details)
             return
         pieces = await self._first(job, result, pool) if ended.done() else None
         gone = asyncio.get_running_loop().create_task(until_gone(self.receive))
@@ -4831,9 +4874,9 @@ class Exchange:
                 self.valve.cut = True
             else:
                 await self._send_all(pieces, pool, gone)
-        except OSError as error:
+        except StoreError as error:
             self.valve.cut = True
-            log.error("Job %s: the stored answer cannot be read: %s", job.id, error)
+            log.error("Job %s: the stored answer cannot be read: %s", job.id, error.details)
         except Exception:  # of which some layers would make a clean end
             self.valve.cut = True
             if not gone.done():
@@ -4853,9 +4896,9 @@ class Exchange:
             if pieces is not None:
                 return preceded(await self.tracker.in_pool(next, pieces, b"", pool=pool), pieces)
             job = await self.tracker.find(job.id) or job
-        except OSError as error:
-            log.error("Job %s: the stored answer cannot be read: %s", job.id, error)
-            raise HTTPException(503, f"The stored answer cannot be read: {reason_of(error)}") from None
+        except StoreError as error:
+            log.error("Job %s: the stored answer cannot be read: %s", job.id, error.details)
+            raise HTTPException(503, f"The stored answer cannot be read: {error}") from None
         raise HTTPException(500, job.error or CANCELLED)
 
     async def _start(self, status: int, headers: List[Tuple[bytes, bytes]]) -> None:
@@ -5149,17 +5192,17 @@ class Api:
         lost: Optional[str] = None,
         pool: Optional[Threads] = None,
     ) -> Any:
-        """Runs a function that may block. Trouble with the disk is a 503, or a 404 if it does not pass."""
+        """Runs a function that may block. Trouble with a store is a 503, or a 404 if it is not temporary."""
         try:
             return await self.tracker.in_pool(function, *args, pool=pool)
-        except OSError as error:
-            if lost is not None and not passes(error):
+        except StoreError as error:
+            if lost is not None and not error.temporary:
                 raise HTTPException(404, lost) from None
             raise self._unreadable(error) from None
 
     @staticmethod
-    def _unreadable(error: OSError) -> HTTPException:
-        return HTTPException(503, f"The jobs cannot be read or changed: {reason_of(error)}")
+    def _unreadable(error: StoreError) -> HTTPException:
+        return HTTPException(503, f"The jobs cannot be read or changed: {error}")
 
     @staticmethod
     def _let_nobody_keep_errors(request: Request) -> None:
@@ -5214,7 +5257,7 @@ class Api:
             with contextlib.closing(FromPool(self.tracker, pieces, self.tracker.pool_for(job))) as made:
                 async for piece in made:
                     yield piece
-        except (HTTPException, OSError) as error:
+        except (HTTPException, StoreError) as error:
             request.scope[Shell.KEY].cut = True
             log.warning("Job %s cannot be given to who waited for it: %s", job_id, getattr(error, "detail", error))
         finally:
@@ -5398,7 +5441,7 @@ class Api:
             pieces = FromPool(self.tracker, Gzip().encode_all(pieces) if gzip else pieces, pool)
             try:
                 await pieces.begin()
-            except OSError as error:
+            except StoreError as error:
                 raise self._unreadable(error) from None
         return Streamed(pieces, 200, headers, "application/json")
 
@@ -5797,7 +5840,7 @@ class Tab:
 
         try:
             await self.tracker.in_pool(lambda: self.tracker.settings.save(**changes))
-        except (OSError, ValueError) as error:
+        except (OSError, StoreError, ValueError) as error:
             raise gr.Error(f"Not saved: {reason_of(error)}") from None
 
     async def purge(self) -> None:
@@ -5827,8 +5870,8 @@ class Tab:
             main = f"<section>{self.markup.table(shown, wanted)}</section>"
             if shown.job:
                 main += f'<aside data-key="{shown.job}">{self.markup.details(shown.job)}</aside>'
-        except OSError as error:
-            top += self.markup.note(f"The jobs cannot be read: {reason_of(error)}", "error")
+        except StoreError as error:
+            top += self.markup.note(f"The jobs cannot be read: {error}", "error")
         # A control that agrees is left alone: it may be changing under somebody's hand.
         same = gr.update()
         days = self._retention()

@@ -51,7 +51,8 @@ def sabotage(owner, name):
 
     def broken(*args, **kwargs):
         if os.path.exists(os.path.join(FOLDER, name)):
-            raise OSError(errno.EIO, "Input/output error", os.path.join(DATA, "jobs.json"))
+            error = OSError(errno.EIO, "Input/output error", os.path.join(DATA, "jobs.json"))
+            raise error if name.startswith("_") else module.StoreError.of(error)
         return real(*args, **kwargs)
 
     setattr(owner, name, broken)

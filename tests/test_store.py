@@ -609,7 +609,7 @@ def test_a_disk_that_goes_and_comes_back(script, opened, path, dice):
 
     script.os = WrappedOs(fstat=alive_or(os.fstat), stat=alive_or(os.stat), open=alive_or(os.open))
     script.fcntl = WrappedFcntl(flock=alive_or(script.fcntl.flock))
-    with pytest.raises(OSError, match="stale|not connected"):
+    with pytest.raises(script.StoreError, match="stale|not connected"):
         store.get(jobs[0].id)
     assert store.put(jobs[1], new=True).exception() is not None
     for name in (path, path.with_name("jobs.json.lock")):  # other files by the same names
@@ -711,12 +711,12 @@ def test_no_folder_can_be_made(script, opened, path, tmp_path, dice, caplog):
     """The store says so, and works as soon as it can."""
     (tmp_path / "file").touch()
     store = script.JobStore(str(tmp_path / "file" / "data"))
-    with pytest.raises(OSError):
+    with pytest.raises(script.StoreError):
         store.get("AAAAAAAA")
-    with pytest.raises(OSError):
+    with pytest.raises(script.StoreError):
         store.query(script.Filter(), 5)
     job = a_job(script, dice)
-    assert isinstance(store.put(job, new=True).exception(), OSError)
+    assert isinstance(store.put(job, new=True).exception(), script.StoreError)
     assert caplog.text.count("jobs.json cannot be written") == 1
     (tmp_path / "file").unlink()
     store.put(job, new=True).result()
@@ -951,17 +951,17 @@ def test_full_disk(script, opened, path, dice, full_disk, caplog, room):
     refused = [a_job(script, dice, prompt="a" * 500) for _ in range(5)]
     for job in refused:
         error = store.put(job, new=True).exception()
-        assert isinstance(error, OSError) and error.errno == errno.ENOSPC
+        assert isinstance(error, script.StoreError) and str(error) == "No space left on device"
         assert read_jobs(path).keys() == {job.id for job in jobs}
         assert store.get(job.id) is None
     assert path.read_bytes() == before
     assert caplog.text.count("No space left") == 1
     # Changes are in force at once.
     for job in jobs[:2]:
-        assert isinstance(store.put(completed(job)).exception(), OSError)
+        assert isinstance(store.put(completed(job)).exception(), script.StoreError)
     later = jobs[0]._replace(status="Failed", error="later")
-    assert isinstance(store.put(later).exception(), OSError)
-    assert isinstance(store.remove([jobs[2].id]).exception(), OSError)
+    assert isinstance(store.put(later).exception(), script.StoreError)
+    assert isinstance(store.remove([jobs[2].id]).exception(), script.StoreError)
     expected = {later.id: later, jobs[1].id: completed(jobs[1])}
     assert every(script, store) == expected
     assert {job_id: store.get(job_id) for job_id in expected} == expected
@@ -1028,9 +1028,9 @@ def test_a_disk_that_fails(script, opened, path, dice, what):
 
     script.os = WrappedOs(**{what: fail})
     refused = a_job(script, dice)
-    assert isinstance(store.put(refused, new=True).exception(), OSError)
+    assert isinstance(store.put(refused, new=True).exception(), script.StoreError)
     assert store.get(refused.id) is None
-    assert isinstance(store.put(completed(kept)).exception(), OSError)
+    assert isinstance(store.put(completed(kept)).exception(), script.StoreError)
     assert every(script, store) == {kept.id: completed(kept)}
     script.os = os
     until(lambda: alive(path) and alive(path)[kept.id]["status"] == "Completed" and len(alive(path)) == 1)
@@ -1111,7 +1111,7 @@ def test_an_append_that_cannot_be_undone(script, opened, path, dice, monkeypatch
     job = a_job(script, dice)
     a_name = job.id.encode()
     monkeypatch.setattr(script, "write_at", write)
-    assert isinstance(store.put(job, new=True).exception(), OSError)
+    assert isinstance(store.put(job, new=True).exception(), script.StoreError)
     monkeypatch.setattr(script, "write_at", write_at)
     store.put(a_job(script, dice), new=True).result()
     assert store.get(job.id) is None
@@ -1149,12 +1149,12 @@ def test_after_the_end(script, opened, path, dice):
     store.put(job, new=True).result()
     store.close()
     store.close()
-    assert isinstance(store.put(completed(job)).exception(5), OSError)
-    assert isinstance(store.remove([job.id]).exception(5), OSError)
-    assert isinstance(store.recover(lambda job: job).exception(5), OSError)
-    with pytest.raises(OSError):
+    assert isinstance(store.put(completed(job)).exception(5), script.StoreError)
+    assert isinstance(store.remove([job.id]).exception(5), script.StoreError)
+    assert isinstance(store.recover(lambda job: job).exception(5), script.StoreError)
+    with pytest.raises(script.StoreError):
         store.query(script.Filter(), 5)
-    with pytest.raises(OSError):
+    with pytest.raises(script.StoreError):
         store.figures()
     assert alive(path)[job.id]["status"] == "Pending"
     assert not list(path.parent.glob("*owner*"))
@@ -1472,7 +1472,7 @@ def test_no_link_below_images_is_followed(script, images, today, tmp_path, caplo
     day = tmp_path / "images" / today.day
     # A folder that is a link.
     day.symlink_to(outside)
-    with pytest.raises(OSError):
+    with pytest.raises(script.StoreError):
         list(images.read(name))
     assert images.size(name) is None
     assert images.remove([name]) == 0
@@ -1485,7 +1485,7 @@ def test_no_link_below_images_is_followed(script, images, today, tmp_path, caplo
     # An image that is a link.
     (tmp_path / "images" / name).unlink()
     (tmp_path / "images" / name).symlink_to(outside / f"{today.id}_0.png")
-    with pytest.raises(OSError):
+    with pytest.raises(script.StoreError):
         list(images.read(name))
     images.remove([*saved.images, saved.answer])
     assert not os.path.lexists(str(tmp_path / "images" / name))
@@ -1544,7 +1544,7 @@ def test_images_that_cannot_be_read_for_a_moment(script, tmp_path, dice, opened)
         assert without["error"] == "The parameters cannot be read: Too many open files"
         assert without == {**whole, "parameters": None, "info": None, "error": without["error"]}
     else:
-        with pytest.raises(OSError, match="Too many open files"):
+        with pytest.raises(script.StoreError, match="Too many open files"):
             shown()
     assert shown() == whole
     script.os = os
@@ -1554,7 +1554,7 @@ def test_images_that_cannot_be_read_for_a_moment(script, tmp_path, dice, opened)
 def test_an_image_that_was_no_image_and_is_damaged(script, images, today, tmp_path):
     saved = images.save(today, script.Answer([b"no base64"], b"{}"))
     (tmp_path / "images" / saved.images[0]).write_bytes(b"\xff\xfe")
-    with pytest.raises(OSError):
+    with pytest.raises(script.StoreError):
         list(images.read_as_json(saved.images[0]))
 
 
@@ -1583,7 +1583,7 @@ def test_images_that_cannot_be_stored_leave_nothing(script, images, today, tmp_p
         return getattr(os, call)(*arguments)
 
     script.os = WrappedOs(**{call: fail_the_third})
-    with pytest.raises(OSError):
+    with pytest.raises(script.StoreError):
         images.save(today, an_answer(script, today.id, 3))
     assert not list(tmp_path.glob("images/*/*"))
 
