@@ -957,6 +957,10 @@ class StoreError(Exception):
         return str(self.__cause__ or self)
 
 
+class InvalidCursor(ValueError):
+    """A store did not make this cursor."""
+
+
 @contextlib.contextmanager
 def raising_store_error() -> Iterator[None]:
     """Around what a store does for others: an OSError would tell them nothing."""
@@ -1175,10 +1179,10 @@ class Index:
 
 
 class Page(NamedTuple):
-    """Jobs that match, newest first; `more` when there are others after the last of them."""
+    """Jobs that match, newest first, and where the next page goes on: text that only the store understands."""
 
     jobs: List[Job]
-    more: bool
+    cursor: Optional[str]  # None when there are no more
 
 
 class Line(NamedTuple):
@@ -1355,6 +1359,7 @@ class JobStore:
 
     HEAD, TAIL, EMPTY = b"{", b"\n}\n", b"{\n}\n"
     PIECE = 1 << 16  # bytes read between two looks at what waits to be written
+    CURSOR = re.compile(r"[0-9]{1,12}(-[A-Za-z0-9]{8}){1,10}\Z")
     LINE_LIMIT = 1 << 23  # a longer line is damage
     SPARE_DEAD = 1000  # dead lines that are not worth a compaction
     RETRY = 5.0  # seconds until a write that failed is tried again
@@ -1447,34 +1452,49 @@ class JobStore:
 
     def query(
         self,
-        wanted: Filter,
+        filter_: Filter,
         limit: int,
+        cursor: Optional[str] = None,
         skip: int = 0,
-        after_id: Optional[str] = None,
-        after_time: int = 0,
         abandoned: Optional[threading.Event] = None,
     ) -> Page:
-        """The newest jobs that match: at most `limit`, without the first `skip`, or those that come after a job.
+        """The newest jobs that match, at most `limit`: from the cursor of another page on, without the first `skip`.
 
-        If the job `after_id` is no longer known, those that are not newer than `after_time` (Unix seconds). Ends early,
-        with what was found, once `abandoned` is set. Raises StoreError.
+        Pages neither repeat nor skip a job. Ends early, with what was found, once `abandoned` is set. Raises
+        StoreError, InvalidCursor.
         """
+        after_time, shown = self._read_cursor(cursor)
         with self._current() as index:
-            below = index.top if after_id is None else index.slots.get(id_number(after_id))
+            known = (index.slots[number] for number in map(id_number, shown) if number in index.slots)
+            below = next(known, None if shown else index.top)
         if below is None:
             times = index.timestamp
             below = next((slot + 1 for slot in range(index.top - 1, -1, -1) if times[slot] <= after_time), 0)
         jobs: List[Job] = []
-        for slot in self._matching(index, wanted, below, abandoned):
+        for slot in self._matching(index, filter_, below, abandoned):
             if skip > 0:
                 skip -= 1
             elif len(jobs) == limit:
-                return Page(jobs, True)
+                return Page(jobs, self._make_cursor(jobs))
             else:
                 job = self.get(index.id(slot))
-                if job is not None and wanted.status in (None, job.status):  # it may have changed since
+                if job is not None and filter_.status in (None, job.status):  # it may have changed since
                     jobs.append(job)
-        return Page(jobs, False)
+        return Page(jobs, None)
+
+    @staticmethod
+    def _make_cursor(jobs: List[Job]) -> str:
+        """The last job's time, its ID and nine more: the next page begins behind the first of these that is known."""
+        return "-".join([str(jobs[-1].timestamp), *(job.id for job in jobs[:-11:-1])])
+
+    @classmethod
+    def _read_cursor(cls, cursor: Optional[str]) -> Tuple[int, List[str]]:
+        if cursor is None:
+            return 0, []
+        if not cls.CURSOR.match(cursor):
+            raise InvalidCursor("it must come from a Link header")
+        after_time, *shown = cursor.split("-")
+        return int(after_time), shown
 
     def figures(self) -> Tuple[Dict[str, int], int]:
         """Jobs by status, and the bytes of all their files. Raises StoreError."""
@@ -5142,7 +5162,6 @@ class Api:
     JOB = "/sdapi/v1/job/{id}"
     IMAGE = "/sdapi/v1/job/{id}/images/{n}"
     JOBS = "/sdapi/v1/jobs"
-    CURSOR = r"([0-9]{1,12})((-[A-Za-z0-9]{8}){1,10})"
 
     def __init__(self, tracker: Tracker, origins: OriginGuard):
         self.tracker = tracker
@@ -5286,13 +5305,11 @@ class Api:
         before: Optional[float] = Query(None, description="accepted before this moment, in Unix seconds"),
         q: Optional[str] = Query(None, max_length=Filter.LIMIT, description="text in the prompt, case ignored"),
         limit: int = Query(50, ge=1, le=1000, description="jobs at most"),
-        cursor: Optional[str] = Query(
-            None, description="from the Link header of the page before", pattern=f"^{CURSOR}$"
-        ),
+        cursor: Optional[str] = Query(None, description="from the Link header of the page before"),
     ) -> Response:
         """Jobs that match all filters. When there are more, the header `Link` with `rel="next"` has the next page."""
         self._let_nobody_keep_errors(request)
-        wanted = Filter(
+        filter_ = Filter(
             ip,
             self._one_of("status", status, STATUSES),
             self._one_of("type", type, TYPES),
@@ -5300,27 +5317,19 @@ class Api:
             self._moment("before", before),
             q,
         )
-        after_time, shown = 0, []
-        if cursor is not None:
-            form = re.match(self.CURSOR + r"\Z", cursor)
-            if not form:
-                raise self._invalid("cursor", "it must come from a Link header")
-            after_time, shown = int(form.group(1)), form.group(2).split("-")[1:]
 
-        def look(abandoned: threading.Event) -> Tuple[List[Job], str]:
-            store = self.tracker.store
-            after_id = next(filter(store.knows, shown), shown[0] if shown else None)
-            page = store.query(wanted, limit, 0, after_id, after_time, abandoned)
-            # The last ones, for the page goes on behind the first of them that is still there.
-            last = [str(page.jobs[-1].timestamp), *(job.id for job in page.jobs[:-11:-1])] if page.more else []
-            return page.jobs, "-".join(last)
+        def look(abandoned: threading.Event) -> Page:
+            return self.tracker.store.query(filter_, limit, cursor, abandoned=abandoned)
 
-        pool = self.tracker.searchers if wanted.text else self.tracker.pool
-        jobs, last = await self._run_while_here(request, look, pool)
-        response = await self._respond(request, joined(self.tracker.as_json(job, images=False) for job in jobs))
-        if last:
+        pool = self.tracker.searchers if filter_.text else self.tracker.pool
+        try:
+            page = await self._run_while_here(request, look, pool)
+        except InvalidCursor as error:
+            raise self._invalid("cursor", str(error)) from None
+        response = await self._respond(request, joined(self.tracker.as_json(job, images=False) for job in page.jobs))
+        if page.cursor is not None:
             asked = URL("?" + request.scope["query_string"].decode("latin-1"))
-            query = asked.include_query_params(cursor=last).query
+            query = asked.include_query_params(cursor=page.cursor).query
             response.headers["Link"] = f'<{path_of(request.scope)}?{query}>; rel="next"'
             response.headers.update(exposed(response.headers))
         return response
@@ -5554,7 +5563,7 @@ class Markup:
             counts = store.figures()[0]
             total = sum(counts.values()) if wanted.status is None else counts[wanted.status]
         page = view.page if total is None else min(view.page, max(total - 1, 0) // self.ROWS)
-        found = store.query(wanted, self.ROWS, page * self.ROWS)
+        found = store.query(wanted, self.ROWS, skip=page * self.ROWS)
         if page and not found.jobs:
             page, found = 0, store.query(wanted, self.ROWS)
         if not found.jobs:
@@ -5563,7 +5572,7 @@ class Markup:
         columns = ("ID", "Time", "Type", "Status", "Prompt", "Images", "Seconds", "IP")
         head = "".join(f'<th class="{column.lower()}" scope="col">{column}</th>' for column in columns)
         rows = "".join(self._row(self.tracker.get(job.id) or job, job.id == view.job) for job in found.jobs)
-        pages = self._pages(page, len(found.jobs), total, found.more)
+        pages = self._pages(page, len(found.jobs), total, found.cursor is not None)
         return f'<div class="frame"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>{pages}'
 
     def _row(self, job: Job, is_open: bool) -> str:

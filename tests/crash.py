@@ -266,15 +266,13 @@ class Work:
         self.check_files(jobs)
 
     def all_jobs(self) -> Iterator[Any]:
-        after: Any = None
+        cursor: Optional[str] = None
         while True:
-            page = self.tracker.store.query(
-                self.script.Filter(), 1000, 0, after and after.id, after.timestamp if after else 0
-            )
+            page = self.tracker.store.query(self.script.Filter(), 1000, cursor)
             yield from page.jobs
-            if not page.more:
+            cursor = page.cursor
+            if cursor is None:
                 return
-            after = page.jobs[-1]
 
     def check_files(self, jobs: Dict[str, Any]) -> None:
         """Nothing is left that nobody names."""
