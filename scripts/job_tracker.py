@@ -1381,6 +1381,7 @@ class JobStore:
         self._chores: List[Chore] = []
         self._following: Optional[Future] = None
         self._end_left: Optional[Callable[[Job], Job]] = None  # for jobs left behind, if they are to be looked for
+        self._left_ended: Callable[[Job], None] = lambda job: None  # told of each, once its end is on disk
         self._awaited = 0  # how many wait for it
         self._closing = self._closed = False
         self._between = FileLock(self.path + ".lock", self.path)  # of the thread alone, as is what follows
@@ -1534,15 +1535,16 @@ class JobStore:
                 found.update(job_id.decode() for job_id in re.findall(rb'"(\w{8})"', data))  # a key or an ID
         return found
 
-    def recover(self, end: Callable[[Job], Job]) -> Future:
+    def recover(self, end: Callable[[Job], Job], ended: Callable[[Job], None] = lambda job: None) -> Future:
         """Changes each unfinished job of a process that is gone by `end`, once among all processes that try.
 
         The Future ends when that is done, or with StoreError if the file cannot be read. If this is called before
         anything else, nobody sees such a job unchanged, as long as the disk takes it. A change that cannot be written
-        is tried again. `end` may raise StoreError for a job that cannot be judged now: it stays as it is.
+        is tried again. `end` may raise StoreError for a job that cannot be judged now: it stays as it is. `ended` is
+        called with each job that was ended so, once that is on disk, and is not to wait for anything.
         """
         with self._work:
-            self._end_left = end
+            self._end_left, self._left_ended = end, ended
             self._following = self._add_chore(self._load(), first=True)
             return self._following
 
@@ -2114,12 +2116,20 @@ class JobStore:
         try:
             self._make_durable(self._append(left, awaited=True))
             log.warning("%d jobs that a webui left behind have ended: %s", len(left), self._by_status(left.values()))
+            self._tell_of_left(left)
         except OSError as error:
             self._tell("written", error)
             with self._lock:
                 self._supersede(left, {job_id: meanwhile[job_id] for job_id in left})
             self._retry.update(left)
             self._retry_at = time.monotonic() + self.RETRY
+            written = promise()
+            written.add_done_callback(lambda written: written.exception() or self._tell_of_left(left))
+            self._patient.append(written)
+
+    def _tell_of_left(self, left: Dict[str, Optional[Job]]) -> None:
+        for job in left.values():
+            self._left_ended(job)
 
     @staticmethod
     def _by_status(jobs: Iterable[Optional[Job]]) -> str:
@@ -3171,6 +3181,21 @@ class Clock:
         return self._offset + time.monotonic()
 
 
+class LiveJob:
+    """A job of this process from its acceptance until its end is on disk. Guarded by the tracker's lock."""
+
+    def __init__(self, job: Job, accepted: Future, cancel: Callable[[], bool]):
+        self.job = job  # as everybody sees it
+        self.end: Optional[Job] = None  # as it has ended, which nobody sees before it is on disk
+        self.end_given = False  # the store has its end
+        self.clock = Clock()
+        self.accepted = accepted  # done when it is on disk
+        self.accepted_at = time.monotonic()
+        self.cancel = cancel
+        self.answered = False  # its client may have the answer, which is being stored
+        self.waiters: List[Callable[[], None]] = []  # called when it has left
+
+
 class Threads(ThreadPoolExecutor):
     """Threads for one kind of work, which so keeps back no other, and a limit to how much of it may wait."""
 
@@ -3257,17 +3282,9 @@ class Tracker:
         self._started, self._started_by_clock = time.monotonic(), int(time.time())
         self._storing = threading.Lock()  # around this lock: jobs go to the store in the order of their changes
         self._lock = threading.Lock()  # held for a moment, never while the store is asked: the event loop takes it
-        self._running: Dict[str, Job] = {}  # jobs of this process that have not ended, in order of acceptance
-        self._ended: Dict[str, Job] = {}  # those whose end is not on disk yet
-        self._stored_ends: Set[str] = set()  # those of these that were given to the store
-        self._clocks: Dict[str, Clock] = {}
-        self._accepted: Dict[str, Future] = {}
-        self._accepted_at: Dict[str, float] = {}  # by time.monotonic()
-        self._cancels: Dict[str, Callable[[], None]] = {}
-        self._answered: Set[str] = set()  # those whose answer is being stored
+        self._live: Dict[str, LiveJob] = {}  # in order of acceptance
         self.stored_at = time.monotonic()  # when the last answer was stored
         self._unstored = 0  # bytes of all answers that wait to be stored
-        self._waiting: Dict[str, List[Callable[[], None]]] = {}
         self._holder: Optional[str] = None  # the job that has the host's queue lock
         self._begun: Any = None  # what the host said when it got that
         self._claims: Dict[str, Claim] = {}
@@ -3306,36 +3323,33 @@ class Tracker:
         job = job._replace(owner=self.store.owner)
         with self._storing:
             written = self.store.put(job, new=True)
+            live = LiveJob(job, written, cancel)
             with self._lock:
-                self._running[job.id] = job
-                self._clocks[job.id] = Clock()
-                self._accepted[job.id] = written
-                self._accepted_at[job.id] = time.monotonic()
-                self._cancels[job.id] = cancel
-        written.add_done_callback(lambda future: future.exception() and self._forget(job.id))
+                self._live[job.id] = live
+        written.add_done_callback(lambda written: written.exception() and self._forget(live))
         return written
 
     def patience(self) -> float:
         """Seconds that a request waits for the disk now: a moment only where another has waited in vain."""
         with self._lock:
-            since = [self._accepted_at[job_id] for job_id, written in self._accepted.items() if not written.done()]
+            since = [live.accepted_at for live in self._live.values() if not live.accepted.done()]
             look = self._hung_look
         has_hung = (since and time.monotonic() - min(since) >= self.PATIENCE) or (look is not None and not look.done())
         return self.MOMENT if has_hung else self.PATIENCE
 
-    def _forget(self, job_id: str) -> None:
+    def _forget(self, live: LiveJob) -> None:
         log.error("A generation is not tracked, since its job could not be stored")
-        self._leave(job_id)
+        self._leave(live.job)
 
     def start(self, job_id: str) -> None:
         """The job has the queue lock: generation begins."""
         self._holder, self._begun = job_id, self.begun()
         with self._lock:
-            job = self._running.get(job_id)
-            if job is None or job_id in self._ended:
+            live = self._live.get(job_id)
+            if live is None or live.end is not None:
                 return
-            self._running[job_id] = job._replace(status=PROCESSING, started=self._clocks[job_id]())
-        self._write_when_accepted(job_id)
+            live.job = live.job._replace(status=PROCESSING, started=live.clock())
+        self._write_when_accepted(live)
 
     def generated(self) -> None:
         """The job that has the queue lock is about to give it back."""
@@ -3344,8 +3358,8 @@ class Tracker:
     def answered(self, job_id: str) -> None:
         """The host answered, and the client may have that answer before it is stored."""
         with self._lock:
-            if job_id in self._running:
-                self._answered.add(job_id)
+            if job_id in self._live:
+                self._live[job_id].answered = True
 
     def hold(self, size: int) -> bool:
         """Counts an answer of a size in bytes that waits to be stored. False if there is no room for it yet."""
@@ -3397,72 +3411,65 @@ class Tracker:
             return True
         self.stored_at = time.monotonic()
         stored = {name: getattr(job, name) for name in ("images", "bytes", "has_brief", "ranges")}
-        self._end(job_id, status=COMPLETED, prompt=job.prompt or prompt[:PROMPT_LIMIT], error=None, **stored)
+        self._conclude(job_id, status=COMPLETED, prompt=job.prompt or prompt[:PROMPT_LIMIT], error=None, **stored)
         return True
 
     def _note(self, job_id: str, error: str) -> None:
         """Says in a job that has not ended what it waits for."""
         with self._lock:
-            job = self._running.get(job_id)
-            if job is None or job.error == error:
+            live = self._live.get(job_id)
+            if live is None or live.job.error == error:
                 return
-            self._running[job_id] = job._replace(error=error)
+            live.job = live.job._replace(error=error)
         log.warning("Job %s: %s", job_id, error)
-        self._write_when_accepted(job_id)
+        self._write_when_accepted(live)
 
     def fail(self, job_id: str, error: str) -> None:
         """The job ends without images. `error` is for its user."""
-        self._end(job_id, status=FAILED, error=error[:2000])
+        self._conclude(job_id, status=FAILED, error=error[:2000])
 
-    def _end(self, job_id: str, **changes: Any) -> None:
+    def _conclude(self, job_id: str, **changes: Any) -> None:
         with self._lock:
-            job = self._running.get(job_id)
-            if job is None or job_id in self._ended:
+            live = self._live.get(job_id)
+            if live is None or live.end is not None:
                 return
-            self._ended[job_id] = job._replace(finished=self._clocks[job_id](), **changes)
-        self._write_when_accepted(job_id)
+            live.end = live.job._replace(finished=live.clock(), **changes)
+        self._write_when_accepted(live)
 
-    def _write_when_accepted(self, job_id: str) -> None:
-        with self._lock:
-            accepted = self._accepted.get(job_id)
-        if accepted is not None:
-            accepted.add_done_callback(lambda accepted: self._write(job_id, accepted))  # at once, when that is done
+    def _write_when_accepted(self, live: LiveJob) -> None:
+        live.accepted.add_done_callback(lambda _: self._write(live))  # at once, when that is done
 
-    def _write(self, job_id: str, accepted: Future) -> None:
+    def _write(self, live: LiveJob) -> None:
         """Stores a job as it is by now: two changes may come here in either order, and the later stores the end."""
         with self._storing:
             with self._lock:
-                shown = self._running.get(job_id)
-                job = self._ended.get(job_id, shown)
-                if shown is None or job_id in self._stored_ends or accepted.exception() is not None:
+                shown, end = live.job, live.end
+                if live.end_given or live.accepted.exception() is not None:
                     return
-                if job.ended:
-                    self._stored_ends.add(job_id)
-            written = self.store.put(job, meanwhile=shown if job.ended else None)
+                live.end_given = end is not None
+            written = self.store.put(end or shown, meanwhile=shown if end else None)
 
         def report(written: Future) -> None:
-            if written.exception() is not None:
-                log.error("Job %s is %s, which could not be written: %s", job_id, job.status, written.exception())
-            if job.ended:
-                self._leave(job_id)
+            failure = written.exception()
+            if failure is not None:
+                log.error("Job %s is %s, which could not be written: %s", shown.id, (end or shown).status, failure)
+            if end is not None:
+                (self._ended if failure is None else self._leave)(end)
 
         written.add_done_callback(report)
 
-    def _leave(self, job_id: str) -> None:
+    def _ended(self, job: Job) -> None:
+        """A job has ended, and that is on disk. Called once for each, also for those that a webui left behind.
+
+        It may be called by the store, which is not to wait for anything.
+        """
+        self._leave(job)
+
+    def _leave(self, job: Job) -> None:
         with self._lock:
-            for jobs in (
-                self._running,
-                self._ended,
-                self._clocks,
-                self._accepted,
-                self._accepted_at,
-                self._cancels,
-            ):
-                jobs.pop(job_id, None)
-            for ids in (self._answered, self._stored_ends):
-                ids.discard(job_id)
-            waiting = self._waiting.pop(job_id, [])
-        for wake in waiting:
+            live = self._live.pop(job.id, None)
+            waiters = [] if live is None else list(live.waiters)
+        for wake in waiters:
             wake()
 
     # Looking at jobs
@@ -3481,7 +3488,8 @@ class Tracker:
     def running(self, job_id: str) -> Optional[Job]:
         """A job of this process that has not ended, None for any other. Waits for nothing."""
         with self._lock:
-            return self._running.get(job_id)
+            live = self._live.get(job_id)
+        return None if live is None else live.job
 
     async def find(self, job_id: str) -> Optional[Job]:
         """The same as `get`, for the event loop. A job of this process that has not ended is found at once."""
@@ -3494,7 +3502,7 @@ class Tracker:
     def position(self, job_id: str) -> Optional[int]:
         """Where a Pending job stands in the queue, 1 is next. None for any other, or one of another process."""
         with self._lock:
-            pending = [job.id for job in self._running.values() if job.status == PENDING]
+            pending = [live.job.id for live in self._live.values() if live.job.status == PENDING]
         return pending.index(job_id) + 1 if job_id in pending else None
 
     def progress_of(self, job: Job) -> Tuple[Progress, Optional[float]]:
@@ -3509,8 +3517,8 @@ class Tracker:
     def seconds(self, job: Job) -> Optional[float]:
         """How long the generation of a job took, or has taken until now. None where nobody knows."""
         with self._lock:
-            clock = self._clocks.get(job.id)
-        until = clock() if clock is not None and not job.ended else job.finished
+            live = self._live.get(job.id)
+        until = live.clock() if live is not None and not job.ended else job.finished
         return None if job.started is None or until is None else max(until - job.started, 0.0)
 
     async def wait(self, job_id: str, seconds: float) -> None:
@@ -3523,30 +3531,29 @@ class Tracker:
                 loop.call_soon_threadsafe(ended.set)
 
         with self._lock:
-            own = job_id in self._running
-            if own:
-                self._waiting.setdefault(job_id, []).append(wake)
+            live = self._live.get(job_id)
+            if live is not None:
+                live.waiters.append(wake)
         until = loop.time() + seconds
         try:
             while not ended.is_set() and loop.time() < until:
-                if not own:  # another process on the same folder may have it
+                if live is None:  # another process on the same folder may have it
                     job = await self.in_pool(self.get, job_id)
                     if job is None or job.ended:
                         return
                 left = until - loop.time()
                 with contextlib.suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(ended.wait(), left if own else min(left, 0.5))
+                    await asyncio.wait_for(ended.wait(), left if live is not None else min(left, 0.5))
         finally:
-            with self._lock, contextlib.suppress(KeyError, ValueError):
-                self._waiting[job_id].remove(wake)
-                if not self._waiting[job_id]:
-                    del self._waiting[job_id]
+            if live is not None:
+                with self._lock:
+                    live.waiters.remove(wake)
 
     async def settle(self, job_id: str) -> None:
         """Waits a moment for a job whose end is being stored: who has its answer is to see it ended. Does not raise."""
         with self._lock:
-            ending = job_id in self._answered or job_id in self._ended
-        if ending:
+            live = self._live.get(job_id)
+        if live is not None and (live.answered or live.end is not None):
             await self.wait(job_id, self.SETTLE)
 
     def describe(self, job: Job, whole: bool = False) -> Dict[str, Any]:
@@ -3557,8 +3564,9 @@ class Tracker:
         parameters = info = None
         error = job.error
         with self._lock:
-            if job.id in self._ended and self.store.trouble:
-                error = f"The job has ended, but that could not be stored yet: {self.store.trouble}"
+            live = self._live.get(job.id)
+        if live is not None and live.end is not None and self.store.trouble:
+            error = f"The job has ended, but that could not be stored yet: {self.store.trouble}"
         if job.status == COMPLETED:
             try:
                 parameters, info = self._read_answer(job, whole)
@@ -3749,9 +3757,9 @@ class Tracker:
         stopped it.
         """
         with self._lock:
-            cancel = self._cancels.get(job_id)
-        if cancel is not None:
-            if not cancel():
+            live = self._live.get(job_id)
+        if live is not None:
+            if not live.cancel():
                 raise Conflict("The generation has ended, and is being stored")
             return True
         job = self.get(job_id)
@@ -3878,7 +3886,7 @@ class Tracker:
                 return
 
     def _recover(self) -> Future:
-        return self.store.recover(self._end_left)
+        return self.store.recover(self._end_left, self._ended)
 
     def _end_left(self, job: Job) -> Job:
         """How a job ends that a webui left behind. Nobody knows when it did. Raises StoreError if it cannot be told."""
@@ -3899,7 +3907,7 @@ class Tracker:
 
         def drain() -> None:
             self._housekeeper.join()
-            while self._running or self.sending:
+            while self._live or self.sending:
                 time.sleep(0.2)
             self.store.close()
             for pool in (self.pool, self.searchers, self.key_readers, self.storers, self.senders):

@@ -305,3 +305,47 @@ def test_the_answer_is_the_last_file(script, tmp_path):
         "sync 2025-01-12",
         "sync images",
     ]
+
+
+def test_every_end_is_told_once_and_not_before_it_is_on_disk(script, tmp_path):
+    """Of jobs that were generated, failed or cancelled, and of those that a webui left behind on a full disk."""
+    told: List[str] = []
+    script.JobStore.RETRY = 0.05
+
+    class Tracker(script.Tracker):
+        def _ended(self, job: Any) -> None:
+            assert json.loads((tmp_path / "jobs.json").read_text())[job.id]["status"] == job.status
+            told.append(f"{job.prompt} {job.status}")
+            super()._ended(job)
+
+    def a_job(prompt: str, **fields: Any) -> Any:
+        return script.Job(
+            tracker.reserve_id(), "txt2img", script.PENDING, int(time.time()), None, prompt=prompt, **fields
+        )
+
+    script.Tracker = Tracker
+    tracker = make_tracker(script, tmp_path)
+    until(lambda: tracker.next_purge, what="it has looked for jobs left behind")
+    jobs = {prompt: a_job(prompt) for prompt in ("done", "failed", "cancelled")}
+    for job in jobs.values():
+        tracker.accept(job, lambda: tracker.fail(jobs["cancelled"].id, "Cancelled") or True).result()
+    tracker.finish(jobs["done"].id, an_answer(script, jobs["done"].id, 1))
+    tracker.fail(jobs["failed"].id, "no reason")
+    tracker.fail(jobs["failed"].id, "again")
+    assert tracker.cancel(jobs["cancelled"].id)
+    until(lambda: len(told) >= 3)
+    tracker.store.put(a_job("left", owner="00000000"), new=True).result()
+    write_at = script.write_at
+
+    def fail(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    script.write_at = fail
+    tracker._recover().result()
+    script.write_at = write_at
+    until(lambda: len(told) >= 4)
+    tracker._recover().result()
+    tracker.store.put(a_job("left again", owner="00000000"), new=True).result()
+    tracker._recover().result()
+    assert sorted(told) == ["cancelled Failed", "done Completed", "failed Failed", "left Failed", "left again Failed"]
+    tracker.close()

@@ -244,7 +244,6 @@ def test_two_processes_on_one_folder(script, tracker, tmp_path):
             left = script.Job(other.reserve_id(), "txt2img", script.PENDING, int(time.time()), None, "left")
             other.accept(left, lambda: True).result()
             other.start(left.id)
-            other._write(left.id, other._accepted[left.id])
             until(lambda: '"Processing"' in Path(other.store.path).read_text().split(left.id)[-1])
             os.write(says, f"left {left.id}\n".encode())
             time.sleep(600)
