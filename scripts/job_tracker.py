@@ -12,6 +12,7 @@ The file reads in the order in which a request meets its parts, and every part k
     ImageStore    images/
     Predecessor   the jobs of API-Job-Tracker-SD-WebUI
     Tracker       a job's life, the only writer of both stores
+    Housekeeper   what is done now and then
     Middleware    the ASGI side of one generation request
     API           the routes under /sdapi/v1/job
     Tab           the page "Job Tracker" in the webui
@@ -3140,9 +3141,6 @@ class Purged(NamedTuple):
         return Purged(*(one + two for one, two in zip(self, other)))
 
 
-CLOCKS_START = 1577836800  # 2020-01-01 in Unix seconds: a clock that is before was never set
-
-
 class Conflict(Exception):
     """What was asked for does not go with the job's status."""
 
@@ -3234,11 +3232,6 @@ class Tracker:
     once. That a job has ended is seen by nobody before its record is on disk, so that no crash can take it back.
     """
 
-    ORPHAN_AGE = 3600  # seconds; a younger file may belong to a job that is being stored
-    PURGE_EVERY = 6 * 3600
-    RECOVER_EVERY = 60  # seconds between two looks for processes that are gone, and until a failed purge is repeated
-    REMOVED_AT_ONCE = 100  # jobs: a crash leaves the files of no more
-    LOOK_EVERY = 5  # seconds between two looks at config.json
     PATIENCE = 10.0  # seconds that a request waits for the disk before it goes on without it, or is refused
     MOMENT = 0.5  # the same while the disk does not answer
     STORE_AGAIN = (0.5, 1, 2, 5, 10, 20, 30, 45, 60, 75)  # seconds between tries to store what may pass
@@ -3246,29 +3239,18 @@ class Tracker:
     SETTLE = 1.0  # seconds that storing may take before a job is shown Processing to who has its answer
     SHOWN = ("id", "type", "status", "prompt", "timestamp", "ip", "started", "finished")  # as they are
 
-    def __init__(
-        self,
-        settings: Settings,
-        begun: Callable[[], Any],
-        progress: Callable[[Any], Progress],
-        interrupt: Callable[[], None],
-        dequeue: Callable[[Optional[str]], None],
-    ):
-        """`begun`, `progress` and `interrupt` are the host's, for the generation that has its queue lock.
+    def __init__(self, settings: Settings, host: Any, store: JobStore, images: ImageStore):
+        """`host` says what the generation does that has its queue lock, and can be told to end it.
 
-        `begun` is what the host says of when its last generation began, and `progress` is given what it said when the
-        job got the lock: as long as it says the same, its state is still that of the generation before. `dequeue`
-        tells the host that the task with an ID of its own will not begin.
+        `host.begun()` is what it says of when its last generation began, and `host.progress(begun)` is given what it
+        said when the job got the lock: as long as it says the same, its state is still that of the generation before.
+        `host.interrupt()` ends the generation, and `host.dequeue(task)` says that the task with an ID of the host's
+        own will not begin.
         """
         self.settings = settings
-        self.begun = begun
-        self.progress = progress
-        self.interrupt = interrupt
-        self.dequeue = dequeue
-        self.predecessor = Predecessor(settings.folder, settings.data_folder)
-        self.predecessor.list_jobs()
-        self.store = JobStore(settings.data_folder, self.predecessor.refuse_to_open)
-        self.images = ImageStore(os.path.join(settings.data_folder, "images"))
+        self.host = host
+        self.store = store
+        self.images = images
         # Threads by what they may have to wait for: who looks at jobs keeps back no answer, whatever the disk does.
         self.pool = Threads(4, "look")  # the disk, for whoever looks at jobs
         self.searchers = Threads(2, "search", limit=100)  # all prompts to be searched, which can take long
@@ -3276,10 +3258,9 @@ class Tracker:
         self.storers = Threads(2, "store")  # the disk, to store answers on it
         self.senders = Threads(2, "send")  # nothing: what is in memory goes to clients
         self.sending: "WeakSet[Any]" = WeakSet()  # what is on its way to clients, and needs the pool for its rest
-        self.watch: Callable[[], None] = lambda: None  # looks after the host, as often as for config.json
-        self.next_purge: Optional[float] = None  # by time.monotonic()
-        self.kept_for_clock = 0  # jobs that the last purge kept though they are old, since the clock may be wrong
-        self._started, self._started_by_clock = time.monotonic(), int(time.time())
+        self.closing = threading.Event()  # set when the webui unloads its scripts
+        self.helpers: List[threading.Thread] = []  # which use the stores, and end soon after that
+        self.removing = threading.Lock()  # around a removal, and a change to an ended job that must not meet it
         self._storing = threading.Lock()  # around this lock: jobs go to the store in the order of their changes
         self._lock = threading.Lock()  # held for a moment, never while the store is asked: the event loop takes it
         self._live: Dict[str, LiveJob] = {}  # in order of acceptance
@@ -3290,20 +3271,7 @@ class Tracker:
         self._claims: Dict[str, Claim] = {}
         self._claiming = threading.Lock()
         self._hung_look: Optional[Future] = None  # the last look for a key that took too long
-        self._purging = threading.Lock()
-        self._stop = threading.Event()
-        self._recover()
-        self._housekeeper = threading.Thread(target=self._keep_house, name="job-tracker-housekeeping", daemon=True)
-        self._housekeeper.start()
-        self._take_over_images()
-
-    def _take_over_images(self) -> None:
-        with contextlib.suppress(OSError):
-            if self.predecessor.is_unfinished():
-                arguments = (self.store, self.images, self._stop)
-                threading.Thread(
-                    target=self.predecessor.copy_images, args=arguments, name="job-tracker-predecessor", daemon=True
-                ).start()
+        self.recover()  # before anything else, so that nobody sees a job that was left behind
 
     # A job's way
 
@@ -3343,7 +3311,7 @@ class Tracker:
 
     def start(self, job_id: str) -> None:
         """The job has the queue lock: generation begins."""
-        self._holder, self._begun = job_id, self.begun()
+        self._holder, self._begun = job_id, self.host.begun()
         with self._lock:
             live = self._live.get(job_id)
             if live is None or live.end is not None:
@@ -3509,7 +3477,7 @@ class Tracker:
         """How far a Processing job is, by the host's state, never that of another generation, and the seconds left."""
         if job.status != PROCESSING or job.owner != self.store.owner:
             return None, None
-        progress, seconds = self.progress(self._begun), self.seconds(job)
+        progress, seconds = self.host.progress(self._begun), self.seconds(job)
         if self._holder != job.id:  # it gave the lock back, and is stored by now or soon
             return 1.0, 0.0
         return progress, round(seconds / progress - seconds, 3) if progress and seconds is not None else None
@@ -3732,7 +3700,7 @@ class Tracker:
             return claim
         job = self.store.with_key(key)
         if job is not None and not job.ended and job.owner != self.store.owner:
-            self._recover().result()  # the webui that had it may be gone
+            self.recover().result()  # the webui that had it may be gone
         return None if job is None or self._is_free(job.id) else Claim(job.digest or "", job.id)
 
     def _is_free(self, job_id: Optional[str]) -> bool:
@@ -3774,18 +3742,122 @@ class Tracker:
             return False
         if not job.ended:
             raise Conflict(f"The job is {job.status}")
-        self._remove([job])
+        self.remove([job])
         return True
 
-    def _remove(self, jobs: List[Job]) -> Purged:
+    def remove(self, jobs: List[Job]) -> Purged:
+        """Removes jobs that have ended, and their files. Raises StoreError."""
         if not jobs:
             return Purged()
-        with self.predecessor.changing:  # an image of these may have been copied since
+        with self.removing:  # an image of these may have been copied since
             jobs = [self.store.get(job.id) or job for job in jobs]
             removed = self.store.remove([job.id for job in jobs])
         removed.result()
         freed = self.images.remove(name for job in jobs for name in job.files)
         return Purged(len(jobs), sum(len(job.images) for job in jobs), freed)
+
+    def recover(self) -> Future:
+        """Ends the jobs of webuis that are gone. The Future ends when that is done, or with StoreError."""
+        return self.store.recover(self._end_left, self._ended)
+
+    def _end_left(self, job: Job) -> Job:
+        """How a job ends that a webui left behind. Nobody knows when it did. Raises StoreError if it cannot be told."""
+        found = self.images.find(job)
+        if found is None:
+            return job._replace(status=FAILED, error="The webui ended before the generation did")
+        prompt = job.prompt
+        with contextlib.suppress(ValueError, RecursionError):
+            prompt = prompt or str(parameters_of(b"".join(self.images.read(job.answer))).get("prompt", ""))
+        return found._replace(status=COMPLETED, prompt=prompt[:PROMPT_LIMIT], error=None)
+
+    def close(self) -> Future:
+        """Lets go of all when the last running job has ended and the last answer is sent. The Future ends then.
+
+        Does not wait for that: where Reload UI does not wait for clients either, as on Forge, they get their answers.
+        """
+        closed = promise()
+        self.closing.set()
+
+        def drain() -> None:
+            for helper in self.helpers:
+                helper.join()
+            while self._live or self.sending:
+                time.sleep(0.2)
+            self.store.close()
+            for pool in (self.pool, self.searchers, self.key_readers, self.storers, self.senders):
+                pool.shutdown(wait=False)
+            closed.set_result(None)
+
+        threading.Thread(target=drain, name="job-tracker-end", daemon=True).start()
+        return closed
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Housekeeper: what is done now and then
+# ------------------------------------------------------------------------------------------------------------------
+
+CLOCKS_START = 1577836800  # 2020-01-01 in Unix seconds: a clock that is before was never set
+
+
+class Housekeeper:
+    """A thread that removes what is too old, ends what other webuis left behind, and looks at what may have changed."""
+
+    LOOK_EVERY = 5  # seconds between two looks at config.json, and at the host
+    RECOVER_EVERY = 60  # seconds between two looks for processes that are gone, and until a failed purge is repeated
+    PURGE_EVERY = 6 * 3600
+    REMOVED_AT_ONCE = 100  # jobs: a crash leaves the files of no more
+    ORPHAN_AGE = 3600  # seconds; a younger file may belong to a job that is being stored
+
+    def __init__(self, tracker: Tracker, predecessor: Predecessor):
+        self.tracker = tracker
+        self.settings = tracker.settings
+        self.store = tracker.store
+        self.images = tracker.images
+        self.watch: Callable[[], None] = lambda: None  # looks after the host
+        self.next_purge: Optional[float] = None  # by time.monotonic()
+        self.kept_for_clock = 0  # jobs that the last purge kept though they are old, since the clock may be wrong
+        self._started, self._started_by_clock = time.monotonic(), int(time.time())
+        self._purging = threading.Lock()
+        self._stop = tracker.closing
+        thread = threading.Thread(target=self._keep_house, name="job-tracker-housekeeping", daemon=True)
+        tracker.helpers.append(thread)
+        thread.start()
+        self._take_over_images(predecessor)
+
+    def _take_over_images(self, predecessor: Predecessor) -> None:
+        predecessor.changing = self.tracker.removing
+        with contextlib.suppress(OSError):
+            if predecessor.is_unfinished():
+                arguments = (self.store, self.images, self._stop)
+                threading.Thread(
+                    target=predecessor.copy_images, args=arguments, name="job-tracker-predecessor", daemon=True
+                ).start()
+
+    def _keep_house(self) -> None:
+        purge_at = time.monotonic()
+        recover_at = purge_at + self.RECOVER_EVERY
+        trouble = ""
+        while True:
+            now = time.monotonic()
+            try:
+                self.settings.refresh()
+                self.watch()
+                if now >= recover_at:
+                    recover_at = now + self.RECOVER_EVERY
+                    self.tracker.recover().result()
+                    trouble = ""
+                if now >= purge_at:
+                    purge_at = now + self.RECOVER_EVERY
+                    self.purge(asked_for=False)
+                    self.next_purge = purge_at = now + self.PURGE_EVERY
+            except Exception as error:
+                cause = error.__cause__ or error  # which names the path
+                text = f"{type(cause).__name__}: {cause}"
+                if text != trouble:  # it may last for days
+                    log.error("Housekeeping will be tried again: %s", text)
+                trouble = text
+            if self._stop.wait(self.LOOK_EVERY):
+                return
 
     def purge(self, asked_for: bool = True) -> Purged:
         """Removes the jobs that are older than the retention, with their files, and files that no job names.
@@ -3812,7 +3884,7 @@ class Tracker:
                 if days is not None and self.settings.retention_days != days:
                     break  # what is too old is another question now
                 jobs = [self.store.get(job_id) for job_id in expired[start : start + self.REMOVED_AT_ONCE]]
-                purged = purged.plus(self._remove([job for job in jobs if job is not None and job.ended]))
+                purged = purged.plus(self.tracker.remove([job for job in jobs if job is not None and job.ended]))
             if asked_for or not self.kept_for_clock:
                 purged = purged.plus(self._remove_orphans())
             if any(purged):
@@ -3844,7 +3916,7 @@ class Tracker:
         orphans, unknown = [], set()
         for name in self.images.older_than(time.time() - self.ORPHAN_AGE):
             job_id = os.path.basename(name)[:8]
-            job = self.get(job_id)
+            job = self.tracker.get(job_id)
             if job is None:
                 unknown.add(job_id)
             if job is None or (job.ended and name not in job.files):
@@ -3858,62 +3930,6 @@ class Tracker:
         orphans = [name for job_id, name in orphans if job_id not in kept]
         images = sum(not name.endswith((".json", ".part")) for name in orphans)
         return Purged(0, images, self.images.remove(orphans))
-
-    def _keep_house(self) -> None:
-        purge_at = time.monotonic()
-        recover_at = purge_at + self.RECOVER_EVERY
-        trouble = ""
-        while True:
-            now = time.monotonic()
-            try:
-                self.settings.refresh()
-                self.watch()
-                if now >= recover_at:
-                    recover_at = now + self.RECOVER_EVERY
-                    self._recover().result()
-                    trouble = ""
-                if now >= purge_at:
-                    purge_at = now + self.RECOVER_EVERY
-                    self.purge(asked_for=False)
-                    self.next_purge = purge_at = now + self.PURGE_EVERY
-            except Exception as error:
-                cause = error.__cause__ or error  # which names the path
-                text = f"{type(cause).__name__}: {cause}"
-                if text != trouble:  # it may last for days
-                    log.error("Housekeeping will be tried again: %s", text)
-                trouble = text
-            if self._stop.wait(self.LOOK_EVERY):
-                return
-
-    def _recover(self) -> Future:
-        return self.store.recover(self._end_left, self._ended)
-
-    def _end_left(self, job: Job) -> Job:
-        """How a job ends that a webui left behind. Nobody knows when it did. Raises StoreError if it cannot be told."""
-        found = self.images.find(job)
-        if found is None:
-            return job._replace(status=FAILED, error="The webui ended before the generation did")
-        prompt = job.prompt
-        with contextlib.suppress(ValueError, RecursionError):
-            prompt = prompt or str(parameters_of(b"".join(self.images.read(job.answer))).get("prompt", ""))
-        return found._replace(status=COMPLETED, prompt=prompt[:PROMPT_LIMIT], error=None)
-
-    def close(self) -> None:
-        """Ends the housekeeping, and the rest when the last running job has ended and the last answer is sent.
-
-        Does not wait for that: where Reload UI does not wait for clients either, as on Forge, they get their answers.
-        """
-        self._stop.set()
-
-        def drain() -> None:
-            self._housekeeper.join()
-            while self._live or self.sending:
-                time.sleep(0.2)
-            self.store.close()
-            for pool in (self.pool, self.searchers, self.key_readers, self.storers, self.senders):
-                pool.shutdown(wait=False)
-
-        threading.Thread(target=drain, name="job-tracker-end", daemon=True).start()
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -4555,7 +4571,7 @@ class Generation:
             waiting = self.lock is None
         log.info("Job %s was cancelled", self.job.id)
         if waiting:
-            self.tracker.dequeue(getattr(self.request, "force_task_id", None))
+            self.tracker.host.dequeue(getattr(self.request, "force_task_id", None))
             self.tracker.fail(self.job.id, CANCELLED)
             self._in_loop(self._end)
         else:
@@ -4566,7 +4582,7 @@ class Generation:
         """Interrupts the host again and again, for a generation resets the mark when it begins."""
         with self._state:
             if self.lock == "held":
-                self.tracker.interrupt()
+                self.tracker.host.interrupt()
                 self.loop.call_later(0.2, self._interrupt)
 
     def _in_loop(self, function: Callable[..., None], *args: Any) -> None:
@@ -5527,8 +5543,9 @@ class Markup:
     IMAGE = "/job-tracker/{id}/{n}"  # for whom gradio shows the page; the API has credentials of its own
     SHOWN = ("png", "jpg", "webp", "gif", "avif", "bmp")  # by every browser
 
-    def __init__(self, tracker: Tracker):
+    def __init__(self, tracker: Tracker, housekeeper: Housekeeper):
         self.tracker = tracker
+        self.housekeeper = housekeeper
 
     @classmethod
     def note(cls, text: str, kind: str = "plain") -> str:
@@ -5542,7 +5559,7 @@ class Markup:
         return f'<div class="figures">{cells}</div>'
 
     def _next_purge(self) -> str:
-        at = self.tracker.next_purge
+        at = self.housekeeper.next_purge
         if self.tracker.settings.retention_days is None:
             return "Off"
         if at is None:
@@ -5707,12 +5724,19 @@ class Tab:
     TOKEN = "/job-tracker/token"
     DIRECT = re.compile(r"/(run|api)/[^/]+/?\Z")  # the paths at which gradio calls a function without its queue
 
-    def __init__(self, tracker: Tracker, origins: OriginGuard, trouble: Callable[[], Optional[str]]):
+    def __init__(
+        self,
+        tracker: Tracker,
+        housekeeper: Housekeeper,
+        origins: OriginGuard,
+        trouble: Callable[[], Optional[str]],
+    ):
         """`trouble` says why generations are not tracked, None if they are."""
         self.tracker = tracker
+        self.housekeeper = housekeeper
         self.origins = origins
         self.trouble = trouble
-        self.markup = Markup(tracker)
+        self.markup = Markup(tracker, housekeeper)
         self._purge: Optional[Future] = None  # the last one that was asked for here
         self._purge_began = 0.0
         # Only pages of the webui itself can read it, and so prove what they are where a proxy changes `Host`.
@@ -5864,7 +5888,7 @@ class Tab:
         """Begins a purge. It may take minutes, so its result comes with a later look."""
         if self._purge is None or self._purge.done():
             self._purge_began = time.time()
-            self._purge = self.tracker.pool.submit(self.tracker.purge)
+            self._purge = self.tracker.pool.submit(self.housekeeper.purge)
 
     async def look(self, view: Any, enabled: Any, retention: Any, status: Any, ip: Any, text: Any) -> List[Any]:
         """The outputs of `build`, for the values of its inputs."""
@@ -5916,8 +5940,8 @@ class Tab:
             notes += note("Tracking is off: generations leave no job. Enable Tracking takes effect at once.")
         if settings.trouble:
             notes += note(f"{settings.trouble}.", "error")
-        if self.tracker.kept_for_clock and not self._purging:
-            kept = f"{self.tracker.kept_for_clock:,} jobs are older than the retention, all from before this start."
+        if self.housekeeper.kept_for_clock and not self._purging:
+            kept = f"{self.housekeeper.kept_for_clock:,} jobs are older than the retention, all from before this start."
             notes += note(f"{kept} They are kept, since the clock may be wrong. Purge Now removes them.")
         if self._purging:
             notes += note("Purging: old jobs are being removed. All else goes on meanwhile.")
@@ -6184,10 +6208,15 @@ class Extension:
 
     def __init__(self) -> None:
         settings = Settings(EXTENSION_FOLDER, dict(os.environ))
-        self.tracker = Tracker(settings, self._begun, self._progress, self._interrupt, self._dequeue)
+        predecessor = Predecessor(settings.folder, settings.data_folder)
+        predecessor.list_jobs()
+        store = JobStore(settings.data_folder, predecessor.refuse_to_open)
+        images = ImageStore(os.path.join(settings.data_folder, "images"))
+        self.tracker = Tracker(settings, self, store, images)
+        self.housekeeper = Housekeeper(self.tracker, predecessor)
         self.trouble: Optional[str] = None  # why generations are not tracked, for the tab
         self._origins = OriginGuard(self._is_named)
-        self._tab = Tab(self.tracker, self._origins, lambda: self.trouble)
+        self._tab = Tab(self.tracker, self.housekeeper, self._origins, lambda: self.trouble)
         self._routes: List[Any] = []  # those that are ours, as they stand in the app
         self._app: Any = None
 
@@ -6249,7 +6278,7 @@ class Extension:
             route.openapi_extra = {**(route.openapi_extra or {}), **GENERATION_DOCS}
         app.openapi_schema = None  # it may have been asked for already
         self._app, self._routes = app, [route for route, _ in routes]
-        self.tracker.watch = self._watch_routes
+        self.housekeeper.watch = self._watch_routes
         settings = self.tracker.settings
         state = "on" if settings.enabled else "off"
         advice = "" if settings.enabled else self._advice(has_tab)
@@ -6349,13 +6378,13 @@ class Extension:
             app.middleware_stack = Shell(app.middleware_stack)
 
     @staticmethod
-    def _interrupt() -> None:
+    def interrupt() -> None:
         from modules import shared
 
         shared.state.interrupt()
 
     @staticmethod
-    def _dequeue(task: Optional[str]) -> None:
+    def dequeue(task: Optional[str]) -> None:
         """Takes a task off the list of those that wait: the host takes off only what has begun."""
         with contextlib.suppress(ImportError, AttributeError):  # where there is no such list
             from modules import progress
@@ -6363,18 +6392,18 @@ class Extension:
             progress.pending_tasks.pop(task, None)
 
     @staticmethod
-    def _begun() -> Any:
+    def begun() -> Any:
         from modules import shared
 
         return getattr(shared.state, "time_start", None)
 
     @classmethod
-    def _progress(cls, begun: Any) -> Progress:
+    def progress(cls, begun: Any) -> Progress:
         from modules import shared
 
         try:
             state = shared.state
-            if cls._begun() == begun or state.job_count <= 0:  # the rest is from the generation before
+            if cls.begun() == begun or state.job_count <= 0:  # the rest is from the generation before
                 return 0.0
             progress = state.job_no / state.job_count
             if state.sampling_steps:

@@ -237,7 +237,7 @@ def busy(jobs: int, progress: Progress) -> List[Figure]:
         tracker = make_tracker(script, folder, TRACKER_RETENTION="off")
         store = tracker.store
         ids = [job.id for job in store.query(script.Filter(), jobs).jobs]
-        until(lambda: tracker.next_purge)
+        until(lambda: tracker.housekeeper.next_purge)
         time.sleep(0.3)
         idle = while_busy(store, script, ids, lambda: time.sleep(1))
         size = (folder / "jobs.json").stat().st_size
@@ -254,13 +254,12 @@ def busy(jobs: int, progress: Progress) -> List[Figure]:
         ]
         progress("purging", 0)
         tracker.settings.retention_days = 30.0
-        puts, gets, seconds = while_busy(store, script, ids, tracker.purge)
+        puts, gets, seconds = while_busy(store, script, ids, tracker.housekeeper.purge)
         figures += [
             Figure(f"put during a purge of {jobs:,}, {seconds:.1f} s", str(puts), f"{idle[0]} otherwise"),
             Figure("get during it", str(gets), f"{idle[1]} otherwise"),
         ]
-        tracker.close()
-        until(lambda: not store._thread.is_alive())
+        tracker.close().result(60)
     return figures
 
 

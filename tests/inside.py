@@ -85,10 +85,32 @@ def lines_of(path: Path) -> List[bytes]:
     return path.read_bytes().split(b"\n")
 
 
+class NoHost:
+    """What a tracker asks the webui, where there is none."""
+
+    def begun(self) -> None:
+        pass
+
+    def progress(self, begun: None) -> None:
+        pass
+
+    def interrupt(self) -> None:
+        pass
+
+    def dequeue(self, task: Optional[str]) -> None:
+        pass
+
+
 def make_tracker(script: Any, folder: Path, **environ: str) -> Any:
-    """A tracker without a webui."""
+    """A tracker without a webui, and with a housekeeper."""
     settings = script.Settings(str(folder), environ)
-    return script.Tracker(settings, lambda: None, lambda begun: None, lambda: None, lambda task: None)
+    predecessor = script.Predecessor(settings.folder, settings.data_folder)
+    predecessor.list_jobs()
+    store = script.JobStore(settings.data_folder, predecessor.refuse_to_open)
+    images = script.ImageStore(str(Path(settings.data_folder) / "images"))
+    tracker = script.Tracker(settings, NoHost(), store, images)
+    tracker.housekeeper = script.Housekeeper(tracker, predecessor)
+    return tracker
 
 
 def when_ended(tracker: Any, job_id: str) -> Any:

@@ -176,7 +176,7 @@ def test_a_line_of_a_neighbour_is_synced_before_it_is_shown(tmp_path):
 
     trackers = [make_tracker(script, tmp_path) for script in (one, two)]
     for tracker in trackers:
-        until(lambda tracker=tracker: tracker.next_purge)
+        until(lambda tracker=tracker: tracker.housekeeper.next_purge)
     one.sync_file = lambda file: None
     two.sync_file = note
     job = one.Job(trackers[0].reserve_id(), "txt2img", one.PENDING, int(time.time()), None, "")
@@ -196,15 +196,14 @@ def script() -> Any:
 def left_behind(script: Any, folder: Path, images: int, lost: Callable[[Any], Any]) -> Any:
     """The job, at the next start, of a process that was killed after storing so many images; some files were lost."""
     tracker = make_tracker(script, folder)
-    until(lambda: tracker.next_purge, what="it has looked for jobs left behind")
+    until(lambda: tracker.housekeeper.next_purge, what="it has looked for jobs left behind")
     job = script.Job(
         tracker.reserve_id(), "txt2img", script.PROCESSING, int(time.time()), None, "", started=time.time()
     )
     tracker.store.put(job._replace(owner="00000000"), new=True).result()
     saved = tracker.images.save(job, an_answer(script, job.id, images))
     tracker.images.remove(lost(saved))
-    tracker.close()
-    until(lambda: not tracker.store._thread.is_alive())
+    tracker.close().result(60)
     tracker = make_tracker(script, folder)
     found = tracker.get(job.id)
     if found.status == script.COMPLETED:
@@ -217,13 +216,13 @@ def left_behind(script: Any, folder: Path, images: int, lost: Callable[[Any], An
 def test_a_folder_that_is_a_link(script, tmp_path):
     """Nothing is taken from behind it, and the job does not stay without an end."""
     tracker = make_tracker(script, tmp_path)
-    until(lambda: tracker.next_purge, what="it has looked for jobs left behind")
+    until(lambda: tracker.housekeeper.next_purge, what="it has looked for jobs left behind")
     job = script.Job(tracker.reserve_id(), "txt2img", script.PROCESSING, int(time.time()), None, "", owner="00000000")
     tracker.store.put(job, new=True).result()
     tracker.images.save(job, an_answer(script, job.id, 1))
     (tmp_path / "images" / job.day).rename(tmp_path / "elsewhere")
     (tmp_path / "images" / job.day).symlink_to(tmp_path / "elsewhere")
-    tracker._recover().result()
+    tracker.recover().result()
     assert tracker.get(job.id).status == "Failed"
     tracker.close()
 
@@ -261,15 +260,15 @@ def test_images_that_cannot_be_looked_at_now(script, tmp_path):
             return os.listdir(path)
 
     tracker = make_tracker(script, tmp_path)
-    until(lambda: tracker.next_purge, what="it has looked for jobs left behind")
+    until(lambda: tracker.housekeeper.next_purge, what="it has looked for jobs left behind")
     job = script.Job(tracker.reserve_id(), "txt2img", script.PROCESSING, int(time.time()), None, "", owner="00000000")
     tracker.store.put(job, new=True).result()
     tracker.images.save(job, an_answer(script, job.id, 1))
     script.os = Os()
-    tracker._recover().result()
+    tracker.recover().result()
     assert tracker.get(job.id).status == "Processing"
     failing.clear()
-    tracker._recover().result()
+    tracker.recover().result()
     assert tracker.get(job.id).status == "Completed"
     assert b"".join(tracker.images.read(tracker.get(job.id).images[0])) == pixels(job.id, 0)
     tracker.close()
@@ -325,7 +324,7 @@ def test_every_end_is_told_once_and_not_before_it_is_on_disk(script, tmp_path):
 
     script.Tracker = Tracker
     tracker = make_tracker(script, tmp_path)
-    until(lambda: tracker.next_purge, what="it has looked for jobs left behind")
+    until(lambda: tracker.housekeeper.next_purge, what="it has looked for jobs left behind")
     jobs = {prompt: a_job(prompt) for prompt in ("done", "failed", "cancelled")}
     for job in jobs.values():
         tracker.accept(job, lambda: tracker.fail(jobs["cancelled"].id, "Cancelled") or True).result()
@@ -341,11 +340,11 @@ def test_every_end_is_told_once_and_not_before_it_is_on_disk(script, tmp_path):
         raise OSError(28, "No space left on device")
 
     script.write_at = fail
-    tracker._recover().result()
+    tracker.recover().result()
     script.write_at = write_at
     until(lambda: len(told) >= 4)
-    tracker._recover().result()
+    tracker.recover().result()
     tracker.store.put(a_job("left again", owner="00000000"), new=True).result()
-    tracker._recover().result()
+    tracker.recover().result()
     assert sorted(told) == ["cancelled Failed", "done Completed", "failed Failed", "left Failed", "left again Failed"]
     tracker.close()

@@ -23,8 +23,7 @@ def script() -> Any:
 def tracker(script, tmp_path) -> Iterator[Any]:
     tracker = make_tracker(script, tmp_path, TRACKER_ENABLED="1", TRACKER_RETENTION="off")
     yield tracker
-    tracker.close()
-    until(lambda: not tracker.store._thread.is_alive(), what="the store has closed")
+    tracker.close().result(60)
 
 
 async def nothing() -> None:
@@ -128,7 +127,7 @@ def test_a_reload_waits_for_answers_on_their_way(script, tmp_path):
         made.close()
 
     asyncio.run(run())
-    until(lambda: not tracker.store._thread.is_alive(), what="the store has closed")
+    tracker.close().result(60)
 
     with pytest.raises(script.HTTPException) as refused:  # and not 404, as for what is lost
         asyncio.run(script.Api(tracker, None)._run(tracker.get, "AAAAAAAA", lost="lost"))

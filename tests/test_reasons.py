@@ -63,7 +63,7 @@ sabotage(module.JobStore, "_length")
 sabotage(module.JobStore, "_append")
 sabotage(module.JobStore, "_end")
 sabotage(module.Settings, "_write")
-sabotage(module.Tracker, "_remove_orphans")
+sabotage(module.Housekeeper, "_remove_orphans")
 
 answer = module.Generation.answer
 

@@ -1085,8 +1085,7 @@ def test_a_real_full_disk(script, tmp_path, dice):
         until(lambda: not tracker.store._retry)
         until(lambda: all(job.ended for job in tracker.store.query(script.Filter(), 1000).jobs))
         jobs = tracker.store.query(script.Filter(), 1000).jobs
-        tracker.close()
-        until(lambda: not tracker.store._thread.is_alive())
+        tracker.close().result(60)
         assert {job.id for job in jobs} == set(alive(disk / "jobs.json"))
         for job in jobs:
             whole = job.status == "Completed" and files_are_whole(tracker, job)
@@ -1599,5 +1598,4 @@ def test_images_that_are_read_only(script, tmp_path, dice):
         done = a_job(script, dice, timestamp=int(time.time()))
         assert generate(script, tracker, done) == "Completed"
         assert files_are_whole(tracker, tracker.get(done.id))
-        tracker.close()
-        until(lambda: not tracker.store._thread.is_alive())
+        tracker.close().result(60)
