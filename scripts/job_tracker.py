@@ -3142,7 +3142,7 @@ class Purged(NamedTuple):
 
 
 class Conflict(Exception):
-    """What was asked for does not go with the job's status."""
+    """The job's status does not allow what was asked for."""
 
 
 class Claim:
@@ -3467,6 +3467,33 @@ class Tracker:
         """A job as it is now, None if there is none. Raises StoreError."""
         return self.running(job_id) or self.store.get(job_id)
 
+    def list(
+        self,
+        filter_: Filter,
+        limit: int,
+        cursor: Optional[str] = None,
+        skip: int = 0,
+        abandoned: Optional[threading.Event] = None,
+    ) -> Page:
+        """The newest jobs that match, see `JobStore.query`. Raises StoreError, InvalidCursor."""
+        return self.store.query(filter_, limit, cursor, skip, abandoned)
+
+    def stats(self) -> Tuple[Dict[str, int], int]:
+        """Jobs by status, and the bytes of all their files. Raises StoreError."""
+        return self.store.figures()
+
+    def missing(self, job: Job) -> Set[int]:
+        """The numbers of a job's images that are no longer on disk. Raises a temporary StoreError."""
+        return {number for number in range(len(job.images)) if self.image_size(job, number) is None}
+
+    def image_size(self, job: Job, number: int) -> Optional[int]:
+        """In bytes; None if the image is no longer on disk. Raises a temporary StoreError."""
+        return self.images.size(job.images[number])
+
+    def read_image(self, job: Job, number: int) -> Iterator[bytes]:
+        """An image as it was stored, a piece at a time. Raises StoreError."""
+        return self.images.read(job.images[number])
+
     def position(self, job_id: str) -> Optional[int]:
         """Where a Pending job stands in the queue, 1 is next. None for any other, or one of another process."""
         with self._lock:
@@ -3604,10 +3631,10 @@ class Tracker:
 
         Without its images, its `parameters` are brief.
         """
-        there = [self.images.size(name) is not None for name in job.images] if images else []
+        missing = self.missing(job) if images else set()
         description = self.describe(job, whole=images)
-        if not all(there):
-            description["error"] = f"{there.count(False)} of {len(there)} images are no longer on disk"
+        if missing:
+            description["error"] = f"{len(missing)} of {len(job.images)} images are no longer on disk"
         parts = {name: value for name, value in description.items() if isinstance(value, Part)}
 
         def pieces() -> Iterator[bytes]:
@@ -5049,14 +5076,14 @@ PENDING_EXAMPLE = {**COMPLETED_EXAMPLE, **UNFINISHED, "status": PENDING, "starte
 CANCELLED_EXAMPLE = {**COMPLETED_EXAMPLE, **UNFINISHED, "status": FAILED, "finished": 1736712002.5, "error": CANCELLED}
 
 ANY_ROUTE_DOCS = {
-    401: {"model": Problem, "description": "The webui asks for credentials, and these are none"},
+    401: {"model": Problem, "description": "Missing or wrong credentials"},
     404: {"model": Problem, "description": "There is no such job", "content": json_like({"detail": "Job not found"})},
     503: {"model": Problem, "description": "The jobs cannot be read from disk or changed there"},
 }
 CONFLICT_DOCS = {
     409: {
         "model": Problem,
-        "description": "It does not go with the job's status",
+        "description": "The job's status does not allow this",
         "content": json_like({"detail": "The job is Completed"}),
     },
 }
@@ -5343,7 +5370,7 @@ class Api:
         )
 
         def look(abandoned: threading.Event) -> Page:
-            return self.tracker.store.query(filter_, limit, cursor, abandoned=abandoned)
+            return self.tracker.list(filter_, limit, cursor, abandoned=abandoned)
 
         pool = self.tracker.searchers if filter_.text else self.tracker.pool
         try:
@@ -5387,7 +5414,7 @@ class Api:
         if n >= len(job.images):
             raise HTTPException(404, "The job has no such image" if job.ended else f"The job is still {job.status}")
         name = job.images[n]
-        size = await self._run(self.tracker.images.size, name)
+        size = await self._run(self.tracker.image_size, job, n)
         lost = "The image is no longer on disk"
         if size is None:
             raise HTTPException(404, lost)
@@ -5405,7 +5432,7 @@ class Api:
         known = [tag.strip() for tag in request.headers.get("If-None-Match", "").replace("W/", "").split(",")]
         if headers["ETag"] in known or known == ["*"]:
             return Response(None, 304, headers)
-        pieces = self.tracker.images.read(name)
+        pieces = self.tracker.read_image(job, n)
         first = await self._run(next, pieces, b"", lost=lost)
         pieces = preceded(first, pieces)  # its file is open, and may be deleted from now on
         if gzip:

@@ -155,7 +155,7 @@ def can_be_shown(tracker: Any, job: Any) -> None:
     assert isinstance(job.prompt, str) and all(text is None or isinstance(text, str) for text in (job.ip, job.error))
     assert all(SCRIPT.IMAGE_FORM.match(name).group(1) == job.id for name in job.images)
     assert strictly(b"".join(tracker.as_json(job)))["id"] == job.id
-    markup = SCRIPT.Markup(tracker)
+    markup = SCRIPT.Markup(tracker, tracker.housekeeper)
     for html in (markup.details(job.id), markup.table(SCRIPT.View(job=job.id), SCRIPT.Filter())):
         assert job.id in html
         assert "</script>" not in html and "\u202e" not in html and "\x1b" not in html

@@ -216,7 +216,7 @@ def test_a_look_holds_little(script, tracker, name, look):
         "whole": lambda: tracker.as_json(job),
         "brief": lambda: tracker.as_json(job, images=False),
         "replay": lambda: tracker.answer_as_json(job),
-        "tab": lambda: iter([script.Markup(tracker).details(job.id).encode()]),
+        "tab": lambda: iter([script.Markup(tracker, tracker.housekeeper).details(job.id).encode()]),
     }
     tracemalloc.start()
     try:
@@ -383,7 +383,7 @@ def test_a_large_answer_of_an_earlier_version(script, tracker):
 
 
 def test_the_tab_says_so(script, tracker):
-    markup = script.Markup(tracker)
+    markup = script.Markup(tracker, tracker.housekeeper)
     large = markup.details(stored(tracker, ANSWERS["large info"]).id)
     assert "too long to be shown here" in large and len(large) < 100_000
     other = markup.details(stored(tracker, ANSWERS["large parameters"]).id)
