@@ -794,16 +794,37 @@ TYPES = ("txt2img", "img2img")
 
 ID_ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
 ID_FORM = re.compile(r"[A-Za-z0-9]{8}\Z")
-DAY_FORM = re.compile(r"\d{4}-\d\d-\d\d\Z")
-OWN_FILE_FORM = re.compile(
-    r"\d{4}-\d\d-\d\d/[A-Za-z0-9]{8}"
-    r"((\.brief)?\.json|_\d{1,6}\.[a-z]{3,4}|(_\d{1,6}|\.brief)?\.[0-9a-f]{8}\.part)\Z"
-)
-IMAGE_FORM = re.compile(r"\d{4}-\d\d-\d\d/([A-Za-z0-9]{8})_(\d{1,6})\.[a-z]{3,4}\Z")
+IMAGE_FORM = re.compile(r"\d{4}-\d\d-\d\d/([A-Za-z0-9]{8})_(\d{1,6})\.([a-z]{3,4})\Z")
+MEDIA_TYPES = {
+    "png": "image/png",
+    "jpg": "image/jpeg",
+    "webp": "image/webp",
+    "gif": "image/gif",
+    "avif": "image/avif",
+    "jxl": "image/jxl",
+    "tiff": "image/tiff",
+    "bmp": "image/bmp",
+    "txt": "text/plain",  # starlette adds the charset
+}
+OTHER_MEDIA_TYPE = "application/octet-stream"
+MEDIA_TYPE_FORM = re.compile(r"[a-z]+/[a-z0-9.+-]{1,100}\Z")
 
 LAST_MOMENT = 1 << 34  # Unix seconds, in the year 2514: Windows knows no day after 3000
 PROMPT_LIMIT = 100_000  # characters kept in jobs.json; `parameters` has the whole prompt
 IP_LIMIT = 100  # characters: a server that trusts a proxy takes what that says for an address
+
+
+class Image(NamedTuple):
+    """An image of a job, and what is to be known of it without opening its file."""
+
+    name: str  # which the image store made and understands
+    size: Optional[int]  # in bytes; None in a record of an earlier version
+    media_type: str
+
+    @property
+    def file_name(self) -> str:
+        """By which a client may keep it."""
+        return self.name.rpartition("/")[2]
 
 
 class Job(NamedTuple):
@@ -818,8 +839,8 @@ class Job(NamedTuple):
     started: Optional[float] = None
     finished: Optional[float] = None
     error: Optional[str] = None
-    images: Tuple[str, ...] = ()  # files below images/, in the host's order
-    bytes: int = 0  # of these files and the answer beside them
+    images: Tuple[Image, ...] = ()  # in the host's order
+    bytes: int = 0  # of their files and of the answer beside them
     owner: Optional[str] = None  # the process that runs it
     key: Optional[str] = None  # of its idempotency, see idempotency_key
     digest: Optional[str] = None  # of the request's body, for a job with a key
@@ -829,26 +850,6 @@ class Job(NamedTuple):
     @property
     def ended(self) -> bool:
         return self.status in ENDED
-
-    @property
-    def day(self) -> str:
-        """The folder below images/ that has its files, in UTC: it must not move with the machine's time zone."""
-        return time.strftime("%Y-%m-%d", time.gmtime(self.timestamp))
-
-    @property
-    def answer(self) -> str:
-        """The file below images/ with the host's answer without its images."""
-        return f"{self.day}/{self.id}.json"
-
-    @property
-    def brief_answer(self) -> str:
-        """The file below images/ with brief parameters, or the answer itself if its own are brief."""
-        return f"{self.day}/{self.id}.brief.json" if self.has_brief else self.answer
-
-    @property
-    def files(self) -> Tuple[str, ...]:
-        """All files below images/ that the record stands for."""
-        return (*self.images, self.answer, self.brief_answer) if self.has_brief else (*self.images, self.answer)
 
 
 def new_id() -> str:
@@ -883,9 +884,38 @@ def without_surrogates(text: str) -> str:
 
 
 def record_of(job: Job) -> bytes:
-    """A job as it stands in jobs.json."""
-    fields = job._asdict().items()
-    return as_json({name: without_surrogates(value) if isinstance(value, str) else value for name, value in fields})
+    """A job as it stands in jobs.json.
+
+    What is known of its images stands beside their names. Earlier versions, which may share the folder, take a record
+    whose `images` are no list of names for damage, and overlook fields that they do not know.
+    """
+    fields = job._asdict()
+    fields["images"] = [image.name for image in job.images]
+    if job.images:
+        fields["image_details"] = [[image.size, image.media_type] for image in job.images]
+    values = fields.items()
+    return as_json({name: without_surrogates(value) if isinstance(value, str) else value for name, value in values})
+
+
+def images_from_record(names: Any, details: Any) -> Iterator[Image]:
+    """The images of a record, see `record_of`. A record without valid details is no worse than an earlier version's.
+
+    Raises ValueError for a name that is no image's.
+    """
+    if not isinstance(names, list):
+        raise ValueError("images is no list")
+    if not isinstance(details, list) or len(details) != len(names):
+        details = [None] * len(names)
+    for name, detail in zip(names, details):
+        form = IMAGE_FORM.match(name) if isinstance(name, str) else None
+        if form is None:
+            raise ValueError("images has an invalid name")
+        size, media_type = detail if isinstance(detail, list) and len(detail) == 2 else (None, None)
+        if type(size) is not int or not 0 <= size < 1 << 50:
+            size = None
+        if not (isinstance(media_type, str) and MEDIA_TYPE_FORM.match(media_type)):
+            media_type = MEDIA_TYPES.get(form.group(3), OTHER_MEDIA_TYPE)
+        yield Image(name, size, media_type)
 
 
 def job_from_record(record: Any) -> Job:
@@ -893,10 +923,7 @@ def job_from_record(record: Any) -> Job:
     if not isinstance(record, dict):
         raise ValueError("it is no object")
     values = {name: record[name] for name in Job._fields if name in record}
-    images = values.get("images", [])
-    if not isinstance(images, list):
-        raise ValueError("images is no list")
-    values["images"] = tuple(images)
+    values["images"] = tuple(images_from_record(record.get("images", []), record.get("image_details")))
     ranges = values.get("ranges", [])
     if not isinstance(ranges, list) or len(ranges) not in (0, 7):
         raise ValueError("ranges is no list of seven numbers, or of none")
@@ -922,10 +949,8 @@ def job_from_record(record: Any) -> Job:
     for text in (job.ip, job.error, job.owner, job.key, job.digest):
         if text is not None and not isinstance(text, str):
             raise ValueError("ip, error, owner, key or digest is no text")
-    for name in job.images:
-        form = isinstance(name, str) and IMAGE_FORM.match(name)
-        if not form or form.group(1) != job.id:
-            raise ValueError("images has a name that is none of this job's")
+    if any(IMAGE_FORM.match(image.name).group(1) != job.id for image in job.images):
+        raise ValueError("images has the name of another job's")
     return job
 
 
@@ -942,6 +967,7 @@ class StoreError(Exception):
         super().__init__(reason)
         # The same may go well in a moment: too many files are open, say, or a mount does not answer.
         self.temporary = temporary
+        self.details = reason  # for the log, which may have the path
 
     @classmethod
     def of(cls, error: Exception) -> "StoreError":
@@ -949,13 +975,8 @@ class StoreError(Exception):
         if isinstance(error, StoreError):
             return error
         failure = cls(reason_of(error), isinstance(error, OSError) and error.errno in TEMPORARY_ERRNOS)
-        failure.__cause__ = error
+        failure.details, failure.__cause__ = str(error), error
         return failure
-
-    @property
-    def details(self) -> str:
-        """For the log, which may have the path."""
-        return str(self.__cause__ or self)
 
 
 class InvalidCursor(ValueError):
@@ -2169,19 +2190,26 @@ class JobStore:
 # ImageStore: images/
 # ------------------------------------------------------------------------------------------------------------------
 
-IMAGE_TYPES = (  # how a file begins, its ending, its media type
-    (re.compile(rb"\x89PNG\r\n\x1a\n"), "png", "image/png"),
-    (re.compile(rb"\xff\xd8\xff"), "jpg", "image/jpeg"),
-    (re.compile(rb"RIFF.{4}WEBP", re.DOTALL), "webp", "image/webp"),
-    (re.compile(rb"GIF8[79]a"), "gif", "image/gif"),
-    (re.compile(rb".{4}ftypavi[fs]", re.DOTALL), "avif", "image/avif"),
-    (re.compile(rb"\xff\x0a|\x00\x00\x00\x0cJXL \r\n\x87\n"), "jxl", "image/jxl"),
-    (re.compile(rb"II\*\x00|MM\x00\*"), "tiff", "image/tiff"),
-    (re.compile(rb"BM"), "bmp", "image/bmp"),
+DAY_FORM = re.compile(r"\d{4}-\d\d-\d\d\Z")
+OWN_FILE_FORM = re.compile(
+    r"\d{4}-\d\d-\d\d/[A-Za-z0-9]{8}"
+    r"((\.brief)?\.json|_\d{1,6}\.[a-z]{3,4}|(_\d{1,6}|\.brief)?\.[0-9a-f]{8}\.part)\Z"
 )
-MEDIA_TYPES = {ending: media_type for _, ending, media_type in IMAGE_TYPES}
-MEDIA_TYPES["txt"] = "text/plain"  # starlette adds the charset
-OTHER_MEDIA_TYPE = "application/octet-stream"
+IMAGE_STARTS = {  # ending -> how such a file begins
+    "png": re.compile(rb"\x89PNG\r\n\x1a\n"),
+    "jpg": re.compile(rb"\xff\xd8\xff"),
+    "webp": re.compile(rb"RIFF.{4}WEBP", re.DOTALL),
+    "gif": re.compile(rb"GIF8[79]a"),
+    "avif": re.compile(rb".{4}ftypavi[fs]", re.DOTALL),
+    "jxl": re.compile(rb"\xff\x0a|\x00\x00\x00\x0cJXL \r\n\x87\n"),
+    "tiff": re.compile(rb"II\*\x00|MM\x00\*"),
+    "bmp": re.compile(rb"BM"),
+}
+
+
+def ending_of(data: bytes) -> Optional[str]:
+    """The ending of a file that begins so, None if it is no image."""
+    return next((ending for ending, form in IMAGE_STARTS.items() if form.match(data)), None)
 
 
 class Contents(NamedTuple):
@@ -2340,12 +2368,6 @@ def with_images_hidden(answer: Answer) -> Answer:
     return answer._replace(rest=rest, contents=Contents({**contents.parameters, "send_images": False}, ranges))
 
 
-def parameters_of(rest: bytes) -> Dict[str, Any]:
-    """The parameters of an answer; empty if they are no object. Raises ValueError, RecursionError if it is none."""
-    parameters = contents_of(rest).parameters
-    return parameters if isinstance(parameters, dict) else {}
-
-
 BRIEF_TEXT = 1000  # characters that a text in `parameters` may have in a list
 BRIEF_SIZE = 1 << 16  # bytes that they may have there together, about
 BRIEF_DEPTH = 100  # lists and objects within one another
@@ -2425,11 +2447,13 @@ def brief_answer_of(rest: bytes, contents: Contents) -> Optional[bytes]:
 class ImageStore:
     """The files of jobs, in a folder for each day. Every method may block, and raises StoreError unless it says not to.
 
+    What its files are called is its own. Records have the names of images, and everybody else only hands them on.
+
     A file is whole once it has its name, and it has its name before a record names it. No symbolic link below the
     folder is followed.
     """
 
-    PIECE = 3 << 16  # bytes, a multiple of 3: there base64 can be cut
+    CHUNK = 3 << 16  # bytes, a multiple of 3: there base64 can be cut
 
     def __init__(self, folder: str):
         self.folder = folder
@@ -2443,62 +2467,92 @@ class ImageStore:
         store._sources = (*self._sources, *paths)
         return store
 
+    @staticmethod
+    def day_of(job: Job) -> str:
+        """The folder of a job's files, in UTC: it must not move with the machine's time zone."""
+        return time.strftime("%Y-%m-%d", time.gmtime(job.timestamp))
+
+    @classmethod
+    def answer_name(cls, job: Job) -> str:
+        """The file with the host's answer without its images."""
+        return f"{cls.day_of(job)}/{job.id}.json"
+
+    @classmethod
+    def brief_answer_name(cls, job: Job) -> str:
+        """The file with brief parameters, or the answer itself if its own are brief."""
+        return f"{cls.day_of(job)}/{job.id}.brief.json" if job.has_brief else cls.answer_name(job)
+
+    @classmethod
+    def files_of(cls, job: Job) -> List[str]:
+        """All files that a record stands for."""
+        names = [*(image.name for image in job.images), cls.answer_name(job), cls.brief_answer_name(job)]
+        return list(dict.fromkeys(names))
+
     @raising_store_error()
     def save(self, job: Job, answer: Answer) -> Job:
         """Stores an answer, safe from a power cut, and returns the job with the names and the size of its files.
 
         The host's answer comes last, when all else is safe: where it is, all is, see `find`.
         """
-        folder = os.path.join(self.folder, job.day)
+        folder = os.path.join(self.folder, self.day_of(job))
         self._make_folder(self.folder)
         self._make_folder(folder, links=False)
         contents = answer.contents or contents_of(answer.rest)
         brief = brief_answer_of(answer.rest, contents)
         ranges = ranges_of(answer.rest, contents) if len(answer.rest) >= LARGE else ()
-        job = job._replace(has_brief=brief is not None, ranges=ranges)
-        names: List[str] = []
-        total = 0
+        job = job._replace(images=(), has_brief=brief is not None, ranges=ranges)
+        size = 0
         try:
-            for number, image in enumerate(answer.images):
-                name, size = self._save_image(f"{job.day}/{job.id}_{number}", image)
-                names.append(name)
-                total += size
+            for number, data in enumerate(answer.images):
+                image = self._save_image(f"{self.day_of(job)}/{job.id}_{number}", data)
+                job = job._replace(images=(*job.images, image))
+                size += image.size
             if brief is not None:
-                total += self._write(job.brief_answer, [brief])
-            if total:
+                size += self._write(self.brief_answer_name(job), [brief])
+            if size:
                 sync_folder(folder)
-            total += self._write(job.answer, [answer.rest])
+            size += self._write(self.answer_name(job), [answer.rest])
             sync_folder(folder)
             sync_folder(self.folder)
         except BaseException:
-            self.remove([*names, *job.files])
+            self.remove(self.files_of(job))
             raise
-        return job._replace(images=tuple(names), bytes=total)
+        return job._replace(bytes=size)
 
     @raising_store_error()
     def find(self, job: Job) -> Optional[Job]:
         """A job that a crash left between `save` and its record, with its files, as `save` returned it.
 
-        None if `save` did not come to its end. Raises StoreError if that cannot be told.
+        If it has no prompt, it gets the one that the host used. None if `save` did not come to its end. Raises
+        StoreError if that cannot be told.
         """
-        folder = os.path.join(self.folder, job.day)
+        day, answer = self.day_of(job), self.answer_name(job)
+        folder = os.path.join(self.folder, day)
         if os.path.islink(folder):  # which is never followed
             return None
         try:
-            os.lstat(self._path(job.answer))  # most jobs have none, and a folder takes long to list
+            size = os.lstat(self._path(answer)).st_size  # most jobs have none, and a folder takes long to list
         except (FileNotFoundError, NotADirectoryError):
             return None
-        entries = {f"{job.day}/{entry}" for entry in os.listdir(folder) if entry.startswith(job.id)}
-        images = {int(match.group(2)): match.group(0) for match in map(IMAGE_FORM.match, entries) if match}
-        if sorted(images) != list(range(len(images))):
+        entries = {f"{day}/{entry}" for entry in os.listdir(folder) if entry.startswith(job.id)}
+        forms = {int(form.group(2)): form for form in map(IMAGE_FORM.match, entries) if form}
+        if sorted(forms) != list(range(len(forms))):
             return None
-        job = job._replace(images=tuple(images[number] for number in range(len(images))), has_brief=True)
-        job = job._replace(has_brief=job.brief_answer in entries)
-        if os.lstat(self._path(job.answer)).st_size >= LARGE:
+        images = tuple(self._look_at(forms[number]) for number in range(len(forms)))
+        job = job._replace(images=images, has_brief=True)
+        job = job._replace(has_brief=self.brief_answer_name(job) in entries)
+        if size >= LARGE or not job.prompt:
             with contextlib.suppress(ValueError, RecursionError):
-                rest = b"".join(self.read(job.answer))
-                job = job._replace(ranges=ranges_of(rest, contents_of(rest)))
-        return job._replace(bytes=sum(os.lstat(self._path(name)).st_size for name in job.files))
+                rest = b"".join(self.read(answer))
+                contents = contents_of(rest)
+                prompt = contents.parameters.get("prompt", "") if isinstance(contents.parameters, dict) else ""
+                ranges = ranges_of(rest, contents) if size >= LARGE else ()
+                job = job._replace(ranges=ranges, prompt=job.prompt or str(prompt)[:PROMPT_LIMIT])
+        return job._replace(bytes=sum(os.lstat(self._path(name)).st_size for name in self.files_of(job)))
+
+    def _look_at(self, form: "re.Match[str]") -> Image:
+        name = form.group(0)
+        return Image(name, os.lstat(self._path(name)).st_size, MEDIA_TYPES.get(form.group(3), OTHER_MEDIA_TYPE))
 
     def _make_folder(self, path: str, links: bool = True) -> None:
         """Sets aside what stands where a folder should be."""
@@ -2506,28 +2560,29 @@ class ImageStore:
             log.warning("%s is no folder, it was set aside as %s", path, set_aside(path))
         make_folder(path, self._sources[0])
 
-    def _save_image(self, base: str, image: Union[bytes, memoryview]) -> Tuple[str, int]:
+    def _save_image(self, base: str, image: Union[bytes, memoryview]) -> Image:
         if bytes(image[:5]) == b"data:":
             image = image[bytes(image[:100]).find(b",") + 1 :]
         try:
-            start = next(self._decode(image[:64]))
-            ending = next((ending for form, ending, _ in IMAGE_TYPES if form.match(start)), "bin")
-            return f"{base}.{ending}", self._write(f"{base}.{ending}", self._decode(image))
+            ending = ending_of(next(self._decode(image[:64]))) or "bin"
+            size = self._write(f"{base}.{ending}", self._decode(image))
         except ValueError:  # no base64: kept as it is
-            return f"{base}.txt", self._write(f"{base}.txt", [bytes(image)])
+            ending = "txt"
+            size = self._write(f"{base}.{ending}", [bytes(image)])
+        return Image(f"{base}.{ending}", size, MEDIA_TYPES.get(ending, OTHER_MEDIA_TYPE))
 
     def _decode(self, image: Union[bytes, memoryview]) -> Iterator[bytes]:
         """Decodes so that encoding gives the same text again, piece by piece, since it holds the interpreter."""
         if not image or len(image) % 4:
             raise ValueError("no base64")
-        step = self.PIECE // 3 * 4
+        step = self.CHUNK // 3 * 4
         for position in range(0, len(image), step):
             piece = bytes(image[position : position + step])
             data = base64.b64decode(piece, validate=True)
             if position + step >= len(image):
                 if base64.b64encode(data) != piece:
                     raise ValueError("not canonical")
-            elif len(data) != self.PIECE:
+            elif len(data) != self.CHUNK:
                 raise ValueError("padding inside")
             yield data
 
@@ -2591,13 +2646,13 @@ class ImageStore:
         return size
 
     def read(self, name: str, start: int = 0, end: Optional[int] = None) -> Iterator[bytes]:
-        """A file's bytes, or a part of them, `PIECE` at a time."""
+        """A file's bytes, or a part of them, `CHUNK` at a time."""
         file, _ = self.open(name)
         try:
             position = start
             while end is None or position < end:
                 with raising_store_error():
-                    data = read_at(file, self.PIECE if end is None else min(self.PIECE, end - position), position)
+                    data = read_at(file, self.CHUNK if end is None else min(self.CHUNK, end - position), position)
                 if not data and end is not None:
                     raise self.damaged(name)
                 if not data:
@@ -2620,6 +2675,14 @@ class ImageStore:
         if found != crc:
             raise self.damaged(name)
 
+    @classmethod
+    def decode(cls, name: str, data: bytes) -> Any:
+        """What a file with JSON says, or a part of it. Raises StoreError if that is no JSON."""
+        try:
+            return DECODER.decode(data.decode())
+        except (ValueError, RecursionError):
+            raise cls.damaged(name) from None
+
     def read_as_json(self, name: str) -> Iterator[bytes]:
         """The JSON string that the host answered for this file, a piece at a time."""
         if name.endswith(".txt"):
@@ -2634,6 +2697,28 @@ class ImageStore:
         for data in pieces:
             yield base64.b64encode(data)
         yield b'"'
+
+    def images_as_json(self, job: Job, needed: bool = False) -> Iterator[bytes]:
+        """A job's images as the items of a JSON array.
+
+        One that is not there is null, or StoreError if it is needed or the trouble is temporary.
+        """
+        for number, image in enumerate(job.images):
+            if number:
+                yield b","
+            pieces = self.read_as_json(image.name)
+            try:
+                first = next(pieces)
+            except StoreError as error:
+                if needed or error.temporary:
+                    raise
+                first = b"null"
+            yield first
+            yield from pieces
+
+    def answer(self, job: Job) -> "StoredAnswer":
+        """What the host answered for a Completed job. Does not raise."""
+        return StoredAnswer(self, job)
 
     def remove(self, names: Any) -> int:
         """Removes files, and folders that are empty then. Returns the bytes that it freed. Does not raise."""
@@ -2676,6 +2761,101 @@ class ImageStore:
                 with raising_store_error(), contextlib.suppress(FileNotFoundError):
                     if OWN_FILE_FORM.match(name) and os.lstat(self._path(name)).st_mtime < before:
                         yield name
+
+
+class Part:
+    """A value within a large answer. It is passed on in pieces, and never read as a whole."""
+
+    def __init__(self, images: ImageStore, name: str, start: int, end: int, crc: int):
+        self.size = end - start
+        self._images = images
+        self._where = name, start, end
+        self._crc = crc
+
+    def checked(self) -> "Optional[Part]":
+        """Itself, if it is as it was stored. None if the answer has no such value. Raises StoreError."""
+        if not self.size:
+            return None
+        name, start, end = self._where
+        self._images.check(name, self._crc, start, end)
+        return self
+
+    def pieces(self) -> Iterator[bytes]:
+        return self._images.read(*self._where)
+
+    def value(self) -> Any:
+        """It is read as a whole all the same, if it is not large. Raises StoreError."""
+        if not self.size:
+            return None
+        data = b"".join(self.pieces())
+        if zlib.crc32(data) != self._crc:
+            raise self._images.damaged(self._where[0])
+        return self._images.decode(self._where[0], data)
+
+
+class StoredAnswer:
+    """What the host answered, as it lies beside a job's images. Raises StoreError where it is not as it was stored.
+
+    Of a large one, all is in pieces: its record says where `parameters` and `info` are, see `ranges_of`.
+    """
+
+    def __init__(self, images: ImageStore, job: Job):
+        self._images = images
+        self._job = job
+        self._name = images.answer_name(job)
+        if job.ranges:
+            self._parameters = Part(images, self._name, *job.ranges[:3])
+            self._info = Part(images, self._name, *job.ranges[3:6])
+
+    def values(self, whole: bool) -> Tuple[Any, Any]:
+        """`parameters`, which are brief unless they are to be `whole`, and `info`. What is large is a Part."""
+        if self._job.ranges:
+            parameters = self._parameters.checked() if whole else self._brief_parameters()
+            return parameters, self._info.checked() if self._info.size > LARGE else self._info.value()
+        answer = self._read(self._name if whole else self._images.brief_answer_name(self._job))
+        parameters = answer.get("parameters")
+        return parameters if whole else brief_parameters(parameters)[0], answer.get("info")
+
+    def _read(self, name: str, data: Optional[bytes] = None) -> Dict[str, Any]:
+        answer = self._images.decode(name, b"".join(self._images.read(name)) if data is None else data)
+        if not isinstance(answer, dict):
+            raise self._images.damaged(name)
+        return answer
+
+    def _brief_parameters(self) -> Any:
+        """Those of a large answer."""
+        if self._job.has_brief:
+            return self._read(self._images.brief_answer_name(self._job)).get("parameters")
+        return self._parameters.value()
+
+    def replay(self) -> Iterator[bytes]:
+        """All of it once more, with the images if the client wanted them, a piece at a time."""
+        is_large = bool(self._job.ranges)
+        if is_large:
+            self._images.check(self._name, self._job.ranges[6])
+        with contextlib.closing(self._images.read(self._name)) as pieces:
+            rest = next(pieces, b"") if is_large else b"".join(pieces)
+            start = IMAGES_START.match(rest)
+            if start is None:
+                raise self._images.damaged(self._name)
+            wants_images = self._wants_images(rest)
+            yield rest[: start.end()]
+            if wants_images:
+                yield from self._images.images_as_json(self._job, needed=True)
+            yield rest[start.end() :]
+            yield from pieces
+
+    def _wants_images(self, rest: bytes) -> bool:
+        """Whether the request asked for images. All that lies at the top of parameters is in the brief ones, too."""
+        parameters: Any = None
+        if not self._job.ranges:
+            parameters = self._read(self._name, rest).get("parameters")
+        else:
+            with contextlib.suppress(StoreError):
+                parameters = self._brief_parameters()
+            if not isinstance(parameters, dict):
+                parameters = self._parameters.value()
+        return not isinstance(parameters, dict) or bool(parameters.get("send_images", True))
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -2797,7 +2977,7 @@ def assign_ids(jobs: List[LegacyJob], known: Dict[int, str]) -> List[str]:
 
 def infotext_of(image: bytes) -> Optional[str]:
     """The text that the host writes into a PNG, None if there is none."""
-    position = 8 if IMAGE_TYPES[0][0].match(image) else len(image)
+    position = 8 if ending_of(image) == "png" else len(image)
     while image[position + 4 : position + 8] not in (b"IDAT", b""):
         length = int.from_bytes(image[position : position + 4], "big")
         kind, chunk = image[position + 4 : position + 8], image[position + 8 : position + 8 + length]
@@ -3073,7 +3253,7 @@ class Predecessor:
                 if error.errno in self.GONE or os.path.isdir(place):
                     continue
                 raise
-            if any(form.match(data) for form, _, _ in IMAGE_TYPES):
+            if ending_of(data):
                 return place, data
         return None
 
@@ -3103,7 +3283,7 @@ class Predecessor:
         kept = kept._replace(error=self._error(legacy, job.id, notes))
         with self.changing:
             if store.get(job.id) is None:
-                images.remove(kept.files)
+                images.remove(images.files_of(kept))
                 return None
             written = store.put(kept)
         written.result()
@@ -3112,7 +3292,7 @@ class Predecessor:
     @staticmethod
     def _as_base64(data: bytes) -> bytes:
         """Encodes piece by piece, since it holds the interpreter."""
-        step = ImageStore.PIECE
+        step = ImageStore.CHUNK
         return b"".join(base64.b64encode(data[start : start + step]) for start in range(0, len(data), step))
 
     def _log_once(self, trouble: str) -> None:
@@ -3153,14 +3333,6 @@ class Claim:
         self.job_id: Future = Future()  # None: it was no job in the end
         if job_id is not None:
             self.job_id.set_result(job_id)
-
-
-class Part(NamedTuple):
-    """A value of a large answer, which is passed on and never read as a whole: where it lies, and its CRC."""
-
-    start: int
-    end: int  # 0: there is none
-    crc: int
 
 
 Progress = Optional[float]  # 0 to 1; None where unknown
@@ -3488,11 +3660,11 @@ class Tracker:
 
     def image_size(self, job: Job, number: int) -> Optional[int]:
         """In bytes; None if the image is no longer on disk. Raises a temporary StoreError."""
-        return self.images.size(job.images[number])
+        return self.images.size(job.images[number].name)
 
     def read_image(self, job: Job, number: int) -> Iterator[bytes]:
         """An image as it was stored, a piece at a time. Raises StoreError."""
-        return self.images.read(job.images[number])
+        return self.images.read(job.images[number].name)
 
     def position(self, job_id: str) -> Optional[int]:
         """Where a Pending job stands in the queue, 1 is next. None for any other, or one of another process."""
@@ -3564,12 +3736,10 @@ class Tracker:
             error = f"The job has ended, but that could not be stored yet: {self.store.trouble}"
         if job.status == COMPLETED:
             try:
-                parameters, info = self._read_answer(job, whole)
-            except (StoreError, ValueError, AttributeError, RecursionError) as failure:
-                temporary = isinstance(failure, StoreError) and failure.temporary
-                error = error or "The parameters " + (
-                    f"cannot be read: {failure}" if temporary else "are no longer on disk"
-                )
+                parameters, info = self.images.answer(job).values(whole)
+            except StoreError as failure:
+                why = f"cannot be read: {failure}" if failure.temporary else "are no longer on disk"
+                error = error or f"The parameters {why}"
         progress, eta = self.progress_of(job)
         return {
             **{name: getattr(job, name) for name in self.SHOWN},
@@ -3581,50 +3751,6 @@ class Tracker:
             "info": info,
             "image_count": len(job.images),
         }
-
-    def _read_answer(self, job: Job, whole: bool) -> Tuple[Any, Any]:
-        """`parameters` and `info` of a Completed job. Raises StoreError, ValueError, AttributeError, RecursionError."""
-        if job.ranges:
-            parameters, info = Part(*job.ranges[:3]), Part(*job.ranges[3:6])
-            return (
-                self._look_at(job, parameters) if whole else self._brief_parameters(job),
-                self._look_at(job, info) if info.end - info.start > LARGE else self._read_part(job, info),
-            )
-        answer = self._read_json(job.answer if whole else job.brief_answer)
-        parameters = answer.get("parameters")
-        return parameters if whole else brief_parameters(parameters)[0], answer.get("info")
-
-    def _look_at(self, job: Job, part: Part) -> Optional[Part]:
-        """A part that is to be passed on, if it is there and as it was stored."""
-        if not part.end:
-            return None
-        self.images.check(job.answer, part.crc, part.start, part.end)
-        return part
-
-    def _read_part(self, job: Job, part: Part) -> Any:
-        return self._read_json(job.answer, part) if part.end else None
-
-    def _read_json(self, name: str, part: Optional[Part] = None) -> Any:
-        """A file, or a part of one if that is as it was stored."""
-        start, end = part[:2] if part else (0, None)
-        data = b"".join(self.images.read(name, start, end))
-        if part and zlib.crc32(data) != part.crc:
-            raise self.images.damaged(name)
-        return DECODER.decode(data.decode())
-
-    def _brief_parameters(self, job: Job) -> Any:
-        """Those of a large answer."""
-        if not job.has_brief:
-            return self._read_part(job, Part(*job.ranges[:3]))
-        return self._read_json(job.brief_answer).get("parameters")
-
-    def _known_parameters(self, job: Job) -> Any:
-        """The same where they have what lies at their top, else all of them."""
-        with contextlib.suppress(StoreError, ValueError, AttributeError, RecursionError):
-            parameters = self._brief_parameters(job)
-            if isinstance(parameters, dict):
-                return parameters
-        return self._read_part(job, Part(*job.ranges[:3]))
 
     def as_json(self, job: Job, images: bool = True) -> Iterator[bytes]:
         """A job as the API shows it, a piece at a time. Raises StoreError, before a piece or at one.
@@ -3639,14 +3765,14 @@ class Tracker:
 
         def pieces() -> Iterator[bytes]:
             known = as_json({name: value for name, value in description.items() if name not in parts})[:-1]
-            for start in range(0, len(known), self.images.PIECE):
-                yield known[start : start + self.images.PIECE]
+            for start in range(0, len(known), self.images.CHUNK):
+                yield known[start : start + self.images.CHUNK]
             for name, part in parts.items():
                 yield b',"%s":' % name.encode()
-                yield from self.images.read(job.answer, part.start, part.end)
+                yield from part.pieces()
             if images:
                 yield b',"images":['
-                yield from self._images_as_json(job, needed=False)
+                yield from self.images.images_as_json(job)
                 yield b"]"
             yield b"}"
 
@@ -3654,36 +3780,7 @@ class Tracker:
 
     def answer_as_json(self, job: Job) -> Iterator[bytes]:
         """What the host answered, once more, a piece at a time. Raises StoreError."""
-        if job.ranges:
-            self.images.check(job.answer, job.ranges[6])
-        with contextlib.closing(self.images.read(job.answer)) as pieces:
-            try:
-                rest = next(pieces, b"") if job.ranges else b"".join(pieces)
-                parameters = self._known_parameters(job) if job.ranges else parameters_of(rest)
-                wanted = not isinstance(parameters, dict) or parameters.get("send_images", True)
-                start = IMAGES_START.match(rest).end()
-            except (ValueError, AttributeError, RecursionError):
-                raise StoreError("the stored answer is damaged") from None
-            yield rest[:start]
-            if wanted:
-                yield from self._images_as_json(job, needed=True)
-            yield rest[start:]
-            yield from pieces
-
-    def _images_as_json(self, job: Job, needed: bool) -> Iterator[bytes]:
-        """An image that is not there is null, or StoreError if it is needed or the trouble is temporary."""
-        for number, name in enumerate(job.images):
-            if number:
-                yield b","
-            pieces = self.images.read_as_json(name)
-            try:
-                first = next(pieces)
-            except StoreError as error:
-                if needed or error.temporary:
-                    raise
-                first = b"null"
-            yield first
-            yield from pieces
+        return self.images.answer(job).replay()
 
     # Idempotency
 
@@ -3780,7 +3877,7 @@ class Tracker:
             jobs = [self.store.get(job.id) or job for job in jobs]
             removed = self.store.remove([job.id for job in jobs])
         removed.result()
-        freed = self.images.remove(name for job in jobs for name in job.files)
+        freed = self.images.remove(name for job in jobs for name in self.images.files_of(job))
         return Purged(len(jobs), sum(len(job.images) for job in jobs), freed)
 
     def recover(self) -> Future:
@@ -3792,10 +3889,7 @@ class Tracker:
         found = self.images.find(job)
         if found is None:
             return job._replace(status=FAILED, error="The webui ended before the generation did")
-        prompt = job.prompt
-        with contextlib.suppress(ValueError, RecursionError):
-            prompt = prompt or str(parameters_of(b"".join(self.images.read(job.answer))).get("prompt", ""))
-        return found._replace(status=COMPLETED, prompt=prompt[:PROMPT_LIMIT], error=None)
+        return found._replace(status=COMPLETED, error=None)
 
     def close(self) -> Future:
         """Lets go of all when the last running job has ended and the last answer is sent. The Future ends then.
@@ -3946,7 +4040,7 @@ class Housekeeper:
             job = self.tracker.get(job_id)
             if job is None:
                 unknown.add(job_id)
-            if job is None or (job.ended and name not in job.files):
+            if job is None or (job.ended and name not in self.images.files_of(job)):
                 orphans.append((job_id, name))
         kept = self.store.set_aside_ids() if orphans else None  # records that somebody may read yet
         if kept is None:
@@ -5413,17 +5507,16 @@ class Api:
         job = await self._get(id)
         if n >= len(job.images):
             raise HTTPException(404, "The job has no such image" if job.ended else f"The job is still {job.status}")
-        name = job.images[n]
+        image = job.images[n]
         size = await self._run(self.tracker.image_size, job, n)
         lost = "The image is no longer on disk"
         if size is None:
             raise HTTPException(404, lost)
-        file_name = os.path.basename(name)
         gzip = accepts_gzip(request.scope)
         headers = {
-            "ETag": f'"{file_name}-{size}{"-gzip" * gzip}"',
+            "ETag": f'"{image.file_name}-{size}{"-gzip" * gzip}"',
             "Cache-Control": "private, max-age=31536000, immutable",
-            "Content-Disposition": f'inline; filename="{file_name}"',
+            "Content-Disposition": f'inline; filename="{image.file_name}"',
             "Content-Security-Policy": "default-src 'none'",
             "X-Content-Type-Options": "nosniff",
             "Vary": "Accept-Encoding",
@@ -5441,10 +5534,9 @@ class Api:
             headers["Content-Encoding"] = "gzip"
         else:
             headers["Content-Length"] = str(size)
-        media_type = MEDIA_TYPES.get(name.rpartition(".")[2], OTHER_MEDIA_TYPE)
         if request.method == "HEAD":
             await self._run(pieces.close)
-        return Streamed(FromPool(self.tracker, pieces), 200, headers, media_type)
+        return Streamed(FromPool(self.tracker, pieces), 200, headers, image.media_type)
 
     async def cancel_job(self, request: Request, id: str = Path(description="the job's ID")) -> Response:
         """Takes a Pending job out of the queue, or interrupts a Processing one. It ends as Failed, "Cancelled"."""
@@ -5663,7 +5755,7 @@ class Markup:
             return f'<header><b>{job_id}</b>{close}</header><p class="empty">This job is no longer kept.</p>'
         known = self.tracker.describe(job)
         text = known["info"]
-        size = text.end - text.start if isinstance(text, Part) else len(text) if isinstance(text, str) else 0
+        size = text.size if isinstance(text, Part) else len(text) if isinstance(text, str) else 0
         info = self._info(text if size <= LARGE else None)
         error = self.note(known["error"], "error") if known["error"] else ""
         if size > LARGE:
@@ -5721,11 +5813,11 @@ class Markup:
 
     def _gallery(self, job: Job) -> str:
         figures = ""
-        for number, name in enumerate(job.images):
-            file_name, size = os.path.basename(name), self.tracker.images.size(name)
+        for number, image in enumerate(job.images):
+            file_name, size = image.file_name, self.tracker.image_size(job, number)
             url = "." + self.IMAGE.format(id=job.id, n=number)
             link, end = f'<a href="{url}" target="_blank" rel="noopener">', "</a>"
-            ending = name.rpartition(".")[2]
+            ending = file_name.rpartition(".")[2]
             picture, note = f'<div class="blank">{ending}</div>', ""
             if size is None:
                 link = end = ""

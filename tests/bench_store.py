@@ -73,7 +73,7 @@ def write_file(script: Any, path: Path, jobs: int, lines: int, progress: Progres
             steps = [job, job._replace(status="Processing", started=job.timestamp + 0.5), completed(job)]
             for step in steps[3 - lines :]:
                 file.write((b",\n" if file.tell() > 1 else b"\n") + f'"{job.id}": '.encode())
-                file.write(script.as_json(step._asdict()))
+                file.write(script.record_of(step))
             if number % 5000 == 0:
                 progress("writing a file", number / jobs)
         file.write(b"\n}\n")
@@ -167,7 +167,7 @@ def appends(jobs: int, progress: Progress) -> List[Figure]:
         for number in range(300):  # in turns: the disk is not the same from minute to minute
             progress("appending", number / 300)
             job = a_job(script, dice)
-            data = script.as_json(job._asdict()) + b'"12345678": ,\n'
+            data = script.record_of(job) + b'"12345678": ,\n'
             with bare():
                 os.pwrite(file, data, position)
                 os.fsync(file)
@@ -175,7 +175,7 @@ def appends(jobs: int, progress: Progress) -> List[Figure]:
             with ours():
                 store.put(job, new=True).result()
             if number % 100 == 0:
-                everything[job.id] = job._asdict()
+                everything[job.id] = json.loads(script.record_of(job).decode())
                 with whole():
                     script.replace_file(str(folder / "naive.json"), json.dumps(everything).encode())
         os.close(file)

@@ -276,7 +276,7 @@ class Work:
     def check_files(self, jobs: Dict[str, Any]) -> None:
         """Nothing is left that nobody names."""
         tracker = self.tracker
-        named = {name for job in jobs.values() for name in job.files}
+        named = {name for job in jobs.values() for name in tracker.images.files_of(job)}
         doubtful = tracker.store.set_aside_ids()
         for path in tracker_files(tracker, "images/*/*"):
             name = "/".join(path.parts[-2:])

@@ -180,7 +180,7 @@ def test_a_clock_that_was_never_set(script, tracker, caplog):
     for day in (0.5, 18261):  # 1970, and the last of 2019
         assert purge(script, one, day - now) == script.Purged()
     assert "nothing is purged" in caplog.text
-    assert ids(script, one) == {"OLDER000", "YOUNGER0"} and one.images.size(orphan.images[0])
+    assert ids(script, one) == {"OLDER000", "YOUNGER0"} and one.image_size(orphan, 0)
     assert purge(script, one).jobs == 1
     assert ids(script, one) == {"YOUNGER0"}
 
@@ -230,7 +230,7 @@ def test_what_grows_too_old_while_the_webui_runs(script, tracker):
     """All of them may go: time has passed by a clock that nobody sets."""
     one = tracker()
     put(script, one, "OLDER000", 29.9)
-    one._started -= 2 * DAY  # it has run for two days
+    one.housekeeper._started -= 2 * DAY  # it has run for two days
     assert purge(script, one, 1).jobs == 1
     assert ids(script, one) == set()
 

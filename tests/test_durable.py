@@ -193,7 +193,7 @@ def script() -> Any:
     return load_script()
 
 
-def left_behind(script: Any, folder: Path, images: int, lost: Callable[[Any], Any]) -> Any:
+def left_behind(script: Any, folder: Path, images: int, lost: Callable[[Any, Any], Any]) -> Any:
     """The job, at the next start, of a process that was killed after storing so many images; some files were lost."""
     tracker = make_tracker(script, folder)
     until(lambda: tracker.housekeeper.next_purge, what="it has looked for jobs left behind")
@@ -202,7 +202,7 @@ def left_behind(script: Any, folder: Path, images: int, lost: Callable[[Any], An
     )
     tracker.store.put(job._replace(owner="00000000"), new=True).result()
     saved = tracker.images.save(job, an_answer(script, job.id, images))
-    tracker.images.remove(lost(saved))
+    tracker.images.remove(lost(tracker.images, saved))
     tracker.close().result(60)
     tracker = make_tracker(script, folder)
     found = tracker.get(job.id)
@@ -220,8 +220,8 @@ def test_a_folder_that_is_a_link(script, tmp_path):
     job = script.Job(tracker.reserve_id(), "txt2img", script.PROCESSING, int(time.time()), None, "", owner="00000000")
     tracker.store.put(job, new=True).result()
     tracker.images.save(job, an_answer(script, job.id, 1))
-    (tmp_path / "images" / job.day).rename(tmp_path / "elsewhere")
-    (tmp_path / "images" / job.day).symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "images" / tracker.images.day_of(job)).rename(tmp_path / "elsewhere")
+    (tmp_path / "images" / tracker.images.day_of(job)).symlink_to(tmp_path / "elsewhere")
     tracker.recover().result()
     assert tracker.get(job.id).status == "Failed"
     tracker.close()
@@ -230,13 +230,13 @@ def test_a_folder_that_is_a_link(script, tmp_path):
 @pytest.mark.parametrize(
     "images, lost, status",
     [
-        (0, lambda job: [], "Completed"),
-        (1, lambda job: [], "Completed"),
-        (12, lambda job: [], "Completed"),
-        (2, lambda job: [job.answer], "Failed"),
-        (2, lambda job: job.files, "Failed"),
-        (2, lambda job: job.images[:1], "Failed"),
-        (3, lambda job: job.images[1:2], "Failed"),
+        (0, lambda images, job: [], "Completed"),
+        (1, lambda images, job: [], "Completed"),
+        (12, lambda images, job: [], "Completed"),
+        (2, lambda images, job: [images.answer_name(job)], "Failed"),
+        (2, lambda images, job: images.files_of(job), "Failed"),
+        (2, lambda images, job: [image.name for image in job.images[:1]], "Failed"),
+        (3, lambda images, job: [image.name for image in job.images[1:2]], "Failed"),
     ],
 )
 def test_what_a_crash_left(script, tmp_path, images, lost, status):
@@ -270,7 +270,7 @@ def test_images_that_cannot_be_looked_at_now(script, tmp_path):
     failing.clear()
     tracker.recover().result()
     assert tracker.get(job.id).status == "Completed"
-    assert b"".join(tracker.images.read(tracker.get(job.id).images[0])) == pixels(job.id, 0)
+    assert b"".join(tracker.read_image(tracker.get(job.id), 0)) == pixels(job.id, 0)
     tracker.close()
 
 

@@ -69,7 +69,7 @@ INTACT_JOB = st.builds(
 
 
 def record_of(job: Any) -> Dict[str, Any]:
-    return {**job._asdict(), "images": list(job.images)}
+    return json.loads(SCRIPT.record_of(job).decode())
 
 
 GOOD = {"type": "txt2img", "status": "Completed", "timestamp": 1736712000, "prompt": "a lighthouse", "ip": "::1"}
@@ -153,7 +153,7 @@ def test_any_record(tmp_path_factory, entries, layout, ascii_only, piece):
 def can_be_shown(tracker: Any, job: Any) -> None:
     """By the API and on the page."""
     assert isinstance(job.prompt, str) and all(text is None or isinstance(text, str) for text in (job.ip, job.error))
-    assert all(SCRIPT.IMAGE_FORM.match(name).group(1) == job.id for name in job.images)
+    assert all(SCRIPT.IMAGE_FORM.match(image.name).group(1) == job.id for image in job.images)
     assert strictly(b"".join(tracker.as_json(job)))["id"] == job.id
     markup = SCRIPT.Markup(tracker, tracker.housekeeper)
     for html in (markup.details(job.id), markup.table(SCRIPT.View(job=job.id), SCRIPT.Filter())):

@@ -175,22 +175,22 @@ def test_purge_and_recovery(script, tracker, tmp_path):
     assert sorted(ids(script, one)) == sorted([young.id, left.id])
     one.recover().result()
     assert one.get(left.id).status == "Failed"
-    day = tmp_path / "data" / "images" / young.day
+    day = tmp_path / "data" / "images" / one.images.day_of(young)
     assert sorted(path.name[:8] for path in day.iterdir()) == [young.id] * 3
-    assert not (tmp_path / "data" / "images" / old[0].day).exists(), "an empty folder"
+    assert not (tmp_path / "data" / "images" / one.images.day_of(old[0])).exists(), "an empty folder"
 
 
 def test_an_image_that_is_being_fetched_goes_with_a_later_purge(script, tracker):
     one = tracker()
     job = generate(script, one, images=1)
-    pieces = one.images.read(job.images[0])
+    pieces = one.read_image(job, 0)
     next(pieces)
     assert one.delete(job.id)
-    assert one.images.size(job.images[0]) and one.get(job.id) is None
+    assert one.image_size(job, 0) and one.get(job.id) is None
     pieces.close()
     script.Housekeeper.ORPHAN_AGE = -1
     assert one.housekeeper.purge().images == 1
-    assert one.images.size(job.images[0]) is None
+    assert one.image_size(job, 0) is None
 
 
 def test_two_spellings_of_an_id(script, tracker, monkeypatch):

@@ -71,7 +71,7 @@ def test_purge(script, tracker, add):  # noqa: F811
     one.settings.retention_days = 30.0
     assert one.housekeeper.purge() == script.Purged(2, 1, 122)
     assert ids(one, script) == {"PENDING0", "PROCESS0", "YOUNGER0"}
-    assert one.images.size(young.images[0]) == 102
+    assert one.image_size(young, 0) == 102
     one.settings.retention_days = 0.5
     assert one.housekeeper.purge() == script.Purged(1, 1, 122)
     assert one.housekeeper.purge() == script.Purged(0, 0, 0)
@@ -87,7 +87,7 @@ def test_orphans(script, tracker, add, tmp_path):  # noqa: F811
         old(day / "ORPHAN00_0.png"),
         old(day / "ORPHAN00.json"),
         old(day / "ORPHAN00_1.0a1b2c3d.part"),
-        old(tmp_path / "images" / job.day / "KEPT0000_7.png"),
+        old(tmp_path / "images" / one.images.day_of(job) / "KEPT0000_7.png"),
     ]
     kept = [
         old(day / "YOUNG000_0.png", hours=0.9),
@@ -95,12 +95,12 @@ def test_orphans(script, tracker, add, tmp_path):  # noqa: F811
         *(old(day / name) for name in ("vacation.jpg", "12345678.png", "notes001.txt", "backup01.zip")),
         old(tmp_path / "images" / "holiday" / "ORPHAN00_0.png"),
     ]
-    for name in job.images:
-        old(tmp_path / "images" / name, b"x" * 100)
+    for image in job.images:
+        old(tmp_path / "images" / image.name, b"x" * 100)
     assert one.housekeeper.purge() == script.Purged(0, 2, 40)
     assert not any(path.exists() for path in gone)
     assert all(path.exists() for path in kept)
-    assert one.images.size(job.images[0]) == 100
+    assert one.image_size(job, 0) == 100
 
 
 def test_many_images_that_jobs_json_does_not_know_are_kept(script, tracker, add, tmp_path, caplog):  # noqa: F811
@@ -111,7 +111,7 @@ def test_many_images_that_jobs_json_does_not_know_are_kept(script, tracker, add,
     assert all(path.exists() for path in lost)
     assert "101 jobs in images/ are not in jobs.json" in caplog.text
     job = add(one, "KEPT0000", 0)
-    old(tmp_path / "images" / job.day / "KEPT0000_7.png")
+    old(tmp_path / "images" / one.images.day_of(job) / "KEPT0000_7.png")
     assert one.housekeeper.purge() == script.Purged(0, 1, 10)
     lost[0].unlink()
     assert one.housekeeper.purge() == script.Purged(0, 100, 1000)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import errno
 import fcntl
@@ -89,7 +90,7 @@ class WrappedFcntl(WrappedOs):
 def lines(script: Any, *jobs: Any) -> bytes:
     """A jobs.json with a line for each job, or the end of one for an ID."""
     texts = [
-        f'"{job}": null'.encode() if isinstance(job, str) else f'"{job.id}": '.encode() + script.as_json(job._asdict())
+        f'"{job}": null'.encode() if isinstance(job, str) else f'"{job.id}": '.encode() + script.record_of(job)
         for job in jobs
     ]
     return b"{\n" + b",\n".join(texts) + b"\n}\n"
@@ -399,7 +400,7 @@ def test_cut_at_every_byte_of_the_last_two_records(script, opened, path, three, 
         store.put(job, new=True).result()
         assert set(read_without_jq(path)) == {*found, job.id}
         store.close()
-        kept = [one for one in three if f'"{one.id}": '.encode() + script.as_json(one._asdict()) in whole[:end]]
+        kept = [one for one in three if f'"{one.id}": '.encode() + script.record_of(one) in whole[:end]]
         assert found == {one.id: one for one in kept}
         rest = whole[len(lines(script, *kept)) - 3 : end].strip(script.BLANK)
         assert b"".join(damaged(path)).strip(script.BLANK) == rest
@@ -411,7 +412,7 @@ def read_without_jq(path: Any) -> Dict[str, Any]:
 
 def spoil(script: Any, name: str, whole: bytes, three: List[Any]) -> bytes:
     middle = whole.index(three[1].id.encode()) - 2
-    record = script.as_json(three[1]._asdict())
+    record = script.record_of(three[1])
     return {
         "garbage": whole[:middle] + b"\n\xff\xfe\x00 no line {{{ \x80" + whole[middle:],
         "zeros": whole[:middle] + bytes(5000) + whole[middle:],
@@ -1089,7 +1090,7 @@ def test_a_real_full_disk(script, tmp_path, dice):
         assert {job.id for job in jobs} == set(alive(disk / "jobs.json"))
         for job in jobs:
             whole = job.status == "Completed" and files_are_whole(tracker, job)
-            assert whole or "No space left on device" in (job.error or "") or lost.name in job.images[0], job
+            assert whole or "No space left on device" in (job.error or "") or lost.name in job.images[0].name, job
 
 
 def test_an_append_that_cannot_be_undone(script, opened, path, dice, monkeypatch):
@@ -1400,13 +1401,39 @@ def today(script, dice):
 
 def test_images(script, images, today, tmp_path):
     saved = images.save(today, an_answer(script, today.id, 3))
-    assert saved.images == tuple(f"{today.day}/{today.id}_{number}.png" for number in range(3))
-    assert [b"".join(images.read(name)) for name in saved.images] == [pixels(today.id, number) for number in range(3)]
+    content = [pixels(today.id, number) for number in range(3)]
+    assert [b"".join(images.read(image.name)) for image in saved.images] == content
+    assert [image.size for image in saved.images] == [len(data) for data in content]
+    assert {image.media_type for image in saved.images} == {"image/png"}
     assert saved.bytes == sum(path.stat().st_size for path in tmp_path.glob("images/*/*"))
-    assert images.size(saved.images[1]) == len(pixels(today.id, 1))
-    assert images.remove([*saved.images, saved.answer]) == saved.bytes
+    assert images.size(saved.images[1].name) == len(content[1])
+    assert images.remove(images.files_of(saved)) == saved.bytes
     assert os.listdir(str(tmp_path / "images")) == []
-    assert images.size(saved.images[0]) is None
+    assert images.size(saved.images[0].name) is None
+
+
+def test_images_in_records(script, images, today):
+    """An earlier version on the same folder reads the names alone, and would set aside what else it finds there."""
+    strange = [base64.b64encode(data) for data in (b"\xff\xd8\xff", b"no image", b"RIFF....WEBP")]
+    saved = images.save(today, an_answer(script, today.id, 1)._replace(images=[*strange, b"no base64"]))
+    record = json.loads(script.record_of(saved).decode())
+    assert record["images"] == [image.name for image in saved.images]
+    assert script.job_from_record(record) == saved
+    assert [(image.file_name, image.size, image.media_type) for image in saved.images] == [
+        (f"{today.id}_0.jpg", 3, "image/jpeg"),
+        (f"{today.id}_1.bin", 8, "application/octet-stream"),
+        (f"{today.id}_2.webp", 12, "image/webp"),
+        (f"{today.id}_3.txt", 9, "text/plain"),
+    ]
+    unknown = saved._replace(images=tuple(image._replace(size=None) for image in saved.images))
+    assert script.job_from_record(json.loads(script.record_of(unknown).decode())) == unknown
+    for details in (None, {}, [], [[1, "image/png"]] * 5, [None] * 4, [[1]] * 4, [[-1, "a\r\nb: c"], [True, 1], "", 7]):
+        assert script.job_from_record({**record, "image_details": details}) == unknown
+    del record["image_details"]
+    assert script.job_from_record(record) == unknown
+    for names in (None, "a", [1], [None], ["../x_0.png"], ["2025-01-12/AAAAAAAA_0.png"]):
+        with pytest.raises(ValueError):
+            script.job_from_record({**record, "images": names})
 
 
 STRINGS = [
@@ -1426,8 +1453,8 @@ STRINGS = [
 @pytest.mark.parametrize("text", STRINGS, ids=ascii)
 def test_strings_that_are_no_images(script, images, today, text):
     saved = images.save(today, script.Answer([text.encode("utf-8", "surrogatepass")], b"{}"))
-    (name,) = saved.images
-    given = b"".join(images.read_as_json(name)).decode()
+    (image,) = saved.images
+    given = b"".join(images.read_as_json(image.name)).decode()
     assert json.loads(given) == text.partition(",")[2] if text.startswith("data:") else json.loads(given) == text
 
 
@@ -1440,7 +1467,7 @@ def test_images_is_no_folder(script, today, tmp_path, caplog, kind):
         place.symlink_to(tmp_path / "nowhere")
     images = script.ImageStore(str(place))
     saved = images.save(today, an_answer(script, today.id, 1))
-    assert b"".join(images.read(saved.images[0])) == pixels(today.id, 0)
+    assert b"".join(images.read(saved.images[0].name)) == pixels(today.id, 0)
     (aside,) = tmp_path.glob("images.damaged-*")
     assert str(aside) in caplog.text
     assert kind != "a file" or aside.read_bytes() == b"precious"
@@ -1450,7 +1477,7 @@ def test_images_goes_while_it_is_used(script, images, today, tmp_path):
     script.shutil.rmtree(str(tmp_path / "images"))
     assert list(images.older_than(time.time() + 9)) == []
     saved = images.save(today, an_answer(script, today.id, 1))
-    assert images.size(saved.images[0])
+    assert images.size(saved.images[0].name)
 
 
 def test_images_may_be_a_link(script, today, tmp_path):
@@ -1459,16 +1486,16 @@ def test_images_may_be_a_link(script, today, tmp_path):
     (tmp_path / "images").symlink_to(tmp_path / "elsewhere")
     images = script.ImageStore(str(tmp_path / "images"))
     saved = images.save(today, an_answer(script, today.id, 1))
-    assert (tmp_path / "elsewhere" / saved.images[0]).exists()
+    assert (tmp_path / "elsewhere" / saved.images[0].name).exists()
     assert len(list(images.older_than(time.time() + 9))) == 2
 
 
 def test_no_link_below_images_is_followed(script, images, today, tmp_path, caplog):
     outside = tmp_path / "outside"
     outside.mkdir()
-    name = f"{today.day}/{today.id}_0.png"
+    name = f"{images.day_of(today)}/{today.id}_0.png"
     (outside / f"{today.id}_0.png").write_bytes(b"secret")
-    day = tmp_path / "images" / today.day
+    day = tmp_path / "images" / images.day_of(today)
     # A folder that is a link.
     day.symlink_to(outside)
     with pytest.raises(script.StoreError):
@@ -1486,17 +1513,17 @@ def test_no_link_below_images_is_followed(script, images, today, tmp_path, caplo
     (tmp_path / "images" / name).symlink_to(outside / f"{today.id}_0.png")
     with pytest.raises(script.StoreError):
         list(images.read(name))
-    images.remove([*saved.images, saved.answer])
+    images.remove(images.files_of(saved))
     assert not os.path.lexists(str(tmp_path / "images" / name))
     assert (outside / f"{today.id}_0.png").exists()
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no pipes in folders")
 def test_a_pipe_for_an_image_holds_up_nobody(images, today, tmp_path):
-    day = tmp_path / "images" / today.day
+    day = tmp_path / "images" / images.day_of(today)
     day.mkdir()
     os.mkfifo(str(day / f"{today.id}_0.png"))
-    assert images.size(f"{today.day}/{today.id}_0.png") is None
+    assert images.size(f"{images.day_of(today)}/{today.id}_0.png") is None
 
 
 def test_images_gone_or_cut(script, tmp_path, dice):
@@ -1506,8 +1533,8 @@ def test_images_gone_or_cut(script, tmp_path, dice):
     tracker.start(job.id)
     tracker.finish(job.id, an_answer(script, job.id, 3))
     done = when_ended(tracker, job.id)
-    (tmp_path / "images" / done.images[0]).unlink()
-    os.truncate(str(tmp_path / "images" / done.images[1]), 50)
+    (tmp_path / "images" / done.images[0].name).unlink()
+    os.truncate(str(tmp_path / "images" / done.images[1].name), 50)
     shown = json.loads(b"".join(tracker.as_json(done)).decode())
     assert (shown["status"], shown["images"][0]) == ("Completed", None)
     assert shown["images"][2] == an_answer(script, job.id, 3).images[2].decode()
@@ -1552,9 +1579,9 @@ def test_images_that_cannot_be_read_for_a_moment(script, tmp_path, dice, opened)
 
 def test_an_image_that_was_no_image_and_is_damaged(script, images, today, tmp_path):
     saved = images.save(today, script.Answer([b"no base64"], b"{}"))
-    (tmp_path / "images" / saved.images[0]).write_bytes(b"\xff\xfe")
+    (tmp_path / "images" / saved.images[0].name).write_bytes(b"\xff\xfe")
     with pytest.raises(script.StoreError):
-        list(images.read_as_json(saved.images[0]))
+        list(images.read_as_json(saved.images[0].name))
 
 
 def test_a_folder_that_a_purge_takes_away_just_now(script, images, today, tmp_path):
@@ -1568,7 +1595,7 @@ def test_a_folder_that_a_purge_takes_away_just_now(script, images, today, tmp_pa
 
     script.os = WrappedOs(open=open_late)
     saved = images.save(today, an_answer(script, today.id, 1))
-    assert made and images.size(saved.images[0])
+    assert made and images.size(saved.images[0].name)
 
 
 @pytest.mark.parametrize("call", ["pwrite", "fsync", "replace"])
