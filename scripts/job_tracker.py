@@ -3325,14 +3325,14 @@ class Conflict(Exception):
     """The job's status does not allow what was asked for."""
 
 
-class Claim:
-    """That a generation was the first with its idempotency key. Others with the key wait for what becomes of it."""
+class KeyReservation:
+    """Reserves an idempotency key for the first request that uses it. Later requests wait for its job."""
 
     def __init__(self, digest: str, job_id: Optional[str] = None):
         self.digest = digest  # of the request's body
-        self.job_id: Future = Future()  # None: it was no job in the end
+        self.outcome: Future = Future()  # the job's ID, or None if the request came to be no job
         if job_id is not None:
-            self.job_id.set_result(job_id)
+            self.outcome.set_result(job_id)
 
 
 Progress = Optional[float]  # 0 to 1; None where unknown
@@ -3408,8 +3408,8 @@ class Tracker:
     MOMENT = 0.5  # the same while the disk does not answer
     STORE_AGAIN = (0.5, 1, 2, 5, 10, 20, 30, 45, 60, 75)  # seconds between tries to store what may pass
     UNSTORED_LIMIT = 1 << 29  # bytes of answers that wait for the disk: more could cost the webui its memory
-    SETTLE = 1.0  # seconds that storing may take before a job is shown Processing to who has its answer
-    SHOWN = ("id", "type", "status", "prompt", "timestamp", "ip", "started", "finished")  # as they are
+    STORE_WAIT = 1.0  # seconds that `wait_until_stored` waits
+    PLAIN_FIELDS = ("id", "type", "status", "prompt", "timestamp", "ip", "started", "finished")  # shown as they are
 
     def __init__(self, settings: Settings, host: Any, store: JobStore, images: ImageStore):
         """`host` says what the generation does that has its queue lock, and can be told to end it.
@@ -3440,8 +3440,8 @@ class Tracker:
         self._unstored = 0  # bytes of all answers that wait to be stored
         self._holder: Optional[str] = None  # the job that has the host's queue lock
         self._begun: Any = None  # what the host said when it got that
-        self._claims: Dict[str, Claim] = {}
-        self._claiming = threading.Lock()
+        self._reservations: Dict[str, KeyReservation] = {}  # by idempotency key
+        self._reserving = threading.Lock()
         self._hung_look: Optional[Future] = None  # the last look for a key that took too long
         self.recover()  # before anything else, so that nobody sees a job that was left behind
 
@@ -3677,7 +3677,8 @@ class Tracker:
         if job.status != PROCESSING or job.owner != self.store.owner:
             return None, None
         progress, seconds = self.host.progress(self._begun), self.seconds(job)
-        if self._holder != job.id:  # it gave the lock back, and is stored by now or soon
+        if self._holder != job.id:
+            # The lock is released: generation is done, and only storing remains.
             return 1.0, 0.0
         return progress, round(seconds / progress - seconds, 3) if progress and seconds is not None else None
 
@@ -3716,12 +3717,15 @@ class Tracker:
                 with self._lock:
                     live.waiters.remove(wake)
 
-    async def settle(self, job_id: str) -> None:
-        """Waits a moment for a job whose end is being stored: who has its answer is to see it ended. Does not raise."""
+    async def wait_until_stored(self, job_id: str) -> None:
+        """Waits a moment for a job whose end is being stored. Does not raise.
+
+        A client that has the answer must not see the job as Processing.
+        """
         with self._lock:
             live = self._live.get(job_id)
         if live is not None and (live.answered or live.end is not None):
-            await self.wait(job_id, self.SETTLE)
+            await self.wait(job_id, self.STORE_WAIT)
 
     def describe(self, job: Job, whole: bool = False) -> Dict[str, Any]:
         """A job as the API shows it, without its images. Reads the file with the answer.
@@ -3742,7 +3746,7 @@ class Tracker:
                 error = error or f"The parameters {why}"
         progress, eta = self.progress_of(job)
         return {
-            **{name: getattr(job, name) for name in self.SHOWN},
+            **{name: getattr(job, name) for name in self.PLAIN_FIELDS},
             "error": error,
             "queue_position": self.position(job.id),
             "progress": progress,
@@ -3784,18 +3788,18 @@ class Tracker:
 
     # Idempotency
 
-    def claim(self, key: str, digest: str) -> Tuple[Claim, bool]:
-        """Who was first with a key, and whether that is the caller, who then must `release` the claim at its end.
+    def reserve_key(self, key: str, digest: str) -> Tuple[KeyReservation, bool]:
+        """Who was first with a key, and whether that is the caller, who then must `free_key` at the request's end.
 
         A Failed job frees its key, also while its generation still waits in the queue. Raises StoreError, also when
         the disk says nothing for `PATIENCE` seconds.
         """
-        self._wait_for_disk(lambda seconds: self._claiming.acquire(timeout=seconds))
+        self._wait_for_disk(lambda seconds: self._reserving.acquire(timeout=seconds))
         try:
-            claim = self._claims.get(key)
-            if claim is not None and not claim.job_id.done():
-                return claim, False
-            looking = self.key_readers.submit(self._with_key, key, claim)
+            own = self._reservations.get(key)
+            if own is not None and not own.outcome.done():
+                return own, False
+            looking = self.key_readers.submit(self._find_reservation, key, own)
             try:
                 self._wait_for_disk(lambda seconds: bool(wait_for_futures([looking], timeout=seconds).done))
             except StoreError:
@@ -3805,10 +3809,10 @@ class Tracker:
             kept = looking.result()
             if kept is not None:
                 return kept, False
-            claim = self._claims[key] = Claim(digest)
-            return claim, True
+            reservation = self._reservations[key] = KeyReservation(digest)
+            return reservation, True
         finally:
-            self._claiming.release()
+            self._reserving.release()
 
     def _wait_for_disk(self, succeeds_within: Callable[[float], bool]) -> None:
         """Waits for something. Raises StoreError if the disk does nothing meanwhile: a long jobs.json is being read."""
@@ -3818,27 +3822,27 @@ class Tracker:
             if seen == before:
                 raise StoreError("the disk does not answer", temporary=True)
 
-    def _with_key(self, key: str, claim: Optional[Claim]) -> Optional[Claim]:
-        """The job that has a key, as a claim; `claim` is that of this process, which came to be a job."""
-        if claim is not None and not self._is_free(claim.job_id.result()):
-            return claim
+    def _find_reservation(self, key: str, own: Optional[KeyReservation]) -> Optional[KeyReservation]:
+        """What a job that is kept reserves; `own` is that of this process, whose request has come to its outcome."""
+        if own is not None and not self._is_free(own.outcome.result()):
+            return own
         job = self.store.with_key(key)
         if job is not None and not job.ended and job.owner != self.store.owner:
             self.recover().result()  # the webui that had it may be gone
-        return None if job is None or self._is_free(job.id) else Claim(job.digest or "", job.id)
+        return None if job is None or self._is_free(job.id) else KeyReservation(job.digest or "", job.id)
 
     def _is_free(self, job_id: Optional[str]) -> bool:
         """Whether the key of a job can be used anew."""
         job = None if job_id is None else self.get(job_id)
         return job is None or job.status == FAILED
 
-    def release(self, key: str, claim: Claim) -> None:
-        """The generation of a claim has ended, as a job or as none."""
+    def free_key(self, key: str, reservation: KeyReservation) -> None:
+        """The request of a reservation has ended, as a job or as none."""
         with self._lock:
-            if self._claims.get(key) is claim:
-                del self._claims[key]
-        if not claim.job_id.done():
-            claim.job_id.set_result(None)
+            if self._reservations.get(key) is reservation:
+                del self._reservations[key]
+        if not reservation.outcome.done():
+            reservation.outcome.set_result(None)
 
     # The end of jobs
 
@@ -4554,7 +4558,7 @@ def without_this_file(frames: Optional[TracebackType]) -> Optional[TracebackType
 class Repeat(Exception):
     """Ends a host's route: another generation has the same idempotency key."""
 
-    def __init__(self, claim: Claim):
+    def __init__(self, claim: KeyReservation):
         super().__init__("repeat")
         self.claim = claim
 
@@ -4581,7 +4585,7 @@ class Generation:
         self.job: Optional[Job] = None  # as it was accepted
         self.asked_at = 0.0  # when it asked for the queue lock, by time.monotonic()
         self.has_thread = False  # of its own, to wait for the lock in
-        self.claim: Optional[Claim] = None
+        self.claim: Optional[KeyReservation] = None
         self.key: Optional[str] = None
         self.request: Any = None  # the host's own view of the body
         self.reserved_id: Optional[str] = None
@@ -4617,7 +4621,7 @@ class Generation:
             digest.update(message.get("body", b""))
         self.key = hashlib.sha256(json.dumps([key, user_of(self.scope), self.type]).encode()).hexdigest()[:32]
         try:
-            claim, first = self.tracker.claim(self.key, digest.hexdigest())
+            claim, first = self.tracker.reserve_key(self.key, digest.hexdigest())
         except StoreError as error:
             reason = f"The jobs cannot be read, so a repeat cannot be told: {error}"
             raise HTTPException(503, reason) from None
@@ -4713,8 +4717,8 @@ class Generation:
     def _accept(self, accepted: bool) -> None:
         if not self.accepted.done():
             self.accepted.set_result(accepted)
-        if self.claim and accepted and not self.claim.job_id.done():
-            self.claim.job_id.set_result(self.job.id)
+        if self.claim and accepted and not self.claim.outcome.done():
+            self.claim.outcome.set_result(self.job.id)
 
     def _end(self) -> None:
         if not self.answered.done():
@@ -4751,7 +4755,7 @@ class Generation:
                         self.tracker.let_go(size)
         finally:
             if self.claim:
-                self.tracker.release(self.key, self.claim)
+                self.tracker.free_key(self.key, self.claim)
 
     async def _find_room(self, size: int) -> bool:
         """Waits until the answer may wait for the disk. False if nothing was stored for long: it does not answer."""
@@ -4933,7 +4937,7 @@ class Exchange:
             self.valve.headers = self._job_headers(generation.job, [(b"preference-applied", applied)])
         generation.passed_on = True
         if generation.job is not None and generation.failed:
-            await self.tracker.settle(generation.job.id)  # who has the answer finds the job Failed
+            await self.tracker.wait_until_stored(generation.job.id)  # who has the answer finds the job Failed
         await self._pass_on(generation)
         return True
 
@@ -4950,7 +4954,7 @@ class Exchange:
         async def result() -> Optional[Iterator[bytes]]:
             if not generation.failed:
                 return generation.for_client()
-            await self.tracker.settle(generation.job.id)  # who sees the cut finds the job Failed
+            await self.tracker.wait_until_stored(generation.job.id)  # who sees the cut finds the job Failed
             return None
 
         await self._tell(generation.job, generation.answered, result, [], self.tracker.senders)
@@ -4968,12 +4972,12 @@ class Exchange:
         for message in messages:
             await self.send(copy_of(message))
 
-    async def _repeat(self, claim: Claim) -> bool:
+    async def _repeat(self, claim: KeyReservation) -> bool:
         """Answers from the job that was first with the idempotency key. False if there is none any more."""
-        job_id = await asyncio.shield(asyncio.wrap_future(claim.job_id))  # not ours to cancel
+        job_id = await asyncio.shield(asyncio.wrap_future(claim.outcome))  # not ours to cancel
         if job_id is None:
             return False
-        await self.tracker.settle(job_id)  # it may have just failed
+        await self.tracker.wait_until_stored(job_id)  # it may have just failed
         try:
             job = await self.tracker.find(job_id)
         except StoreError as error:
@@ -5097,7 +5101,7 @@ class Exchange:
 # ------------------------------------------------------------------------------------------------------------------
 
 
-def maybe(description: str) -> Any:
+def nullable(description: str) -> Any:
     """A field that can be null. Only pydantic 2 says so by itself in the documentation."""
     return Field(None, description=description, **({"nullable": True} if PYDANTIC.startswith("1.") else {}))
 
@@ -5110,19 +5114,19 @@ class JobSummary(BaseModel):
     status: Literal[STATUSES]
     prompt: str
     timestamp: int = Field(description="when the job was accepted, in Unix seconds")
-    ip: Optional[str] = maybe("address of the client")
-    started: Optional[float] = maybe("when generation began, in Unix seconds")
-    finished: Optional[float] = maybe("when the job ended, in Unix seconds; null if its webui ended before it")
-    error: Optional[str] = maybe("why the job failed, what is missing of it, or why its end is not stored yet")
-    queue_position: Optional[int] = maybe("while Pending: 1 is next")
-    progress: Optional[float] = maybe("while Processing: 0 to 1")
-    eta: Optional[float] = maybe("while Processing: seconds that are left, if that can be told")
-    parameters: Optional[Dict[str, Any]] = maybe(
+    ip: Optional[str] = nullable("address of the client")
+    started: Optional[float] = nullable("when generation began, in Unix seconds")
+    finished: Optional[float] = nullable("when the job ended, in Unix seconds; null if its webui ended before it")
+    error: Optional[str] = nullable("why the job failed, what is missing of it, or why its end is not stored yet")
+    queue_position: Optional[int] = nullable("while Pending: 1 is next")
+    progress: Optional[float] = nullable("while Processing: 0 to 1")
+    eta: Optional[float] = nullable("while Processing: seconds that are left, if that can be told")
+    parameters: Optional[Dict[str, Any]] = nullable(
         "as the webui answered. Except in a job with its images, with a note in the place of each text of more than "
         "1,000 characters, and of lists and objects that are too much, so that it has some 64 kB at most. null until "
         "Completed"
     )
-    info: Optional[str] = maybe("JSON text, as the webui answered; null until Completed")
+    info: Optional[str] = nullable("JSON text, as the webui answered; null until Completed")
     image_count: int = Field(description="how many images the job has")
 
 
@@ -5144,8 +5148,8 @@ def text_header(description: str) -> Dict[str, Any]:
     return {"description": description, "schema": {"type": "string"}}
 
 
-def json_like(example: Any) -> Dict[str, Any]:
-    return {"application/json": {"example": example}}
+def example(value: Any) -> Dict[str, Any]:
+    return {"application/json": {"example": value}}
 
 
 COMPLETED_EXAMPLE = {
@@ -5171,21 +5175,21 @@ CANCELLED_EXAMPLE = {**COMPLETED_EXAMPLE, **UNFINISHED, "status": FAILED, "finis
 
 ANY_ROUTE_DOCS = {
     401: {"model": Problem, "description": "Missing or wrong credentials"},
-    404: {"model": Problem, "description": "There is no such job", "content": json_like({"detail": "Job not found"})},
+    404: {"model": Problem, "description": "There is no such job", "content": example({"detail": "Job not found"})},
     503: {"model": Problem, "description": "The jobs cannot be read from disk or changed there"},
 }
 CONFLICT_DOCS = {
     409: {
         "model": Problem,
         "description": "The job's status does not allow this",
-        "content": json_like({"detail": "The job is Completed"}),
+        "content": example({"detail": "The job is Completed"}),
     },
 }
 FOREIGN_DOCS = {
     403: {
         "model": Problem,
         "description": "A browser says that a page of another origin asks, which --cors-allow-origins does not name",
-        "content": json_like({"detail": OriginGuard.REFUSAL}),
+        "content": example({"detail": OriginGuard.REFUSAL}),
     },
 }
 IMAGE_DOCS = {
@@ -5322,15 +5326,15 @@ class Api:
                 responses.update(FOREIGN_DOCS)
             add_route(path, endpoint, methods=[method], tags=["Job Tracker"], responses=responses, **more)
 
-        one = {200: {"description": "The job", "content": json_like({**COMPLETED_EXAMPLE, "images": ["iVBORw0K…"]})}}
+        one = {200: {"description": "The job", "content": example({**COMPLETED_EXAMPLE, "images": ["iVBORw0K…"]})}}
         many = {
             200: {
                 "description": "The jobs, newest first",
-                "content": json_like([PENDING_EXAMPLE, COMPLETED_EXAMPLE]),
+                "content": example([PENDING_EXAMPLE, COMPLETED_EXAMPLE]),
                 "headers": {"Link": text_header('the next page: <…>; rel="next"')},
             }
         }
-        ended = {200: {"description": "The job", "content": json_like(CANCELLED_EXAMPLE)}, **CONFLICT_DOCS}
+        ended = {200: {"description": "The job", "content": example(CANCELLED_EXAMPLE)}, **CONFLICT_DOCS}
         add("GET", self.JOB, self.get_job, one, response_model=JobWithImages)
         add("GET", self.JOBS, self.get_jobs, many, response_model=List[JobSummary])
         add("GET", self.IMAGE, self.get_image, IMAGE_DOCS, response_class=Response)
@@ -5396,7 +5400,7 @@ class Api:
         self._let_nobody_keep_errors(request)
         if wait and ID_FORM.match(id):
             await self._wait(request, id, min(wait, HEARTBEAT))
-        await self.tracker.settle(id)
+        await self.tracker.wait_until_stored(id)
         job = await self._get(id)
         if wait > HEARTBEAT and not job.ended:
             return await self._respond(request, self._wait_on(request, id, images, wait - HEARTBEAT))
@@ -5414,7 +5418,7 @@ class Api:
             while not ended.done():
                 yield gzip.encode(b" ") if gzip else b" "
                 await asyncio.wait({ended}, timeout=HEARTBEAT)
-            await self.tracker.settle(job_id)
+            await self.tracker.wait_until_stored(job_id)
             job = await self._get(job_id)
             pieces = await self._as_json(job, images)
             pieces = gzip.encode_all(pieces) if gzip else pieces
@@ -5503,7 +5507,7 @@ class Api:
     ) -> Response:
         """One image of a job as a file."""
         self._let_nobody_keep_errors(request)
-        await self.tracker.settle(id)
+        await self.tracker.wait_until_stored(id)
         job = await self._get(id)
         if n >= len(job.images):
             raise HTTPException(404, "The job has no such image" if job.ended else f"The job is still {job.status}")
@@ -5541,13 +5545,13 @@ class Api:
     async def cancel_job(self, request: Request, id: str = Path(description="the job's ID")) -> Response:
         """Takes a Pending job out of the queue, or interrupts a Processing one. It ends as Failed, "Cancelled"."""
         await self._end(self.tracker.cancel, id)
-        await self.tracker.settle(id)
+        await self.tracker.wait_until_stored(id)
         job = await self._get(id)
         return await self._respond(request, await self._as_json(job, images=False), self.tracker.pool_for(job))
 
     async def delete_job(self, request: Request, id: str = Path(description="the job's ID")) -> Response:
         """Removes a job that has ended, and its images."""
-        await self.tracker.settle(id)
+        await self.tracker.wait_until_stored(id)
         await self._end(self.tracker.delete, id)
         return Response(None, 204)
 

@@ -189,7 +189,7 @@ def test_a_repeat_right_after_a_failure(script, tracker):
     middleware = script.Middleware(None, "txt2img", tracker)
     exchange = script.Exchange(middleware, {"headers": [], script.Shell.KEY: None}, None, None)
     threading.Timer(0.1, tracker.fail, (job.id, "the card is gone")).start()
-    assert asyncio.run(exchange._repeat(script.Claim("digest", job.id))) is False
+    assert asyncio.run(exchange._repeat(script.KeyReservation("digest", job.id))) is False
 
 
 @pytest.mark.parametrize(
