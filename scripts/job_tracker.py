@@ -2500,13 +2500,13 @@ class ImageStore:
         contents = answer.contents or contents_of(answer.rest)
         brief = brief_answer_of(answer.rest, contents)
         ranges = ranges_of(answer.rest, contents) if len(answer.rest) >= LARGE else ()
-        job = job._replace(images=(), has_brief=brief is not None, ranges=ranges)
+        job = job._replace(has_brief=brief is not None, ranges=ranges)
+        images: List[Image] = []
         size = 0
         try:
             for number, data in enumerate(answer.images):
-                image = self._save_image(f"{self.day_of(job)}/{job.id}_{number}", data)
-                job = job._replace(images=(*job.images, image))
-                size += image.size
+                images.append(self._save_image(f"{self.day_of(job)}/{job.id}_{number}", data))
+                size += images[-1].size
             if brief is not None:
                 size += self._write(self.brief_answer_name(job), [brief])
             if size:
@@ -2515,9 +2515,9 @@ class ImageStore:
             sync_folder(folder)
             sync_folder(self.folder)
         except BaseException:
-            self.remove(self.files_of(job))
+            self.remove(self.files_of(job._replace(images=tuple(images))))
             raise
-        return job._replace(bytes=size)
+        return job._replace(images=tuple(images), bytes=size)
 
     @raising_store_error()
     def find(self, job: Job) -> Optional[Job]:
@@ -3545,7 +3545,7 @@ class Tracker:
             if isinstance(error, StoreError) and error.temporary and not is_last:
                 self._note(job_id, f"Generated, but the images cannot be stored yet: {error}")
                 return False
-            details = error.details if isinstance(error, StoreError) else error
+            details = getattr(error, "details", error)
             log.error("Job %s was generated, but its images could not be stored: %s", job_id, details)
             self.fail(job_id, f"Generated, but the images could not be stored: {reason_of(error)}")
             return True
@@ -3577,7 +3577,8 @@ class Tracker:
         self._write_when_accepted(live)
 
     def _write_when_accepted(self, live: LiveJob) -> None:
-        live.accepted.add_done_callback(lambda _: self._write(live))  # at once, when that is done
+        # The callback runs here and now if the job is accepted already.
+        live.accepted.add_done_callback(lambda _: self._write(live))
 
     def _write(self, live: LiveJob) -> None:
         """Stores a job as it is by now: two changes may come here in either order, and the later stores the end."""
@@ -3627,9 +3628,12 @@ class Tracker:
 
     def running(self, job_id: str) -> Optional[Job]:
         """A job of this process that has not ended, None for any other. Waits for nothing."""
-        with self._lock:
-            live = self._live.get(job_id)
+        live = self._live_job(job_id)
         return None if live is None else live.job
+
+    def _live_job(self, job_id: str) -> Optional[LiveJob]:
+        with self._lock:
+            return self._live.get(job_id)
 
     async def find(self, job_id: str) -> Optional[Job]:
         """The same as `get`, for the event loop. A job of this process that has not ended is found at once."""
@@ -3684,8 +3688,7 @@ class Tracker:
 
     def seconds(self, job: Job) -> Optional[float]:
         """How long the generation of a job took, or has taken until now. None where nobody knows."""
-        with self._lock:
-            live = self._live.get(job.id)
+        live = self._live_job(job.id)
         until = live.clock() if live is not None and not job.ended else job.finished
         return None if job.started is None or until is None else max(until - job.started, 0.0)
 
@@ -3722,8 +3725,7 @@ class Tracker:
 
         A client that has the answer must not see the job as Processing.
         """
-        with self._lock:
-            live = self._live.get(job_id)
+        live = self._live_job(job_id)
         if live is not None and (live.answered or live.end is not None):
             await self.wait(job_id, self.STORE_WAIT)
 
@@ -3734,8 +3736,7 @@ class Tracker:
         """
         parameters = info = None
         error = job.error
-        with self._lock:
-            live = self._live.get(job.id)
+        live = self._live_job(job.id)
         if live is not None and live.end is not None and self.store.trouble:
             error = f"The job has ended, but that could not be stored yet: {self.store.trouble}"
         if job.status == COMPLETED:
@@ -3852,8 +3853,7 @@ class Tracker:
         A Pending job fails at once, and is shown so when that is on disk. A Processing one fails when the host has
         stopped it.
         """
-        with self._lock:
-            live = self._live.get(job_id)
+        live = self._live_job(job_id)
         if live is not None:
             if not live.cancel():
                 raise Conflict("The generation has ended, and is being stored")
