@@ -2737,8 +2737,8 @@ class ImageStore:
                 os.rmdir(folder)
         return freed
 
-    def older_than(self, before: float) -> Iterator[str]:
-        """Names of all files that this program made and last changed before a time (Unix seconds)."""
+    def older_than(self, before: float) -> Iterator[Tuple[str, str]]:
+        """All files that this program made and last changed before a time (Unix seconds): the job's ID, the name."""
         try:
             days = sorted(os.listdir(self.folder))
         except (FileNotFoundError, NotADirectoryError):
@@ -2760,7 +2760,7 @@ class ImageStore:
                 name = f"{day}/{entry}"
                 with raising_store_error(), contextlib.suppress(FileNotFoundError):
                     if OWN_FILE_FORM.match(name) and os.lstat(self._path(name)).st_mtime < before:
-                        yield name
+                        yield entry[:8], name
 
 
 class Part:
@@ -3950,7 +3950,8 @@ class Housekeeper:
         self._take_over_images(predecessor)
 
     def _take_over_images(self, predecessor: Predecessor) -> None:
-        predecessor.changing = self.tracker.removing
+        """Copies the images of the predecessor's jobs, if some are still to be copied."""
+        predecessor.changing = self.tracker.removing  # a job that is removed meanwhile must not come back
         with contextlib.suppress(OSError):
             if predecessor.is_unfinished():
                 arguments = (self.store, self.images, self._stop)
@@ -4039,8 +4040,7 @@ class Housekeeper:
 
     def _remove_orphans(self) -> Purged:
         orphans, unknown = [], set()
-        for name in self.images.older_than(time.time() - self.ORPHAN_AGE):
-            job_id = os.path.basename(name)[:8]
+        for job_id, name in self.images.older_than(time.time() - self.ORPHAN_AGE):
             job = self.tracker.get(job_id)
             if job is None:
                 unknown.add(job_id)
