@@ -12,6 +12,7 @@ The file reads in the order in which a request meets its parts, and every part k
     ImageStore    images/
     Predecessor   the jobs of API-Job-Tracker-SD-WebUI
     Tracker       a job's life, the only writer of both stores
+    Housekeeper   what is done now and then
     Middleware    the ASGI side of one generation request
     API           the routes under /sdapi/v1/job
     Tab           the page "Job Tracker" in the webui
@@ -791,16 +792,37 @@ TYPES = ("txt2img", "img2img")
 
 ID_ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
 ID_FORM = re.compile(r"[A-Za-z0-9]{8}\Z")
-DAY_FORM = re.compile(r"\d{4}-\d\d-\d\d\Z")
-OWN_FILE_FORM = re.compile(
-    r"\d{4}-\d\d-\d\d/[A-Za-z0-9]{8}"
-    r"((\.brief)?\.json|_\d{1,6}\.[a-z]{3,4}|(_\d{1,6}|\.brief)?\.[0-9a-f]{8}\.part)\Z"
-)
-IMAGE_FORM = re.compile(r"\d{4}-\d\d-\d\d/([A-Za-z0-9]{8})_(\d{1,6})\.[a-z]{3,4}\Z")
+IMAGE_FORM = re.compile(r"\d{4}-\d\d-\d\d/([A-Za-z0-9]{8})_(\d{1,6})\.([a-z]{3,4})\Z")
+MEDIA_TYPES = {
+    "png": "image/png",
+    "jpg": "image/jpeg",
+    "webp": "image/webp",
+    "gif": "image/gif",
+    "avif": "image/avif",
+    "jxl": "image/jxl",
+    "tiff": "image/tiff",
+    "bmp": "image/bmp",
+    "txt": "text/plain",  # starlette adds the charset
+}
+OTHER_MEDIA_TYPE = "application/octet-stream"
+MEDIA_TYPE_FORM = re.compile(r"[a-z]+/[a-z0-9.+-]{1,100}\Z")
 
 LAST_MOMENT = 1 << 34  # Unix seconds, in the year 2514: Windows knows no day after 3000
 PROMPT_LIMIT = 100_000  # characters kept in jobs.json; `parameters` has the whole prompt
 IP_LIMIT = 100  # characters: a server that trusts a proxy takes what that says for an address
+
+
+class Image(NamedTuple):
+    """An image of a job, and what is to be known of it without opening its file."""
+
+    name: str  # which the image store made and understands
+    size: Optional[int]  # in bytes; None in a record of an earlier version
+    media_type: str
+
+    @property
+    def file_name(self) -> str:
+        """By which a client may keep it."""
+        return self.name.rpartition("/")[2]
 
 
 class Job(NamedTuple):
@@ -815,8 +837,8 @@ class Job(NamedTuple):
     started: Optional[float] = None
     finished: Optional[float] = None
     error: Optional[str] = None
-    images: Tuple[str, ...] = ()  # files below images/, in the host's order
-    bytes: int = 0  # of these files and the answer beside them
+    images: Tuple[Image, ...] = ()  # in the host's order
+    bytes: int = 0  # of their files and of the answer beside them
     owner: Optional[str] = None  # the process that runs it
     key: Optional[str] = None  # of its idempotency, see idempotency_key
     digest: Optional[str] = None  # of the request's body, for a job with a key
@@ -826,26 +848,6 @@ class Job(NamedTuple):
     @property
     def ended(self) -> bool:
         return self.status in ENDED
-
-    @property
-    def day(self) -> str:
-        """The folder below images/ that has its files, in UTC: it must not move with the machine's time zone."""
-        return time.strftime("%Y-%m-%d", time.gmtime(self.timestamp))
-
-    @property
-    def answer(self) -> str:
-        """The file below images/ with the host's answer without its images."""
-        return f"{self.day}/{self.id}.json"
-
-    @property
-    def brief_answer(self) -> str:
-        """The file below images/ with brief parameters, or the answer itself if its own are brief."""
-        return f"{self.day}/{self.id}.brief.json" if self.has_brief else self.answer
-
-    @property
-    def files(self) -> Tuple[str, ...]:
-        """All files below images/ that the record stands for."""
-        return (*self.images, self.answer, self.brief_answer) if self.has_brief else (*self.images, self.answer)
 
 
 def new_id() -> str:
@@ -880,9 +882,38 @@ def without_surrogates(text: str) -> str:
 
 
 def record_of(job: Job) -> bytes:
-    """A job as it stands in jobs.json."""
-    fields = job._asdict().items()
-    return as_json({name: without_surrogates(value) if isinstance(value, str) else value for name, value in fields})
+    """A job as it stands in jobs.json.
+
+    What is known of its images stands beside their names. Earlier versions, which may share the folder, take a record
+    whose `images` are no list of names for damage, and overlook fields that they do not know.
+    """
+    fields = job._asdict()
+    fields["images"] = [image.name for image in job.images]
+    if job.images:
+        fields["image_details"] = [[image.size, image.media_type] for image in job.images]
+    values = fields.items()
+    return as_json({name: without_surrogates(value) if isinstance(value, str) else value for name, value in values})
+
+
+def images_from_record(names: Any, details: Any) -> Iterator[Image]:
+    """The images of a record, see `record_of`. A record without valid details is no worse than an earlier version's.
+
+    Raises ValueError for a name that is no image's.
+    """
+    if not isinstance(names, list):
+        raise ValueError("images is no list")
+    if not isinstance(details, list) or len(details) != len(names):
+        details = [None] * len(names)
+    for name, detail in zip(names, details):
+        form = IMAGE_FORM.match(name) if isinstance(name, str) else None
+        if form is None:
+            raise ValueError("images has an invalid name")
+        size, media_type = detail if isinstance(detail, list) and len(detail) == 2 else (None, None)
+        if type(size) is not int or not 0 <= size < 1 << 50:
+            size = None
+        if not (isinstance(media_type, str) and MEDIA_TYPE_FORM.match(media_type)):
+            media_type = MEDIA_TYPES.get(form.group(3), OTHER_MEDIA_TYPE)
+        yield Image(name, size, media_type)
 
 
 def job_from_record(record: Any) -> Job:
@@ -890,10 +921,7 @@ def job_from_record(record: Any) -> Job:
     if not isinstance(record, dict):
         raise ValueError("it is no object")
     values = {name: record[name] for name in Job._fields if name in record}
-    images = values.get("images", [])
-    if not isinstance(images, list):
-        raise ValueError("images is no list")
-    values["images"] = tuple(images)
+    values["images"] = tuple(images_from_record(record.get("images", []), record.get("image_details")))
     ranges = values.get("ranges", [])
     if not isinstance(ranges, list) or len(ranges) not in (0, 7):
         raise ValueError("ranges is no list of seven numbers, or of none")
@@ -919,11 +947,47 @@ def job_from_record(record: Any) -> Job:
     for text in (job.ip, job.error, job.owner, job.key, job.digest):
         if text is not None and not isinstance(text, str):
             raise ValueError("ip, error, owner, key or digest is no text")
-    for name in job.images:
-        form = isinstance(name, str) and IMAGE_FORM.match(name)
-        if not form or form.group(1) != job.id:
-            raise ValueError("images has a name that is none of this job's")
+    if any(IMAGE_FORM.match(image.name).group(1) != job.id for image in job.images):
+        raise ValueError("images has the name of another job's")
     return job
+
+
+TEMPORARY_ERRNOS = (
+    *(errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENOMEM),
+    *(errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.EHOSTUNREACH),  # of mounts
+)
+
+
+class StoreError(Exception):
+    """What a store could not do. The text is a reason for users and names no path."""
+
+    def __init__(self, reason: str, temporary: bool = False):
+        super().__init__(reason)
+        # The same may go well in a moment: too many files are open, say, or a mount does not answer.
+        self.temporary = temporary
+        self.details = reason  # for the log, which may have the path
+
+    @classmethod
+    def of(cls, error: Exception) -> "StoreError":
+        """What a store says of a failure of its own."""
+        if isinstance(error, StoreError):
+            return error
+        failure = cls(reason_of(error), isinstance(error, OSError) and error.errno in TEMPORARY_ERRNOS)
+        failure.details, failure.__cause__ = str(error), error
+        return failure
+
+
+class InvalidCursor(ValueError):
+    """A store did not make this cursor."""
+
+
+@contextlib.contextmanager
+def raising_store_error() -> Iterator[None]:
+    """Around what a store does for others: an OSError would tell them nothing."""
+    try:
+        yield
+    except OSError as error:
+        raise StoreError.of(error) from error
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -1135,10 +1199,10 @@ class Index:
 
 
 class Page(NamedTuple):
-    """Jobs that match, newest first; `more` when there are others after the last of them."""
+    """Jobs that match, newest first, and where the next page goes on: text that only the store understands."""
 
     jobs: List[Job]
-    more: bool
+    cursor: Optional[str]  # None when there are no more
 
 
 class Line(NamedTuple):
@@ -1315,6 +1379,7 @@ class JobStore:
 
     HEAD, TAIL, EMPTY = b"{", b"\n}\n", b"{\n}\n"
     PIECE = 1 << 16  # bytes read between two looks at what waits to be written
+    CURSOR = re.compile(r"[0-9]{1,12}(-[A-Za-z0-9]{8}){1,10}\Z")
     LINE_LIMIT = 1 << 23  # a longer line is damage
     SPARE_DEAD = 1000  # dead lines that are not worth a compaction
     RETRY = 5.0  # seconds until a write that failed is tried again
@@ -1336,6 +1401,7 @@ class JobStore:
         self._chores: List[Chore] = []
         self._following: Optional[Future] = None
         self._end_left: Optional[Callable[[Job], Job]] = None  # for jobs left behind, if they are to be looked for
+        self._left_ended: Callable[[Job], None] = lambda job: None  # told of each, once its end is on disk
         self._awaited = 0  # how many wait for it
         self._closing = self._closed = False
         self._between = FileLock(self.path + ".lock", self.path)  # of the thread alone, as is what follows
@@ -1351,11 +1417,11 @@ class JobStore:
     # What others call
 
     def put(self, job: Job, new: bool = False, meanwhile: Optional[Job] = None) -> Future:
-        """Keeps a job as it is now. The Future ends when that is on disk, or with OSError.
+        """Keeps a job as it is now. The Future ends when that is on disk, or with StoreError.
 
         A new job that cannot be written is not kept. A change that cannot be written is in force all the same, and is
         tried again until it is written or the process ends. With `meanwhile`, the job is shown as that until its own
-        record is on disk, and the Future ends only then, or with OSError if the store is closed before.
+        record is on disk, and the Future ends only then, or with StoreError if the store is closed before.
         """
         return self._change({job.id: job}, new, meanwhile)
 
@@ -1371,7 +1437,7 @@ class JobStore:
         return self._trouble
 
     def remove(self, ids: List[str]) -> Future:
-        """Ends jobs. The Future ends when that is on disk, or with OSError; then it is tried again."""
+        """Ends jobs. The Future ends when that is on disk, or with StoreError; then it is tried again."""
         return self._change(dict.fromkeys(ids), False)
 
     def knows(self, job_id: str) -> bool:
@@ -1380,8 +1446,9 @@ class JobStore:
         with self._lock:
             return number in self._opened.index.slots or number in map(id_number, self._unwritten)
 
+    @raising_store_error()
     def get(self, job_id: str) -> Optional[Job]:
-        """A job, None if there is none. Waits while the file is being loaded. Raises OSError."""
+        """A job, None if there is none. Waits while the file is being loaded. Raises StoreError."""
         if not ID_FORM.match(job_id):
             return None
         while True:
@@ -1398,7 +1465,7 @@ class JobStore:
                     return self._read(opened, job_id, place, length)
 
     def with_key(self, key: str) -> Optional[Job]:
-        """The latest job with an idempotency key, None if there is none. Raises OSError."""
+        """The latest job with an idempotency key, None if there is none. Raises StoreError."""
         with self._current() as index:
             slot = index.slots.get(index.keys.get(key, -1))
         job = None if slot is None else self.get(index.id(slot))
@@ -1406,49 +1473,68 @@ class JobStore:
 
     def query(
         self,
-        wanted: Filter,
+        filter_: Filter,
         limit: int,
+        cursor: Optional[str] = None,
         skip: int = 0,
-        after_id: Optional[str] = None,
-        after_time: int = 0,
         abandoned: Optional[threading.Event] = None,
     ) -> Page:
-        """The newest jobs that match: at most `limit`, without the first `skip`, or those that come after a job.
+        """The newest jobs that match, at most `limit`: from the cursor of another page on, without the first `skip`.
 
-        If the job `after_id` is no longer known, those that are not newer than `after_time` (Unix seconds). Ends early,
-        with what was found, once `abandoned` is set. Raises OSError.
+        Pages neither repeat nor skip a job. Ends early, with what was found, once `abandoned` is set. Raises
+        StoreError, InvalidCursor.
         """
+        after_time, shown = self._read_cursor(cursor)
         with self._current() as index:
-            below = index.top if after_id is None else index.slots.get(id_number(after_id))
+            known = (index.slots[number] for number in map(id_number, shown) if number in index.slots)
+            below = next(known, None if shown else index.top)
         if below is None:
             times = index.timestamp
             below = next((slot + 1 for slot in range(index.top - 1, -1, -1) if times[slot] <= after_time), 0)
         jobs: List[Job] = []
-        for slot in self._matching(index, wanted, below, abandoned):
+        for slot in self._matching(index, filter_, below, abandoned):
             if skip > 0:
                 skip -= 1
             elif len(jobs) == limit:
-                return Page(jobs, True)
+                return Page(jobs, self._make_cursor(jobs))
             else:
                 job = self.get(index.id(slot))
-                if job is not None and wanted.status in (None, job.status):  # it may have changed since
+                if job is not None and filter_.status in (None, job.status):  # it may have changed since
                     jobs.append(job)
-        return Page(jobs, False)
+        return Page(jobs, None)
+
+    @staticmethod
+    def _make_cursor(jobs: List[Job]) -> str:
+        """The last job's time, its ID and nine more: the next page begins behind the first of these that is known."""
+        return "-".join([str(jobs[-1].timestamp), *(job.id for job in jobs[:-11:-1])])
+
+    @classmethod
+    def _read_cursor(cls, cursor: Optional[str]) -> Tuple[int, List[str]]:
+        if cursor is None:
+            return 0, []
+        if not cls.CURSOR.match(cursor):
+            raise InvalidCursor("it must come from a Link header")
+        after_time, *shown = cursor.split("-")
+        return int(after_time), shown
 
     def figures(self) -> Tuple[Dict[str, int], int]:
-        """Jobs by status, and the bytes of all their files. Raises OSError."""
+        """Jobs by status, and the bytes of all their files. Raises StoreError."""
         with self._current() as index:
             return dict(zip(STATUSES, index.counts)), index.total_bytes
 
     def expired(self, before: float, after: Optional[float] = None) -> List[str]:
-        """IDs of ended jobs accepted before a time, and after another (Unix seconds), oldest first. Raises OSError."""
+        """IDs of ended jobs accepted before a time, and after another (Unix seconds), oldest first.
+
+        Raises StoreError.
+        """
         with self._current() as index:
             top = index.top
         old = self._matching(index, Filter(before=before, after=after), top)
         return [index.id(slot) for slot in old if slot not in index.unfinished][::-1]
 
+    @raising_store_error()
     def set_aside_ids(self) -> Optional[Set[str]]:
-        """IDs of jobs in what was, or is to be, set aside; None if they cannot be told. Raises OSError.
+        """IDs of jobs in what was, or is to be, set aside; None if they cannot be told. Raises StoreError.
 
         Before `get` knows nothing of a job whose record is damaged, it is among them.
         """
@@ -1469,15 +1555,16 @@ class JobStore:
                 found.update(job_id.decode() for job_id in re.findall(rb'"(\w{8})"', data))  # a key or an ID
         return found
 
-    def recover(self, end: Callable[[Job], Job]) -> Future:
+    def recover(self, end: Callable[[Job], Job], ended: Callable[[Job], None] = lambda job: None) -> Future:
         """Changes each unfinished job of a process that is gone by `end`, once among all processes that try.
 
-        The Future ends when that is done, or with OSError if the file cannot be read. If this is called before
+        The Future ends when that is done, or with StoreError if the file cannot be read. If this is called before
         anything else, nobody sees such a job unchanged, as long as the disk takes it. A change that cannot be written
-        is tried again. `end` may raise OSError for a job that cannot be judged now: it stays as it is.
+        is tried again. `end` may raise StoreError for a job that cannot be judged now: it stays as it is. `ended` is
+        called with each job that was ended so, once that is on disk, and is not to wait for anything.
         """
         with self._work:
-            self._end_left = end
+            self._end_left, self._left_ended = end, ended
             self._following = self._add_chore(self._load(), first=True)
             return self._following
 
@@ -1499,7 +1586,7 @@ class JobStore:
                     self._queue.append(change)
                     self._work.notify()
                     return change.written
-        change.written.set_exception(OSError("the store is closed"))
+        change.written.set_exception(StoreError("the store is closed"))
         return change.written
 
     def _supersede(self, jobs: Dict[str, Optional[Job]], meanwhile: Dict[str, Job]) -> None:
@@ -1524,7 +1611,7 @@ class JobStore:
 
     @contextlib.contextmanager
     def _current(self) -> Iterator[Index]:
-        """Holds the lock, with an index that knows all that the file held when this was called. Raises OSError."""
+        """Holds the lock, with an index that knows all that the file held when this was called. Raises StoreError."""
         while True:
             with self._lock:
                 opened, seen = self._opened, self._opened.seen
@@ -1593,14 +1680,14 @@ class JobStore:
         result = promise()
         with self._work:
             if self._closed:
-                result.set_exception(OSError("the store is closed"))
+                result.set_exception(StoreError("the store is closed"))
             else:
                 self._chores.insert(0 if first else len(self._chores), (work, result))
                 self._work.notify()
         return result
 
     def _follow(self) -> Future:
-        """Reads what the index does not know yet. The Future ends when it does, or with OSError."""
+        """Reads what the index does not know yet. The Future ends when it does, or with StoreError."""
         with self._work:
             if self._following is None or self._following.done():
                 self._following = self._add_chore(self._load(), first=True)
@@ -1625,9 +1712,9 @@ class JobStore:
                 self._be_polite(2 * (time.monotonic() - began))
         for work, result in self._chores:
             work.close()
-            result.set_exception(OSError("the store is closed"))
+            result.set_exception(StoreError("the store is closed"))
         for written in self._patient:
-            written.set_exception(OSError("the store is closed"))
+            written.set_exception(StoreError("the store is closed"))
         self._close_files()
 
     def _be_polite(self, seconds: float) -> None:
@@ -1653,7 +1740,7 @@ class JobStore:
             result.set_result(value)
             self._consider_compacting()
         else:
-            result.set_exception(failure)
+            result.set_exception(StoreError.of(failure))
 
     def _consider_compacting(self) -> None:
         index = self._opened.index
@@ -1661,7 +1748,7 @@ class JobStore:
             if not self._chores and time.monotonic() >= self._compact_at:
                 self._add_chore(self._compact())
 
-    def _tell(self, what: str, error: Optional[Exception]) -> None:
+    def _tell(self, what: str, error: Optional[BaseException]) -> None:
         """Logs a trouble when it begins and when it is over, not each time that it shows."""
         text = f"jobs.json cannot be {what}: {type(error).__name__}: {error}" if error else ""
         if text != self._troubles.get(what, ""):
@@ -1841,7 +1928,7 @@ class JobStore:
                 if change.patient:
                     self._patient.append(change.written)
                 else:
-                    change.written.set_exception(error)
+                    change.written.set_exception(StoreError.of(error))
             return
         self._tell("written", None)
         self._trouble = ""
@@ -2035,12 +2122,12 @@ class JobStore:
         gone = {owner: self._is_gone(owner) for owner in {job.owner for job in jobs}}
         meanwhile = {job.id: job for job in jobs if gone[job.owner]}
         left: Dict[str, Optional[Job]] = {}
-        failure: Optional[OSError] = None
+        failure: Optional[BaseException] = None
         for job in meanwhile.values():
             try:
                 left[job.id] = end(job)
-            except OSError as error:  # that passes: it is tried again at the next look
-                failure = error
+            except StoreError as error:  # it is temporary: it is tried again at the next look
+                failure = error.__cause__ or error
         self._tell("completed by what lies in images/", failure)
         with contextlib.suppress(OSError):
             self._remove_leftovers()
@@ -2049,12 +2136,20 @@ class JobStore:
         try:
             self._make_durable(self._append(left, awaited=True))
             log.warning("%d jobs that a webui left behind have ended: %s", len(left), self._by_status(left.values()))
+            self._tell_of_left(left)
         except OSError as error:
             self._tell("written", error)
             with self._lock:
                 self._supersede(left, {job_id: meanwhile[job_id] for job_id in left})
             self._retry.update(left)
             self._retry_at = time.monotonic() + self.RETRY
+            written = promise()
+            written.add_done_callback(lambda written: written.exception() or self._tell_of_left(left))
+            self._patient.append(written)
+
+    def _tell_of_left(self, left: Dict[str, Optional[Job]]) -> None:
+        for job in left.values():
+            self._left_ended(job)
 
     @staticmethod
     def _by_status(jobs: Iterable[Optional[Job]]) -> str:
@@ -2093,19 +2188,26 @@ class JobStore:
 # ImageStore: images/
 # ------------------------------------------------------------------------------------------------------------------
 
-IMAGE_TYPES = (  # how a file begins, its ending, its media type
-    (re.compile(rb"\x89PNG\r\n\x1a\n"), "png", "image/png"),
-    (re.compile(rb"\xff\xd8\xff"), "jpg", "image/jpeg"),
-    (re.compile(rb"RIFF.{4}WEBP", re.DOTALL), "webp", "image/webp"),
-    (re.compile(rb"GIF8[79]a"), "gif", "image/gif"),
-    (re.compile(rb".{4}ftypavi[fs]", re.DOTALL), "avif", "image/avif"),
-    (re.compile(rb"\xff\x0a|\x00\x00\x00\x0cJXL \r\n\x87\n"), "jxl", "image/jxl"),
-    (re.compile(rb"II\*\x00|MM\x00\*"), "tiff", "image/tiff"),
-    (re.compile(rb"BM"), "bmp", "image/bmp"),
+DAY_FORM = re.compile(r"\d{4}-\d\d-\d\d\Z")
+OWN_FILE_FORM = re.compile(
+    r"\d{4}-\d\d-\d\d/[A-Za-z0-9]{8}"
+    r"((\.brief)?\.json|_\d{1,6}\.[a-z]{3,4}|(_\d{1,6}|\.brief)?\.[0-9a-f]{8}\.part)\Z"
 )
-MEDIA_TYPES = {ending: media_type for _, ending, media_type in IMAGE_TYPES}
-MEDIA_TYPES["txt"] = "text/plain"  # starlette adds the charset
-OTHER_MEDIA_TYPE = "application/octet-stream"
+IMAGE_STARTS = {  # ending -> how such a file begins
+    "png": re.compile(rb"\x89PNG\r\n\x1a\n"),
+    "jpg": re.compile(rb"\xff\xd8\xff"),
+    "webp": re.compile(rb"RIFF.{4}WEBP", re.DOTALL),
+    "gif": re.compile(rb"GIF8[79]a"),
+    "avif": re.compile(rb".{4}ftypavi[fs]", re.DOTALL),
+    "jxl": re.compile(rb"\xff\x0a|\x00\x00\x00\x0cJXL \r\n\x87\n"),
+    "tiff": re.compile(rb"II\*\x00|MM\x00\*"),
+    "bmp": re.compile(rb"BM"),
+}
+
+
+def ending_of(data: bytes) -> Optional[str]:
+    """The ending of a file that begins so, None if it is no image."""
+    return next((ending for ending, form in IMAGE_STARTS.items() if form.match(data)), None)
 
 
 class Contents(NamedTuple):
@@ -2264,12 +2366,6 @@ def with_images_hidden(answer: Answer) -> Answer:
     return answer._replace(rest=rest, contents=Contents({**contents.parameters, "send_images": False}, ranges))
 
 
-def parameters_of(rest: bytes) -> Dict[str, Any]:
-    """The parameters of an answer; empty if they are no object. Raises ValueError, RecursionError if it is none."""
-    parameters = contents_of(rest).parameters
-    return parameters if isinstance(parameters, dict) else {}
-
-
 BRIEF_TEXT = 1000  # characters that a text in `parameters` may have in a list
 BRIEF_SIZE = 1 << 16  # bytes that they may have there together, about
 BRIEF_DEPTH = 100  # lists and objects within one another
@@ -2346,25 +2442,16 @@ def brief_answer_of(rest: bytes, contents: Contents) -> Optional[bytes]:
     return b'{"images":[],"parameters":%s}' % data if len(rest) >= LARGE else rest[:start] + data + rest[end:]
 
 
-PASSING = (
-    *(errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENOMEM),
-    *(errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.EHOSTUNREACH),  # of mounts
-)
-
-
-def passes(error: OSError) -> bool:
-    """Whether the same may go well in a moment: too many files are open, say, or a mount does not answer."""
-    return error.errno in PASSING
-
-
 class ImageStore:
-    """The files of jobs, in a folder for each day. Every method may block, and raises OSError unless it says else.
+    """The files of jobs, in a folder for each day. Every method may block, and raises StoreError unless it says not to.
+
+    What its files are called is its own. Records have the names of images, and everybody else only hands them on.
 
     A file is whole once it has its name, and it has its name before a record names it. No symbolic link below the
     folder is followed.
     """
 
-    PIECE = 3 << 16  # bytes, a multiple of 3: there base64 can be cut
+    CHUNK = 3 << 16  # bytes, a multiple of 3: there base64 can be cut
 
     def __init__(self, folder: str):
         self.folder = folder
@@ -2378,60 +2465,92 @@ class ImageStore:
         store._sources = (*self._sources, *paths)
         return store
 
+    @staticmethod
+    def day_of(job: Job) -> str:
+        """The folder of a job's files, in UTC: it must not move with the machine's time zone."""
+        return time.strftime("%Y-%m-%d", time.gmtime(job.timestamp))
+
+    @classmethod
+    def answer_name(cls, job: Job) -> str:
+        """The file with the host's answer without its images."""
+        return f"{cls.day_of(job)}/{job.id}.json"
+
+    @classmethod
+    def brief_answer_name(cls, job: Job) -> str:
+        """The file with brief parameters, or the answer itself if its own are brief."""
+        return f"{cls.day_of(job)}/{job.id}.brief.json" if job.has_brief else cls.answer_name(job)
+
+    @classmethod
+    def files_of(cls, job: Job) -> List[str]:
+        """All files that a record stands for."""
+        names = [*(image.name for image in job.images), cls.answer_name(job), cls.brief_answer_name(job)]
+        return list(dict.fromkeys(names))
+
+    @raising_store_error()
     def save(self, job: Job, answer: Answer) -> Job:
         """Stores an answer, safe from a power cut, and returns the job with the names and the size of its files.
 
         The host's answer comes last, when all else is safe: where it is, all is, see `find`.
         """
-        folder = os.path.join(self.folder, job.day)
+        folder = os.path.join(self.folder, self.day_of(job))
         self._make_folder(self.folder)
         self._make_folder(folder, links=False)
         contents = answer.contents or contents_of(answer.rest)
         brief = brief_answer_of(answer.rest, contents)
         ranges = ranges_of(answer.rest, contents) if len(answer.rest) >= LARGE else ()
         job = job._replace(has_brief=brief is not None, ranges=ranges)
-        names: List[str] = []
-        total = 0
+        images: List[Image] = []
+        size = 0
         try:
-            for number, image in enumerate(answer.images):
-                name, size = self._save_image(f"{job.day}/{job.id}_{number}", image)
-                names.append(name)
-                total += size
+            for number, data in enumerate(answer.images):
+                images.append(self._save_image(f"{self.day_of(job)}/{job.id}_{number}", data))
+                size += images[-1].size
             if brief is not None:
-                total += self._write(job.brief_answer, [brief])
-            if total:
+                size += self._write(self.brief_answer_name(job), [brief])
+            if size:
                 sync_folder(folder)
-            total += self._write(job.answer, [answer.rest])
+            size += self._write(self.answer_name(job), [answer.rest])
             sync_folder(folder)
             sync_folder(self.folder)
         except BaseException:
-            self.remove([*names, *job.files])
+            self.remove(self.files_of(job._replace(images=tuple(images))))
             raise
-        return job._replace(images=tuple(names), bytes=total)
+        return job._replace(images=tuple(images), bytes=size)
 
+    @raising_store_error()
     def find(self, job: Job) -> Optional[Job]:
         """A job that a crash left between `save` and its record, with its files, as `save` returned it.
 
-        None if `save` did not come to its end. Raises OSError if that cannot be told.
+        If it has no prompt, it gets the one that the host used. None if `save` did not come to its end. Raises
+        StoreError if that cannot be told.
         """
-        folder = os.path.join(self.folder, job.day)
+        day, answer = self.day_of(job), self.answer_name(job)
+        folder = os.path.join(self.folder, day)
         if os.path.islink(folder):  # which is never followed
             return None
         try:
-            os.lstat(self._path(job.answer))  # most jobs have none, and a folder takes long to list
+            size = os.lstat(self._path(answer)).st_size  # most jobs have none, and a folder takes long to list
         except (FileNotFoundError, NotADirectoryError):
             return None
-        entries = {f"{job.day}/{entry}" for entry in os.listdir(folder) if entry.startswith(job.id)}
-        images = {int(match.group(2)): match.group(0) for match in map(IMAGE_FORM.match, entries) if match}
-        if sorted(images) != list(range(len(images))):
+        entries = {f"{day}/{entry}" for entry in os.listdir(folder) if entry.startswith(job.id)}
+        forms = {int(form.group(2)): form for form in map(IMAGE_FORM.match, entries) if form}
+        if sorted(forms) != list(range(len(forms))):
             return None
-        job = job._replace(images=tuple(images[number] for number in range(len(images))), has_brief=True)
-        job = job._replace(has_brief=job.brief_answer in entries)
-        if os.lstat(self._path(job.answer)).st_size >= LARGE:
+        images = tuple(self._look_at(forms[number]) for number in range(len(forms)))
+        job = job._replace(images=images, has_brief=True)
+        job = job._replace(has_brief=self.brief_answer_name(job) in entries)
+        if size >= LARGE or not job.prompt:
             with contextlib.suppress(ValueError, RecursionError):
-                rest = b"".join(self.read(job.answer))
-                job = job._replace(ranges=ranges_of(rest, contents_of(rest)))
-        return job._replace(bytes=sum(os.lstat(self._path(name)).st_size for name in job.files))
+                rest = b"".join(self.read(answer))
+                contents = contents_of(rest)
+                prompt = contents.parameters.get("prompt", "") if isinstance(contents.parameters, dict) else ""
+                ranges = ranges_of(rest, contents) if size >= LARGE else ()
+                job = job._replace(ranges=ranges, prompt=job.prompt or str(prompt)[:PROMPT_LIMIT])
+        return job._replace(bytes=sum(os.lstat(self._path(name)).st_size for name in self.files_of(job)))
+
+    def _look_at(self, form: "re.Match[str]") -> Image:
+        name = form.group(0)
+        return Image(name, os.lstat(self._path(name)).st_size, MEDIA_TYPES.get(form.group(3), OTHER_MEDIA_TYPE))
 
     def _make_folder(self, path: str, links: bool = True) -> None:
         """Sets aside what stands where a folder should be."""
@@ -2439,28 +2558,29 @@ class ImageStore:
             log.warning("%s is no folder, it was set aside as %s", path, set_aside(path))
         make_folder(path, self._sources[0])
 
-    def _save_image(self, base: str, image: Union[bytes, memoryview]) -> Tuple[str, int]:
+    def _save_image(self, base: str, image: Union[bytes, memoryview]) -> Image:
         if bytes(image[:5]) == b"data:":
             image = image[bytes(image[:100]).find(b",") + 1 :]
         try:
-            start = next(self._decode(image[:64]))
-            ending = next((ending for form, ending, _ in IMAGE_TYPES if form.match(start)), "bin")
-            return f"{base}.{ending}", self._write(f"{base}.{ending}", self._decode(image))
+            ending = ending_of(next(self._decode(image[:64]))) or "bin"
+            size = self._write(f"{base}.{ending}", self._decode(image))
         except ValueError:  # no base64: kept as it is
-            return f"{base}.txt", self._write(f"{base}.txt", [bytes(image)])
+            ending = "txt"
+            size = self._write(f"{base}.{ending}", [bytes(image)])
+        return Image(f"{base}.{ending}", size, MEDIA_TYPES.get(ending, OTHER_MEDIA_TYPE))
 
     def _decode(self, image: Union[bytes, memoryview]) -> Iterator[bytes]:
         """Decodes so that encoding gives the same text again, piece by piece, since it holds the interpreter."""
         if not image or len(image) % 4:
             raise ValueError("no base64")
-        step = self.PIECE // 3 * 4
+        step = self.CHUNK // 3 * 4
         for position in range(0, len(image), step):
             piece = bytes(image[position : position + step])
             data = base64.b64decode(piece, validate=True)
             if position + step >= len(image):
                 if base64.b64encode(data) != piece:
                     raise ValueError("not canonical")
-            elif len(data) != self.PIECE:
+            elif len(data) != self.CHUNK:
                 raise ValueError("padding inside")
             yield data
 
@@ -2499,6 +2619,7 @@ class ImageStore:
         if os.path.islink(path):
             raise OSError(errno.ELOOP, "a symbolic link is not followed", path)
 
+    @raising_store_error()
     def open(self, name: str) -> Tuple[int, int]:
         """A descriptor for reading, to be closed by the caller, and the size in bytes."""
         path = self._path(name)
@@ -2512,23 +2633,24 @@ class ImageStore:
         return file, status.st_size
 
     def size(self, name: str) -> Optional[int]:
-        """In bytes; None if the file is not there or cannot be read. Raises only an OSError that passes."""
+        """In bytes; None if the file is not there or cannot be read. Raises only a temporary StoreError."""
         try:
             file, size = self.open(name)
-        except OSError as error:
-            if passes(error):
+        except StoreError as error:
+            if error.temporary:
                 raise
             return None
         os.close(file)
         return size
 
     def read(self, name: str, start: int = 0, end: Optional[int] = None) -> Iterator[bytes]:
-        """A file's bytes, or a part of them, `PIECE` at a time."""
+        """A file's bytes, or a part of them, `CHUNK` at a time."""
         file, _ = self.open(name)
         try:
             position = start
             while end is None or position < end:
-                data = read_at(file, self.PIECE if end is None else min(self.PIECE, end - position), position)
+                with raising_store_error():
+                    data = read_at(file, self.CHUNK if end is None else min(self.CHUNK, end - position), position)
                 if not data and end is not None:
                     raise self.damaged(name)
                 if not data:
@@ -2539,17 +2661,25 @@ class ImageStore:
             os.close(file)
 
     @staticmethod
-    def damaged(name: str) -> OSError:
+    def damaged(name: str) -> StoreError:
         """What is raised for a file that is not as it was stored."""
-        return OSError(errno.EIO, "it is damaged", name)
+        return StoreError.of(OSError(errno.EIO, "it is damaged", name))
 
     def check(self, name: str, crc: int, start: int = 0, end: Optional[int] = None) -> None:
-        """Reads a file, or a part of it. Raises OSError if it is not as it was stored."""
+        """Reads a file, or a part of it. Raises StoreError if it is not as it was stored."""
         found = 0
         for data in self.read(name, start, end):
             found = zlib.crc32(data, found)
         if found != crc:
             raise self.damaged(name)
+
+    @classmethod
+    def decode(cls, name: str, data: bytes) -> Any:
+        """What a file with JSON says, or a part of it. Raises StoreError if that is no JSON."""
+        try:
+            return DECODER.decode(data.decode())
+        except (ValueError, RecursionError):
+            raise cls.damaged(name) from None
 
     def read_as_json(self, name: str) -> Iterator[bytes]:
         """The JSON string that the host answered for this file, a piece at a time."""
@@ -2565,6 +2695,28 @@ class ImageStore:
         for data in pieces:
             yield base64.b64encode(data)
         yield b'"'
+
+    def images_as_json(self, job: Job, needed: bool = False) -> Iterator[bytes]:
+        """A job's images as the items of a JSON array.
+
+        One that is not there is null, or StoreError if it is needed or the trouble is temporary.
+        """
+        for number, image in enumerate(job.images):
+            if number:
+                yield b","
+            pieces = self.read_as_json(image.name)
+            try:
+                first = next(pieces)
+            except StoreError as error:
+                if needed or error.temporary:
+                    raise
+                first = b"null"
+            yield first
+            yield from pieces
+
+    def answer(self, job: Job) -> "StoredAnswer":
+        """What the host answered for a Completed job. Does not raise."""
+        return StoredAnswer(self, job)
 
     def remove(self, names: Any) -> int:
         """Removes files, and folders that are empty then. Returns the bytes that it freed. Does not raise."""
@@ -2583,12 +2735,14 @@ class ImageStore:
                 os.rmdir(folder)
         return freed
 
-    def older_than(self, before: float) -> Iterator[str]:
-        """Names of all files that this program made and last changed before a time (Unix seconds)."""
+    def older_than(self, before: float) -> Iterator[Tuple[str, str]]:
+        """All files that this program made and last changed before a time (Unix seconds): the job's ID, the name."""
         try:
             days = sorted(os.listdir(self.folder))
         except (FileNotFoundError, NotADirectoryError):
             return
+        except OSError as error:
+            raise StoreError.of(error) from error
         for day in days:
             folder = os.path.join(self.folder, day)
             if not DAY_FORM.match(day) or os.path.islink(folder) or not os.path.isdir(folder):
@@ -2602,9 +2756,104 @@ class ImageStore:
                 continue
             for entry in entries:
                 name = f"{day}/{entry}"
-                with contextlib.suppress(FileNotFoundError):
+                with raising_store_error(), contextlib.suppress(FileNotFoundError):
                     if OWN_FILE_FORM.match(name) and os.lstat(self._path(name)).st_mtime < before:
-                        yield name
+                        yield entry[:8], name
+
+
+class Part:
+    """A value within a large answer. It is passed on in pieces, and never read as a whole."""
+
+    def __init__(self, images: ImageStore, name: str, start: int, end: int, crc: int):
+        self.size = end - start
+        self._images = images
+        self._where = name, start, end
+        self._crc = crc
+
+    def checked(self) -> "Optional[Part]":
+        """Itself, if it is as it was stored. None if the answer has no such value. Raises StoreError."""
+        if not self.size:
+            return None
+        name, start, end = self._where
+        self._images.check(name, self._crc, start, end)
+        return self
+
+    def pieces(self) -> Iterator[bytes]:
+        return self._images.read(*self._where)
+
+    def value(self) -> Any:
+        """It is read as a whole all the same, if it is not large. Raises StoreError."""
+        if not self.size:
+            return None
+        data = b"".join(self.pieces())
+        if zlib.crc32(data) != self._crc:
+            raise self._images.damaged(self._where[0])
+        return self._images.decode(self._where[0], data)
+
+
+class StoredAnswer:
+    """What the host answered, as it lies beside a job's images. Raises StoreError where it is not as it was stored.
+
+    Of a large one, all is in pieces: its record says where `parameters` and `info` are, see `ranges_of`.
+    """
+
+    def __init__(self, images: ImageStore, job: Job):
+        self._images = images
+        self._job = job
+        self._name = images.answer_name(job)
+        if job.ranges:
+            self._parameters = Part(images, self._name, *job.ranges[:3])
+            self._info = Part(images, self._name, *job.ranges[3:6])
+
+    def values(self, whole: bool) -> Tuple[Any, Any]:
+        """`parameters`, which are brief unless they are to be `whole`, and `info`. What is large is a Part."""
+        if self._job.ranges:
+            parameters = self._parameters.checked() if whole else self._brief_parameters()
+            return parameters, self._info.checked() if self._info.size > LARGE else self._info.value()
+        answer = self._read(self._name if whole else self._images.brief_answer_name(self._job))
+        parameters = answer.get("parameters")
+        return parameters if whole else brief_parameters(parameters)[0], answer.get("info")
+
+    def _read(self, name: str, data: Optional[bytes] = None) -> Dict[str, Any]:
+        answer = self._images.decode(name, b"".join(self._images.read(name)) if data is None else data)
+        if not isinstance(answer, dict):
+            raise self._images.damaged(name)
+        return answer
+
+    def _brief_parameters(self) -> Any:
+        """Those of a large answer."""
+        if self._job.has_brief:
+            return self._read(self._images.brief_answer_name(self._job)).get("parameters")
+        return self._parameters.value()
+
+    def replay(self) -> Iterator[bytes]:
+        """All of it once more, with the images if the client wanted them, a piece at a time."""
+        is_large = bool(self._job.ranges)
+        if is_large:
+            self._images.check(self._name, self._job.ranges[6])
+        with contextlib.closing(self._images.read(self._name)) as pieces:
+            rest = next(pieces, b"") if is_large else b"".join(pieces)
+            start = IMAGES_START.match(rest)
+            if start is None:
+                raise self._images.damaged(self._name)
+            wants_images = self._wants_images(rest)
+            yield rest[: start.end()]
+            if wants_images:
+                yield from self._images.images_as_json(self._job, needed=True)
+            yield rest[start.end() :]
+            yield from pieces
+
+    def _wants_images(self, rest: bytes) -> bool:
+        """Whether the request asked for images. All that lies at the top of parameters is in the brief ones, too."""
+        parameters: Any = None
+        if not self._job.ranges:
+            parameters = self._read(self._name, rest).get("parameters")
+        else:
+            with contextlib.suppress(StoreError):
+                parameters = self._brief_parameters()
+            if not isinstance(parameters, dict):
+                parameters = self._parameters.value()
+        return not isinstance(parameters, dict) or bool(parameters.get("send_images", True))
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -2730,7 +2979,7 @@ def assign_ids(jobs: List[LegacyJob], known: Dict[int, str]) -> List[str]:
 
 def infotext_of(image: bytes) -> Optional[str]:
     """The text that the host writes into a PNG, None if there is none."""
-    position = 8 if IMAGE_TYPES[0][0].match(image) else len(image)
+    position = 8 if ending_of(image) == "png" else len(image)
     while image[position + 4 : position + 8] not in (b"IDAT", b""):
         length = int.from_bytes(image[position : position + 4], "big")
         kind, chunk = image[position + 4 : position + 8], image[position + 8 : position + 8 + length]
@@ -2975,7 +3224,7 @@ class Predecessor:
                 if error.errno in self.GONE or os.path.isdir(place):
                     continue
                 raise
-            if any(form.match(data) for form, _, _ in IMAGE_TYPES):
+            if ending_of(data):
                 return place, data
         return None
 
@@ -3007,7 +3256,7 @@ class Predecessor:
         kept = kept._replace(error=self._error(legacy, job.id, note))
         written = self._put(store, kept)
         if written is None:
-            images.remove(kept.files)
+            images.remove(images.files_of(kept))
             return None
         written.result()
         return kept
@@ -3020,7 +3269,7 @@ class Predecessor:
     @staticmethod
     def _as_base64(data: bytes) -> bytes:
         """Encodes piece by piece, since it holds the interpreter."""
-        step = ImageStore.PIECE
+        step = ImageStore.CHUNK
         return b"".join(base64.b64encode(data[start : start + step]) for start in range(0, len(data), step))
 
     def _log_once(self, trouble: str) -> None:
@@ -3049,29 +3298,18 @@ class Purged(NamedTuple):
         return Purged(*(one + two for one, two in zip(self, other)))
 
 
-CLOCKS_START = 1577836800  # 2020-01-01 in Unix seconds: a clock that is before was never set
-
-
 class Conflict(Exception):
-    """What was asked for does not go with the job's status."""
+    """The job's status does not allow what was asked for."""
 
 
-class Claim:
-    """That a generation was the first with its idempotency key. Others with the key wait for what becomes of it."""
+class KeyReservation:
+    """Reserves an idempotency key for the first request that uses it. Later requests wait for its job."""
 
     def __init__(self, digest: str, job_id: Optional[str] = None):
         self.digest = digest  # of the request's body
-        self.job_id: Future = Future()  # None: it was no job in the end
+        self.outcome: Future = Future()  # the job's ID, or None if the request came to be no job
         if job_id is not None:
-            self.job_id.set_result(job_id)
-
-
-class Part(NamedTuple):
-    """A value of a large answer, which is passed on and never read as a whole: where it lies, and its CRC."""
-
-    start: int
-    end: int  # 0: there is none
-    crc: int
+            self.outcome.set_result(job_id)
 
 
 Progress = Optional[float]  # 0 to 1; None where unknown
@@ -3090,6 +3328,21 @@ class Clock:
         return self._offset + time.monotonic()
 
 
+class LiveJob:
+    """A job of this process from its acceptance until its end is on disk. Guarded by the tracker's lock."""
+
+    def __init__(self, job: Job, accepted: Future, cancel: Callable[[], bool]):
+        self.job = job  # as everybody sees it
+        self.end: Optional[Job] = None  # as it has ended, which nobody sees before it is on disk
+        self.end_given = False  # the store has its end
+        self.clock = Clock()
+        self.accepted = accepted  # done when it is on disk
+        self.accepted_at = time.monotonic()
+        self.cancel = cancel
+        self.answered = False  # its client may have the answer, which is being stored
+        self.waiters: List[Callable[[], None]] = []  # called when it has left
+
+
 class Threads(ThreadPoolExecutor):
     """Threads for one kind of work, which so keeps back no other, and a limit to how much of it may wait."""
 
@@ -3100,14 +3353,17 @@ class Threads(ThreadPoolExecutor):
         self._counting = threading.Lock()
 
     def submit(self, function: Callable[..., Any], *args: Any) -> Future:
-        """The result of a function that may block. Raises OSError if too much waits, or the webui is being reloaded."""
+        """The result of a function that may block.
+
+        Raises StoreError if too much waits, or the webui is being reloaded.
+        """
         with self._counting:
             if self._unfinished >= self._limit:
-                raise OSError(errno.EAGAIN, "too many wait already")
+                raise StoreError("too many wait already", temporary=True)
             try:
                 work = super().submit(function, *args)
             except RuntimeError:
-                raise OSError(errno.EAGAIN, "the webui is being reloaded") from None
+                raise StoreError("the webui is being reloaded", temporary=True) from None
             self._unfinished += 1
         work.add_done_callback(self._finished)
         return work
@@ -3125,41 +3381,25 @@ class Tracker:
     once. That a job has ended is seen by nobody before its record is on disk, so that no crash can take it back.
     """
 
-    ORPHAN_AGE = 3600  # seconds; a younger file may belong to a job that is being stored
-    PURGE_EVERY = 6 * 3600
-    RECOVER_EVERY = 60  # seconds between two looks for processes that are gone, and until a failed purge is repeated
-    REMOVED_AT_ONCE = 100  # jobs: a crash leaves the files of no more
-    LOOK_EVERY = 5  # seconds between two looks at config.json
     PATIENCE = 10.0  # seconds that a request waits for the disk before it goes on without it, or is refused
     MOMENT = 0.5  # the same while the disk does not answer
     STORE_AGAIN = (0.5, 1, 2, 5, 10, 20, 30, 45, 60, 75)  # seconds between tries to store what may pass
     UNSTORED_LIMIT = 1 << 29  # bytes of answers that wait for the disk: more could cost the webui its memory
-    SETTLE = 1.0  # seconds that storing may take before a job is shown Processing to who has its answer
-    SHOWN = ("id", "type", "status", "prompt", "timestamp", "ip", "started", "finished")  # as they are
+    STORE_WAIT = 1.0  # seconds that `wait_until_stored` waits
+    PLAIN_FIELDS = ("id", "type", "status", "prompt", "timestamp", "ip", "started", "finished")  # shown as they are
 
-    def __init__(
-        self,
-        settings: Settings,
-        begun: Callable[[], Any],
-        progress: Callable[[Any], Progress],
-        interrupt: Callable[[], None],
-        dequeue: Callable[[Optional[str]], None],
-    ):
-        """`begun`, `progress` and `interrupt` are the host's, for the generation that has its queue lock.
+    def __init__(self, settings: Settings, host: Any, store: JobStore, images: ImageStore):
+        """`host` says what the generation does that has its queue lock, and can be told to end it.
 
-        `begun` is what the host says of when its last generation began, and `progress` is given what it said when the
-        job got the lock: as long as it says the same, its state is still that of the generation before. `dequeue`
-        tells the host that the task with an ID of its own will not begin.
+        `host.begun()` is what it says of when its last generation began, and `host.progress(begun)` is given what it
+        said when the job got the lock: as long as it says the same, its state is still that of the generation before.
+        `host.interrupt()` ends the generation, and `host.dequeue(task)` says that the task with an ID of the host's
+        own will not begin.
         """
         self.settings = settings
-        self.begun = begun
-        self.progress = progress
-        self.interrupt = interrupt
-        self.dequeue = dequeue
-        self.predecessor = Predecessor(settings.folder, settings.data_folder)
-        self.predecessor.list_jobs()
-        self.store = JobStore(settings.data_folder, self.predecessor.refuse_to_open)
-        self.images = ImageStore(os.path.join(settings.data_folder, "images"))
+        self.host = host
+        self.store = store
+        self.images = images
         # Threads by what they may have to wait for: who looks at jobs keeps back no answer, whatever the disk does.
         self.pool = Threads(4, "look")  # the disk, for whoever looks at jobs
         self.searchers = Threads(2, "search", limit=100)  # all prompts to be searched, which can take long
@@ -3167,42 +3407,20 @@ class Tracker:
         self.storers = Threads(2, "store")  # the disk, to store answers on it
         self.senders = Threads(2, "send")  # nothing: what is in memory goes to clients
         self.sending: "WeakSet[Any]" = WeakSet()  # what is on its way to clients, and needs the pool for its rest
-        self.watch: Callable[[], None] = lambda: None  # looks after the host, as often as for config.json
-        self.next_purge: Optional[float] = None  # by time.monotonic()
-        self.kept_for_clock = 0  # jobs that the last purge kept though they are old, since the clock may be wrong
-        self._started, self._started_by_clock = time.monotonic(), int(time.time())
+        self.closing = threading.Event()  # set when the webui unloads its scripts
+        self.helpers: List[threading.Thread] = []  # which use the stores, and end soon after that
+        self.removing = threading.Lock()  # around a removal, and a change to an ended job that must not meet it
         self._storing = threading.Lock()  # around this lock: jobs go to the store in the order of their changes
         self._lock = threading.Lock()  # held for a moment, never while the store is asked: the event loop takes it
-        self._running: Dict[str, Job] = {}  # jobs of this process that have not ended, in order of acceptance
-        self._ended: Dict[str, Job] = {}  # those whose end is not on disk yet
-        self._stored_ends: Set[str] = set()  # those of these that were given to the store
-        self._clocks: Dict[str, Clock] = {}
-        self._accepted: Dict[str, Future] = {}
-        self._accepted_at: Dict[str, float] = {}  # by time.monotonic()
-        self._cancels: Dict[str, Callable[[], None]] = {}
-        self._answered: Set[str] = set()  # those whose answer is being stored
+        self._live: Dict[str, LiveJob] = {}  # in order of acceptance
         self.stored_at = time.monotonic()  # when the last answer was stored
         self._unstored = 0  # bytes of all answers that wait to be stored
-        self._waiting: Dict[str, List[Callable[[], None]]] = {}
         self._holder: Optional[str] = None  # the job that has the host's queue lock
         self._begun: Any = None  # what the host said when it got that
-        self._claims: Dict[str, Claim] = {}
-        self._claiming = threading.Lock()
+        self._reservations: Dict[str, KeyReservation] = {}  # by idempotency key
+        self._reserving = threading.Lock()
         self._hung_look: Optional[Future] = None  # the last look for a key that took too long
-        self._purging = threading.Lock()
-        self._stop = threading.Event()
-        self._recover()
-        self._housekeeper = threading.Thread(target=self._keep_house, name="job-tracker-housekeeping", daemon=True)
-        self._housekeeper.start()
-        self._take_over_images()
-
-    def _take_over_images(self) -> None:
-        with contextlib.suppress(OSError):
-            if self.predecessor.is_unfinished():
-                arguments = (self.store, self.images, self._stop)
-                threading.Thread(
-                    target=self.predecessor.copy_images, args=arguments, name="job-tracker-predecessor", daemon=True
-                ).start()
+        self.recover()  # before anything else, so that nobody sees a job that was left behind
 
     # A job's way
 
@@ -3214,7 +3432,7 @@ class Tracker:
         return job_id
 
     def accept(self, job: Job, cancel: Callable[[], bool]) -> Future:
-        """A new job. The Future ends when it is on disk, or with OSError: then there is no job.
+        """A new job. The Future ends when it is on disk, or with StoreError: then there is no job.
 
         `cancel` is called for a job that is to be cancelled; its generation then sees to it that the job fails, or
         returns False, since it has ended.
@@ -3222,36 +3440,33 @@ class Tracker:
         job = job._replace(owner=self.store.owner)
         with self._storing:
             written = self.store.put(job, new=True)
+            live = LiveJob(job, written, cancel)
             with self._lock:
-                self._running[job.id] = job
-                self._clocks[job.id] = Clock()
-                self._accepted[job.id] = written
-                self._accepted_at[job.id] = time.monotonic()
-                self._cancels[job.id] = cancel
-        written.add_done_callback(lambda future: future.exception() and self._forget(job.id))
+                self._live[job.id] = live
+        written.add_done_callback(lambda written: written.exception() and self._forget(live))
         return written
 
     def patience(self) -> float:
         """Seconds that a request waits for the disk now: a moment only where another has waited in vain."""
         with self._lock:
-            since = [self._accepted_at[job_id] for job_id, written in self._accepted.items() if not written.done()]
+            since = [live.accepted_at for live in self._live.values() if not live.accepted.done()]
             look = self._hung_look
         has_hung = (since and time.monotonic() - min(since) >= self.PATIENCE) or (look is not None and not look.done())
         return self.MOMENT if has_hung else self.PATIENCE
 
-    def _forget(self, job_id: str) -> None:
+    def _forget(self, live: LiveJob) -> None:
         log.error("A generation is not tracked, since its job could not be stored")
-        self._leave(job_id)
+        self._leave(live.job)
 
     def start(self, job_id: str) -> None:
         """The job has the queue lock: generation begins."""
-        self._holder, self._begun = job_id, self.begun()
+        self._holder, self._begun = job_id, self.host.begun()
         with self._lock:
-            job = self._running.get(job_id)
-            if job is None or job_id in self._ended:
+            live = self._live.get(job_id)
+            if live is None or live.end is not None:
                 return
-            self._running[job_id] = job._replace(status=PROCESSING, started=self._clocks[job_id]())
-        self._write_when_accepted(job_id)
+            live.job = live.job._replace(status=PROCESSING, started=live.clock())
+        self._write_when_accepted(live)
 
     def generated(self) -> None:
         """The job that has the queue lock is about to give it back."""
@@ -3260,8 +3475,8 @@ class Tracker:
     def answered(self, job_id: str) -> None:
         """The host answered, and the client may have that answer before it is stored."""
         with self._lock:
-            if job_id in self._running:
-                self._answered.add(job_id)
+            if job_id in self._live:
+                self._live[job_id].answered = True
 
     def hold(self, size: int) -> bool:
         """Counts an answer of a size in bytes that waits to be stored. False if there is no room for it yet."""
@@ -3304,86 +3519,81 @@ class Tracker:
         try:
             job = self.images.save(job, answer)
         except Exception as error:
-            if isinstance(error, OSError) and passes(error) and not is_last:
-                self._note(job_id, f"Generated, but the images cannot be stored yet: {reason_of(error)}")
+            if isinstance(error, StoreError) and error.temporary and not is_last:
+                self._note(job_id, f"Generated, but the images cannot be stored yet: {error}")
                 return False
-            log.error("Job %s was generated, but its images could not be stored: %s", job_id, error)
+            details = getattr(error, "details", error)
+            log.error("Job %s was generated, but its images could not be stored: %s", job_id, details)
             self.fail(job_id, f"Generated, but the images could not be stored: {reason_of(error)}")
             return True
         self.stored_at = time.monotonic()
         stored = {name: getattr(job, name) for name in ("images", "bytes", "has_brief", "ranges")}
-        self._end(job_id, status=COMPLETED, prompt=job.prompt or prompt[:PROMPT_LIMIT], error=None, **stored)
+        self._conclude(job_id, status=COMPLETED, prompt=job.prompt or prompt[:PROMPT_LIMIT], error=None, **stored)
         return True
 
     def _note(self, job_id: str, error: str) -> None:
         """Says in a job that has not ended what it waits for."""
         with self._lock:
-            job = self._running.get(job_id)
-            if job is None or job.error == error:
+            live = self._live.get(job_id)
+            if live is None or live.job.error == error:
                 return
-            self._running[job_id] = job._replace(error=error)
+            live.job = live.job._replace(error=error)
         log.warning("Job %s: %s", job_id, error)
-        self._write_when_accepted(job_id)
+        self._write_when_accepted(live)
 
     def fail(self, job_id: str, error: str) -> None:
         """The job ends without images. `error` is for its user."""
-        self._end(job_id, status=FAILED, error=error[:2000])
+        self._conclude(job_id, status=FAILED, error=error[:2000])
 
-    def _end(self, job_id: str, **changes: Any) -> None:
+    def _conclude(self, job_id: str, **changes: Any) -> None:
         with self._lock:
-            job = self._running.get(job_id)
-            if job is None or job_id in self._ended:
+            live = self._live.get(job_id)
+            if live is None or live.end is not None:
                 return
-            self._ended[job_id] = job._replace(finished=self._clocks[job_id](), **changes)
-        self._write_when_accepted(job_id)
+            live.end = live.job._replace(finished=live.clock(), **changes)
+        self._write_when_accepted(live)
 
-    def _write_when_accepted(self, job_id: str) -> None:
-        with self._lock:
-            accepted = self._accepted.get(job_id)
-        if accepted is not None:
-            accepted.add_done_callback(lambda accepted: self._write(job_id, accepted))  # at once, when that is done
+    def _write_when_accepted(self, live: LiveJob) -> None:
+        # The callback runs here and now if the job is accepted already.
+        live.accepted.add_done_callback(lambda _: self._write(live))
 
-    def _write(self, job_id: str, accepted: Future) -> None:
+    def _write(self, live: LiveJob) -> None:
         """Stores a job as it is by now: two changes may come here in either order, and the later stores the end."""
         with self._storing:
             with self._lock:
-                shown = self._running.get(job_id)
-                job = self._ended.get(job_id, shown)
-                if shown is None or job_id in self._stored_ends or accepted.exception() is not None:
+                shown, end = live.job, live.end
+                if live.end_given or live.accepted.exception() is not None:
                     return
-                if job.ended:
-                    self._stored_ends.add(job_id)
-            written = self.store.put(job, meanwhile=shown if job.ended else None)
+                live.end_given = end is not None
+            written = self.store.put(end or shown, meanwhile=shown if end else None)
 
         def report(written: Future) -> None:
-            if written.exception() is not None:
-                log.error("Job %s is %s, which could not be written: %s", job_id, job.status, written.exception())
-            if job.ended:
-                self._leave(job_id)
+            failure = written.exception()
+            if failure is not None:
+                log.error("Job %s is %s, which could not be written: %s", shown.id, (end or shown).status, failure)
+            if end is not None:
+                (self._ended if failure is None else self._leave)(end)
 
         written.add_done_callback(report)
 
-    def _leave(self, job_id: str) -> None:
+    def _ended(self, job: Job) -> None:
+        """A job has ended, and that is on disk. Called once for each, also for those that a webui left behind.
+
+        It may be called by the store, which is not to wait for anything.
+        """
+        self._leave(job)
+
+    def _leave(self, job: Job) -> None:
         with self._lock:
-            for jobs in (
-                self._running,
-                self._ended,
-                self._clocks,
-                self._accepted,
-                self._accepted_at,
-                self._cancels,
-            ):
-                jobs.pop(job_id, None)
-            for ids in (self._answered, self._stored_ends):
-                ids.discard(job_id)
-            waiting = self._waiting.pop(job_id, [])
-        for wake in waiting:
+            live = self._live.pop(job.id, None)
+            waiters = [] if live is None else list(live.waiters)
+        for wake in waiters:
             wake()
 
     # Looking at jobs
 
     async def in_pool(self, function: Callable[..., Any], *args: Any, pool: Optional[Threads] = None) -> Any:
-        """Runs a function that may block in a thread of the tracker's own. Raises OSError, also as `Threads.submit`.
+        """Runs a function that may block in a thread of the tracker's own. Raises also what `Threads.submit` does.
 
         What nobody waits for any more runs all the same: it would stay in the queue, and would not be counted.
         """
@@ -3395,37 +3605,68 @@ class Tracker:
 
     def running(self, job_id: str) -> Optional[Job]:
         """A job of this process that has not ended, None for any other. Waits for nothing."""
+        live = self._live_job(job_id)
+        return None if live is None else live.job
+
+    def _live_job(self, job_id: str) -> Optional[LiveJob]:
         with self._lock:
-            return self._running.get(job_id)
+            return self._live.get(job_id)
 
     async def find(self, job_id: str) -> Optional[Job]:
         """The same as `get`, for the event loop. A job of this process that has not ended is found at once."""
         return self.running(job_id) or await self.in_pool(self.get, job_id)
 
     def get(self, job_id: str) -> Optional[Job]:
-        """A job as it is now, None if there is none. Raises OSError."""
+        """A job as it is now, None if there is none. Raises StoreError."""
         return self.running(job_id) or self.store.get(job_id)
+
+    def list(
+        self,
+        filter_: Filter,
+        limit: int,
+        cursor: Optional[str] = None,
+        skip: int = 0,
+        abandoned: Optional[threading.Event] = None,
+    ) -> Page:
+        """The newest jobs that match, see `JobStore.query`. Raises StoreError, InvalidCursor."""
+        return self.store.query(filter_, limit, cursor, skip, abandoned)
+
+    def stats(self) -> Tuple[Dict[str, int], int]:
+        """Jobs by status, and the bytes of all their files. Raises StoreError."""
+        return self.store.figures()
+
+    def missing(self, job: Job) -> Set[int]:
+        """The numbers of a job's images that are no longer on disk. Raises a temporary StoreError."""
+        return {number for number in range(len(job.images)) if self.image_size(job, number) is None}
+
+    def image_size(self, job: Job, number: int) -> Optional[int]:
+        """In bytes; None if the image is no longer on disk. Raises a temporary StoreError."""
+        return self.images.size(job.images[number].name)
+
+    def read_image(self, job: Job, number: int) -> Iterator[bytes]:
+        """An image as it was stored, a piece at a time. Raises StoreError."""
+        return self.images.read(job.images[number].name)
 
     def position(self, job_id: str) -> Optional[int]:
         """Where a Pending job stands in the queue, 1 is next. None for any other, or one of another process."""
         with self._lock:
-            pending = [job.id for job in self._running.values() if job.status == PENDING]
+            pending = [live.job.id for live in self._live.values() if live.job.status == PENDING]
         return pending.index(job_id) + 1 if job_id in pending else None
 
     def progress_of(self, job: Job) -> Tuple[Progress, Optional[float]]:
         """How far a Processing job is, by the host's state, never that of another generation, and the seconds left."""
         if job.status != PROCESSING or job.owner != self.store.owner:
             return None, None
-        progress, seconds = self.progress(self._begun), self.seconds(job)
-        if self._holder != job.id:  # it gave the lock back, and is stored by now or soon
+        progress, seconds = self.host.progress(self._begun), self.seconds(job)
+        if self._holder != job.id:
+            # The lock is released: generation is done, and only storing remains.
             return 1.0, 0.0
         return progress, round(seconds / progress - seconds, 3) if progress and seconds is not None else None
 
     def seconds(self, job: Job) -> Optional[float]:
         """How long the generation of a job took, or has taken until now. None where nobody knows."""
-        with self._lock:
-            clock = self._clocks.get(job.id)
-        until = clock() if clock is not None and not job.ended else job.finished
+        live = self._live_job(job.id)
+        until = live.clock() if live is not None and not job.ended else job.finished
         return None if job.started is None or until is None else max(until - job.started, 0.0)
 
     async def wait(self, job_id: str, seconds: float) -> None:
@@ -3438,31 +3679,32 @@ class Tracker:
                 loop.call_soon_threadsafe(ended.set)
 
         with self._lock:
-            own = job_id in self._running
-            if own:
-                self._waiting.setdefault(job_id, []).append(wake)
+            live = self._live.get(job_id)
+            if live is not None:
+                live.waiters.append(wake)
         until = loop.time() + seconds
         try:
             while not ended.is_set() and loop.time() < until:
-                if not own:  # another process on the same folder may have it
+                if live is None:  # another process on the same folder may have it
                     job = await self.in_pool(self.get, job_id)
                     if job is None or job.ended:
                         return
                 left = until - loop.time()
                 with contextlib.suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(ended.wait(), left if own else min(left, 0.5))
+                    await asyncio.wait_for(ended.wait(), left if live is not None else min(left, 0.5))
         finally:
-            with self._lock, contextlib.suppress(KeyError, ValueError):
-                self._waiting[job_id].remove(wake)
-                if not self._waiting[job_id]:
-                    del self._waiting[job_id]
+            if live is not None:
+                with self._lock:
+                    live.waiters.remove(wake)
 
-    async def settle(self, job_id: str) -> None:
-        """Waits a moment for a job whose end is being stored: who has its answer is to see it ended. Does not raise."""
-        with self._lock:
-            ending = job_id in self._answered or job_id in self._ended
-        if ending:
-            await self.wait(job_id, self.SETTLE)
+    async def wait_until_stored(self, job_id: str) -> None:
+        """Waits a moment for a job whose end is being stored. Does not raise.
+
+        A client that has the answer must not see the job as Processing.
+        """
+        live = self._live_job(job_id)
+        if live is not None and (live.answered or live.end is not None):
+            await self.wait(job_id, self.STORE_WAIT)
 
     def describe(self, job: Job, whole: bool = False) -> Dict[str, Any]:
         """A job as the API shows it, without its images. Reads the file with the answer.
@@ -3471,20 +3713,18 @@ class Tracker:
         """
         parameters = info = None
         error = job.error
-        with self._lock:
-            if job.id in self._ended and self.store.trouble:
-                error = f"The job has ended, but that could not be stored yet: {self.store.trouble}"
+        live = self._live_job(job.id)
+        if live is not None and live.end is not None and self.store.trouble:
+            error = f"The job has ended, but that could not be stored yet: {self.store.trouble}"
         if job.status == COMPLETED:
             try:
-                parameters, info = self._read_answer(job, whole)
-            except (OSError, ValueError, AttributeError, RecursionError) as failure:
-                passing = isinstance(failure, OSError) and passes(failure)
-                error = error or "The parameters " + (
-                    f"cannot be read: {reason_of(failure)}" if passing else "are no longer on disk"
-                )
+                parameters, info = self.images.answer(job).values(whole)
+            except StoreError as failure:
+                why = f"cannot be read: {failure}" if failure.temporary else "are no longer on disk"
+                error = error or f"The parameters {why}"
         progress, eta = self.progress_of(job)
         return {
-            **{name: getattr(job, name) for name in self.SHOWN},
+            **{name: getattr(job, name) for name in self.PLAIN_FIELDS},
             "error": error,
             "queue_position": self.position(job.id),
             "progress": progress,
@@ -3494,179 +3734,105 @@ class Tracker:
             "image_count": len(job.images),
         }
 
-    def _read_answer(self, job: Job, whole: bool) -> Tuple[Any, Any]:
-        """`parameters` and `info` of a Completed job. Raises OSError, ValueError, AttributeError, RecursionError."""
-        if job.ranges:
-            parameters, info = Part(*job.ranges[:3]), Part(*job.ranges[3:6])
-            return (
-                self._look_at(job, parameters) if whole else self._brief_parameters(job),
-                self._look_at(job, info) if info.end - info.start > LARGE else self._read_part(job, info),
-            )
-        answer = self._read_json(job.answer if whole else job.brief_answer)
-        parameters = answer.get("parameters")
-        return parameters if whole else brief_parameters(parameters)[0], answer.get("info")
-
-    def _look_at(self, job: Job, part: Part) -> Optional[Part]:
-        """A part that is to be passed on, if it is there and as it was stored."""
-        if not part.end:
-            return None
-        self.images.check(job.answer, part.crc, part.start, part.end)
-        return part
-
-    def _read_part(self, job: Job, part: Part) -> Any:
-        return self._read_json(job.answer, part) if part.end else None
-
-    def _read_json(self, name: str, part: Optional[Part] = None) -> Any:
-        """A file, or a part of one if that is as it was stored."""
-        start, end = part[:2] if part else (0, None)
-        data = b"".join(self.images.read(name, start, end))
-        if part and zlib.crc32(data) != part.crc:
-            raise self.images.damaged(name)
-        return DECODER.decode(data.decode())
-
-    def _brief_parameters(self, job: Job) -> Any:
-        """Those of a large answer."""
-        if not job.has_brief:
-            return self._read_part(job, Part(*job.ranges[:3]))
-        return self._read_json(job.brief_answer).get("parameters")
-
-    def _known_parameters(self, job: Job) -> Any:
-        """The same where they have what lies at their top, else all of them."""
-        with contextlib.suppress(OSError, ValueError, AttributeError, RecursionError):
-            parameters = self._brief_parameters(job)
-            if isinstance(parameters, dict):
-                return parameters
-        return self._read_part(job, Part(*job.ranges[:3]))
-
     def as_json(self, job: Job, images: bool = True) -> Iterator[bytes]:
-        """A job as the API shows it, a piece at a time. Raises OSError, before a piece or at one.
+        """A job as the API shows it, a piece at a time. Raises StoreError, before a piece or at one.
 
         Without its images, its `parameters` are brief.
         """
-        there = [self.images.size(name) is not None for name in job.images] if images else []
+        missing = self.missing(job) if images else set()
         description = self.describe(job, whole=images)
-        if not all(there):
-            description["error"] = f"{there.count(False)} of {len(there)} images are no longer on disk"
+        if missing:
+            description["error"] = f"{len(missing)} of {len(job.images)} images are no longer on disk"
         parts = {name: value for name, value in description.items() if isinstance(value, Part)}
 
         def pieces() -> Iterator[bytes]:
             known = as_json({name: value for name, value in description.items() if name not in parts})[:-1]
-            for start in range(0, len(known), self.images.PIECE):
-                yield known[start : start + self.images.PIECE]
+            for start in range(0, len(known), self.images.CHUNK):
+                yield known[start : start + self.images.CHUNK]
             for name, part in parts.items():
                 yield b',"%s":' % name.encode()
-                yield from self.images.read(job.answer, part.start, part.end)
+                yield from part.pieces()
             if images:
                 yield b',"images":['
-                yield from self._images_as_json(job, needed=False)
+                yield from self.images.images_as_json(job)
                 yield b"]"
             yield b"}"
 
         return pieces()
 
     def answer_as_json(self, job: Job) -> Iterator[bytes]:
-        """What the host answered, once more, a piece at a time. Raises OSError."""
-        if job.ranges:
-            self.images.check(job.answer, job.ranges[6])
-        with contextlib.closing(self.images.read(job.answer)) as pieces:
-            try:
-                rest = next(pieces, b"") if job.ranges else b"".join(pieces)
-                parameters = self._known_parameters(job) if job.ranges else parameters_of(rest)
-                wanted = not isinstance(parameters, dict) or parameters.get("send_images", True)
-                start = IMAGES_START.match(rest).end()
-            except (ValueError, AttributeError, RecursionError):
-                raise OSError(errno.EIO, "the stored answer is damaged", job.answer) from None
-            yield rest[:start]
-            if wanted:
-                yield from self._images_as_json(job, needed=True)
-            yield rest[start:]
-            yield from pieces
-
-    def _images_as_json(self, job: Job, needed: bool) -> Iterator[bytes]:
-        """An image that is not there is null, or OSError if it is needed or the trouble passes."""
-        for number, name in enumerate(job.images):
-            if number:
-                yield b","
-            pieces = self.images.read_as_json(name)
-            try:
-                first = next(pieces)
-            except OSError as error:
-                if needed or passes(error):
-                    raise
-                first = b"null"
-            yield first
-            yield from pieces
+        """What the host answered, once more, a piece at a time. Raises StoreError."""
+        return self.images.answer(job).replay()
 
     # Idempotency
 
-    def claim(self, key: str, digest: str) -> Tuple[Claim, bool]:
-        """Who was first with a key, and whether that is the caller, who then must `release` the claim at its end.
+    def reserve_key(self, key: str, digest: str) -> Tuple[KeyReservation, bool]:
+        """Who was first with a key, and whether that is the caller, who then must `free_key` at the request's end.
 
-        A Failed job frees its key, also while its generation still waits in the queue. Raises OSError, also when the
-        disk says nothing for `PATIENCE` seconds.
+        A Failed job frees its key, also while its generation still waits in the queue. Raises StoreError, also when
+        the disk says nothing for `PATIENCE` seconds.
         """
-        self._wait_for_disk(lambda seconds: self._claiming.acquire(timeout=seconds))
+        self._wait_for_disk(lambda seconds: self._reserving.acquire(timeout=seconds))
         try:
-            claim = self._claims.get(key)
-            if claim is not None and not claim.job_id.done():
-                return claim, False
-            looking = self.key_readers.submit(self._with_key, key, claim)
+            own = self._reservations.get(key)
+            if own is not None and not own.outcome.done():
+                return own, False
+            looking = self.key_readers.submit(self._find_reservation, key, own)
             try:
                 self._wait_for_disk(lambda seconds: bool(wait_for_futures([looking], timeout=seconds).done))
-            except OSError:
+            except StoreError:
                 if not looking.cancel():
                     self._hung_look = looking
                 raise
             kept = looking.result()
             if kept is not None:
                 return kept, False
-            claim = self._claims[key] = Claim(digest)
-            return claim, True
+            reservation = self._reservations[key] = KeyReservation(digest)
+            return reservation, True
         finally:
-            self._claiming.release()
+            self._reserving.release()
 
     def _wait_for_disk(self, succeeds_within: Callable[[float], bool]) -> None:
-        """Waits for something. Raises OSError if the disk does nothing meanwhile: a long jobs.json is being read."""
+        """Waits for something. Raises StoreError if the disk does nothing meanwhile: a long jobs.json is being read."""
         seen = self.store.progress
         while not succeeds_within(self.patience()):
             before, seen = seen, self.store.progress
             if seen == before:
-                raise OSError(errno.ETIMEDOUT, "the disk does not answer")
+                raise StoreError("the disk does not answer", temporary=True)
 
-    def _with_key(self, key: str, claim: Optional[Claim]) -> Optional[Claim]:
-        """The job that has a key, as a claim; `claim` is that of this process, which came to be a job."""
-        if claim is not None and not self._is_free(claim.job_id.result()):
-            return claim
+    def _find_reservation(self, key: str, own: Optional[KeyReservation]) -> Optional[KeyReservation]:
+        """What a job that is kept reserves; `own` is that of this process, whose request has come to its outcome."""
+        if own is not None and not self._is_free(own.outcome.result()):
+            return own
         job = self.store.with_key(key)
         if job is not None and not job.ended and job.owner != self.store.owner:
-            self._recover().result()  # the webui that had it may be gone
-        return None if job is None or self._is_free(job.id) else Claim(job.digest or "", job.id)
+            self.recover().result()  # the webui that had it may be gone
+        return None if job is None or self._is_free(job.id) else KeyReservation(job.digest or "", job.id)
 
     def _is_free(self, job_id: Optional[str]) -> bool:
         """Whether the key of a job can be used anew."""
         job = None if job_id is None else self.get(job_id)
         return job is None or job.status == FAILED
 
-    def release(self, key: str, claim: Claim) -> None:
-        """The generation of a claim has ended, as a job or as none."""
+    def free_key(self, key: str, reservation: KeyReservation) -> None:
+        """The request of a reservation has ended, as a job or as none."""
         with self._lock:
-            if self._claims.get(key) is claim:
-                del self._claims[key]
-        if not claim.job_id.done():
-            claim.job_id.set_result(None)
+            if self._reservations.get(key) is reservation:
+                del self._reservations[key]
+        if not reservation.outcome.done():
+            reservation.outcome.set_result(None)
 
     # The end of jobs
 
     def cancel(self, job_id: str) -> bool:
-        """Takes a job out of the queue or interrupts it. False if there is none. Raises Conflict, OSError.
+        """Takes a job out of the queue or interrupts it. False if there is none. Raises Conflict, StoreError.
 
         A Pending job fails at once, and is shown so when that is on disk. A Processing one fails when the host has
         stopped it.
         """
-        with self._lock:
-            cancel = self._cancels.get(job_id)
-        if cancel is not None:
-            if not cancel():
+        live = self._live_job(job_id)
+        if live is not None:
+            if not live.cancel():
                 raise Conflict("The generation has ended, and is being stored")
             return True
         job = self.get(job_id)
@@ -3675,30 +3841,132 @@ class Tracker:
         raise Conflict(f"The job is {job.status}" if job.ended else "The job belongs to another webui on this folder")
 
     def delete(self, job_id: str) -> bool:
-        """Removes a job that has ended and its files. False if there is none. Raises Conflict, OSError."""
+        """Removes a job that has ended and its files. False if there is none. Raises Conflict, StoreError."""
         job = self.get(job_id)
         if job is None:
             return False
         if not job.ended:
             raise Conflict(f"The job is {job.status}")
-        self._remove([job])
+        self.remove([job])
         return True
 
-    def _remove(self, jobs: List[Job]) -> Purged:
+    def remove(self, jobs: List[Job]) -> Purged:
+        """Removes jobs that have ended, and their files. Raises StoreError."""
         if not jobs:
             return Purged()
-        with self.predecessor.changing:  # an image of these may have been copied since
+        with self.removing:  # an image of these may have been copied since
             jobs = [self.store.get(job.id) or job for job in jobs]
             removed = self.store.remove([job.id for job in jobs])
         removed.result()
-        freed = self.images.remove(name for job in jobs for name in job.files)
+        freed = self.images.remove(name for job in jobs for name in self.images.files_of(job))
         return Purged(len(jobs), sum(len(job.images) for job in jobs), freed)
+
+    def recover(self) -> Future:
+        """Ends the jobs of webuis that are gone. The Future ends when that is done, or with StoreError."""
+        return self.store.recover(self._end_left, self._ended)
+
+    def _end_left(self, job: Job) -> Job:
+        """How a job ends that a webui left behind. Nobody knows when it did. Raises StoreError if it cannot be told."""
+        found = self.images.find(job)
+        if found is None:
+            return job._replace(status=FAILED, error="The webui ended before the generation did")
+        return found._replace(status=COMPLETED, error=None)
+
+    def close(self) -> Future:
+        """Lets go of all when the last running job has ended and the last answer is sent. The Future ends then.
+
+        Does not wait for that: where Reload UI does not wait for clients either, as on Forge, they get their answers.
+        """
+        closed = promise()
+        self.closing.set()
+
+        def drain() -> None:
+            for helper in self.helpers:
+                helper.join()
+            while self._live or self.sending:
+                time.sleep(0.2)
+            self.store.close()
+            for pool in (self.pool, self.searchers, self.key_readers, self.storers, self.senders):
+                pool.shutdown(wait=False)
+            closed.set_result(None)
+
+        threading.Thread(target=drain, name="job-tracker-end", daemon=True).start()
+        return closed
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Housekeeper: what is done now and then
+# ------------------------------------------------------------------------------------------------------------------
+
+CLOCKS_START = 1577836800  # 2020-01-01 in Unix seconds: a clock that is before was never set
+
+
+class Housekeeper:
+    """A thread that removes what is too old, ends what other webuis left behind, and looks at what may have changed."""
+
+    LOOK_EVERY = 5  # seconds between two looks at config.json, and at the host
+    RECOVER_EVERY = 60  # seconds between two looks for processes that are gone, and until a failed purge is repeated
+    PURGE_EVERY = 6 * 3600
+    REMOVED_AT_ONCE = 100  # jobs: a crash leaves the files of no more
+    ORPHAN_AGE = 3600  # seconds; a younger file may belong to a job that is being stored
+
+    def __init__(self, tracker: Tracker, predecessor: Predecessor):
+        self.tracker = tracker
+        self.settings = tracker.settings
+        self.store = tracker.store
+        self.images = tracker.images
+        self.watch: Callable[[], None] = lambda: None  # looks after the host
+        self.next_purge: Optional[float] = None  # by time.monotonic()
+        self.kept_for_clock = 0  # jobs that the last purge kept though they are old, since the clock may be wrong
+        self._started, self._started_by_clock = time.monotonic(), int(time.time())
+        self._purging = threading.Lock()
+        self._stop = tracker.closing
+        thread = threading.Thread(target=self._keep_house, name="job-tracker-housekeeping", daemon=True)
+        tracker.helpers.append(thread)
+        thread.start()
+        self._take_over_images(predecessor)
+
+    def _take_over_images(self, predecessor: Predecessor) -> None:
+        """Copies the images of the predecessor's jobs, if some are still to be copied."""
+        predecessor.changing = self.tracker.removing  # a job that is removed meanwhile must not come back
+        with contextlib.suppress(OSError):
+            if predecessor.is_unfinished():
+                arguments = (self.store, self.images, self._stop)
+                threading.Thread(
+                    target=predecessor.copy_images, args=arguments, name="job-tracker-predecessor", daemon=True
+                ).start()
+
+    def _keep_house(self) -> None:
+        purge_at = time.monotonic()
+        recover_at = purge_at + self.RECOVER_EVERY
+        trouble = ""
+        while True:
+            now = time.monotonic()
+            try:
+                self.settings.refresh()
+                self.watch()
+                if now >= recover_at:
+                    recover_at = now + self.RECOVER_EVERY
+                    self.tracker.recover().result()
+                    trouble = ""
+                if now >= purge_at:
+                    purge_at = now + self.RECOVER_EVERY
+                    self.purge(asked_for=False)
+                    self.next_purge = purge_at = now + self.PURGE_EVERY
+            except Exception as error:
+                cause = error.__cause__ or error  # which names the path
+                text = f"{type(cause).__name__}: {cause}"
+                if text != trouble:  # it may last for days
+                    log.error("Housekeeping will be tried again: %s", text)
+                trouble = text
+            if self._stop.wait(self.LOOK_EVERY):
+                return
 
     def purge(self, asked_for: bool = True) -> Purged:
         """Removes the jobs that are older than the retention, with their files, and files that no job names.
 
         Files of many jobs that the store does not know are kept: then it has been lost. A purge that nobody asked for
-        removes nothing by a clock that may be wrong. One purge at a time; a second caller waits. Raises OSError.
+        removes nothing by a clock that may be wrong. One purge at a time; a second caller waits. Raises StoreError.
         """
         with self._purging:
             purged = Purged()
@@ -3719,7 +3987,7 @@ class Tracker:
                 if days is not None and self.settings.retention_days != days:
                     break  # what is too old is another question now
                 jobs = [self.store.get(job_id) for job_id in expired[start : start + self.REMOVED_AT_ONCE]]
-                purged = purged.plus(self._remove([job for job in jobs if job is not None and job.ended]))
+                purged = purged.plus(self.tracker.remove([job for job in jobs if job is not None and job.ended]))
             if asked_for or not self.kept_for_clock:
                 purged = purged.plus(self._remove_orphans())
             if any(purged):
@@ -3749,12 +4017,11 @@ class Tracker:
 
     def _remove_orphans(self) -> Purged:
         orphans, unknown = [], set()
-        for name in self.images.older_than(time.time() - self.ORPHAN_AGE):
-            job_id = os.path.basename(name)[:8]
-            job = self.get(job_id)
+        for job_id, name in self.images.older_than(time.time() - self.ORPHAN_AGE):
+            job = self.tracker.get(job_id)
             if job is None:
                 unknown.add(job_id)
-            if job is None or (job.ended and name not in job.files):
+            if job is None or (job.ended and name not in self.images.files_of(job)):
                 orphans.append((job_id, name))
         kept = self.store.set_aside_ids() if orphans else None  # records that somebody may read yet
         if kept is None:
@@ -3765,72 +4032,6 @@ class Tracker:
         orphans = [name for job_id, name in orphans if job_id not in kept]
         images = sum(not name.endswith((".json", ".part")) for name in orphans)
         return Purged(0, images, self.images.remove(orphans))
-
-    def _keep_house(self) -> None:
-        purge_at = time.monotonic()
-        recover_at = purge_at + self.RECOVER_EVERY
-        trouble = ""
-        while True:
-            now = time.monotonic()
-            try:
-                self.settings.refresh()
-                self.watch()
-                if now >= recover_at:
-                    recover_at = now + self.RECOVER_EVERY
-                    self._recover().result()
-                    trouble = ""
-                if now >= purge_at:
-                    purge_at = now + self.RECOVER_EVERY
-                    self.purge(asked_for=False)
-                    self.next_purge = purge_at = now + self.PURGE_EVERY
-            except Exception as error:
-                text = f"{type(error).__name__}: {error}"
-                if text != trouble:  # it may last for days
-                    log.error("Housekeeping will be tried again: %s", text)
-                trouble = text
-            if self._stop.wait(self.LOOK_EVERY):
-                return
-
-    def _recover(self) -> Future:
-        return self.store.recover(self._end_left)
-
-    def _end_left(self, job: Job) -> Job:
-        """How a job ends that a webui left behind. Nobody knows when it did. Raises OSError if it cannot be told."""
-        found = self.images.find(job)
-        if found is None:
-            return job._replace(status=FAILED, error="The webui ended before the generation did")
-        prompt = job.prompt
-        with contextlib.suppress(ValueError, RecursionError):
-            prompt = prompt or str(parameters_of(b"".join(self.images.read(job.answer))).get("prompt", ""))
-        return found._replace(status=COMPLETED, prompt=prompt[:PROMPT_LIMIT], error=None)
-
-    def close(self) -> None:
-        """Ends the housekeeping, and the rest when the last running job has ended and the last answer is sent.
-
-        Does not wait for that: where Reload UI does not wait for clients either, as on Forge, they get their answers.
-        """
-        self._stop.set()
-
-        def drain() -> None:
-            self._housekeeper.join()
-            while self._running or self.sending:
-                time.sleep(0.2)
-            self.store.close()
-            for pool in (self.pool, self.searchers, self.key_readers, self.storers, self.senders):
-                pool.shutdown(wait=False)
-
-        threading.Thread(target=drain, name="job-tracker-end", daemon=True).start()
-
-    # What the tab asks for
-
-    def list(self, filter_: Filter, limit: int, cursor: Any = None, skip: int = 0, abandoned: Any = None) -> Page:
-        return self.store.query(filter_, limit, skip, abandoned=abandoned)
-
-    def stats(self) -> Tuple[Dict[str, int], int]:
-        return self.store.figures()
-
-    def missing(self, job: Job) -> Set[int]:
-        return {number for number, name in enumerate(job.images) if self.images.size(name) is None}
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -4109,7 +4310,7 @@ class FromPool:
             return
         try:
             self._pool.submit(self._pieces.close)  # which waits for a disk that does not answer
-        except OSError:
+        except StoreError:
             threading.Thread(target=self._pieces.close, name="job-tracker-close", daemon=True).start()
 
 
@@ -4334,7 +4535,7 @@ def without_this_file(frames: Optional[TracebackType]) -> Optional[TracebackType
 class Repeat(Exception):
     """Ends a host's route: another generation has the same idempotency key."""
 
-    def __init__(self, claim: Claim):
+    def __init__(self, claim: KeyReservation):
         super().__init__("repeat")
         self.claim = claim
 
@@ -4361,7 +4562,7 @@ class Generation:
         self.job: Optional[Job] = None  # as it was accepted
         self.asked_at = 0.0  # when it asked for the queue lock, by time.monotonic()
         self.has_thread = False  # of its own, to wait for the lock in
-        self.claim: Optional[Claim] = None
+        self.claim: Optional[KeyReservation] = None
         self.key: Optional[str] = None
         self.request: Any = None  # the host's own view of the body
         self.reserved_id: Optional[str] = None
@@ -4397,9 +4598,9 @@ class Generation:
             digest.update(message.get("body", b""))
         self.key = hashlib.sha256(json.dumps([key, user_of(self.scope), self.type]).encode()).hexdigest()[:32]
         try:
-            claim, first = self.tracker.claim(self.key, digest.hexdigest())
-        except OSError as error:
-            reason = f"The jobs cannot be read, so a repeat cannot be told: {reason_of(error)}"
+            claim, first = self.tracker.reserve_key(self.key, digest.hexdigest())
+        except StoreError as error:
+            reason = f"The jobs cannot be read, so a repeat cannot be told: {error}"
             raise HTTPException(503, reason) from None
         if first:
             self.claim = claim
@@ -4472,7 +4673,7 @@ class Generation:
             waiting = self.lock is None
         log.info("Job %s was cancelled", self.job.id)
         if waiting:
-            self.tracker.dequeue(getattr(self.request, "force_task_id", None))
+            self.tracker.host.dequeue(getattr(self.request, "force_task_id", None))
             self.tracker.fail(self.job.id, CANCELLED)
             self._in_loop(self._end)
         else:
@@ -4483,7 +4684,7 @@ class Generation:
         """Interrupts the host again and again, for a generation resets the mark when it begins."""
         with self._state:
             if self.lock == "held":
-                self.tracker.interrupt()
+                self.tracker.host.interrupt()
                 self.loop.call_later(0.2, self._interrupt)
 
     def _in_loop(self, function: Callable[..., None], *args: Any) -> None:
@@ -4493,8 +4694,8 @@ class Generation:
     def _accept(self, accepted: bool) -> None:
         if not self.accepted.done():
             self.accepted.set_result(accepted)
-        if self.claim and accepted and not self.claim.job_id.done():
-            self.claim.job_id.set_result(self.job.id)
+        if self.claim and accepted and not self.claim.outcome.done():
+            self.claim.outcome.set_result(self.job.id)
 
     def _end(self) -> None:
         if not self.answered.done():
@@ -4531,7 +4732,7 @@ class Generation:
                         self.tracker.let_go(size)
         finally:
             if self.claim:
-                self.tracker.release(self.key, self.claim)
+                self.tracker.free_key(self.key, self.claim)
 
     async def _find_room(self, size: int) -> bool:
         """Waits until the answer may wait for the disk. False if nothing was stored for long: it does not answer."""
@@ -4713,7 +4914,7 @@ class Exchange:
             self.valve.headers = self._job_headers(generation.job, [(b"preference-applied", applied)])
         generation.passed_on = True
         if generation.job is not None and generation.failed:
-            await self.tracker.settle(generation.job.id)  # who has the answer finds the job Failed
+            await self.tracker.wait_until_stored(generation.job.id)  # who has the answer finds the job Failed
         await self._pass_on(generation)
         return True
 
@@ -4730,7 +4931,7 @@ class Exchange:
         async def result() -> Optional[Iterator[bytes]]:
             if not generation.failed:
                 return generation.for_client()
-            await self.tracker.settle(generation.job.id)  # who sees the cut finds the job Failed
+            await self.tracker.wait_until_stored(generation.job.id)  # who sees the cut finds the job Failed
             return None
 
         await self._tell(generation.job, generation.answered, result, [], self.tracker.senders)
@@ -4748,16 +4949,16 @@ class Exchange:
         for message in messages:
             await self.send(copy_of(message))
 
-    async def _repeat(self, claim: Claim) -> bool:
+    async def _repeat(self, claim: KeyReservation) -> bool:
         """Answers from the job that was first with the idempotency key. False if there is none any more."""
-        job_id = await asyncio.shield(asyncio.wrap_future(claim.job_id))  # not ours to cancel
+        job_id = await asyncio.shield(asyncio.wrap_future(claim.outcome))  # not ours to cancel
         if job_id is None:
             return False
-        await self.tracker.settle(job_id)  # it may have just failed
+        await self.tracker.wait_until_stored(job_id)  # it may have just failed
         try:
             job = await self.tracker.find(job_id)
-        except OSError as error:
-            raise HTTPException(503, f"The stored answer cannot be read: {reason_of(error)}") from None
+        except StoreError as error:
+            raise HTTPException(503, f"The stored answer cannot be read: {error}") from None
         if job is None or job.status == FAILED:
             return False
 
@@ -4793,16 +4994,16 @@ class Exchange:
         if self.preference.respond_async and not in_time:
             location = path_of(self.scope).rpartition("/")[0] + f"/job/{job.id}"
             headers.append((b"location", location.encode()))
-            with contextlib.suppress(OSError):  # then as it was
+            with contextlib.suppress(StoreError):  # then as it was
                 job = await self.tracker.find(job.id) or job
             pool = self.tracker.pool_for(job)
             pieces = await self.tracker.in_pool(self.tracker.as_json, job, False, pool=pool)
             await self._start(202, self._job_headers(job, headers))
             try:
                 await self._send_all(pieces, pool)
-            except OSError as error:
+            except StoreError as error:
                 self.valve.cut = True
-                log.error("Job %s: the stored answer cannot be read: %s", job.id, error)
+                log.error("Job %s: the stored answer cannot be read: %s", job.id, error.details)
             return
         pieces = await self._first(job, result, pool) if ended.done() else None
         gone = asyncio.get_running_loop().create_task(until_gone(self.receive))
@@ -4819,9 +5020,9 @@ class Exchange:
                 self.valve.cut = True
             else:
                 await self._send_all(pieces, pool, gone)
-        except OSError as error:
+        except StoreError as error:
             self.valve.cut = True
-            log.error("Job %s: the stored answer cannot be read: %s", job.id, error)
+            log.error("Job %s: the stored answer cannot be read: %s", job.id, error.details)
         except Exception:  # of which some layers would make a clean end
             self.valve.cut = True
             if not gone.done():
@@ -4841,9 +5042,9 @@ class Exchange:
             if pieces is not None:
                 return preceded(await self.tracker.in_pool(next, pieces, b"", pool=pool), pieces)
             job = await self.tracker.find(job.id) or job
-        except OSError as error:
-            log.error("Job %s: the stored answer cannot be read: %s", job.id, error)
-            raise HTTPException(503, f"The stored answer cannot be read: {reason_of(error)}") from None
+        except StoreError as error:
+            log.error("Job %s: the stored answer cannot be read: %s", job.id, error.details)
+            raise HTTPException(503, f"The stored answer cannot be read: {error}") from None
         raise HTTPException(500, job.error or CANCELLED)
 
     async def _start(self, status: int, headers: List[Tuple[bytes, bytes]]) -> None:
@@ -4877,7 +5078,7 @@ class Exchange:
 # ------------------------------------------------------------------------------------------------------------------
 
 
-def maybe(description: str) -> Any:
+def nullable(description: str) -> Any:
     """A field that can be null. Only pydantic 2 says so by itself in the documentation."""
     return Field(None, description=description, **({"nullable": True} if PYDANTIC.startswith("1.") else {}))
 
@@ -4890,19 +5091,19 @@ class JobSummary(BaseModel):
     status: Literal[STATUSES]
     prompt: str
     timestamp: int = Field(description="when the job was accepted, in Unix seconds")
-    ip: Optional[str] = maybe("address of the client")
-    started: Optional[float] = maybe("when generation began, in Unix seconds")
-    finished: Optional[float] = maybe("when the job ended, in Unix seconds; null if its webui ended before it")
-    error: Optional[str] = maybe("why the job failed, what is missing of it, or why its end is not stored yet")
-    queue_position: Optional[int] = maybe("while Pending: 1 is next")
-    progress: Optional[float] = maybe("while Processing: 0 to 1")
-    eta: Optional[float] = maybe("while Processing: seconds that are left, if that can be told")
-    parameters: Optional[Dict[str, Any]] = maybe(
+    ip: Optional[str] = nullable("address of the client")
+    started: Optional[float] = nullable("when generation began, in Unix seconds")
+    finished: Optional[float] = nullable("when the job ended, in Unix seconds; null if its webui ended before it")
+    error: Optional[str] = nullable("why the job failed, what is missing of it, or why its end is not stored yet")
+    queue_position: Optional[int] = nullable("while Pending: 1 is next")
+    progress: Optional[float] = nullable("while Processing: 0 to 1")
+    eta: Optional[float] = nullable("while Processing: seconds that are left, if that can be told")
+    parameters: Optional[Dict[str, Any]] = nullable(
         "as the webui answered. Except in a job with its images, with a note in the place of each text of more than "
         "1,000 characters, and of lists and objects that are too much, so that it has some 64 kB at most. null until "
         "Completed"
     )
-    info: Optional[str] = maybe("JSON text, as the webui answered; null until Completed")
+    info: Optional[str] = nullable("JSON text, as the webui answered; null until Completed")
     image_count: int = Field(description="how many images the job has")
 
 
@@ -4924,8 +5125,8 @@ def text_header(description: str) -> Dict[str, Any]:
     return {"description": description, "schema": {"type": "string"}}
 
 
-def json_like(example: Any) -> Dict[str, Any]:
-    return {"application/json": {"example": example}}
+def example(value: Any) -> Dict[str, Any]:
+    return {"application/json": {"example": value}}
 
 
 COMPLETED_EXAMPLE = {
@@ -4950,22 +5151,22 @@ PENDING_EXAMPLE = {**COMPLETED_EXAMPLE, **UNFINISHED, "status": PENDING, "starte
 CANCELLED_EXAMPLE = {**COMPLETED_EXAMPLE, **UNFINISHED, "status": FAILED, "finished": 1736712002.5, "error": CANCELLED}
 
 ANY_ROUTE_DOCS = {
-    401: {"model": Problem, "description": "The webui asks for credentials, and these are none"},
-    404: {"model": Problem, "description": "There is no such job", "content": json_like({"detail": "Job not found"})},
+    401: {"model": Problem, "description": "Missing or wrong credentials"},
+    404: {"model": Problem, "description": "There is no such job", "content": example({"detail": "Job not found"})},
     503: {"model": Problem, "description": "The jobs cannot be read from disk or changed there"},
 }
 CONFLICT_DOCS = {
     409: {
         "model": Problem,
-        "description": "It does not go with the job's status",
-        "content": json_like({"detail": "The job is Completed"}),
+        "description": "The job's status does not allow this",
+        "content": example({"detail": "The job is Completed"}),
     },
 }
 FOREIGN_DOCS = {
     403: {
         "model": Problem,
         "description": "A browser says that a page of another origin asks, which --cors-allow-origins does not name",
-        "content": json_like({"detail": OriginGuard.REFUSAL}),
+        "content": example({"detail": OriginGuard.REFUSAL}),
     },
 }
 IMAGE_DOCS = {
@@ -5087,7 +5288,6 @@ class Api:
     JOB = "/sdapi/v1/job/{id}"
     IMAGE = "/sdapi/v1/job/{id}/images/{n}"
     JOBS = "/sdapi/v1/jobs"
-    CURSOR = r"([0-9]{1,12})((-[A-Za-z0-9]{8}){1,10})"
 
     def __init__(self, tracker: Tracker, origins: OriginGuard):
         self.tracker = tracker
@@ -5103,15 +5303,15 @@ class Api:
                 responses.update(FOREIGN_DOCS)
             add_route(path, endpoint, methods=[method], tags=["Job Tracker"], responses=responses, **more)
 
-        one = {200: {"description": "The job", "content": json_like({**COMPLETED_EXAMPLE, "images": ["iVBORw0K…"]})}}
+        one = {200: {"description": "The job", "content": example({**COMPLETED_EXAMPLE, "images": ["iVBORw0K…"]})}}
         many = {
             200: {
                 "description": "The jobs, newest first",
-                "content": json_like([PENDING_EXAMPLE, COMPLETED_EXAMPLE]),
+                "content": example([PENDING_EXAMPLE, COMPLETED_EXAMPLE]),
                 "headers": {"Link": text_header('the next page: <…>; rel="next"')},
             }
         }
-        ended = {200: {"description": "The job", "content": json_like(CANCELLED_EXAMPLE)}, **CONFLICT_DOCS}
+        ended = {200: {"description": "The job", "content": example(CANCELLED_EXAMPLE)}, **CONFLICT_DOCS}
         add("GET", self.JOB, self.get_job, one, response_model=JobWithImages)
         add("GET", self.JOBS, self.get_jobs, many, response_model=List[JobSummary])
         add("GET", self.IMAGE, self.get_image, IMAGE_DOCS, response_class=Response)
@@ -5137,17 +5337,17 @@ class Api:
         lost: Optional[str] = None,
         pool: Optional[Threads] = None,
     ) -> Any:
-        """Runs a function that may block. Trouble with the disk is a 503, or a 404 if it does not pass."""
+        """Runs a function that may block. Trouble with a store is a 503, or a 404 if it is not temporary."""
         try:
             return await self.tracker.in_pool(function, *args, pool=pool)
-        except OSError as error:
-            if lost is not None and not passes(error):
+        except StoreError as error:
+            if lost is not None and not error.temporary:
                 raise HTTPException(404, lost) from None
             raise self._unreadable(error) from None
 
     @staticmethod
-    def _unreadable(error: OSError) -> HTTPException:
-        return HTTPException(503, f"The jobs cannot be read or changed: {reason_of(error)}")
+    def _unreadable(error: StoreError) -> HTTPException:
+        return HTTPException(503, f"The jobs cannot be read or changed: {error}")
 
     @staticmethod
     def _let_nobody_keep_errors(request: Request) -> None:
@@ -5177,7 +5377,7 @@ class Api:
         self._let_nobody_keep_errors(request)
         if wait and ID_FORM.match(id):
             await self._wait(request, id, min(wait, HEARTBEAT))
-        await self.tracker.settle(id)
+        await self.tracker.wait_until_stored(id)
         job = await self._get(id)
         if wait > HEARTBEAT and not job.ended:
             return await self._respond(request, self._wait_on(request, id, images, wait - HEARTBEAT))
@@ -5195,14 +5395,14 @@ class Api:
             while not ended.done():
                 yield gzip.encode(b" ") if gzip else b" "
                 await asyncio.wait({ended}, timeout=HEARTBEAT)
-            await self.tracker.settle(job_id)
+            await self.tracker.wait_until_stored(job_id)
             job = await self._get(job_id)
             pieces = await self._as_json(job, images)
             pieces = gzip.encode_all(pieces) if gzip else pieces
             with contextlib.closing(FromPool(self.tracker, pieces, self.tracker.pool_for(job))) as made:
                 async for piece in made:
                     yield piece
-        except (HTTPException, OSError) as error:
+        except (HTTPException, StoreError) as error:
             request.scope[Shell.KEY].cut = True
             log.warning("Job %s cannot be given to who waited for it: %s", job_id, getattr(error, "detail", error))
         finally:
@@ -5231,13 +5431,11 @@ class Api:
         before: Optional[float] = Query(None, description="accepted before this moment, in Unix seconds"),
         q: Optional[str] = Query(None, max_length=Filter.LIMIT, description="text in the prompt, case ignored"),
         limit: int = Query(50, ge=1, le=1000, description="jobs at most"),
-        cursor: Optional[str] = Query(
-            None, description="from the Link header of the page before", pattern=f"^{CURSOR}$"
-        ),
+        cursor: Optional[str] = Query(None, description="from the Link header of the page before"),
     ) -> Response:
         """Jobs that match all filters. When there are more, the header `Link` with `rel="next"` has the next page."""
         self._let_nobody_keep_errors(request)
-        wanted = Filter(
+        filter_ = Filter(
             ip,
             self._one_of("status", status, STATUSES),
             self._one_of("type", type, TYPES),
@@ -5245,27 +5443,19 @@ class Api:
             self._moment("before", before),
             q,
         )
-        after_time, shown = 0, []
-        if cursor is not None:
-            form = re.match(self.CURSOR + r"\Z", cursor)
-            if not form:
-                raise self._invalid("cursor", "it must come from a Link header")
-            after_time, shown = int(form.group(1)), form.group(2).split("-")[1:]
 
-        def look(abandoned: threading.Event) -> Tuple[List[Job], str]:
-            store = self.tracker.store
-            after_id = next(filter(store.knows, shown), shown[0] if shown else None)
-            page = store.query(wanted, limit, 0, after_id, after_time, abandoned)
-            # The last ones, for the page goes on behind the first of them that is still there.
-            last = [str(page.jobs[-1].timestamp), *(job.id for job in page.jobs[:-11:-1])] if page.more else []
-            return page.jobs, "-".join(last)
+        def look(abandoned: threading.Event) -> Page:
+            return self.tracker.list(filter_, limit, cursor, abandoned=abandoned)
 
-        pool = self.tracker.searchers if wanted.text else self.tracker.pool
-        jobs, last = await self._run_while_here(request, look, pool)
-        response = await self._respond(request, joined(self.tracker.as_json(job, images=False) for job in jobs))
-        if last:
+        pool = self.tracker.searchers if filter_.text else self.tracker.pool
+        try:
+            page = await self._run_while_here(request, look, pool)
+        except InvalidCursor as error:
+            raise self._invalid("cursor", str(error)) from None
+        response = await self._respond(request, joined(self.tracker.as_json(job, images=False) for job in page.jobs))
+        if page.cursor is not None:
             asked = URL("?" + request.scope["query_string"].decode("latin-1"))
-            query = asked.include_query_params(cursor=last).query
+            query = asked.include_query_params(cursor=page.cursor).query
             response.headers["Link"] = f'<{path_of(request.scope)}?{query}>; rel="next"'
             response.headers.update(exposed(response.headers))
         return response
@@ -5294,21 +5484,20 @@ class Api:
     ) -> Response:
         """One image of a job as a file."""
         self._let_nobody_keep_errors(request)
-        await self.tracker.settle(id)
+        await self.tracker.wait_until_stored(id)
         job = await self._get(id)
         if n >= len(job.images):
             raise HTTPException(404, "The job has no such image" if job.ended else f"The job is still {job.status}")
-        name = job.images[n]
-        size = await self._run(self.tracker.images.size, name)
+        image = job.images[n]
+        size = await self._run(self.tracker.image_size, job, n)
         lost = "The image is no longer on disk"
         if size is None:
             raise HTTPException(404, lost)
-        file_name = os.path.basename(name)
         gzip = accepts_gzip(request.scope)
         headers = {
-            "ETag": f'"{file_name}-{size}{"-gzip" * gzip}"',
+            "ETag": f'"{image.file_name}-{size}{"-gzip" * gzip}"',
             "Cache-Control": "private, max-age=31536000, immutable",
-            "Content-Disposition": f'inline; filename="{file_name}"',
+            "Content-Disposition": f'inline; filename="{image.file_name}"',
             "Content-Security-Policy": "default-src 'none'",
             "X-Content-Type-Options": "nosniff",
             "Vary": "Accept-Encoding",
@@ -5317,7 +5506,7 @@ class Api:
         known = [tag.strip() for tag in request.headers.get("If-None-Match", "").replace("W/", "").split(",")]
         if headers["ETag"] in known or known == ["*"]:
             return Response(None, 304, headers)
-        pieces = self.tracker.images.read(name)
+        pieces = self.tracker.read_image(job, n)
         first = await self._run(next, pieces, b"", lost=lost)
         pieces = preceded(first, pieces)  # its file is open, and may be deleted from now on
         if gzip:
@@ -5326,21 +5515,20 @@ class Api:
             headers["Content-Encoding"] = "gzip"
         else:
             headers["Content-Length"] = str(size)
-        media_type = MEDIA_TYPES.get(name.rpartition(".")[2], OTHER_MEDIA_TYPE)
         if request.method == "HEAD":
             await self._run(pieces.close)
-        return Streamed(FromPool(self.tracker, pieces), 200, headers, media_type)
+        return Streamed(FromPool(self.tracker, pieces), 200, headers, image.media_type)
 
     async def cancel_job(self, request: Request, id: str = Path(description="the job's ID")) -> Response:
         """Takes a Pending job out of the queue, or interrupts a Processing one. It ends as Failed, "Cancelled"."""
         await self._end(self.tracker.cancel, id)
-        await self.tracker.settle(id)
+        await self.tracker.wait_until_stored(id)
         job = await self._get(id)
         return await self._respond(request, await self._as_json(job, images=False), self.tracker.pool_for(job))
 
     async def delete_job(self, request: Request, id: str = Path(description="the job's ID")) -> Response:
         """Removes a job that has ended, and its images."""
-        await self.tracker.settle(id)
+        await self.tracker.wait_until_stored(id)
         await self._end(self.tracker.delete, id)
         return Response(None, 204)
 
@@ -5386,7 +5574,7 @@ class Api:
             pieces = FromPool(self.tracker, Gzip().encode_all(pieces) if gzip else pieces, pool)
             try:
                 await pieces.begin()
-            except OSError as error:
+            except StoreError as error:
                 raise self._unreadable(error) from None
         return Streamed(pieces, 200, headers, "application/json")
 
@@ -5718,7 +5906,7 @@ class TabHtml:
     IMAGE = "/job-tracker/{id}/{n}"  # for whom gradio shows the page; the API has credentials of its own
     BROWSER_FORMATS = ("png", "jpg", "webp", "gif", "avif", "bmp")
 
-    def __init__(self, tracker: Tracker):
+    def __init__(self, tracker: Tracker, housekeeper: Housekeeper):
         self.tracker = tracker
         # Every value is escaped that is not Markup, and an unknown name raises.
         environment = Environment(autoescape=True, undefined=StrictUndefined)
@@ -5726,6 +5914,7 @@ class TabHtml:
         environment.globals.update(texts=Texts, columns=COLUMNS)
         # Line breaks between two tags, and what indents the second, are for the template's readers only.
         self._template = environment.from_string(re.sub(r"(?<=[>}])\n\s*(?=[<{])", "", TAB_TEMPLATE.strip()))
+        self.housekeeper = housekeeper
 
     def render(self, state: PageState, filter_: Filter, notes: Iterable[Note] = ()) -> str:
         """The whole page. What cannot be read is left out, and a note says so."""
@@ -5735,12 +5924,12 @@ class TabHtml:
             parts["figures"] = {"counts": counts, "size": size, "next_purge": self._next_purge()}
             parts["table"] = self._table(state, filter_, counts)
             parts["open"] = self._open(state.job) if state.job else None
-        except OSError as error:
-            parts["notes"].append(Note(Texts.NOT_READABLE.format(reason=reason_of(error)), is_error=True))
+        except StoreError as error:
+            parts["notes"].append(Note(Texts.NOT_READABLE.format(reason=error), is_error=True))
         return self._template.render(parts)
 
     def _next_purge(self) -> str:
-        at = self.tracker.next_purge
+        at = self.housekeeper.next_purge
         if self.tracker.settings.retention_days is None:
             return Texts.NEVER
         if at is None:
@@ -5765,7 +5954,7 @@ class TabHtml:
             "nothing": Texts.NO_JOBS if filter_ == Filter() else Texts.NO_MATCH,
             "page": page,
             "where": where.format(first=first, last=first + len(found.jobs) - 1, total=total),
-            "has_more": found.more,
+            "has_more": found.cursor is not None,
             "last_page": None if total is None else (total - 1) // self.ROWS,
         }
 
@@ -5780,7 +5969,7 @@ class TabHtml:
             return {"id": job_id, "shown": None}
         known = self.tracker.describe(job)
         info = known["info"]
-        size = info.end - info.start if isinstance(info, Part) else len(info) if isinstance(info, str) else 0
+        size = info.size if isinstance(info, Part) else len(info) if isinstance(info, str) else 0
         notes = [Note(known["error"], is_error=True)] if known["error"] else []
         if size > LARGE:
             notes.append(Note(Texts.INFO_TOO_LONG.format(size=as_size(size))))
@@ -5796,11 +5985,11 @@ class TabHtml:
         }
 
     def _picture_of(self, job: Job, number: int) -> Dict[str, Any]:
-        name = os.path.basename(job.images[number])
+        name = job.images[number].file_name
         ending = name.rpartition(".")[2]
         return {
             "name": name,
-            "size": self.tracker.images.size(job.images[number]) or 0,  # it may have gone just now
+            "size": self.tracker.image_size(job, number) or 0,  # it may have gone just now
             "ending": ending,
             "is_shown": ending in self.BROWSER_FORMATS,
             "url": "." + self.IMAGE.format(id=job.id, n=number),
@@ -5833,12 +6022,19 @@ class Tab:
     TOKEN = "/job-tracker/token"
     DIRECT = re.compile(r"/(run|api)/[^/]+/?\Z")  # the paths at which gradio calls a function without its queue
 
-    def __init__(self, tracker: Tracker, origins: OriginGuard, trouble: Callable[[], Optional[str]]):
+    def __init__(
+        self,
+        tracker: Tracker,
+        housekeeper: Housekeeper,
+        origins: OriginGuard,
+        trouble: Callable[[], Optional[str]],
+    ):
         """`trouble` says why generations are not tracked, None if they are."""
         self.tracker = tracker
+        self.housekeeper = housekeeper
         self.origins = origins
         self.trouble = trouble
-        self.html = TabHtml(tracker)
+        self.html = TabHtml(tracker, housekeeper)
         self._purge: Optional[Future] = None  # the last one that was asked for here
         self._purge_began = 0.0
         # Only pages of the webui itself can read it, and so prove what they are where a proxy changes `Host`.
@@ -5987,14 +6183,14 @@ class Tab:
 
         try:
             await self.tracker.in_pool(lambda: self.tracker.settings.save(**changes))
-        except (OSError, ValueError) as error:
+        except (OSError, StoreError, ValueError) as error:
             raise gr.Error(Texts.NOT_SAVED.format(reason=reason_of(error))) from None
 
     async def purge(self) -> None:
         """Begins a purge. It may take minutes, so its result comes with a later look."""
         if self._purge is None or self._purge.done():
             self._purge_began = time.time()
-            self._purge = self.tracker.pool.submit(self.tracker.purge)
+            self._purge = self.tracker.pool.submit(self.housekeeper.purge)
 
     async def look(self, state: Any, enabled: Any, retention: Any, status: Any, ip: Any, text: Any) -> List[Any]:
         """The outputs of `build`, for the values of its inputs."""
@@ -6029,7 +6225,7 @@ class Tab:
 
     def _notes(self) -> Iterator[Note]:
         """What has to be said before all else."""
-        settings, trouble, kept = self.tracker.settings, self.trouble(), self.tracker.kept_for_clock
+        settings, trouble, kept = self.tracker.settings, self.trouble(), self.housekeeper.kept_for_clock
         if trouble:
             yield Note(Texts.NOT_TRACKED.format(reason=trouble), is_error=True)
         elif not settings.enabled and "enabled" in settings.locked:
@@ -6307,10 +6503,15 @@ class Extension:
 
     def __init__(self) -> None:
         settings = Settings(EXTENSION_FOLDER, dict(os.environ))
-        self.tracker = Tracker(settings, self._begun, self._progress, self._interrupt, self._dequeue)
+        predecessor = Predecessor(settings.folder, settings.data_folder)
+        predecessor.list_jobs()
+        store = JobStore(settings.data_folder, predecessor.refuse_to_open)
+        images = ImageStore(os.path.join(settings.data_folder, "images"))
+        self.tracker = Tracker(settings, self, store, images)
+        self.housekeeper = Housekeeper(self.tracker, predecessor)
         self.trouble: Optional[str] = None  # why generations are not tracked, for the tab
         self._origins = OriginGuard(self._is_named)
-        self._tab = Tab(self.tracker, self._origins, lambda: self.trouble)
+        self._tab = Tab(self.tracker, self.housekeeper, self._origins, lambda: self.trouble)
         self._routes: List[Any] = []  # those that are ours, as they stand in the app
         self._app: Any = None
 
@@ -6372,7 +6573,7 @@ class Extension:
             route.openapi_extra = {**(route.openapi_extra or {}), **GENERATION_DOCS}
         app.openapi_schema = None  # it may have been asked for already
         self._app, self._routes = app, [route for route, _ in routes]
-        self.tracker.watch = self._watch_routes
+        self.housekeeper.watch = self._watch_routes
         settings = self.tracker.settings
         state = "on" if settings.enabled else "off"
         advice = "" if settings.enabled else self._advice(has_tab)
@@ -6472,13 +6673,13 @@ class Extension:
             app.middleware_stack = Shell(app.middleware_stack)
 
     @staticmethod
-    def _interrupt() -> None:
+    def interrupt() -> None:
         from modules import shared
 
         shared.state.interrupt()
 
     @staticmethod
-    def _dequeue(task: Optional[str]) -> None:
+    def dequeue(task: Optional[str]) -> None:
         """Takes a task off the list of those that wait: the host takes off only what has begun."""
         with contextlib.suppress(ImportError, AttributeError):  # where there is no such list
             from modules import progress
@@ -6486,18 +6687,18 @@ class Extension:
             progress.pending_tasks.pop(task, None)
 
     @staticmethod
-    def _begun() -> Any:
+    def begun() -> Any:
         from modules import shared
 
         return getattr(shared.state, "time_start", None)
 
     @classmethod
-    def _progress(cls, begun: Any) -> Progress:
+    def progress(cls, begun: Any) -> Progress:
         from modules import shared
 
         try:
             state = shared.state
-            if cls._begun() == begun or state.job_count <= 0:  # the rest is from the generation before
+            if cls.begun() == begun or state.job_count <= 0:  # the rest is from the generation before
                 return 0.0
             progress = state.job_no / state.job_count
             if state.sampling_steps:

@@ -88,7 +88,7 @@ def growth(progress: bench_store.Progress) -> Dict[str, List[Tuple[int, float]]]
 
             def rewrite(everything: Any = everything, naive: str = naive) -> None:
                 job = a_job(script, dice)
-                everything[job.id] = job._asdict()
+                everything[job.id] = json.loads(script.record_of(job).decode())
                 script.replace_file(naive, json.dumps(everything).encode())
 
             def scan(everything: Any = everything) -> List[Any]:

@@ -73,7 +73,7 @@ def write_file(script: Any, path: Path, jobs: int, lines: int, progress: Progres
             steps = [job, job._replace(status="Processing", started=job.timestamp + 0.5), completed(job)]
             for step in steps[3 - lines :]:
                 file.write((b",\n" if file.tell() > 1 else b"\n") + f'"{job.id}": '.encode())
-                file.write(script.as_json(step._asdict()))
+                file.write(script.record_of(step))
             if number % 5000 == 0:
                 progress("writing a file", number / jobs)
         file.write(b"\n}\n")
@@ -167,7 +167,7 @@ def appends(jobs: int, progress: Progress) -> List[Figure]:
         for number in range(300):  # in turns: the disk is not the same from minute to minute
             progress("appending", number / 300)
             job = a_job(script, dice)
-            data = script.as_json(job._asdict()) + b'"12345678": ,\n'
+            data = script.record_of(job) + b'"12345678": ,\n'
             with bare():
                 os.pwrite(file, data, position)
                 os.fsync(file)
@@ -175,7 +175,7 @@ def appends(jobs: int, progress: Progress) -> List[Figure]:
             with ours():
                 store.put(job, new=True).result()
             if number % 100 == 0:
-                everything[job.id] = job._asdict()
+                everything[job.id] = json.loads(script.record_of(job).decode())
                 with whole():
                     script.replace_file(str(folder / "naive.json"), json.dumps(everything).encode())
         os.close(file)
@@ -237,7 +237,7 @@ def busy(jobs: int, progress: Progress) -> List[Figure]:
         tracker = make_tracker(script, folder, TRACKER_RETENTION="off")
         store = tracker.store
         ids = [job.id for job in store.query(script.Filter(), jobs).jobs]
-        until(lambda: tracker.next_purge)
+        until(lambda: tracker.housekeeper.next_purge)
         time.sleep(0.3)
         idle = while_busy(store, script, ids, lambda: time.sleep(1))
         size = (folder / "jobs.json").stat().st_size
@@ -254,13 +254,12 @@ def busy(jobs: int, progress: Progress) -> List[Figure]:
         ]
         progress("purging", 0)
         tracker.settings.retention_days = 30.0
-        puts, gets, seconds = while_busy(store, script, ids, tracker.purge)
+        puts, gets, seconds = while_busy(store, script, ids, tracker.housekeeper.purge)
         figures += [
             Figure(f"put during a purge of {jobs:,}, {seconds:.1f} s", str(puts), f"{idle[0]} otherwise"),
             Figure("get during it", str(gets), f"{idle[1]} otherwise"),
         ]
-        tracker.close()
-        until(lambda: not store._thread.is_alive())
+        tracker.close().result(60)
     return figures
 
 

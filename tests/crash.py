@@ -144,8 +144,8 @@ class Work:
         script.os = CutShort(self.dice)
         script.JobStore.SPARE_DEAD = options.spare_dead
         script.JobStore.PIECE = 4000
-        script.Tracker.LOOK_EVERY = 0.02
-        script.Tracker.RECOVER_EVERY = 0.02 if options.together else 3600
+        script.Housekeeper.LOOK_EVERY = 0.02
+        script.Housekeeper.RECOVER_EVERY = 0.02 if options.together else 3600
 
     def say(self, word: str, job_id: str = "") -> None:
         line = f"{word} {job_id}\n".encode()
@@ -169,8 +169,7 @@ class Work:
             if not self.options.together:
                 self.check()
                 if self.options.last:
-                    self.tracker.close()
-                    until(lambda: not self.tracker.store._thread.is_alive(), what="the store has closed")
+                    self.tracker.close().result(60)
                 self.say("checked")
             if self.options.last:
                 time.sleep(3600)
@@ -224,7 +223,7 @@ class Work:
 
     def purge(self) -> None:
         time.sleep(0.1)
-        self.tracker.purge()
+        self.tracker.housekeeper.purge()
 
     def look(self) -> None:
         """What one process has acknowledged, the others see."""
@@ -246,10 +245,10 @@ class Work:
 
     def check(self) -> None:
         script, tracker, known = self.script, self.tracker, self.known
-        until(lambda: tracker.next_purge, what="the housekeeper has looked for jobs left behind")
-        age, script.Tracker.ORPHAN_AGE = script.Tracker.ORPHAN_AGE, -1
-        tracker.purge()
-        script.Tracker.ORPHAN_AGE = age
+        until(lambda: tracker.housekeeper.next_purge, what="the housekeeper has looked for jobs left behind")
+        age, script.Housekeeper.ORPHAN_AGE = script.Housekeeper.ORPHAN_AGE, -1
+        tracker.housekeeper.purge()
+        script.Housekeeper.ORPHAN_AGE = age
         jobs = {job.id: job for job in self.all_jobs()}
         for job_id in known.kept:
             assert job_id in jobs, f"{job_id} was acknowledged and is gone"
@@ -266,20 +265,18 @@ class Work:
         self.check_files(jobs)
 
     def all_jobs(self) -> Iterator[Any]:
-        after: Any = None
+        cursor: Optional[str] = None
         while True:
-            page = self.tracker.store.query(
-                self.script.Filter(), 1000, 0, after and after.id, after.timestamp if after else 0
-            )
+            page = self.tracker.store.query(self.script.Filter(), 1000, cursor)
             yield from page.jobs
-            if not page.more:
+            cursor = page.cursor
+            if cursor is None:
                 return
-            after = page.jobs[-1]
 
     def check_files(self, jobs: Dict[str, Any]) -> None:
         """Nothing is left that nobody names."""
         tracker = self.tracker
-        named = {name for job in jobs.values() for name in job.files}
+        named = {name for job in jobs.values() for name in tracker.images.files_of(job)}
         doubtful = tracker.store.set_aside_ids()
         for path in tracker_files(tracker, "images/*/*"):
             name = "/".join(path.parts[-2:])
@@ -407,7 +404,7 @@ def power(rounds: int, progress: Callable[[str], None], dice: Optional[random.Ra
     for module in (script, checker):
         module.JobStore.SPARE_DEAD = 8
         module.JobStore.PIECE = 4000
-        module.Tracker.LOOK_EVERY = 0.005
+        module.Housekeeper.LOOK_EVERY = 0.005
     while len(seen) < rounds:
         with tempfile.TemporaryDirectory(prefix="crash-", dir=FAST_FOLDER) as name:
             trace = record(script, Path(name) / "data", dice)
@@ -485,9 +482,8 @@ def record(script: Any, folder: Path, dice: random.Random) -> List[lossy.Op]:
         thread.start()
     for thread in threads:
         thread.join()
-    tracker.purge()
-    tracker.close()
-    until(lambda: not tracker.store._thread.is_alive(), what="the store has closed")
+    tracker.housekeeper.purge()
+    tracker.close().result(60)
     return recorder.trace
 
 
@@ -502,8 +498,7 @@ def check_state(script: Any, folder: Path, said: List[Any]) -> None:
         work.check()
         until(lambda: is_json(folder / "jobs.json"), what="jobs.json is valid JSON")
     finally:
-        work.tracker.close()
-        until(lambda: not work.tracker.store._thread.is_alive(), what="the store has closed")
+        work.tracker.close().result(60)
 
 
 class Clients:

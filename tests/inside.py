@@ -56,12 +56,13 @@ def a_job(script: Any, dice: random.Random, **fields: Any) -> Any:
 
 
 def completed(job: Any, images: int = 1) -> Any:
-    names = tuple(f"{job.day}/{job.id}_{number}.png" for number in range(images))
+    script = type(job).ended.fget.__globals__  # the job's own
+    day = script["ImageStore"].day_of(job)
     return job._replace(
         status="Completed",
         started=job.timestamp + 0.5,
         finished=job.timestamp + 3.25,
-        images=names,
+        images=tuple(script["Image"](f"{day}/{job.id}_{n}.png", 1000, "image/png") for n in range(images)),
         bytes=1000 * images,
     )
 
@@ -85,10 +86,32 @@ def lines_of(path: Path) -> List[bytes]:
     return path.read_bytes().split(b"\n")
 
 
+class NoHost:
+    """What a tracker asks the webui, where there is none."""
+
+    def begun(self) -> None:
+        pass
+
+    def progress(self, begun: None) -> None:
+        pass
+
+    def interrupt(self) -> None:
+        pass
+
+    def dequeue(self, task: Optional[str]) -> None:
+        pass
+
+
 def make_tracker(script: Any, folder: Path, **environ: str) -> Any:
-    """A tracker without a webui."""
+    """A tracker without a webui, and with a housekeeper."""
     settings = script.Settings(str(folder), environ)
-    return script.Tracker(settings, lambda: None, lambda begun: None, lambda: None, lambda task: None)
+    predecessor = script.Predecessor(settings.folder, settings.data_folder)
+    predecessor.list_jobs()
+    store = script.JobStore(settings.data_folder, predecessor.refuse_to_open)
+    images = script.ImageStore(str(Path(settings.data_folder) / "images"))
+    tracker = script.Tracker(settings, NoHost(), store, images)
+    tracker.housekeeper = script.Housekeeper(tracker, predecessor)
+    return tracker
 
 
 def when_ended(tracker: Any, job_id: str) -> Any:
@@ -117,7 +140,7 @@ def files_are_whole(tracker: Any, job: Any) -> bool:
     """Whether a Completed job has all its files, byte for byte."""
     try:
         return all(
-            b"".join(tracker.images.read(name)) == pixels(job.id, number) for number, name in enumerate(job.images)
-        ) and json.loads(b"".join(tracker.images.read(job.answer)).decode())["parameters"] == {"prompt": job.id}
-    except (OSError, ValueError):
+            b"".join(tracker.read_image(job, number)) == pixels(job.id, number) for number in range(len(job.images))
+        ) and tracker.describe(job, whole=True)["parameters"] == {"prompt": job.id}
+    except Exception:  # the StoreError of whichever script it is
         return False

@@ -145,7 +145,7 @@ def test_parameters_too_deep_for_a_brief_answer_cost_no_image(tmp_path, monkeypa
 
     monkeypatch.setattr(script, "as_host_json", too_deep)
     saved = images.save(job, an_answer(script, job.id, 1)._replace(rest=rest))
-    assert len(saved.images) == 1 and not saved.has_brief and images.size(saved.answer) == len(rest)
+    assert len(saved.images) == 1 and not saved.has_brief and images.size(images.answer_name(saved)) == len(rest)
 
 
 def test_jobs_of_earlier_versions(script, tmp_path):
@@ -154,7 +154,7 @@ def test_jobs_of_earlier_versions(script, tmp_path):
     job = script.Job("AAAAAAAA", "txt2img", script.COMPLETED, 1736712000, None, "", finished=1736712001.0)
     rest = json.dumps({"images": [], "parameters": {"mask": "x" * 2000}, "info": "{}"}).encode()
     saved = tracker.images.save(job, an_answer(script, job.id, 1)._replace(rest=rest))
-    tracker.images.remove([saved.brief_answer])
+    tracker.images.remove([tracker.images.brief_answer_name(saved)])
     tracker.store.put(saved._replace(has_brief=False), new=True).result()
     job = tracker.get(job.id)
     assert tracker.describe(job)["parameters"] == {"mask": "(2,000 characters)"}

@@ -137,7 +137,7 @@ def tracker(script: Any, tmp_path: Path) -> Iterator[Callable[..., Any]]:
 
     def make(retention: str = "30") -> Any:
         made.append(make_tracker(script, tmp_path, TRACKER_RETENTION=retention))
-        until(lambda: made[-1].next_purge, what="the purge at the start")
+        until(lambda: made[-1].housekeeper.next_purge, what="the purge at the start")
         return made[-1]
 
     yield make
@@ -166,7 +166,7 @@ def purge(script: Any, tracker: Any, ahead: float = 0.0) -> Any:
 
     script.time = Time()
     try:
-        return tracker.purge(asked_for=False)
+        return tracker.housekeeper.purge(asked_for=False)
     finally:
         script.time = time
 
@@ -180,7 +180,7 @@ def test_a_clock_that_was_never_set(script, tracker, caplog):
     for day in (0.5, 18261):  # 1970, and the last of 2019
         assert purge(script, one, day - now) == script.Purged()
     assert "nothing is purged" in caplog.text
-    assert ids(script, one) == {"OLDER000", "YOUNGER0"} and one.images.size(orphan.images[0])
+    assert ids(script, one) == {"OLDER000", "YOUNGER0"} and one.image_size(orphan, 0)
     assert purge(script, one).jobs == 1
     assert ids(script, one) == {"YOUNGER0"}
 
@@ -192,16 +192,15 @@ def test_all_are_too_old_at_the_start(script, tracker, tmp_path):
     put(script, first, "OLDER001", 40)
     first.close()
     second = tracker()
-    assert ids(script, second) == {"OLDER000", "OLDER001"} and second.kept_for_clock == 2
+    assert ids(script, second) == {"OLDER000", "OLDER001"} and second.housekeeper.kept_for_clock == 2
     put(script, second, "YOUNGER0", 0)
     assert purge(script, second) == script.Purged(), "the young one may be of the same wrong clock"
     assert purge(script, second, 40).jobs == 0, "so it is when the clock jumps"
-    second.close()
-    until(lambda: not second.store._thread.is_alive())
+    second.close().result(60)
     time.sleep(1.1)  # the times of jobs are whole seconds
     third = tracker()
     assert ids(script, third) == {"YOUNGER0"}, "a start that finds a younger one believes the clock"
-    assert third.kept_for_clock == 0
+    assert third.housekeeper.kept_for_clock == 0
 
 
 def test_a_webui_that_is_started_now_and_then(script, tracker):
@@ -210,13 +209,11 @@ def test_a_webui_that_is_started_now_and_then(script, tracker):
         one = tracker("1")
         kept = ids(script, one)
         assert kept == ({f"J{number - 1:07}"} if number else set())
-        one.close()
-        until(lambda one=one: not one.store._thread.is_alive())
+        one.close().result(60)
         age(one, 2)  # as if two days had passed
         one = tracker("off")
         put(script, one, f"J{number:07}", 2)
-        one.close()
-        until(lambda one=one: not one.store._thread.is_alive())
+        one.close().result(60)
 
 
 def age(tracker: Any, days: float) -> None:
@@ -233,7 +230,7 @@ def test_what_grows_too_old_while_the_webui_runs(script, tracker):
     """All of them may go: time has passed by a clock that nobody sets."""
     one = tracker()
     put(script, one, "OLDER000", 29.9)
-    one._started -= 2 * DAY  # it has run for two days
+    one.housekeeper._started -= 2 * DAY  # it has run for two days
     assert purge(script, one, 1).jobs == 1
     assert ids(script, one) == set()
 
@@ -243,7 +240,7 @@ def test_asked_for_all_that_is_old_goes(script, tracker):
     put(script, first, "OLDER000", 40)
     first.settings.retention_days = 30.0
     assert purge(script, first).jobs == 0
-    assert first.purge().jobs == 1
+    assert first.housekeeper.purge().jobs == 1
 
 
 def test_times_on_disk(script, tracker, tmp_path):

@@ -176,7 +176,7 @@ def test_a_line_of_a_neighbour_is_synced_before_it_is_shown(tmp_path):
 
     trackers = [make_tracker(script, tmp_path) for script in (one, two)]
     for tracker in trackers:
-        until(lambda tracker=tracker: tracker.next_purge)
+        until(lambda tracker=tracker: tracker.housekeeper.next_purge)
     one.sync_file = lambda file: None
     two.sync_file = note
     job = one.Job(trackers[0].reserve_id(), "txt2img", one.PENDING, int(time.time()), None, "")
@@ -193,18 +193,17 @@ def script() -> Any:
     return load_script()
 
 
-def left_behind(script: Any, folder: Path, images: int, lost: Callable[[Any], Any]) -> Any:
+def left_behind(script: Any, folder: Path, images: int, lost: Callable[[Any, Any], Any]) -> Any:
     """The job, at the next start, of a process that was killed after storing so many images; some files were lost."""
     tracker = make_tracker(script, folder)
-    until(lambda: tracker.next_purge, what="it has looked for jobs left behind")
+    until(lambda: tracker.housekeeper.next_purge, what="it has looked for jobs left behind")
     job = script.Job(
         tracker.reserve_id(), "txt2img", script.PROCESSING, int(time.time()), None, "", started=time.time()
     )
     tracker.store.put(job._replace(owner="00000000"), new=True).result()
     saved = tracker.images.save(job, an_answer(script, job.id, images))
-    tracker.images.remove(lost(saved))
-    tracker.close()
-    until(lambda: not tracker.store._thread.is_alive())
+    tracker.images.remove(lost(tracker.images, saved))
+    tracker.close().result(60)
     tracker = make_tracker(script, folder)
     found = tracker.get(job.id)
     if found.status == script.COMPLETED:
@@ -217,13 +216,13 @@ def left_behind(script: Any, folder: Path, images: int, lost: Callable[[Any], An
 def test_a_folder_that_is_a_link(script, tmp_path):
     """Nothing is taken from behind it, and the job does not stay without an end."""
     tracker = make_tracker(script, tmp_path)
-    until(lambda: tracker.next_purge, what="it has looked for jobs left behind")
+    until(lambda: tracker.housekeeper.next_purge, what="it has looked for jobs left behind")
     job = script.Job(tracker.reserve_id(), "txt2img", script.PROCESSING, int(time.time()), None, "", owner="00000000")
     tracker.store.put(job, new=True).result()
     tracker.images.save(job, an_answer(script, job.id, 1))
-    (tmp_path / "images" / job.day).rename(tmp_path / "elsewhere")
-    (tmp_path / "images" / job.day).symlink_to(tmp_path / "elsewhere")
-    tracker._recover().result()
+    (tmp_path / "images" / tracker.images.day_of(job)).rename(tmp_path / "elsewhere")
+    (tmp_path / "images" / tracker.images.day_of(job)).symlink_to(tmp_path / "elsewhere")
+    tracker.recover().result()
     assert tracker.get(job.id).status == "Failed"
     tracker.close()
 
@@ -231,13 +230,13 @@ def test_a_folder_that_is_a_link(script, tmp_path):
 @pytest.mark.parametrize(
     "images, lost, status",
     [
-        (0, lambda job: [], "Completed"),
-        (1, lambda job: [], "Completed"),
-        (12, lambda job: [], "Completed"),
-        (2, lambda job: [job.answer], "Failed"),
-        (2, lambda job: job.files, "Failed"),
-        (2, lambda job: job.images[:1], "Failed"),
-        (3, lambda job: job.images[1:2], "Failed"),
+        (0, lambda images, job: [], "Completed"),
+        (1, lambda images, job: [], "Completed"),
+        (12, lambda images, job: [], "Completed"),
+        (2, lambda images, job: [images.answer_name(job)], "Failed"),
+        (2, lambda images, job: images.files_of(job), "Failed"),
+        (2, lambda images, job: [image.name for image in job.images[:1]], "Failed"),
+        (3, lambda images, job: [image.name for image in job.images[1:2]], "Failed"),
     ],
 )
 def test_what_a_crash_left(script, tmp_path, images, lost, status):
@@ -261,17 +260,17 @@ def test_images_that_cannot_be_looked_at_now(script, tmp_path):
             return os.listdir(path)
 
     tracker = make_tracker(script, tmp_path)
-    until(lambda: tracker.next_purge, what="it has looked for jobs left behind")
+    until(lambda: tracker.housekeeper.next_purge, what="it has looked for jobs left behind")
     job = script.Job(tracker.reserve_id(), "txt2img", script.PROCESSING, int(time.time()), None, "", owner="00000000")
     tracker.store.put(job, new=True).result()
     tracker.images.save(job, an_answer(script, job.id, 1))
     script.os = Os()
-    tracker._recover().result()
+    tracker.recover().result()
     assert tracker.get(job.id).status == "Processing"
     failing.clear()
-    tracker._recover().result()
+    tracker.recover().result()
     assert tracker.get(job.id).status == "Completed"
-    assert b"".join(tracker.images.read(tracker.get(job.id).images[0])) == pixels(job.id, 0)
+    assert b"".join(tracker.read_image(tracker.get(job.id), 0)) == pixels(job.id, 0)
     tracker.close()
 
 
@@ -305,3 +304,47 @@ def test_the_answer_is_the_last_file(script, tmp_path):
         "sync 2025-01-12",
         "sync images",
     ]
+
+
+def test_every_end_is_told_once_and_not_before_it_is_on_disk(script, tmp_path):
+    """Of jobs that were generated, failed or cancelled, and of those that a webui left behind on a full disk."""
+    told: List[str] = []
+    script.JobStore.RETRY = 0.05
+
+    class Tracker(script.Tracker):
+        def _ended(self, job: Any) -> None:
+            assert json.loads((tmp_path / "jobs.json").read_text())[job.id]["status"] == job.status
+            told.append(f"{job.prompt} {job.status}")
+            super()._ended(job)
+
+    def a_job(prompt: str, **fields: Any) -> Any:
+        return script.Job(
+            tracker.reserve_id(), "txt2img", script.PENDING, int(time.time()), None, prompt=prompt, **fields
+        )
+
+    script.Tracker = Tracker
+    tracker = make_tracker(script, tmp_path)
+    until(lambda: tracker.housekeeper.next_purge, what="it has looked for jobs left behind")
+    jobs = {prompt: a_job(prompt) for prompt in ("done", "failed", "cancelled")}
+    for job in jobs.values():
+        tracker.accept(job, lambda: tracker.fail(jobs["cancelled"].id, "Cancelled") or True).result()
+    tracker.finish(jobs["done"].id, an_answer(script, jobs["done"].id, 1))
+    tracker.fail(jobs["failed"].id, "no reason")
+    tracker.fail(jobs["failed"].id, "again")
+    assert tracker.cancel(jobs["cancelled"].id)
+    until(lambda: len(told) >= 3)
+    tracker.store.put(a_job("left", owner="00000000"), new=True).result()
+    write_at = script.write_at
+
+    def fail(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    script.write_at = fail
+    tracker.recover().result()
+    script.write_at = write_at
+    until(lambda: len(told) >= 4)
+    tracker.recover().result()
+    tracker.store.put(a_job("left again", owner="00000000"), new=True).result()
+    tracker.recover().result()
+    assert sorted(told) == ["cancelled Failed", "done Completed", "failed Failed", "left Failed", "left again Failed"]
+    tracker.close()

@@ -168,7 +168,7 @@ def stored(tracker: Any, answer: bytes) -> Any:
 
 def page_of(script: Any, tracker: Any) -> Callable[[Any], str]:
     """Gives the tab's HTML with a job open."""
-    html = script.TabHtml(tracker)
+    html = script.TabHtml(tracker, tracker.housekeeper)
     return lambda job: html.render(script.PageState(job=job.id), script.Filter())
 
 
@@ -217,7 +217,7 @@ def test_a_small_answer_is_as_before(tracker):
 @pytest.mark.parametrize("look", ["whole", "brief", "replay", "tab"])
 def test_a_look_holds_little(script, tracker, name, look):
     job = stored(tracker, ANSWERS[name])
-    size = tracker.images.size(job.answer)
+    size = tracker.images.size(tracker.images.answer_name(job))
     on_the_page = page_of(script, tracker)
     looks = {
         "whole": lambda: tracker.as_json(job),
@@ -309,13 +309,13 @@ def test_the_record(script):
 @pytest.mark.parametrize("harm", ["gone", "cut", "no brief one"])
 def test_a_large_answer_that_is_gone(tracker, harm):
     job = stored(tracker, ANSWERS["large both"])
-    path = Path(tracker.images.folder, job.answer)
+    path = Path(tracker.images.folder, tracker.images.answer_name(job))
     if harm == "gone":
         path.unlink()
     elif harm == "cut":
         os.truncate(str(path), 300_000)
     else:
-        Path(tracker.images.folder, job.brief_answer).unlink()
+        Path(tracker.images.folder, tracker.images.brief_answer_name(job)).unlink()
     brief = json.loads(pieces_of(tracker.as_json(job, images=False)).decode())
     assert brief["parameters"] is None and "no longer on disk" in brief["error"]
     if harm == "gone":

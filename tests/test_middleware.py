@@ -23,8 +23,7 @@ def script() -> Any:
 def tracker(script, tmp_path) -> Iterator[Any]:
     tracker = make_tracker(script, tmp_path, TRACKER_ENABLED="1", TRACKER_RETENTION="off")
     yield tracker
-    tracker.close()
-    until(lambda: not tracker.store._thread.is_alive(), what="the store has closed")
+    tracker.close().result(60)
 
 
 async def nothing() -> None:
@@ -128,7 +127,7 @@ def test_a_reload_waits_for_answers_on_their_way(script, tmp_path):
         made.close()
 
     asyncio.run(run())
-    until(lambda: not tracker.store._thread.is_alive(), what="the store has closed")
+    tracker.close().result(60)
 
     with pytest.raises(script.HTTPException) as refused:  # and not 404, as for what is lost
         asyncio.run(script.Api(tracker, None)._run(tracker.get, "AAAAAAAA", lost="lost"))
@@ -190,7 +189,7 @@ def test_a_repeat_right_after_a_failure(script, tracker):
     middleware = script.Middleware(None, "txt2img", tracker)
     exchange = script.Exchange(middleware, {"headers": [], script.Shell.KEY: None}, None, None)
     threading.Timer(0.1, tracker.fail, (job.id, "the card is gone")).start()
-    assert asyncio.run(exchange._repeat(script.Claim("digest", job.id))) is False
+    assert asyncio.run(exchange._repeat(script.KeyReservation("digest", job.id))) is False
 
 
 @pytest.mark.parametrize(

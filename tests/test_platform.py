@@ -46,12 +46,12 @@ def script() -> Any:
 @pytest.fixture
 def tracker(script, tmp_path):
     """`tracker()` is one on the test's folder. At the end its threads end, too."""
-    script.Tracker.LOOK_EVERY = 0.05
+    script.Housekeeper.LOOK_EVERY = 0.05
     made: List[Any] = []
 
     def make(**environ: str) -> Any:
         made.append(make_tracker(script, tmp_path / "data", **{"TRACKER_RETENTION": "off", **environ}))
-        until(lambda: made[-1].next_purge, what="the housekeeper has looked for jobs left behind")
+        until(lambda: made[-1].housekeeper.next_purge, what="the housekeeper has looked for jobs left behind")
         return made[-1]
 
     yield make
@@ -60,8 +60,7 @@ def tracker(script, tmp_path):
 
 
 def end(tracker: Any) -> None:
-    tracker.close()
-    until(lambda: not tracker.store._thread.is_alive(), what="the store has closed")
+    tracker.close().result(60)
 
 
 def generate(script: Any, tracker: Any, images: int = 2, age: float = 0, fails: bool = False) -> Any:
@@ -172,26 +171,26 @@ def test_purge_and_recovery(script, tracker, tmp_path):
     left = script.Job(one.reserve_id(), "txt2img", script.PENDING, int(time.time()), None, "left")
     one.store.put(left._replace(owner="00000000"), new=True).result()
     one.settings.retention_days = 1
-    assert one.purge().jobs == len(old)
+    assert one.housekeeper.purge().jobs == len(old)
     assert sorted(ids(script, one)) == sorted([young.id, left.id])
-    one._recover().result()
+    one.recover().result()
     assert one.get(left.id).status == "Failed"
-    day = tmp_path / "data" / "images" / young.day
+    day = tmp_path / "data" / "images" / one.images.day_of(young)
     assert sorted(path.name[:8] for path in day.iterdir()) == [young.id] * 3
-    assert not (tmp_path / "data" / "images" / old[0].day).exists(), "an empty folder"
+    assert not (tmp_path / "data" / "images" / one.images.day_of(old[0])).exists(), "an empty folder"
 
 
 def test_an_image_that_is_being_fetched_goes_with_a_later_purge(script, tracker):
     one = tracker()
     job = generate(script, one, images=1)
-    pieces = one.images.read(job.images[0])
+    pieces = one.read_image(job, 0)
     next(pieces)
     assert one.delete(job.id)
-    assert one.images.size(job.images[0]) and one.get(job.id) is None
+    assert one.image_size(job, 0) and one.get(job.id) is None
     pieces.close()
-    script.Tracker.ORPHAN_AGE = -1
-    assert one.purge().images == 1
-    assert one.images.size(job.images[0]) is None
+    script.Housekeeper.ORPHAN_AGE = -1
+    assert one.housekeeper.purge().images == 1
+    assert one.image_size(job, 0) is None
 
 
 def test_two_spellings_of_an_id(script, tracker, monkeypatch):
@@ -244,7 +243,6 @@ def test_two_processes_on_one_folder(script, tracker, tmp_path):
             left = script.Job(other.reserve_id(), "txt2img", script.PENDING, int(time.time()), None, "left")
             other.accept(left, lambda: True).result()
             other.start(left.id)
-            other._write(left.id, other._accepted[left.id])
             until(lambda: '"Processing"' in Path(other.store.path).read_text().split(left.id)[-1])
             os.write(says, f"left {left.id}\n".encode())
             time.sleep(600)
@@ -263,15 +261,15 @@ def test_two_processes_on_one_folder(script, tracker, tmp_path):
                 theirs.append(word)
                 mine.append(generate(script, one, images=1).id)
         assert one.get(left).status == "Processing"
-        one._recover().result()
+        one.recover().result()
         assert one.get(left).status == "Processing", "its process lives"
         assert sorted(ids(script, one)) == sorted([*mine, *theirs, left])
         one.settings.retention_days = 1
-        assert one.purge().jobs == 10
+        assert one.housekeeper.purge().jobs == 10
     finally:
         os.kill(child, 9)
         os.waitpid(child, 0)
-    one._recover().result()
+    one.recover().result()
     assert one.get(left).status == "Failed"
     kept = set(ids(script, one))
     assert kept == {*mine, left} | {theirs[index] for index in range(40) if index % 4}

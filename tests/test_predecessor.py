@@ -393,8 +393,7 @@ def test_a_copy_that_was_taken_over_already_is_not_read(script, tracker, tmp_pat
     shutil.copy(str(tmp_path / "jobs.json"), str(tmp_path / "jobs.json.bak"))
     one = tracker()
     until(lambda: (tmp_path / "jobs.json.predecessor-done").exists())
-    one.close()
-    until(lambda: not one.store._thread.is_alive())
+    one.close().result(60)
     (tmp_path / "jobs.json").unlink()
     assert tracker().store.query(script.Filter(), 10).jobs == []
 
@@ -639,7 +638,7 @@ def test_purged_while_it_is_copied(script, tracker, tmp_path, monkeypatch):
         kept = save(images, job, answer)
         until(lambda: trackers)
         trackers[0].settings.retention_days = 5.0
-        purged.append(trackers[0].purge())
+        purged.append(trackers[0].housekeeper.purge())
         return kept
 
     trackers: List[Any] = []
@@ -656,8 +655,7 @@ def test_the_end_of_the_webui_while_images_are_copied(script, tracker, tmp_path,
     write_array(tmp_path, [entry(f"JOB{n:05}", output_paths=[str(path)]) for n, path in enumerate(paths)])
     one = tracker()
     until(lambda: one.store.get("JOB00095").images)
-    one.close()
-    until(lambda: not one.store._thread.is_alive())
+    one.close().result(60)
     assert (tmp_path / "jobs.json.predecessor-listed").exists()
     another = tracker()
     until(lambda: names(tmp_path) == DONE)
@@ -672,8 +670,7 @@ def test_a_second_file_of_the_predecessor(script, tracker, tmp_path):
     write_array(tmp_path, [first])
     one = tracker()
     until(lambda: names(tmp_path) == DONE)
-    one.close()
-    until(lambda: not one.store._thread.is_alive())
+    one.close().result(60)
     (tmp_path / "jobs.json").unlink()
     write_array(tmp_path, [first, entry("SECOND01", output_paths=[str(image)])])
     another = tracker()

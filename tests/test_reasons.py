@@ -51,7 +51,8 @@ def sabotage(owner, name):
 
     def broken(*args, **kwargs):
         if os.path.exists(os.path.join(FOLDER, name)):
-            raise OSError(errno.EIO, "Input/output error", os.path.join(DATA, "jobs.json"))
+            error = OSError(errno.EIO, "Input/output error", os.path.join(DATA, "jobs.json"))
+            raise error if name.startswith("_") else module.StoreError.of(error)
         return real(*args, **kwargs)
 
     setattr(owner, name, broken)
@@ -62,7 +63,7 @@ sabotage(module.JobStore, "_length")
 sabotage(module.JobStore, "_append")
 sabotage(module.JobStore, "_end")
 sabotage(module.Settings, "_write")
-sabotage(module.Tracker, "_remove_orphans")
+sabotage(module.Housekeeper, "_remove_orphans")
 
 answer = module.Generation.answer
 

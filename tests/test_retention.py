@@ -6,6 +6,7 @@ import os
 import time
 
 import pytest
+from inside import make_tracker
 from test_clock import DAY, clock  # noqa: F401 - a fixture
 from test_settings import script  # noqa: F401 - a fixture
 from test_store import WrappedOs
@@ -24,12 +25,11 @@ def old(path, content=b"x" * 10, hours=2.0):
 @pytest.fixture
 def tracker(script, tmp_path, monkeypatch):  # noqa: F811
     """`tracker(...)` is one without a webui, whose housekeeping looks often."""
-    monkeypatch.setattr(script.Tracker, "LOOK_EVERY", 0.05)
+    monkeypatch.setattr(script.Housekeeper, "LOOK_EVERY", 0.05)
     made = []
 
     def make(**environ):
-        settings = script.Settings(str(tmp_path), environ)
-        made.append(script.Tracker(settings, lambda: None, lambda begun: None, lambda: None, lambda task: None))
+        made.append(make_tracker(script, tmp_path, **environ))
         return made[-1]
 
     yield make
@@ -61,33 +61,33 @@ def ids(tracker, script):  # noqa: F811
 
 def test_purge(script, tracker, add):  # noqa: F811
     one = tracker(TRACKER_RETENTION="off")
-    until(lambda: one.next_purge)
+    until(lambda: one.housekeeper.next_purge)
     add(one, "OLDER000", 31)
     add(one, "FAILED00", 31, "Failed")
     add(one, "PENDING0", 400, "Pending")
     add(one, "PROCESS0", 400, "Processing")
     young = add(one, "YOUNGER0", 29)
-    assert one.purge() == script.Purged(0, 0, 0)
+    assert one.housekeeper.purge() == script.Purged(0, 0, 0)
     one.settings.retention_days = 30.0
-    assert one.purge() == script.Purged(2, 1, 122)
+    assert one.housekeeper.purge() == script.Purged(2, 1, 122)
     assert ids(one, script) == {"PENDING0", "PROCESS0", "YOUNGER0"}
-    assert one.images.size(young.images[0]) == 102
+    assert one.image_size(young, 0) == 102
     one.settings.retention_days = 0.5
-    assert one.purge() == script.Purged(1, 1, 122)
-    assert one.purge() == script.Purged(0, 0, 0)
+    assert one.housekeeper.purge() == script.Purged(1, 1, 122)
+    assert one.housekeeper.purge() == script.Purged(0, 0, 0)
     assert os.listdir(one.images.folder) == []
 
 
 def test_orphans(script, tracker, add, tmp_path):  # noqa: F811
     one = tracker(TRACKER_RETENTION="off")
-    until(lambda: one.next_purge)
+    until(lambda: one.housekeeper.next_purge)
     job = add(one, "KEPT0000", 0)
     day = tmp_path / "images" / "2025-01-12"
     gone = [
         old(day / "ORPHAN00_0.png"),
         old(day / "ORPHAN00.json"),
         old(day / "ORPHAN00_1.0a1b2c3d.part"),
-        old(tmp_path / "images" / job.day / "KEPT0000_7.png"),
+        old(tmp_path / "images" / one.images.day_of(job) / "KEPT0000_7.png"),
     ]
     kept = [
         old(day / "YOUNG000_0.png", hours=0.9),
@@ -95,26 +95,26 @@ def test_orphans(script, tracker, add, tmp_path):  # noqa: F811
         *(old(day / name) for name in ("vacation.jpg", "12345678.png", "notes001.txt", "backup01.zip")),
         old(tmp_path / "images" / "holiday" / "ORPHAN00_0.png"),
     ]
-    for name in job.images:
-        old(tmp_path / "images" / name, b"x" * 100)
-    assert one.purge() == script.Purged(0, 2, 40)
+    for image in job.images:
+        old(tmp_path / "images" / image.name, b"x" * 100)
+    assert one.housekeeper.purge() == script.Purged(0, 2, 40)
     assert not any(path.exists() for path in gone)
     assert all(path.exists() for path in kept)
-    assert one.images.size(job.images[0]) == 100
+    assert one.image_size(job, 0) == 100
 
 
 def test_many_images_that_jobs_json_does_not_know_are_kept(script, tracker, add, tmp_path, caplog):  # noqa: F811
     """No crash leaves so many: jobs.json was lost, or images/ was restored before it."""
     lost = [old(tmp_path / "images" / "2025-01-12" / f"LOST{number:04}_0.png") for number in range(101)]
     one = tracker(TRACKER_RETENTION="off")
-    until(lambda: one.next_purge)
+    until(lambda: one.housekeeper.next_purge)
     assert all(path.exists() for path in lost)
     assert "101 jobs in images/ are not in jobs.json" in caplog.text
     job = add(one, "KEPT0000", 0)
-    old(tmp_path / "images" / job.day / "KEPT0000_7.png")
-    assert one.purge() == script.Purged(0, 1, 10)
+    old(tmp_path / "images" / one.images.day_of(job) / "KEPT0000_7.png")
+    assert one.housekeeper.purge() == script.Purged(0, 1, 10)
     lost[0].unlink()
-    assert one.purge() == script.Purged(0, 100, 1000)
+    assert one.housekeeper.purge() == script.Purged(0, 100, 1000)
 
 
 def test_folders_that_cannot_be_searched(script, tracker, tmp_path, caplog):  # noqa: F811
@@ -131,7 +131,7 @@ def test_folders_that_cannot_be_searched(script, tracker, tmp_path, caplog):  # 
     script.os = WrappedOs(listdir=listdir)
     orphan = old(tmp_path / "images" / "2025-01-12" / "ORPHAN00_0.png")
     one = tracker(TRACKER_RETENTION="off")
-    until(lambda: one.next_purge)
+    until(lambda: one.housekeeper.next_purge)
     assert not orphan.exists()
     assert "2025-01-10 cannot be searched" in caplog.text
     assert "lost+found" not in caplog.text and "2025-01-11" not in caplog.text
@@ -150,19 +150,19 @@ def test_what_was_set_aside_cannot_be_read(script, tracker, tmp_path):  # noqa: 
     script.open = open_by_rights
     image = old(tmp_path / "images" / "2025-01-12" / "LOSTJOB0_0.png")
     one = tracker(TRACKER_RETENTION="off")
-    until(lambda: one.next_purge)
+    until(lambda: one.housekeeper.next_purge)
     assert image.exists()
 
 
 def test_images_are_kept_while_a_damaged_jobs_json_is_there(tracker, tmp_path, script):  # noqa: F811
     one = tracker()
-    until(lambda: one.next_purge)
+    until(lambda: one.housekeeper.next_purge)
     image = old(tmp_path / "images" / "2025-01-12" / "LOSTJOB0_0.png")
     aside = tmp_path / "jobs.json.damaged-20250112-100000"
     aside.write_text("{")
-    assert one.purge() == script.Purged(0, 0, 0)
+    assert one.housekeeper.purge() == script.Purged(0, 0, 0)
     aside.unlink()
-    assert one.purge() == script.Purged(0, 1, 10)
+    assert one.housekeeper.purge() == script.Purged(0, 1, 10)
     assert not image.exists()
 
 
@@ -179,21 +179,21 @@ def test_a_purge_during_the_start_keeps_images_of_a_damaged_record(script, track
     image = old(tmp_path / "images" / "2025-01-12" / "LOSTJOB0_0.png")
     (tmp_path / "jobs.json").write_text('{\n"LOSTJOB0": {"id": "LOSTJOB0", "type"\n}\n')
     one = tracker(TRACKER_RETENTION="off")
-    assert one.purge() == script.Purged(0, 0, 0)
+    assert one.housekeeper.purge() == script.Purged(0, 0, 0)
     assert list(tmp_path.glob("jobs.json.damaged-*"))
     assert image.exists()
 
 
 def test_no_link_is_followed(script, tracker, tmp_path):  # noqa: F811
     one = tracker()
-    until(lambda: one.next_purge)
+    until(lambda: one.housekeeper.next_purge)
     outside = old(tmp_path / "elsewhere" / "OUTSIDE0_0.png")
     (tmp_path / "images").mkdir(exist_ok=True)
     try:
         (tmp_path / "images" / "2025-01-12").symlink_to(outside.parent, target_is_directory=True)
     except OSError:
         pytest.skip("no symbolic links here")
-    assert one.purge() == script.Purged(0, 0, 0)
+    assert one.housekeeper.purge() == script.Purged(0, 0, 0)
     assert outside.exists()
 
 
@@ -202,17 +202,17 @@ def test_at_start_and_by_the_clock(script, tracker, add, monkeypatch):  # noqa: 
     add(first, "OLDER000", 8)
     add(first, "YOUNGER0", 6)
     first.close()
-    monkeypatch.setattr(script.Tracker, "PURGE_EVERY", 0.3)
+    monkeypatch.setattr(script.Housekeeper, "PURGE_EVERY", 0.3)
     second = tracker(TRACKER_RETENTION="7")
     until(lambda: ids(second, script) == {"YOUNGER0"}, what="the purge at the start")
     add(second, "OLDER001", 8)
     until(lambda: ids(second, script) == {"YOUNGER0"}, what="the next purge")
-    assert until(lambda: 0 < second.next_purge - time.monotonic() < 1, what="it is told")
+    assert until(lambda: 0 < second.housekeeper.next_purge - time.monotonic() < 1, what="it is told")
 
 
 def test_one_purge_of_many(script, tracker, add):  # noqa: F811
     one = tracker(TRACKER_RETENTION="off")
-    until(lambda: one.next_purge)
+    until(lambda: one.housekeeper.next_purge)
     jobs = [
         script.Job(f"J{number:07}", "txt2img", "Failed", int(time.time() - 40 * DAY), None, "")
         for number in range(1234)
@@ -221,39 +221,39 @@ def test_one_purge_of_many(script, tracker, add):  # noqa: F811
         one.store.put(job, new=True)
     one.store.put(jobs[-1], new=True).result()
     one.settings.retention_days = 30.0
-    assert one.purge() == script.Purged(1234, 0, 0)
+    assert one.housekeeper.purge() == script.Purged(1234, 0, 0)
     assert ids(one, script) == set()
 
 
 def test_retention_that_is_turned_off_during_a_purge(script, tracker, add, monkeypatch):  # noqa: F811
     one = tracker(TRACKER_RETENTION="")
-    until(lambda: one.next_purge)
+    until(lambda: one.housekeeper.next_purge)
     for number in range(300):
         one.store.put(script.Job(f"J{number:07}", "txt2img", "Failed", int(time.time() - 40 * DAY), None, ""), new=True)
     add(one, "YOUNGER0", 1)
-    remove = one._remove
+    remove = one.remove
 
     def remove_and_change(jobs):
         one.settings.save(retention_days=None)
         return remove(jobs)
 
-    monkeypatch.setattr(one, "_remove", remove_and_change)
-    assert one.purge().jobs == one.REMOVED_AT_ONCE, "the rest is spared"
+    monkeypatch.setattr(one, "remove", remove_and_change)
+    assert one.housekeeper.purge().jobs == one.housekeeper.REMOVED_AT_ONCE, "the rest is spared"
 
 
 @pytest.mark.parametrize("text", ['{"enabled": true, "retention_days": 365,}', "", None])
 def test_nothing_goes_while_config_json_cannot_be_read(script, tracker, add, tmp_path, text):  # noqa: F811
     """It may say that the jobs are to be kept. What was known of it is shown meanwhile, and Purge Now goes by it."""
     one = tracker(TRACKER_RETENTION="")
-    until(lambda: one.next_purge)
+    until(lambda: one.housekeeper.next_purge)
     add(one, "OLDER000", 40)
     add(one, "YOUNGER0", 1)
     path = tmp_path / "config.json"
     path.unlink() if text is None else path.write_text(text)
     one.settings.refresh()
     assert one.settings.retention_days == 30
-    assert one.purge(asked_for=False).jobs == 0
-    assert one.purge().jobs == 1
+    assert one.housekeeper.purge(asked_for=False).jobs == 0
+    assert one.housekeeper.purge().jobs == 1
 
 
 def test_over_a_restart(start, clock):  # noqa: F811

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import errno
 import fcntl
@@ -89,7 +90,7 @@ class WrappedFcntl(WrappedOs):
 def lines(script: Any, *jobs: Any) -> bytes:
     """A jobs.json with a line for each job, or the end of one for an ID."""
     texts = [
-        f'"{job}": null'.encode() if isinstance(job, str) else f'"{job.id}": '.encode() + script.as_json(job._asdict())
+        f'"{job}": null'.encode() if isinstance(job, str) else f'"{job.id}": '.encode() + script.record_of(job)
         for job in jobs
     ]
     return b"{\n" + b",\n".join(texts) + b"\n}\n"
@@ -278,13 +279,12 @@ def expected_page(script: Any, model: Dict[str, Any], wanted: Any) -> List[Any]:
 
 
 def all_pages(store: Any, wanted: Any, limit: int) -> List[Any]:
-    jobs: List[Any] = []
-    while True:
-        last = jobs[-1] if jobs else None
-        page = store.query(wanted, limit, 0, last and last.id, last.timestamp if last else 0)
+    page = store.query(wanted, limit)
+    jobs = page.jobs
+    while page.cursor is not None:
+        page = store.query(wanted, limit, page.cursor)
         jobs += page.jobs
-        if not page.more:
-            return jobs
+    return jobs
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -341,8 +341,9 @@ def test_against_a_model(script, tmp_path, path, seed):
             )
             fitting = expected_page(script, model, wanted)
             limit, skip = dice.randrange(1, 20), dice.randrange(10)
-            page = store.query(wanted, limit, skip)
-            assert page == (fitting[skip : skip + limit], len(fitting) > skip + limit)
+            page = store.query(wanted, limit, skip=skip)
+            assert page.jobs == fitting[skip : skip + limit]
+            assert (page.cursor is None) == (len(fitting) <= skip + limit)
             assert all_pages(store, wanted, limit) == fitting
         elif turn < 0.95:
             assert all(store.get(job.id) == job for job in model.values())
@@ -399,7 +400,7 @@ def test_cut_at_every_byte_of_the_last_two_records(script, opened, path, three, 
         store.put(job, new=True).result()
         assert set(read_without_jq(path)) == {*found, job.id}
         store.close()
-        kept = [one for one in three if f'"{one.id}": '.encode() + script.as_json(one._asdict()) in whole[:end]]
+        kept = [one for one in three if f'"{one.id}": '.encode() + script.record_of(one) in whole[:end]]
         assert found == {one.id: one for one in kept}
         rest = whole[len(lines(script, *kept)) - 3 : end].strip(script.BLANK)
         assert b"".join(damaged(path)).strip(script.BLANK) == rest
@@ -411,7 +412,7 @@ def read_without_jq(path: Any) -> Dict[str, Any]:
 
 def spoil(script: Any, name: str, whole: bytes, three: List[Any]) -> bytes:
     middle = whole.index(three[1].id.encode()) - 2
-    record = script.as_json(three[1]._asdict())
+    record = script.record_of(three[1])
     return {
         "garbage": whole[:middle] + b"\n\xff\xfe\x00 no line {{{ \x80" + whole[middle:],
         "zeros": whole[:middle] + bytes(5000) + whole[middle:],
@@ -609,7 +610,7 @@ def test_a_disk_that_goes_and_comes_back(script, opened, path, dice):
 
     script.os = WrappedOs(fstat=alive_or(os.fstat), stat=alive_or(os.stat), open=alive_or(os.open))
     script.fcntl = WrappedFcntl(flock=alive_or(script.fcntl.flock))
-    with pytest.raises(OSError, match="stale|not connected"):
+    with pytest.raises(script.StoreError, match="stale|not connected"):
         store.get(jobs[0].id)
     assert store.put(jobs[1], new=True).exception() is not None
     for name in (path, path.with_name("jobs.json.lock")):  # other files by the same names
@@ -711,12 +712,12 @@ def test_no_folder_can_be_made(script, opened, path, tmp_path, dice, caplog):
     """The store says so, and works as soon as it can."""
     (tmp_path / "file").touch()
     store = script.JobStore(str(tmp_path / "file" / "data"))
-    with pytest.raises(OSError):
+    with pytest.raises(script.StoreError):
         store.get("AAAAAAAA")
-    with pytest.raises(OSError):
+    with pytest.raises(script.StoreError):
         store.query(script.Filter(), 5)
     job = a_job(script, dice)
-    assert isinstance(store.put(job, new=True).exception(), OSError)
+    assert isinstance(store.put(job, new=True).exception(), script.StoreError)
     assert caplog.text.count("jobs.json cannot be written") == 1
     (tmp_path / "file").unlink()
     store.put(job, new=True).result()
@@ -951,17 +952,17 @@ def test_full_disk(script, opened, path, dice, full_disk, caplog, room):
     refused = [a_job(script, dice, prompt="a" * 500) for _ in range(5)]
     for job in refused:
         error = store.put(job, new=True).exception()
-        assert isinstance(error, OSError) and error.errno == errno.ENOSPC
+        assert isinstance(error, script.StoreError) and str(error) == "No space left on device"
         assert read_jobs(path).keys() == {job.id for job in jobs}
         assert store.get(job.id) is None
     assert path.read_bytes() == before
     assert caplog.text.count("No space left") == 1
     # Changes are in force at once.
     for job in jobs[:2]:
-        assert isinstance(store.put(completed(job)).exception(), OSError)
+        assert isinstance(store.put(completed(job)).exception(), script.StoreError)
     later = jobs[0]._replace(status="Failed", error="later")
-    assert isinstance(store.put(later).exception(), OSError)
-    assert isinstance(store.remove([jobs[2].id]).exception(), OSError)
+    assert isinstance(store.put(later).exception(), script.StoreError)
+    assert isinstance(store.remove([jobs[2].id]).exception(), script.StoreError)
     expected = {later.id: later, jobs[1].id: completed(jobs[1])}
     assert every(script, store) == expected
     assert {job_id: store.get(job_id) for job_id in expected} == expected
@@ -1028,9 +1029,9 @@ def test_a_disk_that_fails(script, opened, path, dice, what):
 
     script.os = WrappedOs(**{what: fail})
     refused = a_job(script, dice)
-    assert isinstance(store.put(refused, new=True).exception(), OSError)
+    assert isinstance(store.put(refused, new=True).exception(), script.StoreError)
     assert store.get(refused.id) is None
-    assert isinstance(store.put(completed(kept)).exception(), OSError)
+    assert isinstance(store.put(completed(kept)).exception(), script.StoreError)
     assert every(script, store) == {kept.id: completed(kept)}
     script.os = os
     until(lambda: alive(path) and alive(path)[kept.id]["status"] == "Completed" and len(alive(path)) == 1)
@@ -1085,12 +1086,11 @@ def test_a_real_full_disk(script, tmp_path, dice):
         until(lambda: not tracker.store._retry)
         until(lambda: all(job.ended for job in tracker.store.query(script.Filter(), 1000).jobs))
         jobs = tracker.store.query(script.Filter(), 1000).jobs
-        tracker.close()
-        until(lambda: not tracker.store._thread.is_alive())
+        tracker.close().result(60)
         assert {job.id for job in jobs} == set(alive(disk / "jobs.json"))
         for job in jobs:
             whole = job.status == "Completed" and files_are_whole(tracker, job)
-            assert whole or "No space left on device" in (job.error or "") or lost.name in job.images[0], job
+            assert whole or "No space left on device" in (job.error or "") or lost.name in job.images[0].name, job
 
 
 def test_an_append_that_cannot_be_undone(script, opened, path, dice, monkeypatch):
@@ -1111,7 +1111,7 @@ def test_an_append_that_cannot_be_undone(script, opened, path, dice, monkeypatch
     job = a_job(script, dice)
     a_name = job.id.encode()
     monkeypatch.setattr(script, "write_at", write)
-    assert isinstance(store.put(job, new=True).exception(), OSError)
+    assert isinstance(store.put(job, new=True).exception(), script.StoreError)
     monkeypatch.setattr(script, "write_at", write_at)
     store.put(a_job(script, dice), new=True).result()
     assert store.get(job.id) is None
@@ -1149,12 +1149,12 @@ def test_after_the_end(script, opened, path, dice):
     store.put(job, new=True).result()
     store.close()
     store.close()
-    assert isinstance(store.put(completed(job)).exception(5), OSError)
-    assert isinstance(store.remove([job.id]).exception(5), OSError)
-    assert isinstance(store.recover(lambda job: job).exception(5), OSError)
-    with pytest.raises(OSError):
+    assert isinstance(store.put(completed(job)).exception(5), script.StoreError)
+    assert isinstance(store.remove([job.id]).exception(5), script.StoreError)
+    assert isinstance(store.recover(lambda job: job).exception(5), script.StoreError)
+    with pytest.raises(script.StoreError):
         store.query(script.Filter(), 5)
-    with pytest.raises(OSError):
+    with pytest.raises(script.StoreError):
         store.figures()
     assert alive(path)[job.id]["status"] == "Pending"
     assert not list(path.parent.glob("*owner*"))
@@ -1401,13 +1401,39 @@ def today(script, dice):
 
 def test_images(script, images, today, tmp_path):
     saved = images.save(today, an_answer(script, today.id, 3))
-    assert saved.images == tuple(f"{today.day}/{today.id}_{number}.png" for number in range(3))
-    assert [b"".join(images.read(name)) for name in saved.images] == [pixels(today.id, number) for number in range(3)]
+    content = [pixels(today.id, number) for number in range(3)]
+    assert [b"".join(images.read(image.name)) for image in saved.images] == content
+    assert [image.size for image in saved.images] == [len(data) for data in content]
+    assert {image.media_type for image in saved.images} == {"image/png"}
     assert saved.bytes == sum(path.stat().st_size for path in tmp_path.glob("images/*/*"))
-    assert images.size(saved.images[1]) == len(pixels(today.id, 1))
-    assert images.remove([*saved.images, saved.answer]) == saved.bytes
+    assert images.size(saved.images[1].name) == len(content[1])
+    assert images.remove(images.files_of(saved)) == saved.bytes
     assert os.listdir(str(tmp_path / "images")) == []
-    assert images.size(saved.images[0]) is None
+    assert images.size(saved.images[0].name) is None
+
+
+def test_images_in_records(script, images, today):
+    """An earlier version on the same folder reads the names alone, and would set aside what else it finds there."""
+    strange = [base64.b64encode(data) for data in (b"\xff\xd8\xff", b"no image", b"RIFF....WEBP")]
+    saved = images.save(today, an_answer(script, today.id, 1)._replace(images=[*strange, b"no base64"]))
+    record = json.loads(script.record_of(saved).decode())
+    assert record["images"] == [image.name for image in saved.images]
+    assert script.job_from_record(record) == saved
+    assert [(image.file_name, image.size, image.media_type) for image in saved.images] == [
+        (f"{today.id}_0.jpg", 3, "image/jpeg"),
+        (f"{today.id}_1.bin", 8, "application/octet-stream"),
+        (f"{today.id}_2.webp", 12, "image/webp"),
+        (f"{today.id}_3.txt", 9, "text/plain"),
+    ]
+    unknown = saved._replace(images=tuple(image._replace(size=None) for image in saved.images))
+    assert script.job_from_record(json.loads(script.record_of(unknown).decode())) == unknown
+    for details in (None, {}, [], [[1, "image/png"]] * 5, [None] * 4, [[1]] * 4, [[-1, "a\r\nb: c"], [True, 1], "", 7]):
+        assert script.job_from_record({**record, "image_details": details}) == unknown
+    del record["image_details"]
+    assert script.job_from_record(record) == unknown
+    for names in (None, "a", [1], [None], ["../x_0.png"], ["2025-01-12/AAAAAAAA_0.png"]):
+        with pytest.raises(ValueError):
+            script.job_from_record({**record, "images": names})
 
 
 STRINGS = [
@@ -1427,8 +1453,8 @@ STRINGS = [
 @pytest.mark.parametrize("text", STRINGS, ids=ascii)
 def test_strings_that_are_no_images(script, images, today, text):
     saved = images.save(today, script.Answer([text.encode("utf-8", "surrogatepass")], b"{}"))
-    (name,) = saved.images
-    given = b"".join(images.read_as_json(name)).decode()
+    (image,) = saved.images
+    given = b"".join(images.read_as_json(image.name)).decode()
     assert json.loads(given) == text.partition(",")[2] if text.startswith("data:") else json.loads(given) == text
 
 
@@ -1441,7 +1467,7 @@ def test_images_is_no_folder(script, today, tmp_path, caplog, kind):
         place.symlink_to(tmp_path / "nowhere")
     images = script.ImageStore(str(place))
     saved = images.save(today, an_answer(script, today.id, 1))
-    assert b"".join(images.read(saved.images[0])) == pixels(today.id, 0)
+    assert b"".join(images.read(saved.images[0].name)) == pixels(today.id, 0)
     (aside,) = tmp_path.glob("images.damaged-*")
     assert str(aside) in caplog.text
     assert kind != "a file" or aside.read_bytes() == b"precious"
@@ -1451,7 +1477,7 @@ def test_images_goes_while_it_is_used(script, images, today, tmp_path):
     script.shutil.rmtree(str(tmp_path / "images"))
     assert list(images.older_than(time.time() + 9)) == []
     saved = images.save(today, an_answer(script, today.id, 1))
-    assert images.size(saved.images[0])
+    assert images.size(saved.images[0].name)
 
 
 def test_images_may_be_a_link(script, today, tmp_path):
@@ -1460,19 +1486,19 @@ def test_images_may_be_a_link(script, today, tmp_path):
     (tmp_path / "images").symlink_to(tmp_path / "elsewhere")
     images = script.ImageStore(str(tmp_path / "images"))
     saved = images.save(today, an_answer(script, today.id, 1))
-    assert (tmp_path / "elsewhere" / saved.images[0]).exists()
+    assert (tmp_path / "elsewhere" / saved.images[0].name).exists()
     assert len(list(images.older_than(time.time() + 9))) == 2
 
 
 def test_no_link_below_images_is_followed(script, images, today, tmp_path, caplog):
     outside = tmp_path / "outside"
     outside.mkdir()
-    name = f"{today.day}/{today.id}_0.png"
+    name = f"{images.day_of(today)}/{today.id}_0.png"
     (outside / f"{today.id}_0.png").write_bytes(b"secret")
-    day = tmp_path / "images" / today.day
+    day = tmp_path / "images" / images.day_of(today)
     # A folder that is a link.
     day.symlink_to(outside)
-    with pytest.raises(OSError):
+    with pytest.raises(script.StoreError):
         list(images.read(name))
     assert images.size(name) is None
     assert images.remove([name]) == 0
@@ -1485,19 +1511,19 @@ def test_no_link_below_images_is_followed(script, images, today, tmp_path, caplo
     # An image that is a link.
     (tmp_path / "images" / name).unlink()
     (tmp_path / "images" / name).symlink_to(outside / f"{today.id}_0.png")
-    with pytest.raises(OSError):
+    with pytest.raises(script.StoreError):
         list(images.read(name))
-    images.remove([*saved.images, saved.answer])
+    images.remove(images.files_of(saved))
     assert not os.path.lexists(str(tmp_path / "images" / name))
     assert (outside / f"{today.id}_0.png").exists()
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no pipes in folders")
 def test_a_pipe_for_an_image_holds_up_nobody(images, today, tmp_path):
-    day = tmp_path / "images" / today.day
+    day = tmp_path / "images" / images.day_of(today)
     day.mkdir()
     os.mkfifo(str(day / f"{today.id}_0.png"))
-    assert images.size(f"{today.day}/{today.id}_0.png") is None
+    assert images.size(f"{images.day_of(today)}/{today.id}_0.png") is None
 
 
 def test_images_gone_or_cut(script, tmp_path, dice):
@@ -1507,8 +1533,8 @@ def test_images_gone_or_cut(script, tmp_path, dice):
     tracker.start(job.id)
     tracker.finish(job.id, an_answer(script, job.id, 3))
     done = when_ended(tracker, job.id)
-    (tmp_path / "images" / done.images[0]).unlink()
-    os.truncate(str(tmp_path / "images" / done.images[1]), 50)
+    (tmp_path / "images" / done.images[0].name).unlink()
+    os.truncate(str(tmp_path / "images" / done.images[1].name), 50)
     shown = json.loads(b"".join(tracker.as_json(done)).decode())
     assert (shown["status"], shown["images"][0]) == ("Completed", None)
     assert shown["images"][2] == an_answer(script, job.id, 3).images[2].decode()
@@ -1544,7 +1570,7 @@ def test_images_that_cannot_be_read_for_a_moment(script, tmp_path, dice, opened)
         assert without["error"] == "The parameters cannot be read: Too many open files"
         assert without == {**whole, "parameters": None, "info": None, "error": without["error"]}
     else:
-        with pytest.raises(OSError, match="Too many open files"):
+        with pytest.raises(script.StoreError, match="Too many open files"):
             shown()
     assert shown() == whole
     script.os = os
@@ -1553,9 +1579,9 @@ def test_images_that_cannot_be_read_for_a_moment(script, tmp_path, dice, opened)
 
 def test_an_image_that_was_no_image_and_is_damaged(script, images, today, tmp_path):
     saved = images.save(today, script.Answer([b"no base64"], b"{}"))
-    (tmp_path / "images" / saved.images[0]).write_bytes(b"\xff\xfe")
-    with pytest.raises(OSError):
-        list(images.read_as_json(saved.images[0]))
+    (tmp_path / "images" / saved.images[0].name).write_bytes(b"\xff\xfe")
+    with pytest.raises(script.StoreError):
+        list(images.read_as_json(saved.images[0].name))
 
 
 def test_a_folder_that_a_purge_takes_away_just_now(script, images, today, tmp_path):
@@ -1569,7 +1595,7 @@ def test_a_folder_that_a_purge_takes_away_just_now(script, images, today, tmp_pa
 
     script.os = WrappedOs(open=open_late)
     saved = images.save(today, an_answer(script, today.id, 1))
-    assert made and images.size(saved.images[0])
+    assert made and images.size(saved.images[0].name)
 
 
 @pytest.mark.parametrize("call", ["pwrite", "fsync", "replace"])
@@ -1583,7 +1609,7 @@ def test_images_that_cannot_be_stored_leave_nothing(script, images, today, tmp_p
         return getattr(os, call)(*arguments)
 
     script.os = WrappedOs(**{call: fail_the_third})
-    with pytest.raises(OSError):
+    with pytest.raises(script.StoreError):
         images.save(today, an_answer(script, today.id, 3))
     assert not list(tmp_path.glob("images/*/*"))
 
@@ -1599,5 +1625,4 @@ def test_images_that_are_read_only(script, tmp_path, dice):
         done = a_job(script, dice, timestamp=int(time.time()))
         assert generate(script, tracker, done) == "Completed"
         assert files_are_whole(tracker, tracker.get(done.id))
-        tracker.close()
-        until(lambda: not tracker.store._thread.is_alive())
+        tracker.close().result(60)

@@ -37,7 +37,10 @@ def sabotage(owner, name):
                 time.sleep(1)
             else:
                 number = {{"disk": errno.EIO, "files": errno.EMFILE}}.get(word)
-                raise OSError(number, "sabotage") if number else RuntimeError("sabotage")
+                if not number:
+                    raise RuntimeError("sabotage")
+                error = OSError(number, "sabotage")
+                raise error if name.startswith("_") else module.StoreError.of(error)
         return real(*args, **kwargs)
 
     static = isinstance(owner.__dict__.get(name), staticmethod)
