@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import json
 import threading
 from typing import Any, Awaitable, Callable, Dict, Iterator
@@ -31,12 +32,30 @@ async def nothing() -> None:
     pass
 
 
-def generation(script: Any, tracker: Any, answer: Any, before: Callable[[], Awaitable[None]] = nothing) -> Any:
-    """A generation request to a webui that answers so, after something else."""
+class Host:
+    """Stands for a webui, whose client wants its images or not."""
+
+    def __init__(self, hide: bool):
+        self.hide = hide
+
+    def extra_worker_thread(self) -> Any:
+        return contextlib.nullcontext(True)
+
+    def adapt_request(self, arguments: Any) -> Any:
+        return "", self.hide
+
+    def name_task(self, arguments: Any, name: str) -> None:
+        pass
+
+
+def generation(
+    script: Any, tracker: Any, answer: Any, before: Callable[[], Awaitable[None]] = nothing, hide: bool = False
+) -> Any:
+    """A generation request to a webui that answers so, after something else. Its client has left."""
     lock = script.ObservedLock(threading.Lock())
 
     def endpoint(generation: Any) -> None:
-        generation.called({})
+        generation.on_endpoint({})
         with lock:
             pass
 
@@ -51,7 +70,9 @@ def generation(script: Any, tracker: Any, answer: Any, before: Callable[[], Awai
 
     endpoint = in_context(endpoint)  # a plain executor does not hand the context on, as the host's threads do
     scope = {"headers": [(b"accept-encoding", b"gzip")], "client": ("::1", 1)}
-    return script.Generation(script.Middleware(app, "txt2img", tracker), scope, [{"type": "http.request"}])
+    one = script.Generation(script.Middleware(app, "txt2img", tracker, Host(hide)), scope, [{"type": "http.request"}])
+    one.set_client_done()
+    return one
 
 
 ODD: Dict[str, Any] = {
@@ -75,9 +96,7 @@ def test_an_answer_of_an_odd_shape(script, tracker, name, hide):
     answer = ODD[name]
 
     async def run() -> str:
-        one = generation(script, tracker, answer)
-        one.hide_images = hide
-        one.served.set_result(None)
+        one = generation(script, tracker, answer, hide=hide)
         await one.begin()
         return one.job.id
 
@@ -98,10 +117,9 @@ def test_a_server_that_is_stopped_by_force(script, tracker):
         for _ in range(tracker.storers._max_workers):
             tracker.storers.submit(gate.wait)
         one = generation(script, tracker, {"images": [IMAGE], "parameters": {}, "info": ""})
-        one.served.set_result(None)
         work = one.begin()
-        work.add_done_callback(one.forget)
-        await asyncio.get_running_loop().run_in_executor(None, until, lambda: one.storing)
+        await one.until(lambda: one.phase is script.Phase.ENDED)
+        await asyncio.wait({work}, timeout=0.1)
         work.cancel()
         await asyncio.wait({work})
         await asyncio.sleep(0)
@@ -117,10 +135,10 @@ def test_a_server_that_is_stopped_by_force(script, tracker):
 def test_a_reload_waits_for_answers_on_their_way(script, tmp_path):
     """Where the webui does not wait for its clients, as on Forge, they get the rest all the same."""
     tracker = make_tracker(script, tmp_path, TRACKER_ENABLED="1", TRACKER_RETENTION="off")
-    pieces = [bytes([number]) * script.PIECE for number in range(4)]
+    pieces = [bytes([number]) * script.CHUNK for number in range(4)]
 
     async def run() -> None:
-        made = script.FromPool(tracker, (piece for piece in pieces))
+        made = script.ThreadedChunks(tracker.pool, (piece for piece in pieces), tracker.sending)
         assert await made.__anext__() == pieces[0]
         tracker.close()
         await asyncio.sleep(0.5)
@@ -157,7 +175,7 @@ def test_the_loop_does_not_wait_for_the_disk_when_a_generation_fails(script, tra
     disk = tracker.store._lock  # held by who looks for a job while the disk does not answer
 
     async def fail() -> None:
-        assert await one.accepted
+        assert await one.is_accepted()
         assert disk.acquire(timeout=20)
         late.start()
         raise RuntimeError("the card is gone")
@@ -165,9 +183,8 @@ def test_the_loop_does_not_wait_for_the_disk_when_a_generation_fails(script, tra
     async def run() -> None:
         nonlocal one
         one = generation(script, tracker, {}, fail)
-        one.served.set_result(None)
         work = one.begin()
-        await one.answered
+        await one.until(lambda: one.phase is script.Phase.ENDED)
         await asyncio.wait({work}, timeout=0.1)
         assert not work.done() and disk.locked()
         late.cancel()
@@ -187,10 +204,10 @@ def test_a_repeat_right_after_a_failure(script, tracker):
     tracker.accept(job, lambda: True).result()
     tracker.start(job.id)
     tracker.answered(job.id)
-    middleware = script.Middleware(None, "txt2img", tracker)
-    exchange = script.Exchange(middleware, {"headers": [], script.Shell.KEY: None}, None, None)
+    middleware = script.Middleware(None, "txt2img", tracker, None)
+    response = script.ClientResponse(middleware, {"headers": [], script.OuterMiddleware.KEY: None}, None, None)
     threading.Timer(0.1, tracker.fail, (job.id, "the card is gone")).start()
-    assert asyncio.run(exchange._repeat(script.Claim("digest", job.id))) is False
+    assert asyncio.run(response._repeat(script.Claim("digest", job.id))) is False
 
 
 @pytest.mark.parametrize(
