@@ -4368,6 +4368,14 @@ class Cancelled(Exception):
     """Ends a host's route whose job was cancelled before it got the queue lock."""
 
 
+class AdaptedRequest(NamedTuple):
+    """What the host knows of a request, as it goes on with it."""
+
+    prompt: str = ""
+    hide_images: bool = False  # from the client, which sent send_images: false. The host answers with them
+    task_id: Optional[str] = None  # the host's own name for it
+
+
 class Middleware:
     """Wraps the application of one generation route of the host."""
 
@@ -4395,7 +4403,7 @@ class HostResponse:
     def __init__(self) -> None:
         self.messages: List[Message] = []
         self.error: Optional[BaseException] = None
-        self.hide_images = False  # the client sent send_images: false, and the host answers with them all the same
+        self.hide_images = False  # from the client
         self._answer: Optional[Answer] = None
         self._reading = threading.Lock()  # guards this one
 
@@ -4465,13 +4473,17 @@ def log_errors(hook: Callable[..., None]) -> Callable[..., None]:
 
 
 class Phase(enum.IntEnum):
-    """Where the host's route is with a request. It only goes on, and waits for neither the client nor the disk."""
+    """Where the host's route is with a request. It only goes on, and waits for neither the client nor the disk.
+
+    CHECKING -> WAITING -> GENERATING -> ENCODING -> ENDED, with WITHDRAWN in the place of the third and the fourth for
+    a job that is cancelled in time. A request that is refused goes to ENDED at once.
+    """
 
     CHECKING = 0  # the host checks credentials and body: no job yet
     WAITING = 1  # a job, for which the route waits for the queue lock
     GENERATING = 2  # the route has the queue lock
     ENCODING = 3  # the route has given the queue lock back, and makes its answer of the images
-    WITHDRAWN = 4  # cancelled while it waited: the job has ended, though the route is still to find out
+    WITHDRAWN = 4  # cancelled while it waited: the job has failed, though the route is still to find out
     ENDED = 5  # the route has ended, and what it came to is being stored
 
 
@@ -4499,13 +4511,12 @@ class Generation:
         self._loop = asyncio.get_running_loop()
         self._change = self._loop.create_future()  # ends with the next change
 
-        # What is known of the request by the time that it becomes a job.
+        # What is known of the request by the time that it becomes a job, and then of this.
         self.has_thread = False  # a worker thread was added, for it to wait for the queue lock in
         self.key: Optional[str] = None
         self.reservation: Optional[Claim] = None  # of the key
-        self.prompt = ""
         self.reserved_id: Optional[str] = None
-        self.task_id: Optional[str] = None  # the host's own name for it
+        self.request = AdaptedRequest()
         self.job: Optional[Job] = None  # as it was accepted
         self.accepted_at = 0.0  # by time.monotonic()
 
@@ -4537,9 +4548,12 @@ class Generation:
         except BaseException as error:  # also when the server is stopped: its job then says so
             self.response.error = error
         finally:
-            with self._lock:
-                self.phase = Phase.ENDED
+            self._enter(Phase.ENDED)
             self._wake()
+
+    def _enter(self, phase: Phase) -> None:
+        with self._lock:
+            self.phase = max(self.phase, phase)
 
     # Waiting for a change, in the event loop
 
@@ -4550,7 +4564,7 @@ class Generation:
             left = end - self._loop.time()
             if left <= 0:
                 return False
-            await asyncio.wait({self._change}, timeout=None if left == math.inf else left)
+            await asyncio.wait({self._change}, timeout=left)
         return True
 
     def _wake(self) -> None:
@@ -4625,9 +4639,9 @@ class Generation:
 
     @log_errors
     def _adapt_request(self, arguments: Dict[str, Any]) -> None:
-        self.prompt, self.response.hide_images = self.host.adapt_request(arguments)
         self.reserved_id = self.tracker.reserve_id()
-        self.task_id = self.host.name_task(arguments, self.reserved_id)
+        self.request = self.host.adapt_request(arguments, self.reserved_id)
+        self.response.hide_images = self.request.hide_images
 
     # CHECKING -> WAITING -> GENERATING -> ENCODING, on the host's worker thread
 
@@ -4656,7 +4670,7 @@ class Generation:
             status=PENDING,
             timestamp=int(time.time()),
             ip=client[0][:IP_LIMIT] if client else None,
-            prompt=self.prompt[:PROMPT_LIMIT],
+            prompt=self.request.prompt[:PROMPT_LIMIT],
             key=self.key,
             digest=self.reservation.digest if self.reservation else None,
         )
@@ -4683,8 +4697,7 @@ class Generation:
     @log_errors
     def on_lock_released(self) -> None:
         """The route is about to give the queue lock back."""
-        with self._lock:
-            self.phase = max(self.phase, Phase.ENCODING)
+        self._enter(Phase.ENCODING)
         self.tracker.generated()
 
     # WAITING -> WITHDRAWN, on any thread
@@ -4694,14 +4707,13 @@ class Generation:
         with self._lock:
             if self.cancelled or self.phase is Phase.ENDED:
                 return self.cancelled
-            self.cancelled = True
-            if self.phase is Phase.WAITING:
-                self.phase = Phase.WITHDRAWN
-            is_withdrawn = self.phase is Phase.WITHDRAWN
+            self.cancelled = True  # and the route cannot get the queue lock any more
+            is_waiting = self.phase is Phase.WAITING
         log.info("Job %s was cancelled", self.job.id)
-        if is_withdrawn:
-            self.host.dequeue(self.task_id)
+        if is_waiting:
+            self.host.dequeue(self.request.task_id)
             self.tracker.fail(self.job.id, CANCELLED)
+            self._enter(Phase.WITHDRAWN)
             self._in_loop(self._wake)
         else:
             self._in_loop(self._interrupt)
@@ -6259,8 +6271,7 @@ class Host:
 
     # For the Tracker: the generation that has the queue lock
 
-    @staticmethod
-    def begun() -> Any:
+    def begun(self) -> Any:
         """What the host says of when its last generation began."""
         from modules import shared
 
@@ -6281,14 +6292,12 @@ class Host:
         except (AttributeError, TypeError):  # the state of a fork that counts in another way
             return None
 
-    @staticmethod
-    def interrupt() -> None:
+    def interrupt(self) -> None:
         from modules import shared
 
         shared.state.interrupt()
 
-    @staticmethod
-    def dequeue(task: Optional[str]) -> None:
+    def dequeue(self, task: Optional[str]) -> None:
         """Takes a task off the list of those that wait: the host takes off only what has begun."""
         with contextlib.suppress(ImportError, AttributeError):  # where there is no such list
             from modules import progress
@@ -6297,49 +6306,35 @@ class Host:
 
     # For a Generation: its request and its thread
 
-    @staticmethod
     @contextlib.contextmanager
-    def extra_worker_thread() -> Iterator[bool]:
+    def extra_worker_thread(self) -> Iterator[bool]:
         """Gives the host one worker thread more, unless it has too many already. In the event loop only.
 
         A generation holds a thread for as long as it waits in the queue: 40 of them would leave none for anybody else.
         """
         limiter = anyio.to_thread.current_default_thread_limiter()
-        added = limiter.total_tokens < Host.WORKER_THREADS + Host.SPARE_THREADS
+        added = limiter.total_tokens < self.WORKER_THREADS + self.SPARE_THREADS
         limiter.total_tokens += added
         try:
             yield added
         finally:
             limiter.total_tokens -= added
 
-    @staticmethod
-    def _body_of(arguments: Dict[str, Any]) -> Any:
-        """The host's own view of a request's body, among the arguments of its endpoint."""
-        return next((value for value in arguments.values() if hasattr(value, "prompt")), None)
-
-    def adapt_request(self, arguments: Dict[str, Any]) -> Tuple[str, bool]:
-        """The prompt, and whether the client wants no images. The host is to answer with them all the same."""
-        body = self._body_of(arguments)
+    def adapt_request(self, arguments: Dict[str, Any], name: str) -> AdaptedRequest:
+        """Makes the host answer with the images, and /internal/progress by our name unless the client gave one."""
+        body = next((value for value in arguments.values() if hasattr(value, "prompt")), None)
         hide_images = getattr(body, "send_images", True) is False
         if hide_images:
             body.send_images = True
-        prompt = getattr(body, "prompt", "")
-        return prompt if isinstance(prompt, str) else "", hide_images
-
-    def name_task(self, arguments: Dict[str, Any], name: str) -> Optional[str]:
-        """The name by which the host's /internal/progress answers for a request: ours, unless the client gave one.
-
-        None where a host knows no names.
-        """
-        body = self._body_of(arguments)
         if not getattr(body, "force_task_id", True):
             body.force_task_id = name
-        return getattr(body, "force_task_id", None)
+        prompt = getattr(body, "prompt", "")
+        task_id = getattr(body, "force_task_id", None)
+        return AdaptedRequest(prompt if isinstance(prompt, str) else "", hide_images, task_id)
 
     # For the OriginGuard
 
-    @staticmethod
-    def allows_origin(origin: str) -> bool:
+    def allows_origin(self, origin: str) -> bool:
         """Whether --cors-allow-origins names an origin, in the way in which the host's own CORS layer takes it."""
         from modules import shared
 
@@ -6356,8 +6351,7 @@ class Host:
 
     # For the API: the host's routes
 
-    @staticmethod
-    def generation_routes(app: Any) -> List[Tuple[Any, str]]:
+    def generation_routes(self, app: Any) -> List[Tuple[Any, str]]:
         """The routes with the type of job that each makes. SD.Next has each of them twice."""
         return [
             (route, type_)
@@ -6366,8 +6360,7 @@ class Host:
             if getattr(route, "path", "").endswith(f"/sdapi/v1/{type_}") and "POST" in (route.methods or ())
         ]
 
-    @staticmethod
-    def check(routes: List[Tuple[Any, str]]) -> None:
+    def check(self, routes: List[Tuple[Any, str]]) -> None:
         """Raises UnsupportedHost, or whatever else, where something is missing that we use."""
         for route, _ in routes:
             if hasattr(route.app, "tracker"):  # as ours has, of whatever version
@@ -6377,8 +6370,7 @@ class Host:
                 raise UnsupportedHost(f"this webui is not supported, its {route.path} is of another kind")
         anyio.to_thread.current_default_thread_limiter  # noqa: B018 - missing in a foreign anyio
 
-    @staticmethod
-    def find_add_api_route(routes: List[Tuple[Any, str]]) -> Callable[..., Any]:
+    def find_add_api_route(self, routes: List[Tuple[Any, str]]) -> Callable[..., Any]:
         """The host's own way to add a route, by which it guards it as its own. Raises UnsupportedHost."""
         from modules import shared
 
@@ -6388,8 +6380,7 @@ class Host:
                 return owner.add_api_route
         raise UnsupportedHost("this webui is not supported, it has no add_api_route")
 
-    @staticmethod
-    def observe(routes: List[Tuple[Any, str]]) -> None:
+    def observe(self, routes: List[Tuple[Any, str]]) -> None:
         """From now on, the endpoints of these routes tell their generation how far they are."""
 
         def observed(endpoint: Callable[..., Any]) -> Callable[..., Any]:
@@ -6406,8 +6397,7 @@ class Host:
         for route, _ in routes:
             route.dependant.call = observed(route.dependant.call)
 
-    @staticmethod
-    def put_around(app: Any, layer: Callable[[App], App]) -> None:
+    def put_around(self, app: Any, layer: Callable[[App], App]) -> None:
         """Puts a layer around all others, whether these are built already (Forge, or after a first request) or not."""
         build = app.build_middleware_stack
         app.build_middleware_stack = lambda: layer(build())
@@ -6416,14 +6406,12 @@ class Host:
 
     # For the tab: what gradio serves
 
-    @staticmethod
-    def keep_from_gradio(demo: Any, folders: Iterable[str]) -> None:
+    def keep_from_gradio(self, demo: Any, folders: Iterable[str]) -> None:
         """gradio 3 gives every file below the webui's folder to whoever can open the UI, but for what is blocked."""
         if hasattr(demo, "blocked_paths"):
             demo.blocked_paths = [*demo.blocked_paths, *folders, *map(os.path.realpath, folders)]
 
-    @staticmethod
-    def add_page_routes(app: Any, routes: Dict[str, Callable[..., Any]]) -> None:
+    def add_page_routes(self, app: Any, routes: Dict[str, Callable[..., Any]]) -> None:
         """Adds what a page asks for besides gradio: for everyone whom gradio lets see the page, --api-auth or not."""
         paths = {route.path: route for route in app.routes if hasattr(route, "dependencies")}
         login = next((route.dependencies for path, route in paths.items() if path.startswith("/file=")), None)
@@ -6535,10 +6523,7 @@ class Extension:
 
 
 class PrefixFilter(logging.Filter):
-    """Formats the message once, with our name, because a handler that SD.Next adds to every logger breaks later ones.
-
-    It formats the message for all that come after it, and they would fail to do so again.
-    """
+    """Formats the message once, with our name, because a handler that SD.Next adds breaks later formatting."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         record.msg, record.args = f"[Job Tracker] {record.getMessage()}", None

@@ -35,17 +35,15 @@ async def nothing() -> None:
 class Host:
     """Stands for a webui, whose client wants its images or not."""
 
-    def __init__(self, hide: bool):
+    def __init__(self, script: Any, hide: bool):
+        self.script = script
         self.hide = hide
 
     def extra_worker_thread(self) -> Any:
         return contextlib.nullcontext(True)
 
-    def adapt_request(self, arguments: Any) -> Any:
-        return "", self.hide
-
-    def name_task(self, arguments: Any, name: str) -> None:
-        pass
+    def adapt_request(self, arguments: Any, name: str) -> Any:
+        return self.script.AdaptedRequest(hide_images=self.hide)
 
 
 def generation(
@@ -70,7 +68,9 @@ def generation(
 
     endpoint = in_context(endpoint)  # a plain executor does not hand the context on, as the host's threads do
     scope = {"headers": [(b"accept-encoding", b"gzip")], "client": ("::1", 1)}
-    one = script.Generation(script.Middleware(app, "txt2img", tracker, Host(hide)), scope, [{"type": "http.request"}])
+    one = script.Generation(
+        script.Middleware(app, "txt2img", tracker, Host(script, hide)), scope, [{"type": "http.request"}]
+    )
     one.set_client_done()
     return one
 
