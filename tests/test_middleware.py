@@ -42,20 +42,32 @@ class Host:
     def extra_worker_thread(self) -> Any:
         return contextlib.nullcontext(True)
 
+    def dequeue(self, task: Any) -> None:
+        pass
+
     def adapt_request(self, arguments: Any, name: str) -> Any:
         return self.script.AdaptedRequest(hide_images=self.hide)
 
 
-def generation(
-    script: Any, tracker: Any, answer: Any, before: Callable[[], Awaitable[None]] = nothing, hide: bool = False
+def middleware(
+    script: Any,
+    tracker: Any,
+    answer: Any = None,
+    before: Callable[[], Awaitable[None]] = nothing,
+    hide: bool = False,
+    lock: Any = None,
+    seen: Callable[[], None] = lambda: None,
 ) -> Any:
-    """A generation request to a webui that answers so, after something else. Its client has left."""
-    lock = script.ObservedLock(threading.Lock())
+    """That of a webui that answers so, after something else. `seen` is called where a request comes by."""
+    observed = script.ObservedLock(lock or threading.Lock())
 
     def endpoint(generation: Any) -> None:
+        script.current.set(generation)  # a plain executor does not hand the context on, as the host's threads do
+        seen()
         generation.on_endpoint({})
-        with lock:
-            pass
+        with observed:
+            seen()
+        seen()
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await asyncio.get_running_loop().run_in_executor(None, endpoint, script.current.get())
@@ -63,16 +75,74 @@ def generation(
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": json.dumps(answer).encode()})
 
-    def in_context(function: Any) -> Any:
-        return lambda generation: (script.current.set(generation), function(generation))[1]
+    return script.Middleware(app, "txt2img", tracker, Host(script, hide))
 
-    endpoint = in_context(endpoint)  # a plain executor does not hand the context on, as the host's threads do
-    scope = {"headers": [(b"accept-encoding", b"gzip")], "client": ("::1", 1)}
-    one = script.Generation(
-        script.Middleware(app, "txt2img", tracker, Host(script, hide)), scope, [{"type": "http.request"}]
-    )
+
+SCOPE = {"path": "/", "headers": [(b"accept-encoding", b"gzip")], "client": ("::1", 1)}
+
+
+def generation(script: Any, *args: Any, **options: Any) -> Any:
+    """A generation request, whose client has left."""
+    one = script.Generation(middleware(script, *args, **options), SCOPE, [{"type": "http.request"}])
     one.set_client_done()
     return one
+
+
+@pytest.mark.parametrize(
+    "cancelled, phases",
+    [
+        (False, ["CHECKING", "WAITING", "GENERATING", "ENCODING", "ENDED"]),
+        (True, ["CHECKING", "WAITING", "WITHDRAWN", "ENDED"]),
+    ],
+)
+def test_the_way_of_a_request(script, tracker, cancelled, phases):
+    passed = []
+
+    async def run() -> str:
+        nonlocal one
+        one = generation(script, tracker, {"images": [IMAGE]}, lock=lock, seen=note)
+        with lock:
+            work = one.begin()
+            assert await one.is_accepted()
+            note()
+            if cancelled:
+                assert tracker.cancel(one.job.id)
+                note()
+        await work
+        note()
+        return one.job.id
+
+    def note() -> None:
+        passed.append(one.phase.name)
+
+    one, lock = None, threading.Lock()
+    job = when_ended(tracker, asyncio.run(run()))
+    assert passed == phases
+    assert (job.status, job.error) == (("Failed", "Cancelled") if cancelled else ("Completed", None))
+    assert one.response.messages == [], "nothing large is kept"
+
+
+def test_a_job_that_is_cancelled_before_the_disk_took_it(script, tracker, monkeypatch):
+    """Its client was told of no job, and is not left without an answer."""
+    lock, cancels = threading.Lock(), []
+    monkeypatch.setattr(tracker, "accept", lambda job, cancel: cancels.append(cancel) or script.Future())
+    monkeypatch.setattr(tracker, "patience", lambda: 0.1)
+
+    async def run() -> None:
+        scope = {**SCOPE, script.OuterMiddleware.KEY: script.ConnectionState()}
+        receive = script.replay_body([{"type": "http.request"}])
+        serving = asyncio.ensure_future(middleware(script, tracker, lock=lock)(scope, receive, None))
+        with lock:
+            await asyncio.get_running_loop().run_in_executor(None, until, lambda: cancels)
+            assert cancels[0]()
+            with pytest.raises(script.HTTPException) as told:
+                await serving
+        assert (told.value.status_code, told.value.detail) == (500, "Cancelled")
+        work = scope[script.OuterMiddleware.KEY].work
+        work.cancel()
+        await asyncio.wait({work})
+
+    asyncio.run(run())
 
 
 ODD: Dict[str, Any] = {
@@ -204,8 +274,9 @@ def test_a_repeat_right_after_a_failure(script, tracker):
     tracker.accept(job, lambda: True).result()
     tracker.start(job.id)
     tracker.answered(job.id)
-    middleware = script.Middleware(None, "txt2img", tracker, None)
-    response = script.ClientResponse(middleware, {"headers": [], script.OuterMiddleware.KEY: None}, None, None)
+    response = script.ClientResponse(
+        middleware(script, tracker), {"headers": [], script.OuterMiddleware.KEY: None}, None, None
+    )
     threading.Timer(0.1, tracker.fail, (job.id, "the card is gone")).start()
     assert asyncio.run(response._repeat(script.Claim("digest", job.id))) is False
 
