@@ -3938,10 +3938,8 @@ class Preference(NamedTuple):
 
     def applied(self, respond_async: bool) -> Headers:
         """`Preference-Applied`, of an answer that is an early one or not."""
-        applied = [
-            *(["respond-async"] if respond_async else []),
-            *([] if self.wait is None else [f"wait={self.wait}"]),
-        ]
+        applied = ["respond-async"] if respond_async else []
+        applied += [] if self.wait is None else [f"wait={self.wait}"]
         return [(b"preference-applied", ", ".join(applied).encode())] if applied else []
 
 
@@ -4838,6 +4836,18 @@ class ObservedLock:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._lock, name)
+
+
+def observed_endpoint(endpoint: Callable[..., Any]) -> Callable[..., Any]:
+    """A host's endpoint that tells the current generation that it is called."""
+
+    def call(**arguments: Any) -> Any:
+        generation = current.get()
+        if generation is not None:
+            generation.on_endpoint(arguments)
+        return endpoint(**arguments)
+
+    return call
 
 
 class FollowedJob(NamedTuple):
@@ -6269,20 +6279,22 @@ class Host:
     WORKER_THREADS = 40  # of anyio, for all that a webui does in threads
     SPARE_THREADS = 1000  # the most worker threads that are added to these
 
+    @property
+    def _shared(self) -> Any:
+        from modules import shared
+
+        return shared
+
     # For the Tracker: the generation that has the queue lock
 
     def begun(self) -> Any:
         """What the host says of when its last generation began."""
-        from modules import shared
-
-        return getattr(shared.state, "time_start", None)
+        return getattr(self._shared.state, "time_start", None)
 
     def progress(self, begun: Any) -> Progress:
         """How far the host is. `begun` is what `begun()` said when the job got the queue lock."""
-        from modules import shared
-
         try:
-            state = shared.state
+            state = self._shared.state
             if self.begun() == begun or state.job_count <= 0:  # the rest is from the generation before
                 return 0.0
             progress = state.job_no / state.job_count
@@ -6293,9 +6305,7 @@ class Host:
             return None
 
     def interrupt(self) -> None:
-        from modules import shared
-
-        shared.state.interrupt()
+        self._shared.state.interrupt()
 
     def dequeue(self, task: Optional[str]) -> None:
         """Takes a task off the list of those that wait: the host takes off only what has begun."""
@@ -6336,10 +6346,9 @@ class Host:
 
     def allows_origin(self, origin: str) -> bool:
         """Whether --cors-allow-origins names an origin, in the way in which the host's own CORS layer takes it."""
-        from modules import shared
 
         def option(*names: str) -> str:
-            options = getattr(shared, "cmd_opts", None)
+            options = getattr(self._shared, "cmd_opts", None)
             return next(filter(None, (getattr(options, name, None) for name in names)), "")
 
         # The second ones are SD.Next's.
@@ -6372,30 +6381,18 @@ class Host:
 
     def find_add_api_route(self, routes: List[Tuple[Any, str]]) -> Callable[..., Any]:
         """The host's own way to add a route, by which it guards it as its own. Raises UnsupportedHost."""
-        from modules import shared
-
         owners = [route.endpoint.__self__ for route, _ in routes]
-        for owner in (*owners, getattr(shared, "api", None)):  # SD.Next has it in the latter place
+        for owner in (*owners, getattr(self._shared, "api", None)):  # SD.Next has it in the latter place
             if callable(getattr(owner, "add_api_route", None)):
                 return owner.add_api_route
         raise UnsupportedHost("this webui is not supported, it has no add_api_route")
 
     def observe(self, routes: List[Tuple[Any, str]]) -> None:
         """From now on, the endpoints of these routes tell their generation how far they are."""
-
-        def observed(endpoint: Callable[..., Any]) -> Callable[..., Any]:
-            def call(**arguments: Any) -> Any:
-                generation = current.get()
-                if generation is not None:
-                    generation.on_endpoint(arguments)
-                return endpoint(**arguments)
-
-            return call
-
         for owner in {id(route.endpoint.__self__): route.endpoint.__self__ for route, _ in routes}.values():
             owner.queue_lock = ObservedLock(owner.queue_lock)
         for route, _ in routes:
-            route.dependant.call = observed(route.dependant.call)
+            route.dependant.call = observed_endpoint(route.dependant.call)
 
     def put_around(self, app: Any, layer: Callable[[App], App]) -> None:
         """Puts a layer around all others, whether these are built already (Forge, or after a first request) or not."""
