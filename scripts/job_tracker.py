@@ -4738,10 +4738,7 @@ class Generation:
                 self._give_up()
             elif self.on_disk:
                 self.tracker.answered(self.job.id)
-                if self.failed:
-                    await self.until(lambda: self.passed_on is not None)
-                    self._report_failure()
-                await self._store_when_sent()
+                await self._store_when_told()
         finally:
             self.tracker.let_go(size)
 
@@ -4776,13 +4773,16 @@ class Generation:
         elif not is_plain:
             log.warning("Job %s: the webui raised %s when it was stopped", self.job.id, type(error).__name__)
 
-    async def _store_when_sent(self) -> None:
+    async def _store_when_told(self) -> None:
         """Stores the outcome. It gives a fast client a moment to receive the answer, for storing competes with sending.
 
         With gzip it does not: packing takes longer, and leaves room for both.
         """
         try:
-            if not self.failed and not accepts_gzip(self.scope):
+            if self.failed:
+                await self.until(lambda: self.passed_on is not None)
+                self._report_failure()
+            elif not accepts_gzip(self.scope):
                 await self.until(lambda: self.client_done, STORE_DELAY)
         finally:  # also if the server is stopped
             pool = self.tracker.senders if self.failed else self.tracker.storers  # a failure needs no disk of ours

@@ -202,6 +202,25 @@ def test_a_server_that_is_stopped_by_force(script, tracker):
     assert json.loads(b"".join(tracker.as_json(tracker.get(job_id))))["images"] == [IMAGE]
 
 
+def test_a_failure_in_a_server_that_is_stopped_by_force(script, tracker):
+    """It is kept, though nobody has told its client yet."""
+
+    async def fail() -> None:
+        raise RuntimeError("the card is gone")
+
+    async def run() -> str:
+        one = script.Generation(middleware(script, tracker, before=fail), SCOPE, [{"type": "http.request"}])
+        work = one.begin()
+        await one.until(lambda: one.phase is script.Phase.ENDED)
+        await asyncio.wait({work}, timeout=0.1)
+        work.cancel()
+        await asyncio.wait({work})
+        return one.job.id
+
+    job = when_ended(tracker, asyncio.run(run()))
+    assert (job.status, job.error) == ("Failed", "RuntimeError: the card is gone")
+
+
 def test_a_reload_waits_for_answers_on_their_way(script, tmp_path):
     """Where the webui does not wait for its clients, as on Forge, they get the rest all the same."""
     tracker = make_tracker(script, tmp_path, TRACKER_ENABLED="1", TRACKER_RETENTION="off")
