@@ -127,6 +127,7 @@ def test_a_job_that_is_cancelled_before_the_disk_took_it(script, tracker, monkey
     lock, cancels = threading.Lock(), []
     monkeypatch.setattr(tracker, "accept", lambda job, cancel: cancels.append(cancel) or script.Future())
     monkeypatch.setattr(tracker, "patience", lambda: 0.1)
+    monkeypatch.setattr(script, "GIVE_UP_AFTER", 0.1)
 
     async def run() -> None:
         scope = {**SCOPE, script.OuterMiddleware.KEY: script.ConnectionState()}
@@ -138,9 +139,7 @@ def test_a_job_that_is_cancelled_before_the_disk_took_it(script, tracker, monkey
             with pytest.raises(script.HTTPException) as told:
                 await serving
         assert (told.value.status_code, told.value.detail) == (500, "Cancelled")
-        work = scope[script.OuterMiddleware.KEY].work
-        work.cancel()
-        await asyncio.wait({work})
+        await scope[script.OuterMiddleware.KEY].work
 
     asyncio.run(run())
 
