@@ -13,7 +13,8 @@ The file reads in the order in which a request meets its parts, and every part k
     Predecessor   the jobs of API-Job-Tracker-SD-WebUI
     Tracker       a job's life, the only writer of both stores
     Housekeeper   what is done now and then
-    Middleware    the ASGI side of one generation request
+    Http          what HTTP, browsers and servers ask for, whatever is sent
+    Generation    the way of one generation request
     API           the routes under /sdapi/v1/job
     Tab           the page "Job Tracker" in the webui
     Host          the only part that knows the webui
@@ -25,6 +26,7 @@ import bisect
 import contextlib
 import contextvars
 import copy
+import enum
 import errno
 import functools
 import hashlib
@@ -4035,7 +4037,7 @@ class Housekeeper:
 
 
 # ------------------------------------------------------------------------------------------------------------------
-# Middleware: the ASGI side of one generation request
+# Http: what HTTP, browsers and servers ask for, whatever is sent
 # ------------------------------------------------------------------------------------------------------------------
 
 Scope = Dict[str, Any]
@@ -4043,18 +4045,25 @@ Message = Dict[str, Any]
 Receive = Callable[[], Any]
 Send = Callable[[Message], Any]
 App = Callable[[Scope, Receive, Send], Any]
+Headers = List[Tuple[bytes, bytes]]
+
+HEARTBEAT = 15.0  # seconds between two bytes of white space
+CHUNK = 1 << 19  # bytes of an answer that are sent at a time
 
 JOB_HEADER = "X-Job-ID"
-HEARTBEAT = 15.0  # seconds between two bytes of white space
-SENDING = 0.1  # seconds that an answer may take to be sent before its images are stored meanwhile
-UNTOLD = 60.0  # seconds that an answer waits for a disk that has not taken its job yet
-GRACE = 0.02  # seconds in which a generation that has just begun may still fail with the host's own answer
-PIECE = 1 << 19  # bytes of an answer that are sent at a time
-IDEMPOTENCY_KEY_LIMIT = 255  # characters
-CANCELLED = "Cancelled"
-SPARE_THREADS = 1000  # the most worker threads that are lent to the host
+OWN_HEADERS = (  # those that a page of another origin cannot read unless they are exposed
+    JOB_HEADER,
+    "Location",
+    "Preference-Applied",
+    "Idempotent-Replayed",
+    "Link",
+    "ETag",
+    "Content-Disposition",
+    "Retry-After",
+)
 
-current: "contextvars.ContextVar[Optional[Generation]]" = contextvars.ContextVar("job_tracker_current", default=None)
+
+# Reading a request
 
 
 def header_of(scope: Scope, name: bytes) -> str:
@@ -4066,73 +4075,6 @@ def path_of(scope: Scope) -> str:
     """The path as the client sent it: with the prefix that a proxy took away, which servers add or do not."""
     root, path = scope.get("root_path", ""), scope["path"]
     return path if path.startswith(root + "/") else root + path
-
-
-DEFAULT_PORTS = {"http": 80, "https": 443}
-LOOPBACK = re.compile(r"localhost|127(\.[0-9]{1,3}){3}|\[::1\]")
-AUTHORITY = re.compile(r"(\[[0-9a-f:.]+\]|[^][\s/:@?#,]+)(?::([0-9]{0,5}))?")
-
-
-def parse_authority(text: str, scheme: str) -> Optional[Tuple[str, int]]:
-    """Host and port by RFC 3986, 3.2, the port of the scheme where none is said; None for what is invalid."""
-    form = AUTHORITY.fullmatch(text.strip().lower())
-    return (form.group(1), int(form.group(2) or DEFAULT_PORTS[scheme])) if form else None
-
-
-def is_foreign(scope: Scope, is_named: Callable[[str], bool]) -> bool:
-    """Whether a browser says that a request comes from a page of another origin, and of one that is not named.
-
-    Browsers send `Sec-Fetch-Site` (W3C, Fetch Metadata, 2.4) over HTTPS and to loopback addresses, and no page can set
-    it. Elsewhere `Origin` (RFC 6454, 7; Fetch, 3.2) must be that of the host that the browser asked for. This stands in
-    `Host` or, where a proxy on this machine has changed that, in `X-Forwarded-Host`. That is not believed elsewhere: a
-    page can send it, too, once gradio has allowed it to, which it does while the webui starts. Programs send neither
-    `Origin` nor `Sec-Fetch-Site`, and are never foreign.
-    """
-    origin, site = header_of(scope, b"origin"), header_of(scope, b"sec-fetch-site")
-    if origin and is_named(origin):
-        return False
-    if site or not origin:
-        return site not in ("", "same-origin", "none")
-    scheme, _, authority = origin.lower().partition("://")
-    if scheme not in DEFAULT_PORTS:  # of a page without an origin, too, which is "null"
-        return True
-    page = parse_authority(authority, scheme)
-    host = parse_authority(header_of(scope, b"host"), scheme)
-    if page is None or page == host:
-        return page is None
-    forwarded = header_of(scope, b"x-forwarded-host").split(",")
-    is_proxied = host is not None and LOOPBACK.fullmatch(host[0]) is not None
-    return not (is_proxied and page in [parse_authority(other, scheme) for other in forwarded])
-
-
-class OriginGuard:
-    """Refuses what pages of other origins ask for, with a line in the log, but not with one for each call."""
-
-    REFUSAL = (
-        "A page of another origin may not do this, unless --cors-allow-origins names it. If this page is the webui's "
-        "own, a proxy before it has to set X-Forwarded-Host"
-    )
-    SILENCE = 60.0  # seconds after a line in the log
-
-    def __init__(self, is_named: Callable[[str], bool]):
-        """`is_named` says whether the webui's options name an origin."""
-        self.is_named = is_named
-        self._silent_until = -math.inf
-        self._unsaid = 0
-
-    def refuses(self, scope: Scope, action: str) -> bool:
-        if not is_foreign(scope, self.is_named):
-            return False
-        self.warn(f"A page of {one_line(header_of(scope, b'origin') or 'another origin')}", action)
-        return True
-
-    def warn(self, who: str, action: str) -> None:
-        if time.monotonic() < self._silent_until:
-            self._unsaid += 1
-            return
-        more = f", and {self._unsaid:,} other calls since the last such line" if self._unsaid else ""
-        log.warning("%s tried to %s, and was refused%s", who, action, more)
-        self._silent_until, self._unsaid = time.monotonic() + self.SILENCE, 0
 
 
 def accepts_gzip(scope: Scope) -> bool:
@@ -4149,7 +4091,7 @@ def user_of(scope: Scope) -> str:
     header = header_of(scope, b"authorization")
     scheme, _, credentials = header.partition(" ")
     if scheme.lower() == "basic":
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError):  # it is no base64, and so as good as any other scheme
             return base64.b64decode(credentials).partition(b":")[0].hex()
     return header
 
@@ -4183,22 +4125,80 @@ class Preference(NamedTuple):
         wait = preferences.get("wait", "")
         return cls(True, min(int(wait), cls.LIMIT) if re.match(r"[0-9]{1,9}\Z", wait) else None)
 
-    def applied(self, respond_async: bool) -> bytes:
-        """The content of `Preference-Applied`."""
-        waited = [] if self.wait is None else [f"wait={self.wait}"]
-        return ", ".join([*(["respond-async"] if respond_async else []), *waited]).encode()
+    def applied(self, respond_async: bool) -> Headers:
+        """`Preference-Applied`, of an answer that is an early one or not."""
+        applied = ["respond-async"] if respond_async else []
+        applied += [] if self.wait is None else [f"wait={self.wait}"]
+        return [(b"preference-applied", ", ".join(applied).encode())] if applied else []
 
 
-OWN_HEADERS = (  # those that a page of another origin cannot read unless they are exposed
-    JOB_HEADER,
-    "Location",
-    "Preference-Applied",
-    "Idempotent-Replayed",
-    "Link",
-    "ETag",
-    "Content-Disposition",
-    "Retry-After",
-)
+# Pages of other origins
+
+DEFAULT_PORTS = {"http": 80, "https": 443}
+LOOPBACK = re.compile(r"localhost|127(\.[0-9]{1,3}){3}|\[::1\]")
+AUTHORITY = re.compile(r"(\[[0-9a-f:.]+\]|[^][\s/:@?#,]+)(?::([0-9]{0,5}))?")
+
+
+def parse_authority(text: str, scheme: str) -> Optional[Tuple[str, int]]:
+    """Host and port by RFC 3986, 3.2, the port of the scheme where none is said; None for what is invalid."""
+    form = AUTHORITY.fullmatch(text.strip().lower())
+    return (form.group(1), int(form.group(2) or DEFAULT_PORTS[scheme])) if form else None
+
+
+def is_foreign(scope: Scope, is_allowed: Callable[[str], bool]) -> bool:
+    """Whether a browser says that a request comes from a page of another origin, and of one that is not allowed.
+
+    Browsers send `Sec-Fetch-Site` (W3C, Fetch Metadata, 2.4) over HTTPS and to loopback addresses, and no page can set
+    it. Elsewhere `Origin` (RFC 6454, 7; Fetch, 3.2) must be that of the host that the browser asked for. This stands in
+    `Host` or, where a proxy on this machine has changed that, in `X-Forwarded-Host`. That is not believed elsewhere: a
+    page can send it, too, once gradio has allowed it to, which it does while the webui starts. Programs send neither
+    `Origin` nor `Sec-Fetch-Site`, and are never foreign.
+    """
+    origin, site = header_of(scope, b"origin"), header_of(scope, b"sec-fetch-site")
+    if origin and is_allowed(origin):
+        return False
+    if site or not origin:
+        return site not in ("", "same-origin", "none")
+    scheme, _, authority = origin.lower().partition("://")
+    if scheme not in DEFAULT_PORTS:  # of a page without an origin, too, which is "null"
+        return True
+    page = parse_authority(authority, scheme)
+    host = parse_authority(header_of(scope, b"host"), scheme)
+    if page is None or page == host:
+        return page is None
+    forwarded = header_of(scope, b"x-forwarded-host").split(",")
+    is_proxied = host is not None and LOOPBACK.fullmatch(host[0]) is not None
+    return not (is_proxied and page in [parse_authority(other, scheme) for other in forwarded])
+
+
+class OriginGuard:
+    """Refuses what pages of other origins ask for, with a line in the log, but not with one for each call."""
+
+    REFUSAL = (
+        "A page of another origin may not do this, unless --cors-allow-origins names it. If this page is the webui's "
+        "own, a proxy before it has to set X-Forwarded-Host"
+    )
+    SILENCE = 60.0  # seconds after a line in the log
+
+    def __init__(self, is_allowed: Callable[[str], bool]):
+        """`is_allowed` says whether the webui's options name an origin."""
+        self.is_allowed = is_allowed
+        self._silent_until = -math.inf
+        self._unsaid = 0
+
+    def refuses(self, scope: Scope, action: str) -> bool:
+        if not is_foreign(scope, self.is_allowed):
+            return False
+        self.warn(f"A page of {escape_for_log(header_of(scope, b'origin') or 'another origin')}", action)
+        return True
+
+    def warn(self, who: str, action: str) -> None:
+        if time.monotonic() < self._silent_until:
+            self._unsaid += 1
+            return
+        more = f", and {self._unsaid:,} other calls since the last such line" if self._unsaid else ""
+        log.warning("%s tried to %s, and was refused%s", who, action, more)
+        self._silent_until, self._unsaid = time.monotonic() + self.SILENCE, 0
 
 
 def exposed(names: Iterable[str]) -> Dict[str, str]:
@@ -4206,6 +4206,38 @@ def exposed(names: Iterable[str]) -> Dict[str, str]:
     carried = {name.lower() for name in names}
     own = [name for name in OWN_HEADERS if name.lower() in carried]
     return {"Access-Control-Expose-Headers": ", ".join(own)} if own else {}
+
+
+# Writing the log
+
+
+def escape_for_log(text: str) -> str:
+    """Text from outside in a form that cannot forge a line of the log."""
+    return text[:200].encode("unicode_escape").decode("ascii")
+
+
+def format_host_traceback(error: BaseException) -> str:
+    """The host's part of a traceback, each line of it indented, so that none can be taken for another of the log."""
+    text = "".join(traceback.format_exception(type(error), error, without_own_frames(error.__traceback__)))
+    return textwrap.indent(re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text.rstrip()), "    ", lambda _: True)
+
+
+def without_own_frames(frames: Optional[TracebackType]) -> Optional[TracebackType]:
+    """A traceback without the frames of this file.
+
+    They say nothing of a failed generation, and SD.Next reads a source file for each when it logs one.
+    """
+    kept, rest = [], None
+    while frames is not None:
+        if frames.tb_frame.f_code.co_filename != without_own_frames.__code__.co_filename:
+            kept.append(frames)
+        frames = frames.tb_next
+    for one in reversed(kept):
+        rest = TracebackType(rest, one.tb_frame, one.tb_lasti, one.tb_lineno)
+    return rest
+
+
+# Sending an answer
 
 
 class Gzip:
@@ -4219,56 +4251,51 @@ class Gzip:
         """Encodes so that the other side can decode all of it at once."""
         return self._stream.compress(data) + self._stream.flush(zlib.Z_FINISH if last else zlib.Z_SYNC_FLUSH)
 
-    def encode_all(self, pieces: Iterator[bytes]) -> Iterator[bytes]:
-        for piece in pieces:
-            yield self.encode(piece)
+    def encode_all(self, chunks: Iterator[bytes]) -> Iterator[bytes]:
+        for chunk in chunks:
+            yield self.encode(chunk)
         yield self.encode(b"", last=True)
 
 
-def copy_of(message: Message) -> Message:
-    """For whoever is given a message, or a scope, that is read again: the host's layers change what they are given."""
-    return {**message, "headers": list(message["headers"])} if "headers" in message else dict(message)
+def chunks_of(data: bytes) -> Iterator[bytes]:
+    return (data[position : position + CHUNK] for position in range(0, len(data), CHUNK))
 
 
-def giving(body: List[Message]) -> Receive:
-    """A `receive` that gives the body once, and after it never says that the client left."""
-
-    async def receive() -> Message:
-        if not body:
-            await asyncio.get_running_loop().create_future()
-        return copy_of(body.pop(0))
-
-    return receive
+def chain(first: bytes, rest: Iterator[bytes]) -> Iterator[bytes]:
+    """A generator, unlike `itertools.chain`: it can be closed, and closes the rest with it."""
+    yield first
+    yield from rest
 
 
-async def until_gone(receive: Receive) -> None:
-    """Returns when the client has left."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
+def json_array(items: Iterable[Iterator[bytes]]) -> Iterator[bytes]:
+    """A JSON array of items, each of which comes in chunks."""
+    yield b"["
+    for number, item in enumerate(items):
+        first = next(item)
+        yield b"," + first if number else first
+        yield from item
+    yield b"]"
 
 
-def in_pieces(data: bytes) -> Iterator[bytes]:
-    return (data[position : position + PIECE] for position in range(0, len(data), PIECE))
+class ThreadedChunks:
+    """The chunks of a generator, made in a thread of a pool, small ones together."""
 
-
-class FromPool:
-    """What a generator makes, a piece or more at a time, made in a thread of one of the tracker's pools."""
-
-    def __init__(self, tracker: Tracker, pieces: Iterator[bytes], pool: Optional[Threads] = None):
-        self._tracker = tracker
-        self._pool = pool or tracker.pool
-        self._pieces = pieces
+    def __init__(self, pool: Threads, chunks: Iterator[bytes], sending: Any):
+        """It stands in the set `sending` for as long as it needs the pool."""
+        self._pool = pool
+        self._chunks = chunks
+        self._sending = sending
         self._making: "Future[bytes]" = Future()
         self._making.set_result(b"")
         self._begun = b""
         self._ended = False
-        tracker.sending.add(self)
+        sending.add(self)
 
-    def __aiter__(self) -> "FromPool":
+    def __aiter__(self) -> "ThreadedChunks":
         return self
 
     async def begin(self) -> None:
-        """Makes the first piece before anything is sent, so that trouble with it still has a status of its own."""
+        """Makes the first chunk before anything is sent, so that trouble with it still has a status of its own."""
         try:
             self._begun = await self.__anext__()
         except StopAsyncIteration:
@@ -4289,12 +4316,12 @@ class FromPool:
         raise StopAsyncIteration
 
     def _make(self) -> bytes:
-        """Small pieces together, for each way to a thread and back takes time."""
+        """Small chunks together, for each way to a thread and back takes time."""
         made, size = [], 0
-        for piece in self._pieces:
-            made.append(piece)
-            size += len(piece)
-            if size >= PIECE:
+        for chunk in self._chunks:
+            made.append(chunk)
+            size += len(chunk)
+            if size >= CHUNK:
                 break
         else:
             self._ended = True
@@ -4302,41 +4329,81 @@ class FromPool:
 
     def close(self) -> None:
         """Ends the generator, and so closes its file, as soon as no thread is in it. Waits for nothing."""
-        self._tracker.sending.discard(self)
+        self._sending.discard(self)
         self._making.add_done_callback(lambda _: self._close_in_thread())
 
     def _close_in_thread(self) -> None:
+        """Closing a file waits for a disk that does not answer."""
         if self._ended:
             return
         try:
-            self._pool.submit(self._pieces.close)  # which waits for a disk that does not answer
-        except StoreError:
-            threading.Thread(target=self._pieces.close, name="job-tracker-close", daemon=True).start()
+            self._pool.submit(self._chunks.close)
+        except StoreError:  # the pool is full or shut down, and the file must be closed all the same
+            threading.Thread(target=self._chunks.close, name="job-tracker-close", daemon=True).start()
 
 
-def one_line(text: str) -> str:
-    """Text from outside in a form that cannot forge a line of the log."""
-    return text[:200].encode("unicode_escape").decode("ascii")
+class ClosingStreamingResponse(StreamingResponse):
+    """Its content is closed at the end, also when the client leaves before."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        begun = asyncio.Event()
+
+        async def receive_later() -> Message:
+            """A response that ends before its first chunk is an error to the host's layers, gone client or not."""
+            await begun.wait()
+            return await receive()
+
+        async def send_and_note(message: Message) -> None:
+            await send(message)
+            if message["type"] == "http.response.body":
+                begun.set()
+
+        # For `stream_response`, which starlette calls.
+        self._begun, self._connection = begun, scope.get(OuterMiddleware.KEY)
+        try:
+            await super().__call__(scope, receive_later, send_and_note)
+        finally:
+            if isinstance(self.body_iterator, ThreadedChunks):
+                self.body_iterator.close()
+            else:
+                await self.body_iterator.aclose()
+
+    async def stream_response(self, send: Send) -> None:
+        try:
+            await super().stream_response(send)
+        except Exception as error:
+            if self._connection is None or not self._begun.is_set():  # the head may still become a true status
+                raise
+            self._connection.aborted = True  # some layers would end the response cleanly
+            log.error("An answer breaks off: %s", escape_for_log(str(error)))
 
 
-def traceback_of(error: BaseException) -> str:
-    """The host's part of a traceback, each line of it indented, so that none can be taken for another of the log."""
-    text = "".join(traceback.format_exception(type(error), error, without_this_file(error.__traceback__)))
-    return textwrap.indent(re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text.rstrip()), "    ", lambda _: True)
+# ASGI messages
 
 
-class Valve:
-    """Put into the scope by the shell. Once cut, nothing of the response passes; `work` outlives the response."""
-
-    def __init__(self) -> None:
-        self.cut = False
-        self.headers: List[Tuple[bytes, bytes]] = []  # which the response's head gets besides
-        self.error_headers: List[Tuple[bytes, bytes]] = []  # the same if it is an error: the host drops an exception's
-        self.work: Optional["asyncio.Task[None]"] = None
-        self.refusal: Optional[str] = None  # the detail of a 403 that is sent in the response's place
+def copy_message(message: Message) -> Message:
+    """For whoever is given a message, or a scope, that is read again: the host's layers change what they are given."""
+    return {**message, "headers": list(message["headers"])} if "headers" in message else dict(message)
 
 
-async def send_refusal(send: Send, detail: str, headers: Iterable[Tuple[bytes, bytes]] = ()) -> None:
+def replay_body(body: List[Message]) -> Receive:
+    """A `receive` that gives the body once, and after it never says that the client left."""
+
+    async def receive() -> Message:
+        if not body:
+            await asyncio.get_running_loop().create_future()
+        return copy_message(body.pop(0))
+
+    return receive
+
+
+async def wait_for_disconnect(receive: Receive) -> None:
+    """Returns when the client has left."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def send_forbidden(send: Send, detail: str, headers: Iterable[Tuple[bytes, bytes]] = ()) -> None:
     """A whole response. `headers` are of the one that it stands for, and stay unless they tell of its content."""
     content = as_json({"detail": detail, "error": detail})  # the latter is what gradio's page shows
     kept = [(name, value) for name, value in headers if not name.lower().startswith(b"content-")]
@@ -4345,14 +4412,45 @@ async def send_refusal(send: Send, detail: str, headers: Iterable[Tuple[bytes, b
     await send({"type": "http.response.body", "body": content})
 
 
-class Shell:
-    """The outermost layer around the host: cuts connections, and keeps the server alive for jobs without a client.
+# Around the whole host
 
-    Whatever the layers between do to end a response, nothing passes once its valve is cut, and the connection of a
-    response without an end is closed. A server that stops waits for its requests, and so for their jobs.
+
+class ConnectionState:
+    """What the parts inside the host tell the layer around it about one request. It stands in the request's scope."""
+
+    def __init__(self) -> None:
+        self.aborted = False  # nothing more is sent, and the connection is closed without a clean end
+        self.refusal: Optional[str] = None  # the detail of a 403 that is sent in the response's place
+        self.headers: Headers = []  # which the response's head gets besides
+        self.error_headers: Headers = []  # the same if it is an error: the host drops those of an exception
+        self.work: Optional["asyncio.Task[None]"] = None  # which outlives the response
+
+    def filter(self, send: Send) -> Send:
+        """A `send` that does what was told here."""
+
+        async def pass_on(message: Message) -> None:
+            is_head = message["type"] == "http.response.start"
+            if self.refusal is not None:
+                if is_head:
+                    await send_forbidden(send, self.refusal, message["headers"])
+                return
+            if is_head:
+                more = [*self.headers, *(self.error_headers if message["status"] >= 400 else [])]
+                message = {**message, "headers": [*message["headers"], *more]} if more else message
+            if not self.aborted:
+                await send(message)
+
+        return pass_on
+
+
+class OuterMiddleware:
+    """The outermost layer around the host: aborts connections, and keeps the server alive for work without a client.
+
+    Whatever the layers between do to end a response, nothing passes once its connection is aborted, and a response
+    without an end is closed. A server that stops waits for its requests, and so for the work that outlives them.
     """
 
-    KEY = "job_tracker.valve"
+    KEY = "job_tracker.connection"  # of the ConnectionState in a scope
     CLOSING = 5.0  # seconds that a client may take to read the rest, before its connection is dropped
 
     def __init__(self, app: App):
@@ -4362,37 +4460,25 @@ class Shell:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        valve = scope[self.KEY] = Valve()
+        connection = scope[self.KEY] = ConnectionState()
         cycle = getattr(send, "__self__", None)  # uvicorn's, of this request
         if scope.get("http_version") == "1.0":
-            send = without_chunks(send, cycle)
+            send = without_chunk_sizes(send, cycle)
         asked = header_of(scope, b"access-control-request-headers").lower()
         if scope["method"] == "OPTIONS" and "x-forwarded-host" in asked:
             # Only proxies say this, and `is_foreign` believes it. gradio 4 would let any page say it.
-            await send_refusal(send, OriginGuard.REFUSAL)
+            await send_forbidden(send, OriginGuard.REFUSAL)
             return
-
-        async def pass_on(message: Message) -> None:
-            if valve.refusal is not None:
-                if message["type"] == "http.response.start":
-                    await send_refusal(send, valve.refusal, message["headers"])
-                return
-            if message["type"] == "http.response.start":
-                more = [*valve.headers, *(valve.error_headers if message["status"] >= 400 else [])]
-                message = {**message, "headers": [*message["headers"], *more]} if more else message
-            if not valve.cut:
-                await send(message)
-
         try:
-            await self.app(scope, receive, pass_on)
+            await self.app(scope, receive, connection.filter(send))
         except Exception:
-            if not valve.cut:
+            if not connection.aborted:  # else whoever aborted it has said why
                 raise
         finally:
-            if valve.cut:
+            if connection.aborted:
                 await self._abort(scope, receive, cycle)
-            elif valve.work is not None:
-                await asyncio.wait({valve.work})
+            elif connection.work is not None:
+                await asyncio.wait({connection.work})
 
     async def _abort(self, scope: Scope, receive: Receive, cycle: Any) -> None:
         """Closes the connection. A server that we do not know does that itself, and complains in its log."""
@@ -4400,23 +4486,23 @@ class Shell:
         if transport is None:
             return
         if scope.get("http_version") == "1.0":  # to which a closed connection is the clean end: only a reset is not
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):  # it is closed already
                 transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
             transport.abort()  # a close would end TLS in good order, and that is a clean end, too
         else:
             transport.close()
         try:
-            await asyncio.wait_for(until_gone(receive), self.CLOSING)
-        except asyncio.TimeoutError:
+            await asyncio.wait_for(wait_for_disconnect(receive), self.CLOSING)
+        except asyncio.TimeoutError:  # the client does not read
             transport.abort()
         cycle.disconnected = True  # or uvicorn, which may not have noticed yet, complains of a response without an end
 
 
-def without_chunks(send: Send, cycle: Any) -> Send:
+def without_chunk_sizes(send: Send, cycle: Any) -> Send:
     """A server's `send` for a client of HTTP/1.0, which knows no chunks: RFC 9112, 6.1 forbids to send it any.
 
-    With httptools, uvicorn sends them all the same where the head has no Content-Length. Its `cycle` is led to believe
-    that each piece has the length that was promised.
+    With httptools, uvicorn sends their sizes all the same where the head has no Content-Length. Its `cycle` is led to
+    believe that each piece of the body has the length that was promised.
     """
     if not hasattr(cycle, "expected_content_length"):  # with h11 it knows
         return send
@@ -4435,47 +4521,133 @@ def without_chunks(send: Send, cycle: Any) -> Send:
     return send_plain
 
 
-class ObservedLock:
-    """Stands for the host's queue lock and tells the current generation that it asks for it, has it, and is done.
+# ------------------------------------------------------------------------------------------------------------------
+# Generation: the way of one generation request
+# ------------------------------------------------------------------------------------------------------------------
+#
+#  1. `Middleware` stands around each of the host's generation routes. Each request gets a `ClientResponse`.
+#  2. The ClientResponse reads the body, and begins a `Generation`: the host's route in a task that is not the client's.
+#  3. The host checks credentials and body, and calls its endpoint, in a worker thread: `on_endpoint`.
+#  4. The endpoint asks for the host's queue lock, for which an `ObservedLock` stands: `on_lock_wanted`. This makes the
+#     request a job, which is on its way to the disk from now on. Once it is there, the client is told of it.
+#  5. The endpoint gets the lock, generates, and gives the lock back: `on_lock_acquired`, `on_lock_released`.
+#  6. The route ends with a `HostResponse`. The ClientResponse sends it, and the Generation stores it as the job's end.
 
-    The order of the lock is its own. Whoever is no tracked generation passes unseen.
-    """
+STORE_DELAY = 0.1  # seconds that an answer may take to be sent before its images are stored meanwhile
+GIVE_UP_AFTER = 60.0  # seconds that an answer waits for a disk that has not taken its job yet
+EARLY_FAILURE_WINDOW = 0.02  # seconds in which a generation that has just begun may fail with the host's own answer
+INTERRUPT_EVERY = 0.2  # seconds
+IDEMPOTENCY_KEY_LIMIT = 255  # characters
+CANCELLED = "Cancelled"
 
-    def __init__(self, lock: Any):
-        self._lock = lock
+current: "contextvars.ContextVar[Optional[Generation]]" = contextvars.ContextVar("job_tracker_current", default=None)
 
-    def acquire(self, *args: Any, **kwargs: Any) -> Any:
-        generation = current.get()
-        if generation is not None:
-            generation.asked()
-        got = self._lock.acquire(*args, **kwargs)
-        if generation is not None and got is not False:
-            try:
-                generation.got()
-            except BaseException:
-                self._lock.release()
-                raise
-        return got
 
-    def release(self) -> None:
-        generation = current.get()
+class DuplicateRequest(Exception):
+    """Ends a host's route: another generation has the same idempotency key."""
+
+    def __init__(self, reservation: KeyReservation):
+        super().__init__("duplicate request")
+        self.reservation = reservation
+
+
+class Cancelled(Exception):
+    """Ends a host's route whose job was cancelled before it got the queue lock."""
+
+
+class AdaptedRequest(NamedTuple):
+    """What the host knows of a request, as it goes on with it."""
+
+    prompt: str = ""
+    hide_images: bool = False  # from the client, which sent send_images: false. The host answers with them
+    task_id: Optional[str] = None  # the host's own name for it
+
+
+class Middleware:
+    """Wraps the application of one generation route of the host."""
+
+    def __init__(self, app: App, type_: str, tracker: Tracker, host: Any):
+        """`host` is asked for what differs between webuis: see the part Host."""
+        self.app = app
+        self.type = type_
+        self.tracker = tracker
+        self.host = host
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        # Requests that came before the outer middleware was there have no connection state.
+        if not self.tracker.settings.enabled or OuterMiddleware.KEY not in scope:
+            await self.app(scope, receive, send)
+            return
         try:
-            if generation is not None:
-                generation.released()
-        finally:
-            self._lock.release()
-
-    def __enter__(self) -> Any:
-        return self.acquire()
-
-    def __exit__(self, *_: Any) -> None:
-        self.release()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._lock, name)
+            await ClientResponse(self, scope, receive, send).serve()
+        except Exception as error:
+            raise error.with_traceback(without_own_frames(error.__traceback__))
 
 
-def harmless(hook: Callable[..., None]) -> Callable[..., None]:
+class HostResponse:
+    """What the host's route came to: the messages of its answer, or what it raised."""
+
+    def __init__(self) -> None:
+        self.messages: List[Message] = []
+        self.error: Optional[BaseException] = None
+        self.hide_images = False  # from the client
+        self._answer: Optional[Answer] = None
+        self._reading = threading.Lock()  # guards this one
+
+    async def send(self, message: Message) -> None:
+        """For the route to send with."""
+        self.messages.append(copy_message(message))
+
+    def clear(self) -> None:
+        self.messages, self.error, self._answer = [], None, None
+
+    @property
+    def failed(self) -> bool:
+        """Whether there is no answer of success."""
+        return self.error is not None or not self.messages or not 200 <= self.messages[0]["status"] < 300
+
+    @property
+    def size(self) -> int:
+        return sum(len(message.get("body", b"")) for message in self.messages)
+
+    def body(self) -> bytes:
+        return b"".join(message.get("body", b"") for message in self.messages[1:])
+
+    def answer(self) -> Answer:
+        """The body in parts, with the parameters as the client sent them. It is read once, by whoever comes first."""
+        with self._reading:
+            if self._answer is None:
+                answer = split_answer(self.body())
+                self._answer = with_images_hidden(answer) if self.hide_images else answer
+            return self._answer
+
+    def chunks_for_client(self) -> Iterator[bytes]:
+        """The body as the client asked for it."""
+        yield from chunks_of(self.answer().rest if self.hide_images else self.body())
+
+    def messages_without_images(self) -> List[Message]:
+        """An answer of success, for a client that wants no images."""
+        head, body = self.messages[0], self.answer().rest
+        headers = [pair for pair in head["headers"] if pair[0].lower() != b"content-length"]
+        headers.append((b"content-length", str(len(body)).encode()))
+        return [{**head, "headers": headers}, {"type": "http.response.body", "body": body}]
+
+    def reason(self) -> str:
+        """Why it failed, for its user."""
+        if isinstance(self.error, asyncio.CancelledError):
+            return "The webui was stopped"
+        if self.error is not None:
+            text = ""
+            with contextlib.suppress(Exception):  # an exception of an extension's may fail at that, too
+                text = str(getattr(self.error, "detail", "") or reason_of(self.error))
+            name = type(self.error).__name__
+            return f"{name}: {text}" if text not in ("", name) else name
+        if not self.messages:
+            return "The webui gave no answer"
+        return f"The webui answered {self.messages[0]['status']}: {self.body()[:1000].decode('utf-8', 'replace')}"
+
+
+def log_errors(hook: Callable[..., None]) -> Callable[..., None]:
     """For our code on the host's thread: what goes wrong in it is logged, and the generation goes on."""
 
     def guarded(self: "Generation", *args: Any) -> None:
@@ -4487,65 +4659,23 @@ def harmless(hook: Callable[..., None]) -> Callable[..., None]:
     return guarded
 
 
-@contextlib.contextmanager
-def lent_thread() -> Iterator[bool]:
-    """Gives the host one worker thread more, unless it has too many already. In the event loop only.
+class Phase(enum.IntEnum):
+    """Where the host's route is with a request. It only goes on, and waits for neither the client nor the disk.
 
-    A generation holds a thread for as long as it waits in the queue: 40 of them would leave none for anybody else.
+    CHECKING -> WAITING -> GENERATING -> ENCODING -> ENDED, with WITHDRAWN in the place of the third and the fourth for
+    a job that is cancelled in time. A request that is refused goes to ENDED at once.
     """
-    limiter = anyio.to_thread.current_default_thread_limiter()
-    lent = limiter.total_tokens < 40 + SPARE_THREADS
-    limiter.total_tokens += lent
-    try:
-        yield lent
-    finally:
-        limiter.total_tokens -= lent
 
-
-class Middleware:
-    """Wraps the application of one generation route of the host."""
-
-    def __init__(self, app: App, type_: str, tracker: Tracker):
-        self.app = app
-        self.type = type_
-        self.tracker = tracker
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if not self.tracker.settings.enabled or Shell.KEY not in scope:  # as for what came before the shell was there
-            await self.app(scope, receive, send)
-            return
-        try:
-            await Exchange(self, scope, receive, send).serve()
-        except Exception as error:
-            raise error.with_traceback(without_this_file(error.__traceback__))
-
-
-def without_this_file(frames: Optional[TracebackType]) -> Optional[TracebackType]:
-    """A traceback without our frames, which say nothing of a failed generation: SD.Next reads a file for each."""
-    kept, rest = [], None
-    while frames is not None:
-        if frames.tb_frame.f_code.co_filename != without_this_file.__code__.co_filename:
-            kept.append(frames)
-        frames = frames.tb_next
-    for one in reversed(kept):
-        rest = TracebackType(rest, one.tb_frame, one.tb_lasti, one.tb_lineno)
-    return rest
-
-
-class Repeat(Exception):
-    """Ends a host's route: another generation has the same idempotency key."""
-
-    def __init__(self, claim: KeyReservation):
-        super().__init__("repeat")
-        self.claim = claim
-
-
-class Cancelled(Exception):
-    """Ends a host's route whose job was cancelled before it got the queue lock."""
+    CHECKING = 0  # the host checks credentials and body: no job yet
+    WAITING = 1  # a job, for which the route waits for the queue lock
+    GENERATING = 2  # the route has the queue lock
+    ENCODING = 3  # the route has given the queue lock back, and makes its answer of the images
+    WITHDRAWN = 4  # cancelled while it waited: the job has failed, though the route is still to find out
+    ENDED = 5  # the route has ended, and what it came to is being stored
 
 
 class Generation:
-    """One generation request: the client on one side, on the other the host's route in a task of its own."""
+    """One run of the host's route, in a task of its own, whatever becomes of the client."""
 
     tasks: Set["asyncio.Task[None]"] = set()  # asyncio holds its tasks only weakly
 
@@ -4553,44 +4683,129 @@ class Generation:
         self.app = middleware.app
         self.type = middleware.type
         self.tracker = middleware.tracker
+        self.host = middleware.host
         self.scope = scope
-        self.body = body
-        self.loop = asyncio.get_running_loop()
-        self.accepted: "asyncio.Future[bool]" = self.loop.create_future()  # whether the job is on disk
-        self.answered: "asyncio.Future[None]" = self.loop.create_future()  # the client need not wait any longer
-        self.served: "asyncio.Future[None]" = self.loop.create_future()  # it has its answer, or is gone
-        self.job: Optional[Job] = None  # as it was accepted
-        self.asked_at = 0.0  # when it asked for the queue lock, by time.monotonic()
-        self.has_thread = False  # of its own, to wait for the lock in
-        self.claim: Optional[KeyReservation] = None
-        self.key: Optional[str] = None
-        self.request: Any = None  # the host's own view of the body
-        self.reserved_id: Optional[str] = None
-        self.hide_images = False  # the client sent send_images: false
-        self.messages: List[Message] = []  # what the host answered
-        self.error: Optional[BaseException] = None  # or what it raised
-        self.followed = False  # the client is told of the job, whatever comes of it
-        self.passed_on = False  # it gets what the host answered as if we were not there
-        self.storing: Optional[Future] = None  # how it ended
-        self._reading = threading.Lock()  # guards this one
-        self._answer: Optional[Answer] = None  # what the host answered, once it was read
-        self._state = threading.Lock()  # guards what follows
-        self.lock: Optional[str] = None  # the host's queue lock is "held", then "released"
+        self.body = body  # emptied when the host has read it, for it may be large
+        self.response = HostResponse()
+
+        # The state. `until` waits for a change of it.
+        self._lock = threading.Lock()  # guards the next two, which change in any thread, the others in the event loop
+        self.phase = Phase.CHECKING
         self.cancelled = False
-        self.ended = False  # too late to be cancelled
+        self.on_disk: Optional[bool] = None  # whether the job could be written; None until that is known
+        self.passed_on: Optional[bool] = None  # whether the client gets the host's own answer; None until then
+        self.client_done = False  # it has its answer, or has left
+        self._loop = asyncio.get_running_loop()
+        self._change = self._loop.create_future()  # ends with the next change
 
-    # On the host's worker thread
+        # What is known of the request by the time that it becomes a job, and then of this.
+        self.has_thread = False  # a worker thread was added, for it to wait for the queue lock in
+        self.key: Optional[str] = None
+        self.reservation: Optional[KeyReservation] = None  # of the key
+        self.reserved_id: Optional[str] = None
+        self.request = AdaptedRequest()
+        self.job: Optional[Job] = None  # as it was accepted
+        self.accepted_at = 0.0  # by time.monotonic()
 
-    def called(self, arguments: Dict[str, Any]) -> None:
+    # The task
+
+    def begin(self) -> "asyncio.Task[None]":
+        """Runs the host's route and all that follows, in a task of its own."""
+        work = self._loop.create_task(self._work())
+        self.tasks.add(work)
+        work.add_done_callback(self.tasks.discard)
+        return work
+
+    async def _work(self) -> None:
+        await self._run_route()
+        try:
+            if self.job is not None:
+                await self._end_job()
+        finally:
+            if self.reservation:
+                self.tracker.free_key(self.key, self.reservation)
+        await self.until(lambda: self.client_done)
+        self.response.clear()  # an idle worker thread of the host keeps its last context, and so this object
+
+    async def _run_route(self) -> None:
+        current.set(self)
+        try:
+            with self.host.extra_worker_thread() as self.has_thread:
+                await self.app(copy_message(self.scope), replay_body(list(self.body)), self.response.send)
+        except BaseException as error:  # also when the server is stopped: its job then says so
+            self.response.error = error
+        finally:
+            self._enter(Phase.ENDED)
+            self._wake()
+
+    def _enter(self, phase: Phase) -> None:
+        with self._lock:
+            self.phase = max(self.phase, phase)
+
+    # Waiting for a change, in the event loop
+
+    async def until(self, condition: Callable[[], bool], seconds: float = math.inf) -> bool:
+        """Returns when a condition of the state holds, or False if it does not within some seconds."""
+        end = self._loop.time() + seconds
+        while not condition():
+            left = end - self._loop.time()
+            if left <= 0:
+                return False
+            await asyncio.wait({self._change}, timeout=left)
+        return True
+
+    def _wake(self) -> None:
+        """Lets all who wait look at the state again."""
+        self._change.set_result(None)
+        self._change = self._loop.create_future()
+
+    def _in_loop(self, function: Callable[..., None], *args: Any) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            self._loop.call_soon_threadsafe(function, *args)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the client need not wait any longer."""
+        return self.phase >= Phase.WITHDRAWN
+
+    @property
+    def failed(self) -> bool:
+        """Whether it came to no answer of success, or not yet."""
+        return self.cancelled or self.response.failed
+
+    def reason(self) -> str:
+        """Why it failed, for its user."""
+        return CANCELLED if self.cancelled else self.response.reason()
+
+    async def is_accepted(self) -> bool:
+        """Whether the client can be told of a job: it is on disk. Waits until that is known, for a time."""
+        await self.until(lambda: self.on_disk is not None or self.is_over)
+        if self.job is not None:  # the host may have been faster than the disk
+            left = self.accepted_at + self.tracker.patience() - time.monotonic()
+            await self.until(lambda: self.on_disk is not None, left)
+        return bool(self.on_disk)
+
+    def set_passed_on(self, passed_on: bool) -> None:
+        self.passed_on = passed_on
+        self._wake()
+
+    def set_client_done(self) -> None:
+        self.client_done = True
+        self.set_passed_on(bool(self.passed_on))
+
+    # CHECKING, on the host's worker thread
+
+    def on_endpoint(self, arguments: Dict[str, Any]) -> None:
         """The host has checked credentials and body, and its endpoint is about to run. Raises what is to end it."""
         if any(name == b"idempotency-key" for name, _ in self.scope["headers"]):
-            self._claim(header_of(self.scope, b"idempotency-key"))
+            self._reserve_key(header_of(self.scope, b"idempotency-key"))
         if not self.has_thread:
-            self.scope[Shell.KEY].error_headers = [(b"retry-after", b"60")]  # the host drops those of an exception
-            raise HTTPException(429, f"{SPARE_THREADS:,} generations wait already")
-        self._look_at(arguments)
+            # The host drops the headers of an exception.
+            self.scope[OuterMiddleware.KEY].error_headers = [(b"retry-after", b"60")]
+            raise HTTPException(429, f"{self.host.SPARE_THREADS:,} generations wait already")
+        self._adapt_request(arguments)
 
-    def _claim(self, key: str) -> None:
+    def _reserve_key(self, key: str) -> None:
         if not 1 <= len(key) <= IDEMPOTENCY_KEY_LIMIT:
             raise HTTPException(422, f"Idempotency-Key must have 1 to {IDEMPOTENCY_KEY_LIMIT} characters")
         digest = hashlib.sha256()
@@ -4598,166 +4813,132 @@ class Generation:
             digest.update(message.get("body", b""))
         self.key = hashlib.sha256(json.dumps([key, user_of(self.scope), self.type]).encode()).hexdigest()[:32]
         try:
-            claim, first = self.tracker.reserve_key(self.key, digest.hexdigest())
+            reservation, is_first = self.tracker.reserve_key(self.key, digest.hexdigest())
         except StoreError as error:
             reason = f"The jobs cannot be read, so a repeat cannot be told: {error}"
             raise HTTPException(503, reason) from None
-        if first:
-            self.claim = claim
-        elif claim.digest != digest.hexdigest():
+        if is_first:
+            self.reservation = reservation
+        elif reservation.digest != digest.hexdigest():
             raise HTTPException(422, "Idempotency-Key was used with another body")
         else:
-            raise Repeat(claim)
+            raise DuplicateRequest(reservation)
 
-    @harmless
-    def _look_at(self, arguments: Dict[str, Any]) -> None:
-        self.request = next((value for value in arguments.values() if hasattr(value, "prompt")), None)
-        if getattr(self.request, "send_images", True) is False:
-            self.request.send_images = self.hide_images = True
+    @log_errors
+    def _adapt_request(self, arguments: Dict[str, Any]) -> None:
         self.reserved_id = self.tracker.reserve_id()
-        if not getattr(self.request, "force_task_id", True):
-            self.request.force_task_id = self.reserved_id  # the host's /internal/progress answers for the job's ID
+        self.request = self.host.adapt_request(arguments, self.reserved_id)
+        self.response.hide_images = self.request.hide_images
 
-    @harmless
-    def asked(self) -> None:
+    # CHECKING -> WAITING -> GENERATING -> ENCODING, on the host's worker thread
+
+    @log_errors
+    def on_lock_wanted(self) -> None:
         """The host's route asks for the queue lock: that makes it a job."""
-        if self.job is not None:
-            return
+        with self._lock:
+            if self.phase is not Phase.CHECKING:
+                return
+            self.phase = Phase.WAITING
         try:
-            prompt = getattr(self.request, "prompt", "")
-            client = self.scope.get("client")
-            job = Job(
-                id=self.reserved_id or self.tracker.reserve_id(),
-                type=self.type,
-                status=PENDING,
-                timestamp=int(time.time()),
-                ip=client[0][:IP_LIMIT] if client else None,
-                prompt=prompt[:PROMPT_LIMIT] if isinstance(prompt, str) else "",
-                key=self.key,
-                digest=self.claim.digest if self.claim else None,
-            )
-            self.job, self.asked_at = job, time.monotonic()
-            written = self.tracker.accept(job, self.cancel)
-            self.body.clear()  # the host has read it, and it may be large
+            self.job, self.accepted_at = self._new_job(), time.monotonic()
+            written = self.tracker.accept(self.job, self.cancel)
         except Exception:
-            self._in_loop(self._accept, False)
+            self._in_loop(self._set_on_disk, False)
             raise
-        written.add_done_callback(lambda future: self._in_loop(self._accept, future.exception() is None))
+        finally:
+            self.body.clear()
+        written.add_done_callback(lambda written: self._in_loop(self._set_on_disk, written.exception() is None))
 
-    def got(self) -> None:
+    def _new_job(self) -> Job:
+        client = self.scope.get("client")
+        return Job(
+            id=self.reserved_id or self.tracker.reserve_id(),
+            type=self.type,
+            status=PENDING,
+            timestamp=int(time.time()),
+            ip=client[0][:IP_LIMIT] if client else None,
+            prompt=self.request.prompt[:PROMPT_LIMIT],
+            key=self.key,
+            digest=self.reservation.digest if self.reservation else None,
+        )
+
+    def _set_on_disk(self, on_disk: bool) -> None:
+        self.on_disk = on_disk
+        if on_disk and self.reservation and not self.reservation.outcome.done():
+            self.reservation.outcome.set_result(self.job.id)
+        self._wake()
+
+    def on_lock_acquired(self) -> None:
         """The route has the queue lock. Raises Cancelled if it is to give it back at once."""
-        with self._state:
+        with self._lock:
             if self.cancelled:
                 raise Cancelled
-            self.lock = "held"
-        self._start()
+            self.phase = max(self.phase, Phase.GENERATING)
+        self._start_job()
 
-    @harmless
-    def _start(self) -> None:
+    @log_errors
+    def _start_job(self) -> None:
         if self.job is not None:
             self.tracker.start(self.job.id)
 
-    def released(self) -> None:
-        with self._state:
-            self.lock = "released"
+    @log_errors
+    def on_lock_released(self) -> None:
+        """The route is about to give the queue lock back."""
+        self._enter(Phase.ENCODING)
         self.tracker.generated()
 
-    # On any thread
+    # WAITING -> WITHDRAWN, on any thread
 
     def cancel(self) -> bool:
         """Fails the job now if it waits, or when the host has stopped it if it runs. False if that has ended."""
-        with self._state:
-            if self.cancelled or self.ended:
+        with self._lock:
+            if self.cancelled or self.phase is Phase.ENDED:
                 return self.cancelled
-            self.cancelled = True
-            waiting = self.lock is None
+            self.cancelled = True  # and the route cannot get the queue lock any more
+            is_waiting = self.phase is Phase.WAITING
         log.info("Job %s was cancelled", self.job.id)
-        if waiting:
-            self.tracker.host.dequeue(getattr(self.request, "force_task_id", None))
+        if is_waiting:
+            self.host.dequeue(self.request.task_id)
             self.tracker.fail(self.job.id, CANCELLED)
-            self._in_loop(self._end)
+            self._enter(Phase.WITHDRAWN)
+            self._in_loop(self._wake)
         else:
             self._in_loop(self._interrupt)
         return True
 
     def _interrupt(self) -> None:
         """Interrupts the host again and again, for a generation resets the mark when it begins."""
-        with self._state:
-            if self.lock == "held":
-                self.tracker.host.interrupt()
-                self.loop.call_later(0.2, self._interrupt)
+        with self._lock:  # which keeps the route from releasing the queue lock, so that no other is interrupted
+            if self.phase is Phase.GENERATING:
+                self.host.interrupt()
+                self._loop.call_later(INTERRUPT_EVERY, self._interrupt)
 
-    def _in_loop(self, function: Callable[..., None], *args: Any) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed
-            self.loop.call_soon_threadsafe(function, *args)
+    # ENDED, in the task
 
-    def _accept(self, accepted: bool) -> None:
-        if not self.accepted.done():
-            self.accepted.set_result(accepted)
-        if self.claim and accepted and not self.claim.outcome.done():
-            self.claim.outcome.set_result(self.job.id)
-
-    def _end(self) -> None:
-        if not self.answered.done():
-            self.answered.set_result(None)
-
-    # In the task that belongs to the job, whatever becomes of the client
-
-    def begin(self) -> "asyncio.Task[None]":
-        """Runs the host's route and all that follows, in a task of its own."""
-        work = self.loop.create_task(self._work())
-        self.tasks.add(work)
-        work.add_done_callback(self.tasks.discard)
-        return work
-
-    async def _work(self) -> None:
-        current.set(self)
+    async def _end_job(self) -> None:
+        """Stores the job's end, once the job itself is on disk."""
+        size = self.response.size
+        if not await self._hold_memory(size):
+            self._give_up()
+            return
         try:
-            with lent_thread() as self.has_thread:
-                await self.app(copy_of(self.scope), giving(list(self.body)), self._capture)
-        except BaseException as error:
-            self.error = error
+            # Where this takes long, the client was told of no job.
+            if not await self.until(lambda: self.on_disk is not None, GIVE_UP_AFTER):
+                self._give_up()
+            elif self.on_disk:
+                self.tracker.answered(self.job.id)
+                await self._store_when_told()
         finally:
-            with self._state:
-                self.ended = True
-            self._end()
-        try:
-            if self.job is not None:
-                size = self.size()
-                has_room = await self._find_room(size)
-                try:
-                    await self._keep(has_room)
-                finally:
-                    if has_room:
-                        self.tracker.let_go(size)
-        finally:
-            if self.claim:
-                self.tracker.free_key(self.key, self.claim)
+            self.tracker.let_go(size)
 
-    async def _find_room(self, size: int) -> bool:
+    async def _hold_memory(self, size: int) -> bool:
         """Waits until the answer may wait for the disk. False if nothing was stored for long: it does not answer."""
         began = time.monotonic()
         while not self.tracker.hold(size):
-            if time.monotonic() - max(began, self.tracker.stored_at) > UNTOLD:
+            if time.monotonic() - max(began, self.tracker.stored_at) > GIVE_UP_AFTER:
                 return False
             await asyncio.sleep(0.2)
         return True
-
-    async def _keep(self, has_room: bool) -> None:
-        """Sees to it that the job's end is stored, once the job is on disk."""
-        if has_room and not self.accepted.done():  # no client was told of the job yet
-            await asyncio.wait({self.accepted}, timeout=UNTOLD)
-        if not has_room or not self.accepted.done():
-            self._give_up()
-        elif self.accepted.result():
-            self.tracker.answered(self.job.id)
-            followed = self.followed
-            if followed:
-                self._report()
-            await self._store_soon()
-            if not followed:  # perhaps its client left just then, and the host reports nothing
-                await asyncio.wait({self.served}, timeout=SENDING)
-                self._report()
 
     def _give_up(self) -> None:
         """The disk does not answer. The client gets its images, but they are not stored: they would fill the memory."""
@@ -4765,103 +4946,111 @@ class Generation:
         reason = self.reason() if self.failed else "Generated, but not stored: the disk did not answer"
         self.tracker.fail(self.job.id, reason)  # as soon as the disk answers
 
-    @harmless
-    def _report(self) -> None:
+    @log_errors
+    def _report_failure(self) -> None:
         """Logs a failure that the host does not see, since its client got the head before, or has left.
 
-        To the host's layers it would be a crash of the server, which each of them reports, or none, as on Forge.
+        Raised to the host, it would be a crash of the server, which each of its layers reports, or none, as on Forge.
         """
-        if not self.failed or self.passed_on or isinstance(self.error, (asyncio.CancelledError, Cancelled)):
+        error = self.response.error
+        if self.passed_on or isinstance(error, (asyncio.CancelledError, Cancelled)):
             return
-        plain = self.error is None or isinstance(self.error, HTTPException)  # an answer, though not one of success
+        is_plain = error is None or isinstance(error, HTTPException)  # an answer, though not one of success
         if not self.cancelled:
-            details = "" if plain else "\n" + traceback_of(self.error)
-            log.warning("Job %s failed: %s%s", self.job.id, one_line(self.reason()), details)
-        elif not plain:
-            log.warning("Job %s: the webui raised %s when it was stopped", self.job.id, type(self.error).__name__)
+            details = "" if is_plain else "\n" + format_host_traceback(error)
+            log.warning("Job %s failed: %s%s", self.job.id, escape_for_log(self.reason()), details)
+        elif not is_plain:
+            log.warning("Job %s: the webui raised %s when it was stopped", self.job.id, type(error).__name__)
 
-    async def _store_soon(self) -> None:
-        """Stores how it ended, images after they were sent if that is soon: both would take the client longer."""
+    async def _store_when_told(self) -> None:
+        """Stores the outcome. It gives a fast client a moment to receive the answer, for storing competes with sending.
+
+        With gzip it does not: packing takes longer, and leaves room for both.
+        """
         try:
-            if not self.failed and not accepts_gzip(self.scope):  # packing takes longer, and leaves room for both
-                await asyncio.wait({self.served}, timeout=SENDING)
+            if self.failed:
+                await self.until(lambda: self.passed_on is not None)
+                self._report_failure()
+            elif not accepts_gzip(self.scope):
+                await self.until(lambda: self.client_done, STORE_DELAY)
         finally:  # also if the server is stopped
             pool = self.tracker.senders if self.failed else self.tracker.storers  # a failure needs no disk of ours
-            self.storing = pool.submit(self._store)
-        stored = await asyncio.shield(asyncio.wrap_future(self.storing))
+            storing = pool.submit(self._store)
+        stored = await asyncio.shield(asyncio.wrap_future(storing))
         if stored is not None:  # or will be, once a trouble has passed
-            self.storing = stored
             await asyncio.shield(asyncio.wrap_future(stored))
-
-    async def _capture(self, message: Message) -> None:
-        self.messages.append(copy_of(message))
-
-    def forget(self, _: Any) -> None:
-        """Lets go of what is large when all is done: an idle worker thread of the host keeps its last context."""
-        if self.storing is not None and not self.storing.done():  # the server was stopped meanwhile
-            self.storing.add_done_callback(self.forget)
-        else:
-            self.messages, self.error, self.request, self._answer = [], None, None, None
-
-    @property
-    def failed(self) -> bool:
-        """Whether it ended without an answer of success."""
-        refused = not self.messages or not 200 <= self.messages[0]["status"] < 300
-        return self.cancelled or self.error is not None or refused
-
-    def reason(self) -> str:
-        """Why it failed, for its user."""
-        if self.cancelled:
-            return CANCELLED
-        if isinstance(self.error, asyncio.CancelledError):
-            return "The webui was stopped"
-        if self.error is not None:
-            text = ""
-            with contextlib.suppress(Exception):  # an exception of an extension's may fail at that, too
-                text = str(getattr(self.error, "detail", "") or reason_of(self.error))
-            name = type(self.error).__name__
-            return f"{name}: {text}" if text not in ("", name) else name
-        if not self.messages:
-            return "The webui gave no answer"
-        return f"The webui answered {self.messages[0]['status']}: {self.bytes()[:1000].decode('utf-8', 'replace')}"
-
-    def size(self) -> int:
-        """Bytes of what the host answered."""
-        return sum(len(message.get("body", b"")) for message in self.messages)
-
-    def bytes(self) -> bytes:
-        """What the host answered."""
-        return b"".join(message.get("body", b"") for message in self.messages[1:])
-
-    def answer(self) -> Answer:
-        """The same in parts, with the parameters as the client sent them. It is read once."""
-        with self._reading:
-            if self._answer is None:
-                answer = split_answer(self.bytes())
-                self._answer = with_images_hidden(answer) if self.hide_images else answer
-            return self._answer
-
-    def for_client(self) -> Iterator[bytes]:
-        """The same as the client asked for it, a piece at a time."""
-        yield from in_pieces(self.answer().rest if self.hide_images else self.bytes())
 
     def _store(self) -> Optional[Future]:
         if self.failed:
             self.tracker.fail(self.job.id, self.reason())
             return None
         try:
-            answer = self.answer()
+            answer = self.response.answer()
             parameters = answer.contents.parameters
             prompt = parameters.get("prompt") if isinstance(parameters, dict) else None
             return self.tracker.finish(self.job.id, answer, prompt if isinstance(prompt, str) else "")
-        except Exception as error:
-            log.error("Job %s was generated, but could not be stored: %s", self.job.id, one_line(repr(error)))
+        except Exception as error:  # the job is to say whatever it was, and the client has its images
+            log.error("Job %s was generated, but could not be stored: %s", self.job.id, escape_for_log(repr(error)))
             self.tracker.fail(self.job.id, f"Generated, but it could not be stored: {reason_of(error)}")
             return None
 
 
-class Exchange:
-    """One client's request and what it is told. The client may leave at any moment; the generation does not notice."""
+class ObservedLock:
+    """Stands for the host's queue lock, and tells the current generation that it asks for it, has it, and is done.
+
+    Does not change the lock's order. Ignores callers that are not tracked generations. Every host uses `with`.
+    """
+
+    def __init__(self, lock: Any):
+        self._lock = lock
+
+    def __enter__(self) -> Any:
+        generation = current.get()
+        if generation is None:
+            return self._lock.__enter__()
+        generation.on_lock_wanted()
+        entered = self._lock.__enter__()
+        try:
+            generation.on_lock_acquired()
+        except BaseException:
+            self._lock.__exit__(None, None, None)
+            raise
+        return entered
+
+    def __exit__(self, *error: Any) -> Any:
+        generation = current.get()
+        if generation is not None:
+            generation.on_lock_released()
+        return self._lock.__exit__(*error)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._lock, name)
+
+
+def observed_endpoint(endpoint: Callable[..., Any]) -> Callable[..., Any]:
+    """A host's endpoint that tells the current generation that it is called."""
+
+    def call(**arguments: Any) -> Any:
+        generation = current.get()
+        if generation is not None:
+            generation.on_endpoint(arguments)
+        return endpoint(**arguments)
+
+    return call
+
+
+class FollowedJob(NamedTuple):
+    """A job whose result a client waits for: that of its own generation, or of the one that it repeats."""
+
+    job: Job
+    ended: "asyncio.Task[Any]"  # ends when there is a result
+    result: Callable[[], Any]  # a coroutine's: the result in chunks, None if there is no good one
+    pool: Threads  # to make the chunks in
+    headers: Headers  # of the response
+
+
+class ClientResponse:
+    """What one client is told. It may leave at any moment; its generation does not notice."""
 
     def __init__(self, middleware: Middleware, scope: Scope, receive: Receive, send: Send):
         self.middleware = middleware
@@ -4869,23 +5058,17 @@ class Exchange:
         self.scope = scope
         self.receive = receive
         self.send = send
-        self.valve: Valve = scope[Shell.KEY]
+        self.connection: ConnectionState = scope[OuterMiddleware.KEY]
         self.encoder = Gzip() if accepts_gzip(scope) else None
         self.preference = Preference.of(scope)
 
     async def serve(self) -> None:
         body = await self._read_body()
-        served = body[-1]["type"] != "http.request"
-        if served:  # the client left before the end of its body, and the host is to see that
-            await self.middleware.app(self.scope, giving(body), self.send)
-        while not served:
-            generation = Generation(self.middleware, self.scope, body)
-            self.valve.work = generation.begin()
-            try:
-                served = await self._serve(generation)
-            finally:
-                generation.served.set_result(None)
-                self.valve.work.add_done_callback(generation.forget)
+        if body[-1]["type"] != "http.request":  # the client left before the end of its body: the host is to see that
+            await self.middleware.app(self.scope, replay_body(body), self.send)
+            return
+        while not await self._generate(body):
+            pass  # it repeated a request that came to nothing, and so becomes one of its own
 
     async def _read_body(self) -> List[Message]:
         """The body as it came. If the client left before its end, the last message says so."""
@@ -4894,71 +5077,75 @@ class Exchange:
             body.append(await self.receive())
         return body
 
-    async def _serve(self, generation: Generation) -> bool:
-        """False if the generation turned out to repeat one that came to nothing, so that another is due."""
-        accepted, answered = generation.accepted, generation.answered
-        await asyncio.wait({accepted, answered}, return_when=asyncio.FIRST_COMPLETED)
-        if generation.job is not None and not accepted.done():
-            left = generation.asked_at + self.tracker.patience() - time.monotonic()
-            await asyncio.wait({accepted}, timeout=max(left, 0))  # the host was faster than the disk
-        if accepted.done() and accepted.result():
-            await asyncio.wait({answered}, timeout=self._patience(generation))
-            if generation.cancelled or not (answered.done() and generation.failed):
-                await self._follow(generation)
-                return True
-        await asyncio.wait({answered})
-        if isinstance(generation.error, Repeat):
-            return await self._repeat(generation.error.claim)
-        if self.preference.wait is not None and accepted.done() and accepted.result():
-            applied = self.preference.applied(respond_async=False)
-            self.valve.headers = self._job_headers(generation.job, [(b"preference-applied", applied)])
-        generation.passed_on = True
-        if generation.job is not None and generation.failed:
-            await self.tracker.wait_until_stored(generation.job.id)  # who has the answer finds the job Failed
-        await self._pass_on(generation)
-        return True
+    async def _generate(self, body: List[Message]) -> bool:
+        """False if the generation repeats one that came to nothing, so that another is due."""
+        generation = Generation(self.middleware, self.scope, body)
+        self.connection.work = generation.begin()
+        over = asyncio.get_running_loop().create_task(generation.until(lambda: generation.is_over))
+        try:
+            if await generation.is_accepted():
+                await asyncio.wait({over}, timeout=self._seconds_before_head(generation))
+                failed_early = over.done() and generation.failed and not generation.cancelled
+                if not failed_early:
+                    await self._follow(generation, over)
+                    return True
+            await asyncio.wait({over})
+            if isinstance(generation.response.error, DuplicateRequest):
+                return await self._repeat(generation.response.error.reservation)
+            await self._pass_on(generation)
+            return True
+        finally:
+            over.cancel()
+            generation.set_client_done()
 
-    def _patience(self, generation: Generation) -> float:
+    def _seconds_before_head(self, generation: Generation) -> float:
         """Seconds in which a generation that has been accepted may still end with the host's own answer and status."""
         if self.preference.respond_async:
             return self.preference.wait or 0
-        return GRACE if generation.lock else 0
+        return EARLY_FAILURE_WINDOW if generation.phase >= Phase.GENERATING else 0
 
-    async def _follow(self, generation: Generation) -> None:
-        """Tells the client of its job, from its acceptance on."""
-        generation.followed = True
-
-        async def result() -> Optional[Iterator[bytes]]:
-            if not generation.failed:
-                return generation.for_client()
-            await self.tracker.wait_until_stored(generation.job.id)  # who sees the cut finds the job Failed
-            return None
-
-        await self._tell(generation.job, generation.answered, result, [], self.tracker.senders)
+    # The three ways to answer: as the host, with the generation's own job, with another's
 
     async def _pass_on(self, generation: Generation) -> None:
         """Gives the client what the host gave, as if we were not there."""
-        if generation.error is not None:
-            raise generation.error
-        messages = generation.messages
-        if generation.hide_images and not generation.failed:
-            answer = await self.tracker.in_pool(generation.answer, pool=self.tracker.senders)
-            headers = [pair for pair in messages[0]["headers"] if pair[0].lower() != b"content-length"]
-            headers.append((b"content-length", str(len(answer.rest)).encode()))
-            messages = [{**messages[0], "headers": headers}, {"type": "http.response.body", "body": answer.rest}]
+        generation.set_passed_on(True)
+        response = generation.response
+        if generation.on_disk and self.preference.wait is not None:
+            self.connection.headers = self._job_headers(generation.job, self.preference.applied(respond_async=False))
+        if generation.job is not None and generation.failed:
+            await self.tracker.wait_until_stored(generation.job.id)  # a client that has the answer finds the job Failed
+        if response.error is not None:
+            raise response.error
+        if not response.messages:  # cancelled before the disk took the job
+            raise HTTPException(500, generation.reason())
+        messages = response.messages
+        if response.hide_images and not response.failed:
+            messages = await self.tracker.in_pool(response.messages_without_images, pool=self.tracker.senders)
         for message in messages:
-            await self.send(copy_of(message))
+            await self.send(copy_message(message))
 
-    async def _repeat(self, claim: KeyReservation) -> bool:
+    async def _follow(self, generation: Generation, over: "asyncio.Task[Any]") -> None:
+        """Tells the client of its job, from its acceptance on."""
+        generation.set_passed_on(False)
+
+        async def result() -> Optional[Iterator[bytes]]:
+            if not generation.failed:
+                return generation.response.chunks_for_client()
+            await self.tracker.wait_until_stored(generation.job.id)  # a client that sees the abort finds the job Failed
+            return None
+
+        await self._tell(FollowedJob(generation.job, over, result, self.tracker.senders, []))
+
+    async def _repeat(self, reservation: KeyReservation) -> bool:
         """Answers from the job that was first with the idempotency key. False if there is none any more."""
-        job_id = await asyncio.shield(asyncio.wrap_future(claim.outcome))  # not ours to cancel
+        job_id = await asyncio.shield(asyncio.wrap_future(reservation.outcome))  # not ours to cancel
         if job_id is None:
             return False
         await self.tracker.wait_until_stored(job_id)  # it may have just failed
         try:
             job = await self.tracker.find(job_id)
         except StoreError as error:
-            raise HTTPException(503, f"The stored answer cannot be read: {error}") from None
+            raise self._unreadable(error) from None
         if job is None or job.status == FAILED:
             return False
 
@@ -4972,104 +5159,117 @@ class Exchange:
             if job.ended or self.preference.wait is not None:  # so that a trouble with what is stored has a status
                 await asyncio.wait({ended}, timeout=None if job.ended else self.preference.wait)
             headers = [(b"idempotent-replayed", b"true")] if job.ended else []
-            await self._tell(job, ended, result, headers, self.tracker.pool)
+            await self._tell(FollowedJob(job, ended, result, self.tracker.pool, headers))
         finally:
             ended.cancel()
         return True
 
-    def _job_headers(self, job: Job, headers: List[Tuple[bytes, bytes]]) -> List[Tuple[bytes, bytes]]:
+    # Telling of a job
+
+    async def _tell(self, followed: FollowedJob) -> None:
+        """202 now, or 200 now and the result when there is one."""
+        in_time = bool(self.preference.wait) and followed.ended.done()  # within no time nothing ends
+        is_early = self.preference.respond_async and not in_time
+        headers = [*followed.headers, *self.preference.applied(respond_async=is_early)]
+        if is_early:
+            await self._send_job(followed.job, headers)
+        else:
+            await self._send_result(followed, headers)
+
+    async def _send_job(self, job: Job, headers: Headers) -> None:
+        """202, and the job as it is now."""
+        location = path_of(self.scope).rpartition("/")[0] + f"/job/{job.id}"
+        with contextlib.suppress(StoreError):  # then as it was
+            job = await self.tracker.find(job.id) or job
+        pool = self.tracker.pool_for(job)
+        chunks = await self.tracker.in_pool(self.tracker.as_json, job, False, pool=pool)
+        await self._send_head(202, job, [*headers, (b"location", location.encode())])
+        try:
+            await self._send_all(chunks, pool)
+        except StoreError as error:
+            self._abort(job, error)
+
+    async def _send_result(self, followed: FollowedJob, headers: Headers) -> None:
+        """200, heartbeats while the job waits and runs, and then its result. Without one, no clean end."""
+        chunks = await self._begin_result(followed) if followed.ended.done() else None
+        gone = asyncio.get_running_loop().create_task(wait_for_disconnect(self.receive))
+        try:
+            await self._send_head(200, followed.job, headers)
+            while not followed.ended.done():
+                await self._send_chunk(self.encoder.encode(b" ") if self.encoder else b" ")
+                await asyncio.wait({followed.ended, gone}, timeout=HEARTBEAT, return_when=asyncio.FIRST_COMPLETED)
+                if gone.done():
+                    return
+            if chunks is None:
+                chunks = await followed.result()
+            if chunks is None:
+                self.connection.aborted = True
+            else:
+                await self._send_all(chunks, followed.pool, gone)
+        except StoreError as error:
+            self._abort(followed.job, error)
+        except Exception:  # some layers would end the response cleanly
+            self.connection.aborted = True
+            if not gone.done():
+                log.exception("Job %s: Job Tracker failed to give the answer", followed.job.id)
+        finally:
+            gone.cancel()
+
+    async def _begin_result(self, followed: FollowedJob) -> Iterator[bytes]:
+        """The result of a job that has ended, its first chunk made before the head: so a failure has its true status.
+
+        Raises HTTPException if there is none.
+        """
+        job = followed.job
+        self.connection.error_headers = self._job_headers(job, self.preference.applied(respond_async=False))
+        try:
+            chunks = await followed.result()
+            if chunks is not None:
+                return chain(await self.tracker.in_pool(next, chunks, b"", pool=followed.pool), chunks)
+            job = await self.tracker.find(job.id) or job
+        except StoreError as error:
+            log.error("Job %s: the stored answer cannot be read: %s", job.id, error.details)
+            raise self._unreadable(error) from None
+        raise HTTPException(500, job.error or CANCELLED)
+
+    @staticmethod
+    def _unreadable(error: StoreError) -> HTTPException:
+        return HTTPException(503, f"The stored answer cannot be read: {error}")
+
+    def _abort(self, job: Job, error: StoreError) -> None:
+        """The head is out, so that trouble can be told by no status."""
+        self.connection.aborted = True
+        log.error("Job %s: the stored answer cannot be read: %s", job.id, error.details)
+
+    def _job_headers(self, job: Job, headers: Headers) -> Headers:
         """Headers of an answer that tells of a job, with those given, and what lets other origins read them."""
         headers = [*headers, (JOB_HEADER.lower().encode(), job.id.encode())]
         names = exposed(name.decode() for name, _ in headers)
         return [*headers, *((name.lower().encode(), value.encode()) for name, value in names.items())]
 
-    async def _tell(self, job: Job, ended: Any, result: Any, headers: List[Tuple[bytes, bytes]], pool: Threads) -> None:
-        """The head now, heartbeats while the job waits and runs, and then its result; None is no clean end.
-
-        The result's pieces are made in the threads of `pool`.
-        """
-        in_time = bool(self.preference.wait) and ended.done()  # within no time nothing ends
-        if self.preference.respond_async:
-            headers.append((b"preference-applied", self.preference.applied(respond_async=not in_time)))
-        if self.preference.respond_async and not in_time:
-            location = path_of(self.scope).rpartition("/")[0] + f"/job/{job.id}"
-            headers.append((b"location", location.encode()))
-            with contextlib.suppress(StoreError):  # then as it was
-                job = await self.tracker.find(job.id) or job
-            pool = self.tracker.pool_for(job)
-            pieces = await self.tracker.in_pool(self.tracker.as_json, job, False, pool=pool)
-            await self._start(202, self._job_headers(job, headers))
-            try:
-                await self._send_all(pieces, pool)
-            except StoreError as error:
-                self.valve.cut = True
-                log.error("Job %s: the stored answer cannot be read: %s", job.id, error.details)
-            return
-        pieces = await self._first(job, result, pool) if ended.done() else None
-        gone = asyncio.get_running_loop().create_task(until_gone(self.receive))
-        try:
-            await self._start(200, self._job_headers(job, headers))
-            while not ended.done():
-                await self._send_piece(self.encoder.encode(b" ") if self.encoder else b" ")
-                await asyncio.wait({ended, gone}, timeout=HEARTBEAT, return_when=asyncio.FIRST_COMPLETED)
-                if gone.done():
-                    return
-            if pieces is None:
-                pieces = await result()
-            if pieces is None:
-                self.valve.cut = True
-            else:
-                await self._send_all(pieces, pool, gone)
-        except StoreError as error:
-            self.valve.cut = True
-            log.error("Job %s: the stored answer cannot be read: %s", job.id, error.details)
-        except Exception:  # of which some layers would make a clean end
-            self.valve.cut = True
-            if not gone.done():
-                log.exception("Job %s: Job Tracker failed to give the answer", job.id)
-        finally:
-            gone.cancel()
-
-    async def _first(self, job: Job, result: Any, pool: Threads) -> Iterator[bytes]:
-        """The result of a job that has ended, its first piece made before the head: so a failure has its true status.
-
-        Raises HTTPException if there is none.
-        """
-        applied = [] if self.preference.wait is None else [(b"preference-applied", self.preference.applied(False))]
-        self.valve.error_headers = self._job_headers(job, applied)
-        try:
-            pieces = await result()
-            if pieces is not None:
-                return preceded(await self.tracker.in_pool(next, pieces, b"", pool=pool), pieces)
-            job = await self.tracker.find(job.id) or job
-        except StoreError as error:
-            log.error("Job %s: the stored answer cannot be read: %s", job.id, error.details)
-            raise HTTPException(503, f"The stored answer cannot be read: {error}") from None
-        raise HTTPException(500, job.error or CANCELLED)
-
-    async def _start(self, status: int, headers: List[Tuple[bytes, bytes]]) -> None:
-        headers += [
+    async def _send_head(self, status: int, job: Job, headers: Headers) -> None:
+        headers = [
+            *self._job_headers(job, headers),
             (b"content-type", b"application/json"),
             (b"vary", b"Accept-Encoding"),
             (b"x-accel-buffering", b"no"),  # nginx would keep the head back until the end
+            *([(b"content-encoding", b"gzip")] if self.encoder else []),
         ]
-        if self.encoder:
-            headers.append((b"content-encoding", b"gzip"))
         await self.send({"type": "http.response.start", "status": status, "headers": headers})
 
     async def _send_all(
-        self, pieces: Iterator[bytes], pool: Threads, gone: Optional["asyncio.Task[None]"] = None
+        self, chunks: Iterator[bytes], pool: Threads, gone: Optional["asyncio.Task[None]"] = None
     ) -> None:
         if self.encoder:
-            pieces = self.encoder.encode_all(pieces)
-        with contextlib.closing(FromPool(self.tracker, pieces, pool)) as made:
-            async for piece in made:
-                await self._send_piece(piece)
+            chunks = self.encoder.encode_all(chunks)
+        with contextlib.closing(ThreadedChunks(pool, chunks, self.tracker.sending)) as made:
+            async for chunk in made:
+                await self._send_chunk(chunk)
                 if gone is not None and gone.done():
                     return
         await self.send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _send_piece(self, data: bytes) -> None:
+    async def _send_chunk(self, data: bytes) -> None:
         await self.send({"type": "http.response.body", "body": data, "more_body": True})
 
 
@@ -5232,56 +5432,6 @@ GENERATION_DOCS = {
 }
 
 
-class Streamed(StreamingResponse):
-    """Its content is closed at the end, also when the client leaves before."""
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        begun = asyncio.Event()
-
-        async def receive_later() -> Message:
-            """A response that ends before its first piece is an error to the host's layers, gone client or not."""
-            await begun.wait()
-            return await receive()
-
-        async def send_and_note(message: Message) -> None:
-            await send(message)
-            if message["type"] == "http.response.body":
-                begun.set()
-
-        self._begun, self._valve = begun, scope.get(Shell.KEY)  # for `stream_response`, which starlette calls
-        try:
-            await super().__call__(scope, receive_later, send_and_note)
-        finally:
-            if isinstance(self.body_iterator, FromPool):
-                self.body_iterator.close()
-            else:
-                await self.body_iterator.aclose()
-
-    async def stream_response(self, send: Send) -> None:
-        try:
-            await super().stream_response(send)
-        except Exception as error:
-            if self._valve is None or not self._begun.is_set():  # the head may still become a true status
-                raise
-            self._valve.cut = True  # some layers would make a clean end of it
-            log.error("An answer breaks off: %s", one_line(str(error)))
-
-
-def joined(items: Iterable[Iterator[bytes]]) -> Iterator[bytes]:
-    """A JSON array of items, each of which comes in pieces."""
-    yield b"["
-    for number, item in enumerate(items):
-        first = next(item)
-        yield b"," + first if number else first
-        yield from item
-    yield b"]"
-
-
-def preceded(first: bytes, rest: Iterator[bytes]) -> Iterator[bytes]:
-    yield first
-    yield from rest
-
-
 class Api:
     """The endpoints. They look at jobs in threads of the tracker's own, so that the host's are never needed."""
 
@@ -5352,8 +5502,8 @@ class Api:
     @staticmethod
     def _let_nobody_keep_errors(request: Request) -> None:
         """A cache may keep a 404 (RFC 9111, 4.2.2), and what is not there now may be there in a moment."""
-        if Shell.KEY in request.scope:
-            request.scope[Shell.KEY].error_headers = [(b"cache-control", b"no-store")]
+        if OuterMiddleware.KEY in request.scope:
+            request.scope[OuterMiddleware.KEY].error_headers = [(b"cache-control", b"no-store")]
 
     async def _get(self, job_id: str) -> Job:
         job = self.tracker.running(job_id) or await self._run(self.tracker.get, job_id)
@@ -5399,11 +5549,11 @@ class Api:
             job = await self._get(job_id)
             pieces = await self._as_json(job, images)
             pieces = gzip.encode_all(pieces) if gzip else pieces
-            with contextlib.closing(FromPool(self.tracker, pieces, self.tracker.pool_for(job))) as made:
+            with contextlib.closing(ThreadedChunks(self.tracker.pool_for(job), pieces, self.tracker.sending)) as made:
                 async for piece in made:
                     yield piece
         except (HTTPException, StoreError) as error:
-            request.scope[Shell.KEY].cut = True
+            request.scope[OuterMiddleware.KEY].aborted = True
             log.warning("Job %s cannot be given to who waited for it: %s", job_id, getattr(error, "detail", error))
         finally:
             ended.cancel()
@@ -5412,7 +5562,7 @@ class Api:
         """Waits for a job's end, unless the client leaves."""
         loop = asyncio.get_running_loop()
         ended = loop.create_task(self.tracker.wait(job_id, seconds))
-        gone = loop.create_task(until_gone(request.receive))
+        gone = loop.create_task(wait_for_disconnect(request.receive))
         try:
             await asyncio.wait({ended, gone}, return_when=asyncio.FIRST_COMPLETED)
             if ended.done():
@@ -5452,7 +5602,9 @@ class Api:
             page = await self._run_while_here(request, look, pool)
         except InvalidCursor as error:
             raise self._invalid("cursor", str(error)) from None
-        response = await self._respond(request, joined(self.tracker.as_json(job, images=False) for job in page.jobs))
+        response = await self._respond(
+            request, json_array(self.tracker.as_json(job, images=False) for job in page.jobs)
+        )
         if page.cursor is not None:
             asked = URL("?" + request.scope["query_string"].decode("latin-1"))
             query = asked.include_query_params(cursor=page.cursor).query
@@ -5465,7 +5617,7 @@ class Api:
         abandoned = threading.Event()
         loop = asyncio.get_running_loop()
         looking = loop.create_task(self._run(look, abandoned, pool=pool))
-        gone = loop.create_task(until_gone(request.receive))
+        gone = loop.create_task(wait_for_disconnect(request.receive))
         try:
             await asyncio.wait({looking, gone}, return_when=asyncio.FIRST_COMPLETED)
             if not looking.done():
@@ -5508,7 +5660,7 @@ class Api:
             return Response(None, 304, headers)
         pieces = self.tracker.read_image(job, n)
         first = await self._run(next, pieces, b"", lost=lost)
-        pieces = preceded(first, pieces)  # its file is open, and may be deleted from now on
+        pieces = chain(first, pieces)  # its file is open, and may be deleted from now on
         if gzip:
             # Otherwise the host would compress the image, in the event loop and in vain.
             pieces = Gzip(level=0).encode_all(pieces)
@@ -5517,7 +5669,8 @@ class Api:
             headers["Content-Length"] = str(size)
         if request.method == "HEAD":
             await self._run(pieces.close)
-        return Streamed(FromPool(self.tracker, pieces), 200, headers, image.media_type)
+        made = ThreadedChunks(self.tracker.pool, pieces, self.tracker.sending)
+        return ClosingStreamingResponse(made, 200, headers, image.media_type)
 
     async def cancel_job(self, request: Request, id: str = Path(description="the job's ID")) -> Response:
         """Takes a Pending job out of the queue, or interrupts a Processing one. It ends as Failed, "Cancelled"."""
@@ -5571,12 +5724,13 @@ class Api:
         if hasattr(pieces, "__anext__"):
             headers["X-Accel-Buffering"] = "no"  # nginx would keep the head and the white space back until the end
         else:
-            pieces = FromPool(self.tracker, Gzip().encode_all(pieces) if gzip else pieces, pool)
+            pieces = Gzip().encode_all(pieces) if gzip else pieces
+            pieces = ThreadedChunks(pool or self.tracker.pool, pieces, self.tracker.sending)
             try:
                 await pieces.begin()
             except StoreError as error:
                 raise self._unreadable(error) from None
-        return Streamed(pieces, 200, headers, "application/json")
+        return ClosingStreamingResponse(pieces, 200, headers, "application/json")
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -6134,9 +6288,10 @@ class Tab:
                 raise gr.Error(Texts.NO_QUEUE)
             if self._is_token(token) or not self.origins.refuses(scope, action):
                 return await function(*values)
-            if Shell.KEY not in scope:
+            if OuterMiddleware.KEY not in scope:
                 raise gr.Error(OriginGuard.REFUSAL)
-            scope[Shell.KEY].refusal = OriginGuard.REFUSAL  # of an exception gradio would make a 500, and a traceback
+            # Of an exception gradio would make a 500, and a traceback.
+            scope[OuterMiddleware.KEY].refusal = OriginGuard.REFUSAL
             return [gr.update()] * outputs if outputs > 1 else gr.update() if outputs else None
 
         return guarded
@@ -6494,8 +6649,157 @@ TAB_STYLE = with_names("""
 # ------------------------------------------------------------------------------------------------------------------
 
 
-class Unsuitable(Exception):
+class UnsupportedHost(Exception):
     """The host lacks something that we rely on."""
+
+
+class Host:
+    """The webui: A1111, its forks, and SD.Next, with gradio 3 or 4. All that differs between them stands here."""
+
+    WORKER_THREADS = 40  # of anyio, for all that a webui does in threads
+    SPARE_THREADS = 1000  # the most worker threads that are added to these
+
+    @property
+    def _shared(self) -> Any:
+        from modules import shared
+
+        return shared
+
+    # For the Tracker: the generation that has the queue lock
+
+    def begun(self) -> Any:
+        """What the host says of when its last generation began."""
+        return getattr(self._shared.state, "time_start", None)
+
+    def progress(self, begun: Any) -> Progress:
+        """How far the host is. `begun` is what `begun()` said when the job got the queue lock."""
+        try:
+            state = self._shared.state
+            if self.begun() == begun or state.job_count <= 0:  # the rest is from the generation before
+                return 0.0
+            progress = state.job_no / state.job_count
+            if state.sampling_steps:
+                progress += state.sampling_step / state.sampling_steps / state.job_count
+            return min(max(progress, 0.0), 1.0)
+        except (AttributeError, TypeError):  # the state of a fork that counts in another way
+            return None
+
+    def interrupt(self) -> None:
+        self._shared.state.interrupt()
+
+    def dequeue(self, task: Optional[str]) -> None:
+        """Takes a task off the list of those that wait: the host takes off only what has begun."""
+        with contextlib.suppress(ImportError, AttributeError):  # where there is no such list
+            from modules import progress
+
+            progress.pending_tasks.pop(task, None)
+
+    # For a Generation: its request and its thread
+
+    @contextlib.contextmanager
+    def extra_worker_thread(self) -> Iterator[bool]:
+        """Gives the host one worker thread more, unless it has too many already. In the event loop only.
+
+        A generation holds a thread for as long as it waits in the queue: 40 of them would leave none for anybody else.
+        """
+        limiter = anyio.to_thread.current_default_thread_limiter()
+        added = limiter.total_tokens < self.WORKER_THREADS + self.SPARE_THREADS
+        limiter.total_tokens += added
+        try:
+            yield added
+        finally:
+            limiter.total_tokens -= added
+
+    def adapt_request(self, arguments: Dict[str, Any], name: str) -> AdaptedRequest:
+        """Makes the host answer with the images, and /internal/progress by our name unless the client gave one."""
+        body = next((value for value in arguments.values() if hasattr(value, "prompt")), None)
+        hide_images = getattr(body, "send_images", True) is False
+        if hide_images:
+            body.send_images = True
+        if not getattr(body, "force_task_id", True):
+            body.force_task_id = name
+        prompt = getattr(body, "prompt", "")
+        task_id = getattr(body, "force_task_id", None)
+        return AdaptedRequest(prompt if isinstance(prompt, str) else "", hide_images, task_id)
+
+    # For the OriginGuard
+
+    def allows_origin(self, origin: str) -> bool:
+        """Whether --cors-allow-origins names an origin, in the way in which the host's own CORS layer takes it."""
+
+        def option(*names: str) -> str:
+            options = getattr(self._shared, "cmd_opts", None)
+            return next(filter(None, (getattr(options, name, None) for name in names)), "")
+
+        # The second ones are SD.Next's.
+        allowed = option("cors_allow_origins", "cors_origins").split(",")
+        pattern = option("cors_allow_origins_regex", "cors_regex")
+        with contextlib.suppress(re.error):  # Forge's pages do without the layer that would not start with it
+            return "*" in allowed or origin in allowed or bool(pattern and re.fullmatch(pattern, origin))
+        return False
+
+    # For the API: the host's routes
+
+    def generation_routes(self, app: Any) -> List[Tuple[Any, str]]:
+        """The routes with the type of job that each makes. SD.Next has each of them twice."""
+        return [
+            (route, type_)
+            for route in app.routes
+            for type_ in TYPES
+            if getattr(route, "path", "").endswith(f"/sdapi/v1/{type_}") and "POST" in (route.methods or ())
+        ]
+
+    def check(self, routes: List[Tuple[Any, str]]) -> None:
+        """Raises UnsupportedHost, or whatever else, where something is missing that we use."""
+        for route, _ in routes:
+            if hasattr(route.app, "tracker"):  # as ours has, of whatever version
+                raise UnsupportedHost("another copy of Job Tracker is at work. Remove one of them")
+            has_lock = hasattr(getattr(route.endpoint, "__self__", None), "queue_lock")
+            if not has_lock or not callable(route.dependant.call):
+                raise UnsupportedHost(f"this webui is not supported, its {route.path} is of another kind")
+        anyio.to_thread.current_default_thread_limiter  # noqa: B018 - missing in a foreign anyio
+
+    def find_add_api_route(self, routes: List[Tuple[Any, str]]) -> Callable[..., Any]:
+        """The host's own way to add a route, by which it guards it as its own. Raises UnsupportedHost."""
+        owners = [route.endpoint.__self__ for route, _ in routes]
+        for owner in (*owners, getattr(self._shared, "api", None)):  # SD.Next has it in the latter place
+            if callable(getattr(owner, "add_api_route", None)):
+                return owner.add_api_route
+        raise UnsupportedHost("this webui is not supported, it has no add_api_route")
+
+    def observe(self, routes: List[Tuple[Any, str]]) -> None:
+        """From now on, the endpoints of these routes tell their generation how far they are."""
+        for owner in {id(route.endpoint.__self__): route.endpoint.__self__ for route, _ in routes}.values():
+            owner.queue_lock = ObservedLock(owner.queue_lock)
+        for route, _ in routes:
+            route.dependant.call = observed_endpoint(route.dependant.call)
+
+    def put_around(self, app: Any, layer: Callable[[App], App]) -> None:
+        """Puts a layer around all others, whether these are built already (Forge, or after a first request) or not."""
+        build = app.build_middleware_stack
+        app.build_middleware_stack = lambda: layer(build())
+        if getattr(app, "middleware_stack", None) is not None:
+            app.middleware_stack = layer(app.middleware_stack)
+
+    # For the tab: what gradio serves
+
+    def keep_from_gradio(self, demo: Any, folders: Iterable[str]) -> None:
+        """gradio 3 gives every file below the webui's folder to whoever can open the UI, but for what is blocked."""
+        if hasattr(demo, "blocked_paths"):
+            demo.blocked_paths = [*demo.blocked_paths, *folders, *map(os.path.realpath, folders)]
+
+    def add_page_routes(self, app: Any, routes: Dict[str, Callable[..., Any]]) -> None:
+        """Adds what a page asks for besides gradio: for everyone whom gradio lets see the page, --api-auth or not."""
+        paths = {route.path: route for route in app.routes if hasattr(route, "dependencies")}
+        login = next((route.dependencies for path, route in paths.items() if path.startswith("/file=")), None)
+        if login is None:
+            log.warning("The tab shows no images, since gradio guards its files in an unknown way")
+            return
+        generation = f"/sdapi/v1/{TYPES[0]}"
+        roots = {path[: -len(generation)] for path in paths if path.endswith(generation)}  # SD.Next has a subpath
+        for root in {"", *roots}:
+            for path, endpoint in routes.items():
+                app.add_api_route(root + path, endpoint, dependencies=login, include_in_schema=False)
 
 
 class Extension:
@@ -6503,73 +6807,60 @@ class Extension:
 
     def __init__(self) -> None:
         settings = Settings(EXTENSION_FOLDER, dict(os.environ))
+        self.host = host = Host()
         predecessor = Predecessor(settings.folder, settings.data_folder)
         predecessor.list_jobs()
         store = JobStore(settings.data_folder, predecessor.refuse_to_open)
         images = ImageStore(os.path.join(settings.data_folder, "images"))
-        self.tracker = Tracker(settings, self, store, images)
+        self.tracker = Tracker(settings, host, store, images)
         self.housekeeper = Housekeeper(self.tracker, predecessor)
+        origins = OriginGuard(host.allows_origin)
+        self.api = Api(self.tracker, origins)
+        self.tab = Tab(self.tracker, self.housekeeper, origins, lambda: self.trouble)
         self.trouble: Optional[str] = None  # why generations are not tracked, for the tab
-        self._origins = OriginGuard(self._is_named)
-        self._tab = Tab(self.tracker, self.housekeeper, self._origins, lambda: self.trouble)
-        self._routes: List[Any] = []  # those that are ours, as they stand in the app
         self._app: Any = None
+        self._routes: List[Any] = []  # those that are tracked, as they stand in the app
 
-    def tab(self) -> List[Tuple[Any, str, str]]:
-        """`ui_tabs`: the pages beside the host's own."""
-        return [(self._tab.build(), "Job Tracker", "job_tracker")]
+    def ui_tabs(self) -> List[Tuple[Any, str, str]]:
+        """The pages beside the host's own."""
+        return [(self.tab.build(), "Job Tracker", "job_tracker")]
 
-    def start(self, demo: Any, app: Any) -> None:
-        """`app_started`: everything of the host is in place."""
+    def app_started(self, demo: Any, app: Any) -> None:
+        """Everything of the host is in place. `demo` is gradio's, None without a UI."""
+        has_tab = demo is not None
         try:
-            # gradio 3 gives every file below the webui's folder to whoever can open the UI.
-            if hasattr(demo, "blocked_paths"):
+            if has_tab:
                 folders = {EXTENSION_FOLDER, self.tracker.settings.data_folder, self.tracker.images.folder}
-                demo.blocked_paths = [*demo.blocked_paths, *folders, *map(os.path.realpath, folders)]
-            self._attach(app, demo is not None)
-        except Unsuitable as reason:
+                self.host.keep_from_gradio(demo, folders)
+            self._attach(app, has_tab)
+        except UnsupportedHost as reason:
             self.trouble = str(reason)
             log.warning("Generations are not tracked: %s", reason)
-        except Exception as error:
+        except Exception as error:  # the webui is to start all the same
             self.trouble = f"{type(error).__name__}: {reason_of(error)}"
-            log.exception("Generations are not tracked, the webui is none that we know")
-        if demo is not None:
-            self._serve_tab(app)
+            log.exception("Generations are not tracked: this webui is not supported")
+        if has_tab:
+            self.host.add_page_routes(app, {TabHtml.IMAGE: self.api.get_image, Tab.TOKEN: self.tab.get_token})
 
-    def stop(self) -> None:
-        """`script_unloaded`: the webui reloads its scripts."""
+    def script_unloaded(self) -> None:
+        """The webui reloads its scripts."""
         self.tracker.close()
 
     def _attach(self, app: Any, has_tab: bool) -> None:
-        # Everything is looked up before anything is changed: it is all or nothing.
-        routes = [
-            (route, type_)
-            for route in app.routes
-            for type_ in TYPES
-            if getattr(route, "path", "").endswith(f"/sdapi/v1/{type_}") and "POST" in (route.methods or ())
-        ]
+        """Puts us around the host. Looks everything up before it changes anything: it is all or nothing."""
+        routes = self.host.generation_routes(app)
         if not routes:
             if has_tab:  # which is refused to foreign pages all the same
-                self._put_shell_around(app)
-            raise Unsuitable("the API is off. Start the webui with --api")
-        if any(hasattr(route.app, "tracker") for route, _ in routes):
-            raise Unsuitable("another copy of Job Tracker is at work. Remove one of them")
-        owners = {}
-        for route, _ in routes:
-            owner = getattr(route.endpoint, "__self__", None)
-            if not hasattr(owner, "queue_lock") or not callable(route.dependant.call):
-                raise Unsuitable(f"{route.path} is not as in the webuis that we know")
-            owners[id(owner)] = owner
-        add_route = self._find_add_route(list(owners.values()))
-        anyio.to_thread.current_default_thread_limiter  # noqa: B018 - missing in a foreign anyio
+                self.host.put_around(app, OuterMiddleware)
+            raise UnsupportedHost("the API is off. Start the webui with --api")
+        self.host.check(routes)
+        add_api_route = self.host.find_add_api_route(routes)
 
-        self._put_shell_around(app)
-        Api(self.tracker, self._origins).add_to(add_route)
-        for owner in owners.values():
-            owner.queue_lock = ObservedLock(owner.queue_lock)
+        self.host.put_around(app, OuterMiddleware)
+        self.api.add_to(add_api_route)
+        self.host.observe(routes)
         for route, type_ in routes:
-            route.dependant.call = self._observed(route.dependant.call)
-            route.app = Middleware(route.app, type_, self.tracker)
+            route.app = Middleware(route.app, type_, self.tracker, self.host)
             route.openapi_extra = {**(route.openapi_extra or {}), **GENERATION_DOCS}
         app.openapi_schema = None  # it may have been asked for already
         self._app, self._routes = app, [route for route, _ in routes]
@@ -6589,18 +6880,11 @@ class Extension:
 
     def _watch_routes(self) -> None:
         """Notices when an extension that was loaded later has put a route of its own before one of ours."""
-        taken = []
-        for own in self._routes:
-            asked = {"type": "http", "method": "POST", "path": own.path, "root_path": "", "headers": []}
-            try:
-                first = next((route for route in self._app.routes if route.matches(dict(asked))[0] is Match.FULL), None)
-            except Exception:  # a route of a kind that we do not know
-                return
-            if first is not own:
-                module = getattr(getattr(first, "endpoint", None), "__module__", None)
-                who = f"by {module}" if module else "by another extension"
-                taken.append(f"{own.path} was {'removed' if first is None else f'taken away {who}'}")
-        trouble = ", ".join(taken) or None
+        try:
+            taken = [self._taker_of(own) for own in self._routes]
+        except Exception:  # a route of a kind that we do not know
+            return
+        trouble = ", ".join(filter(None, taken)) or None
         if trouble != self.trouble:
             self.trouble = trouble
             if trouble:
@@ -6608,116 +6892,20 @@ class Extension:
             else:
                 log.info("Generations are tracked again")
 
-    def _serve_tab(self, app: Any) -> None:
-        """What the tab asks for besides gradio: the API's images once more, and the token.
-
-        For everyone whom gradio lets see the page, --api-auth or not.
-        """
-        paths = {route.path: route for route in app.routes if hasattr(route, "dependencies")}
-        login = next((route.dependencies for path, route in paths.items() if path.startswith("/file=")), None)
-        if login is None:
-            log.warning("The tab shows no images, since gradio guards its files in an unknown way")
-            return
-        generation = f"/sdapi/v1/{TYPES[0]}"
-        roots = {path[: -len(generation)] for path in paths if path.endswith(generation)}  # SD.Next has a subpath
-        image = Api(self.tracker, self._origins).get_image
-        for root in {"", *roots}:
-            for path, endpoint in ((TabHtml.IMAGE, image), (Tab.TOKEN, self._tab.get_token)):
-                app.add_api_route(root + path, endpoint, dependencies=login, include_in_schema=False)
-
-    @staticmethod
-    def _is_named(origin: str) -> bool:
-        """Whether --cors-allow-origins names an origin, in the way in which the host's own CORS layer takes it."""
-        from modules import shared
-
-        def option(*names: str) -> str:
-            options = getattr(shared, "cmd_opts", None)
-            return next(filter(None, (getattr(options, name, None) for name in names)), "")
-
-        # The second ones are SD.Next's.
-        named = option("cors_allow_origins", "cors_origins").split(",")
-        pattern = option("cors_allow_origins_regex", "cors_regex")
-        with contextlib.suppress(re.error):  # Forge's pages do without the layer that would not start with it
-            return "*" in named or origin in named or bool(pattern and re.fullmatch(pattern, origin))
-        return False
-
-    @staticmethod
-    def _find_add_route(owners: List[Any]) -> Callable[..., Any]:
-        from modules import shared
-
-        for candidate in (*owners, getattr(shared, "api", None)):  # SD.Next has it in the latter place
-            if callable(getattr(candidate, "add_api_route", None)):
-                return candidate.add_api_route
-        raise Unsuitable("the webui has no add_api_route")
-
-    @staticmethod
-    def _observed(endpoint: Callable[..., Any]) -> Callable[..., Any]:
-        def call(**arguments: Any) -> Any:
-            generation = current.get()
-            if generation is not None:
-                generation.called(arguments)
-            return endpoint(**arguments)
-
-        return call
-
-    @staticmethod
-    def _put_shell_around(app: Any) -> None:
-        """Around the stack of layers, whether it is built already (Forge, or after the first request) or not."""
-        build = app.build_middleware_stack
-
-        def build_with_shell() -> Shell:
-            return Shell(build())
-
-        app.build_middleware_stack = build_with_shell
-        if getattr(app, "middleware_stack", None) is not None:
-            app.middleware_stack = Shell(app.middleware_stack)
-
-    @staticmethod
-    def interrupt() -> None:
-        from modules import shared
-
-        shared.state.interrupt()
-
-    @staticmethod
-    def dequeue(task: Optional[str]) -> None:
-        """Takes a task off the list of those that wait: the host takes off only what has begun."""
-        with contextlib.suppress(ImportError, AttributeError):  # where there is no such list
-            from modules import progress
-
-            progress.pending_tasks.pop(task, None)
-
-    @staticmethod
-    def begun() -> Any:
-        from modules import shared
-
-        return getattr(shared.state, "time_start", None)
-
-    @classmethod
-    def progress(cls, begun: Any) -> Progress:
-        from modules import shared
-
-        try:
-            state = shared.state
-            if cls.begun() == begun or state.job_count <= 0:  # the rest is from the generation before
-                return 0.0
-            progress = state.job_no / state.job_count
-            if state.sampling_steps:
-                progress += state.sampling_step / state.sampling_steps / state.job_count
-            return min(max(progress, 0.0), 1.0)
-        except (AttributeError, TypeError):
+    def _taker_of(self, own: Any) -> Optional[str]:
+        """What has become of one of our routes, None if it is the one that is called."""
+        asked = {"type": "http", "method": "POST", "path": own.path, "root_path": "", "headers": []}
+        first = next((route for route in self._app.routes if route.matches(dict(asked))[0] is Match.FULL), None)
+        if first is own:
             return None
+        if first is None:
+            return f"{own.path} was removed"
+        module = getattr(getattr(first, "endpoint", None), "__module__", None)
+        return f"{own.path} was taken away by {module or 'another extension'}"
 
-    def register(self, callbacks: Any) -> None:
-        callbacks.on_ui_tabs(self.tab)
-        callbacks.on_app_started(self.start)
-        callbacks.on_script_unloaded(self.stop)
 
-
-class WholeMessage(logging.Filter):
-    """Makes a record's message whole before any handler has it: SD.Next puts its own on every logger.
-
-    One of these formats the message for all that come after it, and they would fail to do so again.
-    """
+class PrefixFilter(logging.Filter):
+    """Formats the message once, with our name, because a handler that SD.Next adds breaks later formatting."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         record.msg, record.args = f"[Job Tracker] {record.getMessage()}", None
@@ -6728,7 +6916,7 @@ def log_to_console() -> None:
     """The webui shows no log below warnings by itself, and this script may be loaded more than once."""
     log.handlers.clear()
     log.filters.clear()
-    log.addFilter(WholeMessage())
+    log.addFilter(PrefixFilter())
     log.addHandler(logging.StreamHandler(sys.stderr))
     log.setLevel(logging.INFO)
     log.propagate = False
@@ -6740,4 +6928,7 @@ except ImportError:  # imported by a test or a tool, not by a webui
     pass
 else:
     log_to_console()
-    Extension().register(script_callbacks)
+    extension = Extension()
+    script_callbacks.on_ui_tabs(extension.ui_tabs)
+    script_callbacks.on_app_started(extension.app_started)
+    script_callbacks.on_script_unloaded(extension.script_unloaded)

@@ -86,7 +86,7 @@ def gzip_cost(repeats: int = 5) -> List[Figure]:
 
     def ours() -> int:
         encoder = script.Gzip()
-        return sum(map(len, encoder.encode_all(script.in_pieces(answer))))
+        return sum(map(len, encoder.encode_all(script.chunks_of(answer))))
 
     def own() -> int:
         packed = io.BytesIO()

@@ -240,21 +240,19 @@ def test_a_look_holds_little(script, tracker, name, look):
 def test_an_answer_is_read_once(script, monkeypatch):
     read: List[int] = []
     monkeypatch.setattr(script, "json", Counted(read))
-    generation = object.__new__(script.Generation)
-    body = ANSWERS["large both"]
-    generation.hide_images, generation.messages = True, [{}, {"body": body}]
-    generation._answer, generation._reading = None, threading.Lock()
-    first = b"".join(generation.for_client())
-    assert generation.answer() is generation.answer()
+    body, response = ANSWERS["large both"], script.HostResponse()
+    response.hide_images, response.messages = True, [{}, {"body": body}]
+    first = b"".join(response.chunks_for_client())
+    assert response.answer() is response.answer()
     assert sum(size for size in read if size > 1000) < len(body)
-    assert first == generation.answer().rest
+    assert first == response.answer().rest
     expected = json.loads(body.decode())
     expected["parameters"]["send_images"] = False
     assert json.loads(first.decode()) == {**expected, "images": []}
     assert first == json.dumps({**expected, "images": []}, separators=(",", ":"), ensure_ascii=False).encode()
     parameters, info = expected["parameters"], expected["info"]
-    start, end, info_start, info_end = generation.answer().contents.ranges
-    assert json.loads(first[start:end].decode()) == parameters == generation.answer().contents.parameters
+    start, end, info_start, info_end = response.answer().contents.ranges
+    assert json.loads(first[start:end].decode()) == parameters == response.answer().contents.parameters
     assert json.loads(first[info_start:info_end].decode()) == info
 
 

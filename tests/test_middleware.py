@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import json
 import threading
 from typing import Any, Awaitable, Callable, Dict, Iterator
@@ -30,14 +31,42 @@ async def nothing() -> None:
     pass
 
 
-def generation(script: Any, tracker: Any, answer: Any, before: Callable[[], Awaitable[None]] = nothing) -> Any:
-    """A generation request to a webui that answers so, after something else."""
-    lock = script.ObservedLock(threading.Lock())
+class Host:
+    """Stands for a webui, whose client wants its images or not."""
+
+    def __init__(self, script: Any, hide: bool):
+        self.script = script
+        self.hide = hide
+
+    def extra_worker_thread(self) -> Any:
+        return contextlib.nullcontext(True)
+
+    def dequeue(self, task: Any) -> None:
+        pass
+
+    def adapt_request(self, arguments: Any, name: str) -> Any:
+        return self.script.AdaptedRequest(hide_images=self.hide)
+
+
+def middleware(
+    script: Any,
+    tracker: Any,
+    answer: Any = None,
+    before: Callable[[], Awaitable[None]] = nothing,
+    hide: bool = False,
+    lock: Any = None,
+    seen: Callable[[], None] = lambda: None,
+) -> Any:
+    """That of a webui that answers so, after something else. `seen` is called where a request comes by."""
+    observed = script.ObservedLock(lock or threading.Lock())
 
     def endpoint(generation: Any) -> None:
-        generation.called({})
-        with lock:
-            pass
+        script.current.set(generation)  # a plain executor does not hand the context on, as the host's threads do
+        seen()
+        generation.on_endpoint({})
+        with observed:
+            seen()
+        seen()
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await asyncio.get_running_loop().run_in_executor(None, endpoint, script.current.get())
@@ -45,12 +74,73 @@ def generation(script: Any, tracker: Any, answer: Any, before: Callable[[], Awai
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": json.dumps(answer).encode()})
 
-    def in_context(function: Any) -> Any:
-        return lambda generation: (script.current.set(generation), function(generation))[1]
+    return script.Middleware(app, "txt2img", tracker, Host(script, hide))
 
-    endpoint = in_context(endpoint)  # a plain executor does not hand the context on, as the host's threads do
-    scope = {"headers": [(b"accept-encoding", b"gzip")], "client": ("::1", 1)}
-    return script.Generation(script.Middleware(app, "txt2img", tracker), scope, [{"type": "http.request"}])
+
+SCOPE = {"path": "/", "headers": [(b"accept-encoding", b"gzip")], "client": ("::1", 1)}
+
+
+def generation(script: Any, *args: Any, **options: Any) -> Any:
+    """A generation request, whose client has left."""
+    one = script.Generation(middleware(script, *args, **options), SCOPE, [{"type": "http.request"}])
+    one.set_client_done()
+    return one
+
+
+@pytest.mark.parametrize(
+    "cancelled, phases",
+    [
+        (False, ["CHECKING", "WAITING", "GENERATING", "ENCODING", "ENDED"]),
+        (True, ["CHECKING", "WAITING", "WITHDRAWN", "ENDED"]),
+    ],
+)
+def test_the_way_of_a_request(script, tracker, cancelled, phases):
+    passed = []
+
+    async def run() -> str:
+        nonlocal one
+        one = generation(script, tracker, {"images": [IMAGE]}, lock=lock, seen=note)
+        with lock:
+            work = one.begin()
+            assert await one.is_accepted()
+            note()
+            if cancelled:
+                assert tracker.cancel(one.job.id)
+                note()
+        await work
+        note()
+        return one.job.id
+
+    def note() -> None:
+        passed.append(one.phase.name)
+
+    one, lock = None, threading.Lock()
+    job = when_ended(tracker, asyncio.run(run()))
+    assert passed == phases
+    assert (job.status, job.error) == (("Failed", "Cancelled") if cancelled else ("Completed", None))
+    assert one.response.messages == [], "nothing large is kept"
+
+
+def test_a_job_that_is_cancelled_before_the_disk_took_it(script, tracker, monkeypatch):
+    """Its client was told of no job, and is not left without an answer."""
+    lock, cancels = threading.Lock(), []
+    monkeypatch.setattr(tracker, "accept", lambda job, cancel: cancels.append(cancel) or script.Future())
+    monkeypatch.setattr(tracker, "patience", lambda: 0.1)
+    monkeypatch.setattr(script, "GIVE_UP_AFTER", 0.1)
+
+    async def run() -> None:
+        scope = {**SCOPE, script.OuterMiddleware.KEY: script.ConnectionState()}
+        receive = script.replay_body([{"type": "http.request"}])
+        serving = asyncio.ensure_future(middleware(script, tracker, lock=lock)(scope, receive, None))
+        with lock:
+            await asyncio.get_running_loop().run_in_executor(None, until, lambda: cancels)
+            assert cancels[0]()
+            with pytest.raises(script.HTTPException) as told:
+                await serving
+        assert (told.value.status_code, told.value.detail) == (500, "Cancelled")
+        await scope[script.OuterMiddleware.KEY].work
+
+    asyncio.run(run())
 
 
 ODD: Dict[str, Any] = {
@@ -74,9 +164,7 @@ def test_an_answer_of_an_odd_shape(script, tracker, name, hide):
     answer = ODD[name]
 
     async def run() -> str:
-        one = generation(script, tracker, answer)
-        one.hide_images = hide
-        one.served.set_result(None)
+        one = generation(script, tracker, answer, hide=hide)
         await one.begin()
         return one.job.id
 
@@ -97,10 +185,9 @@ def test_a_server_that_is_stopped_by_force(script, tracker):
         for _ in range(tracker.storers._max_workers):
             tracker.storers.submit(gate.wait)
         one = generation(script, tracker, {"images": [IMAGE], "parameters": {}, "info": ""})
-        one.served.set_result(None)
         work = one.begin()
-        work.add_done_callback(one.forget)
-        await asyncio.get_running_loop().run_in_executor(None, until, lambda: one.storing)
+        await one.until(lambda: one.phase is script.Phase.ENDED)
+        await asyncio.wait({work}, timeout=0.1)
         work.cancel()
         await asyncio.wait({work})
         await asyncio.sleep(0)
@@ -113,13 +200,32 @@ def test_a_server_that_is_stopped_by_force(script, tracker):
     assert json.loads(b"".join(tracker.as_json(tracker.get(job_id))))["images"] == [IMAGE]
 
 
+def test_a_failure_in_a_server_that_is_stopped_by_force(script, tracker):
+    """It is kept, though nobody has told its client yet."""
+
+    async def fail() -> None:
+        raise RuntimeError("the card is gone")
+
+    async def run() -> str:
+        one = script.Generation(middleware(script, tracker, before=fail), SCOPE, [{"type": "http.request"}])
+        work = one.begin()
+        await one.until(lambda: one.phase is script.Phase.ENDED)
+        await asyncio.wait({work}, timeout=0.1)
+        work.cancel()
+        await asyncio.wait({work})
+        return one.job.id
+
+    job = when_ended(tracker, asyncio.run(run()))
+    assert (job.status, job.error) == ("Failed", "RuntimeError: the card is gone")
+
+
 def test_a_reload_waits_for_answers_on_their_way(script, tmp_path):
     """Where the webui does not wait for its clients, as on Forge, they get the rest all the same."""
     tracker = make_tracker(script, tmp_path, TRACKER_ENABLED="1", TRACKER_RETENTION="off")
-    pieces = [bytes([number]) * script.PIECE for number in range(4)]
+    pieces = [bytes([number]) * script.CHUNK for number in range(4)]
 
     async def run() -> None:
-        made = script.FromPool(tracker, (piece for piece in pieces))
+        made = script.ThreadedChunks(tracker.pool, (piece for piece in pieces), tracker.sending)
         assert await made.__anext__() == pieces[0]
         tracker.close()
         await asyncio.sleep(0.5)
@@ -156,7 +262,7 @@ def test_the_loop_does_not_wait_for_the_disk_when_a_generation_fails(script, tra
     disk = tracker.store._lock  # held by who looks for a job while the disk does not answer
 
     async def fail() -> None:
-        assert await one.accepted
+        assert await one.is_accepted()
         assert disk.acquire(timeout=20)
         late.start()
         raise RuntimeError("the card is gone")
@@ -164,9 +270,8 @@ def test_the_loop_does_not_wait_for_the_disk_when_a_generation_fails(script, tra
     async def run() -> None:
         nonlocal one
         one = generation(script, tracker, {}, fail)
-        one.served.set_result(None)
         work = one.begin()
-        await one.answered
+        await one.until(lambda: one.phase is script.Phase.ENDED)
         await asyncio.wait({work}, timeout=0.1)
         assert not work.done() and disk.locked()
         late.cancel()
@@ -186,10 +291,11 @@ def test_a_repeat_right_after_a_failure(script, tracker):
     tracker.accept(job, lambda: True).result()
     tracker.start(job.id)
     tracker.answered(job.id)
-    middleware = script.Middleware(None, "txt2img", tracker)
-    exchange = script.Exchange(middleware, {"headers": [], script.Shell.KEY: None}, None, None)
+    response = script.ClientResponse(
+        middleware(script, tracker), {"headers": [], script.OuterMiddleware.KEY: None}, None, None
+    )
     threading.Timer(0.1, tracker.fail, (job.id, "the card is gone")).start()
-    assert asyncio.run(exchange._repeat(script.KeyReservation("digest", job.id))) is False
+    assert asyncio.run(response._repeat(script.KeyReservation("digest", job.id))) is False
 
 
 @pytest.mark.parametrize(

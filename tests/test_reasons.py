@@ -65,14 +65,14 @@ sabotage(module.JobStore, "_end")
 sabotage(module.Settings, "_write")
 sabotage(module.Housekeeper, "_remove_orphans")
 
-answer = module.Generation.answer
+answer = module.HostResponse.answer
 
 def no_answer(self):
     if os.path.exists(os.path.join(FOLDER, "answer")):
         raise OSError(errno.EIO, "Input/output error", os.path.join(DATA, "images"))
     return answer(self)
 
-module.Generation.answer = no_answer
+module.HostResponse.answer = no_answer
 """
 
 Trouble = Callable[[Webui], Any]

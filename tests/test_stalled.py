@@ -81,7 +81,7 @@ def start_on(start: Start, disk: Disk) -> Callable[..., Webui]:
     def start_on(*flags: str, mode: str = MODES[-1], **constants: float) -> Webui:
         known = {
             "patience": ("PATIENCE = 10.0", "PATIENCE = {:g}"),
-            "untold": ("UNTOLD = 60.0", "UNTOLD = {:g}"),
+            "give_up_after": ("GIVE_UP_AFTER = 60.0", "GIVE_UP_AFTER = {:g}"),
             "limit": ("UNSTORED_LIMIT = 1 << 29", "UNSTORED_LIMIT = {:g}"),
         }
         changes = [with_constant(known[name][0], known[name][1].format(value)) for name, value in constants.items()]
@@ -320,7 +320,7 @@ def memory(webui: Webui) -> int:
 def test_answers_do_not_fill_the_memory(start_on, disk):
     """Of jobs whose clients were told nothing, only the record waits for a disk that is away for long."""
     size, count = 8 << 20, 20
-    webui = start_on(patience=0.1, untold=1)
+    webui = start_on(patience=0.1, give_up_after=1)
     big = body("large", {"image_bytes": size})
     webui.post(big)
     until(webui.is_idle)
@@ -337,7 +337,7 @@ def test_answers_do_not_fill_the_memory(start_on, disk):
 def test_answers_of_jobs_that_were_told_wait_for_the_disk_up_to_a_limit(start_on, disk, ask):
     """What fits is stored when the disk is back. What does not is said in the job."""
     size = 1 << 20
-    webui = start_on(limit=3 * size, untold=2)
+    webui = start_on(limit=3 * size, give_up_after=2)
     gates = [webui.gate() for _ in range(4)]
     sent = [ask(webui.post, body(f"number {n}", {"image_bytes": size, "hold": gate})) for n, gate in enumerate(gates)]
     until(lambda: len(webui.jobs(status="Pending")) == 3)

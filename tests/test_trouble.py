@@ -1,4 +1,4 @@
-"""When our own disk or code fails, or the webui is none that we know, generations go on."""
+"""When our own disk or code fails, or the webui is not supported, generations go on."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ for name in ("_append", "put", "knows"):
     sabotage(module.JobStore, name)
 for name in ("save", "_write", "open"):
     sabotage(module.ImageStore, name)
-sabotage(module.Generation, "answer")
+sabotage(module.HostResponse, "answer")
 
 read_at = module.read_at
 
@@ -156,7 +156,7 @@ def test_a_stored_answer_that_breaks_has_no_clean_end(mended, path, coding):
 
 def test_an_answer_that_breaks_has_no_clean_end(mended):
     """Also not on SD.Next, whose layers would make one."""
-    with mended.sabotage("Generation.answer", "code"), pytest.raises(httpx.RemoteProtocolError):
+    with mended.sabotage("HostResponse.answer", "code"), pytest.raises(httpx.RemoteProtocolError):
         mended.post(body(send_images=False, standin={"seconds": 0.5}))
     until(mended.is_idle)
 
@@ -174,7 +174,7 @@ def test_an_answer_that_breaks_has_no_clean_end(mended):
         ("JobStore._append", "code"),
         ("ImageStore.save", "code"),
         ("ImageStore._write", "disk"),
-        ("Generation.answer", "code"),
+        ("HostResponse.answer", "code"),
     ],
 )
 def test_generation_survives_our_failure(mended, alone, name, how):
