@@ -1749,7 +1749,7 @@ class JobStore:
     `remove` reports done survives a crash and a power cut.
     """
 
-    SPARE_ENTRIES = 1000  # dead ones that are not worth a compaction
+    MIN_DEAD_ENTRIES = 1000  # dead ones that are not worth a compaction
     RETRY = 5.0  # seconds until a write that failed is tried again
     COMPACT_RETRY = 600.0  # the same for a compaction
     YIELD = 0.0005  # seconds between two pieces of work for which somebody waits
@@ -1945,11 +1945,11 @@ class JobStore:
         is tried again. `end` may raise OSError for a job that cannot be judged now: it stays as it is.
         """
         with self._work:
-            if self._recovery is None:
+            if self._recovery is None and not self._closed:
                 self._recovery = end, uncancellable_future()
-            done = self._recovery[1]
-        self._sync()
-        return done
+            recovery = self._recovery
+        synced = self._sync()
+        return synced if recovery is None else recovery[1]
 
     def idle(self, seconds: float = 60.0) -> bool:
         """Waits until nothing is left to be written, read or compacted. False if that takes too long."""
@@ -2003,7 +2003,7 @@ class JobStore:
             status = os.stat(self.path)
         except OSError:
             return False
-        if status.st_ino != state.inode or self._journal.needs_reading:
+        if not status.st_ino == state.inode == self._journal.inode or self._journal.needs_reading:
             return False
         length = status.st_size - len(TAIL)
         return length == state.indexed_to or (self._is_appending and length > state.indexed_to)
@@ -2217,8 +2217,8 @@ class JobStore:
             state = index.begin(journal.inode, 0 if is_foreign else len(HEAD), is_foreign)
             journal.needs_reading = False
         end = find_end(journal.file, state.indexed_to)
-        if end + len(TAIL) != status.st_size or not end:
-            rest = read_at(journal.file, status.st_size - end, end)
+        rest = read_at(journal.file, status.st_size - end, end)
+        if rest != TAIL or not end:
             if rest.strip(WHITESPACE):
                 self._quarantine([Damage(end, len(rest), False)])
             end = cut_end(journal.file, end)
@@ -2399,7 +2399,7 @@ class JobStore:
             except sqlite3.Error as error:
                 self._index.failure = error
                 return
-            if state.needs_rewrite or state.entries - live > live + self.SPARE_ENTRIES:
+            if state.needs_rewrite or state.entries - live > live + self.MIN_DEAD_ENTRIES:
                 self._compaction = self._compact()
 
     # Compacting
