@@ -22,7 +22,6 @@ The file reads in the order in which a request meets its parts, and every part k
 
 import asyncio
 import base64
-import bisect
 import contextlib
 import contextvars
 import copy
@@ -35,10 +34,12 @@ import json
 import logging
 import math
 import os
+import queue
 import re
 import secrets
 import shutil
 import socket
+import sqlite3
 import stat
 import struct
 import sys
@@ -47,7 +48,6 @@ import threading
 import time
 import traceback
 import zlib
-from array import array
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for_futures
@@ -279,6 +279,15 @@ def make_within(path: str, *others: str) -> int:
         file = os.open(path, os.O_WRONLY | NEW, 0o600)
     give_access(file, sources[0], stat.S_IMODE(found.st_mode))  # which is what the umask has left
     return file
+
+
+def narrow_access(path: str, other: str) -> None:
+    """Takes a file of ours, if it is there, from those who may not read another. Does not open it. Never raises."""
+    with contextlib.suppress(OSError):  # it is not there, or somebody else's
+        found = stats_of(path, other)
+        mode = stat.S_IMODE(found[0].st_mode)
+        if len(found) == 2 and mode & ~common_mode(found):
+            os.chmod(path, mode & common_mode(found))
 
 
 def make_folder(path: str, records: str = "") -> None:
@@ -993,244 +1002,44 @@ def raising_store_error() -> Iterator[None]:
 
 
 # ------------------------------------------------------------------------------------------------------------------
-# JobStore: jobs.json
+# Journal: the lines of jobs.json
 # ------------------------------------------------------------------------------------------------------------------
 
+# jobs.json is a JSON object from ID to record, a record a line. It is appended to in place, over its closing brace,
+# and is valid JSON after every write. Later lines win, as they do for every reader of JSON with duplicate keys, and
+# `null` ends a job. What follows are plain functions over the open file. Unless they say otherwise, they are called by
+# who holds the lock between processes.
 
-SEARCH_WORK = 1 << 22  # the length of a text by that of what is looked for in it: at worst 3 ms of the interpreter
-
-
-def fold(text: str) -> bytes:
-    """Text in the form in which it is searched, without case."""
-    return text.casefold().encode("utf-8", "surrogatepass")
-
-
-def contains(text: bytes, wanted: bytes) -> bool:
-    """Whether `wanted` is in a text. What `in` does can take a time that grows with the product of both lengths."""
-    if len(text) * len(wanted) <= SEARCH_WORK:
-        return wanted in text
-    return re.search(re.escape(wanted), text) is not None  # slower as a rule, but never slower than that
+HEAD, TAIL, EMPTY = b"{", b"\n}\n", b"{\n}\n"
+JOURNAL_CHUNK = 1 << 16  # bytes that are read at a time
+ENTRY_LIMIT = 1 << 23  # bytes; a longer line is damage
+CHECKED = 1 << 12  # bytes by which the end of what is known is told
 
 
-class Filter(NamedTuple):
-    """Which jobs are wanted; all that is not None must hold."""
-
-    ip: Optional[str] = None
-    status: Optional[str] = None  # one of STATUSES
-    type: Optional[str] = None  # one of TYPES
-    after: Optional[float] = None  # Unix seconds, exclusive
-    before: Optional[float] = None
-    q: Optional[str] = None  # text in the prompt, case ignored, at most LIMIT characters
-
-    LIMIT = 500  # see SEARCH_WORK
-
-    @property
-    def text(self) -> bytes:
-        return fold(self.q or "")
-
-
-class Index:
-    """Where each job's record lies in jobs.json, and the fields that filters need. Holds no Job.
-
-    A job is a slot, a number that counts up in order of acceptance; each field is an array over all slots. So a job
-    takes some 200 bytes and its prompt, and a million jobs are no work for the garbage collector. A removed job keeps
-    its slot until the file is compacted, so that paging goes on from where it was. Not safe between threads.
-    """
-
-    TEXT_LIMIT = 1000  # bytes of a prompt kept for searching; the rest is looked up in the file
-    REMOVED = 255
-
-    def __init__(self) -> None:
-        self.slots: Dict[int, int] = {}  # the ID's number -> slot
-        self.ids = bytearray()
-        self.place = array("Q")  # of the record in jobs.json
-        self.length = array("I")
-        self.timestamp = array("q")
-        self.status = bytearray()
-        self.type = bytearray()
-        self.ip = array("I")
-        self.bytes = array("Q")
-        self.text = bytearray()  # prompts without case, each after a byte that UTF-8 does not have
-        self.text_start = array("Q")
-        self.unsure: List[int] = []  # slots whose prompt is not, or not all, in `text`, in order
-        self.ips: Dict[Optional[str], int] = {}
-        self.keys: Dict[str, int] = {}  # idempotency key -> the ID's number; a job that is gone may still stand here
-        self.unfinished: Set[int] = set()
-        self.counts = [0] * len(STATUSES)
-        self.total_bytes = 0
-        self.lines = 0  # in the file, dead ones too
-
-    def __len__(self) -> int:
-        return sum(self.counts)
-
-    @property
-    def top(self) -> int:
-        """The slot of the next job."""
-        return len(self.place)
-
-    @property
-    def dead(self) -> int:
-        return self.lines - len(self)
-
-    def slot(self, job_id: str) -> Optional[int]:
-        """The slot of a job that is kept, None for any other ID."""
-        slot = self.slots.get(id_number(job_id))
-        if slot is None or self.status[slot] == self.REMOVED or self.id(slot) != job_id:
-            return None
-        return slot
-
-    def id(self, slot: int) -> str:
-        return self.ids[8 * slot : 8 * slot + 8].decode()
-
-    def apply(self, job_id: str, job: Optional[Job], place: int, length: int) -> None:
-        """A job as it is now, or None for its end."""
-        number = id_number(job_id)
-        slot = self.slots.get(number)
-        if job is None:
-            if slot is not None:
-                self._count(slot, -1)
-                self.status[slot] = self.REMOVED
-            return
-        if slot is not None and self.id(slot) == job_id:
-            self._count(slot, -1)
-            if job.prompt and self._text_end(slot) - self.text_start[slot] == 1 and not self.must_check(slot):
-                bisect.insort(self.unsure, slot)  # the prompt became known when the job ended
-        else:
-            slot = self.slots[number] = self.top
-            self.ids += job_id.encode()
-            self.status.append(self.REMOVED)
-            self.type.append(TYPES.index(job.type))
-            self.timestamp.append(job.timestamp)
-            self.ip.append(self.ips.setdefault(job.ip, len(self.ips)))
-            text = fold(job.prompt)
-            if len(text) > self.TEXT_LIMIT:
-                self.unsure.append(slot)
-            self.text_start.append(len(self.text))
-            self.text += b"\xff" + text[: self.TEXT_LIMIT]
-            for column in (self.place, self.length, self.bytes):
-                column.append(0)
-        self.place[slot] = place
-        self.length[slot] = length
-        self.status[slot] = STATUSES.index(job.status)
-        self.bytes[slot] = job.bytes
-        if job.key:
-            self.keys[job.key] = number
-        self._count(slot, 1)
-
-    def _count(self, slot: int, change: int) -> None:
-        status = self.status[slot]
-        if status == self.REMOVED:
-            return
-        self.counts[status] += change
-        self.total_bytes += change * self.bytes[slot]
-        if change > 0 and STATUSES[status] not in ENDED:
-            self.unfinished.add(slot)
-        else:
-            self.unfinished.discard(slot)
-
-    def step(self, wanted: Filter, below: int, slots: int) -> int:
-        """How far down to look at once from `below`: at most so many slots, and no more than SEARCH_WORK."""
-        above = max(0, below - slots)
-        if not wanted.text:
-            return above
-        first = self._text_end(below - 1) - SEARCH_WORK // len(wanted.text)
-        return min(bisect.bisect_left(self.text_start, first, above, below), below - 1)
-
-    def find(self, wanted: Filter, below: int, above: int = 0) -> List[int]:
-        """Slots from `above` up to `below` that match, newest first. For some the text remains: see `must_check`."""
-        text, slots = wanted.text, self._fitting(wanted, range(below - 1, above - 1, -1))
-        if not (text and slots):
-            return slots
-        if len(slots) * 8 > below - above:
-            hits = self.text.count(text, *self._text_range(above, below))
-            if hits == 0 and not self.unsure:
-                return []
-            if hits * 8 < len(slots):  # it is quicker to look for the text than at each slot
-                return self._fitting(wanted, self._with_text(text, below, above))
-        return [slot for slot in slots if self._has_text(slot, text)]
-
-    def _fitting(self, wanted: Filter, slots: Iterable[int]) -> List[int]:
-        """Those that match in all but the text."""
-        if wanted.ip is not None:
-            ips, ip = self.ip, self.ips.get(wanted.ip, -1)
-            slots = [slot for slot in slots if ips[slot] == ip]
-        if wanted.after is not None or wanted.before is not None:
-            times = self.timestamp
-            after = -math.inf if wanted.after is None else wanted.after
-            before = math.inf if wanted.before is None else wanted.before
-            slots = [slot for slot in slots if after < times[slot] < before]
-        if wanted.type is not None:
-            types, type_ = self.type, TYPES.index(wanted.type)
-            slots = [slot for slot in slots if types[slot] == type_]
-        statuses = self.status
-        if wanted.status is not None:
-            status = STATUSES.index(wanted.status)
-            return [slot for slot in slots if statuses[slot] == status]
-        return [slot for slot in slots if statuses[slot] != self.REMOVED]
-
-    def _text_end(self, slot: int) -> int:
-        return self.text_start[slot + 1] if slot + 1 < self.top else len(self.text)
-
-    def _text_range(self, above: int, below: int) -> Tuple[int, int]:
-        return (self.text_start[above], self._text_end(below - 1)) if above < below else (0, 0)
-
-    def _has_text(self, slot: int, text: bytes) -> bool:
-        return self.text.find(text, self.text_start[slot], self._text_end(slot)) >= 0 or self.must_check(slot)
-
-    def _with_text(self, text: bytes, below: int, above: int) -> Iterator[int]:
-        """Slots whose kept text has `text`, and those for which that does not say all."""
-        start, end = self._text_range(above, below)
-        unsure = bisect.bisect_left(self.unsure, below) - 1
-        while True:
-            found = self.text.rfind(text, start, end)
-            slot = bisect.bisect_right(self.text_start, found) - 1 if found >= 0 else above - 1
-            while unsure >= 0 and self.unsure[unsure] > slot:
-                yield self.unsure[unsure]
-                unsure -= 1
-            if found < 0:
-                return
-            if unsure >= 0 and self.unsure[unsure] == slot:
-                unsure -= 1
-            yield slot
-            end = self.text_start[slot]
-
-    def must_check(self, slot: int) -> bool:
-        """Whether only the record tells if the prompt has a text."""
-        at = bisect.bisect_left(self.unsure, slot)
-        return at < len(self.unsure) and self.unsure[at] == slot
-
-
-class Page(NamedTuple):
-    """Jobs that match, newest first, and where the next page goes on: text that only the store understands."""
-
-    jobs: List[Job]
-    cursor: Optional[str]  # None when there are no more
-
-
-class Line(NamedTuple):
+class Entry(NamedTuple):
     """A line of jobs.json: what became of a job."""
 
     id: str
-    job: Optional[Job]  # None: its end
-    place: int  # of the record in the file
+    job: Optional[Job]  # None: it was removed
+    offset: int  # of the record in the file
     length: int
 
 
-class Gap(NamedTuple):
+class Damage(NamedTuple):
     """A part of jobs.json that is no line of it."""
 
-    place: int
+    offset: int
     length: int
-    blank: bool  # nothing is lost with it
+    is_whitespace: bool  # nothing is lost with it
 
 
-LINE = re.compile(rb'(,?)\n"([A-Za-z0-9]{8})": (null|\{[^\n]*\})(?=,?(?:\n|\Z))')
-TORN_LINES = re.compile(rb'(?:,?\n"[ -~]*\n)*\Z')  # what a crash leaves, or a few spoilt bytes
-FOREIGN_LINE = re.compile(r'(?<!\\)"([A-Za-z0-9]{8})"\s*:\s*(?=null|\{)')
-BLANK = b" \t\r\n,{}\xef\xbb\xbf"
+ENTRY = re.compile(rb'(,?)\n"([A-Za-z0-9]{8})": (null|\{[^\n]*\})(?=,?(?:\n|\Z))')
+TORN_ENTRIES = re.compile(rb'(?:,?\n"[ -~]*\n)*\Z')  # what a crash leaves, or a few spoilt bytes
+FOREIGN_ENTRY = re.compile(r'(?<!\\)"([A-Za-z0-9]{8})"\s*:\s*(?=null|\{)')
+WHITESPACE = b" \t\r\n,{}\xef\xbb\xbf"
 
 
-def refuse(constant: str) -> None:
+def refuse_constant(constant: str) -> None:
     raise ValueError(f"{constant} is not JSON")
 
 
@@ -1241,37 +1050,37 @@ def parse_int(digits: str) -> int:
     return int(digits)
 
 
-LINE_DECODER = json.JSONDecoder(parse_int=parse_int, parse_constant=refuse)
-DECODER = json.JSONDecoder(parse_constant=refuse)  # for what the host wrote, and so reads
+ENTRY_DECODER = json.JSONDecoder(parse_int=parse_int, parse_constant=refuse_constant)
+HOST_DECODER = json.JSONDecoder(parse_constant=refuse_constant)  # for what the host wrote, and so reads
 REACH = 8  # keys in a damaged record that may look like the begin of another one: a later version may have such fields
 
 
-def read_line(job_id: str, record: bytes, place: int) -> Line:
+def parse_entry(job_id: str, record: bytes, offset: int) -> Entry:
     """Raises ValueError, RecursionError."""
     job = None
     if record != b"null":
-        job = job_from_record(LINE_DECODER.decode(record.decode()))
+        job = job_from_record(ENTRY_DECODER.decode(record.decode()))
         if job.id != job_id:
             raise ValueError("the ID is not the key")
-    return Line(job_id, job, place, len(record))
+    return Entry(job_id, job, offset, len(record))
 
 
-def read_lines(data: bytes, base: int) -> Iterator[Union[Line, Gap]]:
-    """The lines, and what is none, of a part of jobs.json that lies at `base`, which is where a line ends."""
+def parse_entries(data: bytes, base: int) -> Iterator[Union[Entry, Damage]]:
+    """The entries, and what is none, of a part of jobs.json that lies at `base`, which is where an entry ends."""
     position = 0
-    for match in LINE.finditer(data):
-        if bool(match.group(1)) != (base + match.start() > len(JobStore.HEAD)):
+    for match in ENTRY.finditer(data):
+        if bool(match.group(1)) != (base + match.start() > len(HEAD)):
             continue
         try:
-            line = read_line(match.group(2).decode(), match.group(3), base + match.start(3))
+            entry = parse_entry(match.group(2).decode(), match.group(3), base + match.start(3))
         except (ValueError, RecursionError):
             continue
         if match.start() > position:
-            yield from read_foreign(data[position : match.start()], base + position)
-        yield line
+            yield from parse_damaged(data[position : match.start()], base + position)
+        yield entry
         position = match.end()
     if position < len(data):
-        yield from read_foreign(data[position:], base + position)
+        yield from parse_damaged(data[position:], base + position)
 
 
 def with_reach(matches: Iterable["re.Match[str]"], end: int) -> Iterator[Tuple["re.Match[str]", int]]:
@@ -1287,91 +1096,728 @@ def with_reach(matches: Iterable["re.Match[str]"], end: int) -> Iterator[Tuple["
     yield from ((match, end) for match in ahead)
 
 
-def read_foreign(data: bytes, base: int) -> Iterator[Union[Line, Gap]]:
+def parse_damaged(data: bytes, base: int) -> Iterator[Union[Entry, Damage]]:
     """The same for a part that is damaged, or laid out in another way, by an editor or jq."""
     text = data.decode("latin-1")  # a character a byte
     position, looked_at, blank = 0, 0, True
-    matches = (match for match in FOREIGN_LINE.finditer(text) if match.group(1) not in Job._fields)
+    matches = (match for match in FOREIGN_ENTRY.finditer(text) if match.group(1) not in Job._fields)
     for match, end in with_reach(matches, len(text)):
         start = match.end()
         try:
             # A part of the text, for an error costs as much as all that comes before it.
-            _, length = LINE_DECODER.raw_decode(text[start:end])
-            line = read_line(match.group(1), data[start : start + length], base + start)
+            _, length = ENTRY_DECODER.raw_decode(text[start:end])
+            entry = parse_entry(match.group(1), data[start : start + length], base + start)
         except (ValueError, RecursionError):
             continue
         if match.start() < position:  # in a record that has lost its end, and so goes on
-            if line.job is not None:
-                yield line
+            if entry.job is not None:
+                yield entry
             continue
-        blank = blank and not data[looked_at : match.start()].strip(BLANK)
+        blank = blank and not data[looked_at : match.start()].strip(WHITESPACE)
         looked_at = match.start()
-        if line.job is not None or blank:  # otherwise it may be a field of a record that is cut here
-            yield Gap(base + position, match.start() - position, blank)
-            yield line
+        if entry.job is not None or blank:  # otherwise it may be a field of a record that is cut here
+            yield Damage(base + position, match.start() - position, blank)
+            yield entry
             position = looked_at = start + length
             blank = True
-    yield Gap(base + position, len(data) - position, blank and not data[looked_at:].strip(BLANK))
+    yield Damage(base + position, len(data) - position, blank and not data[looked_at:].strip(WHITESPACE))
 
 
-class Opened:
-    """jobs.json as it is open now, and what is known of it."""
+def read_entries(file: int, start: int, end: int) -> Iterator[Tuple[List[Union[Entry, Damage]], int]]:
+    """All between two ends of entries, a chunk at a time, each with where it ends. Needs no lock."""
+    size = JOURNAL_CHUNK
+    while start < end:
+        data = read_at(file, min(size, end - start), start)
+        if not data:
+            return  # somebody cut the file
+        found, position = list(parse_entries(data, start)), start + len(data)
+        if isinstance(found[-1], Damage) and position < end:
+            if found[-1].offset > start or size < ENTRY_LIMIT:
+                position = found.pop().offset  # the begin of an entry, perhaps
+        size = 2 * size if position == start else JOURNAL_CHUNK
+        if position > start:
+            yield found, position
+        start = position
 
-    def __init__(self, file: Optional[int]):
-        self.file = file
-        self.index = Index()
-        self.seen = 0  # the index knows the file up to here
-        self.ahead = 0  # what lies between `seen` and here is this process's own
-        self.gaps: List[Gap] = []  # which are to be set aside
-        self.foreign = False  # it holds what this program would have written in another way
-        self.stale = False  # somebody changed it where the index knows it
+
+def find_last_entry(file: int, job_id: str) -> Optional[Entry]:
+    """The last entry of a job in a file that no index knows yet. Needs no lock. Raises OSError.
+
+    None also for one that an editor has laid out in another way.
+    """
+    key = b'\n"%s": ' % job_id.encode()
+    position = above = os.fstat(file).st_size
+    while position > 0:
+        position = max(0, position - (1 << 20))
+        data = read_at(file, min(above + len(key), position + (1 << 20) + len(key)) - position, position)
+        start = data.rfind(key)
+        while start >= 0:
+            # With the sign before it, for that tells the first entry from the others.
+            line = read_at(file, ENTRY_LIMIT, position + start - 1)
+            match = ENTRY.match(line, line[:1] != b",")
+            with contextlib.suppress(ValueError, RecursionError):
+                if match:
+                    return parse_entry(job_id, match.group(3), position + start - 1 + match.start(3))
+            start = data.rfind(key, 0, start)
+        above = position
+    return None
+
+
+def find_end(file: int, known: int) -> int:
+    """Where the last entry ends; 0 if the file has not even a begin. `known` is where one ends, or the head."""
+    size = os.fstat(file).st_size
+    end = size - len(TAIL)
+    if (end == len(HEAD) or end > 16) and read_at(file, len(TAIL), end) == TAIL:
+        return end
+    start, span = size, JOURNAL_CHUNK
+    while start > known:
+        start, span = max(known, size - span), 2 * span
+        entries = [found for found in parse_entries(read_at(file, size - start, start), start) if type(found) is Entry]
+        if entries:
+            return entries[-1].offset + entries[-1].length
+    return start if start > len(HEAD) else 0
+
+
+def cut_end(file: int, end: int) -> int:
+    """Makes the file end behind its last entry, and returns where the next one goes."""
+    write_at(file, TAIL if end else EMPTY, end)
+    end = end or len(HEAD)
+    os.ftruncate(file, end + len(TAIL))
+    return end
+
+
+class NotUndone(OSError):
+    """Entries could not be appended, and may stand in the file all the same."""
+
+
+def append_entries(file: int, end: int, jobs: Dict[str, Optional[Job]]) -> List[Entry]:
+    """Writes entries where the last one ends. They are on disk only after `sync_file`. Raises OSError, NotUndone."""
+    data, entries = bytearray(), []
+    for job_id, job in jobs.items():
+        record = b"null" if job is None else record_of(job)
+        data += begin_of_entry(job_id, end + len(data))
+        entries.append(Entry(job_id, job, end + len(data), len(record)))
+        data += record
+    try:
+        write_at(file, bytes(data) + TAIL, end)
+    except OSError as error:
+        try:
+            cut_end(file, end)  # overwriting existing bytes works on a full disk, too
+        except OSError:
+            raise NotUndone(error.errno, error.strerror) from error
+        raise
+    return entries
+
+
+def begin_of_entry(job_id: str, position: int) -> bytes:
+    return (b',\n"%s": ' if position > len(HEAD) else b'\n"%s": ') % job_id.encode()
+
+
+def checksum_before(file: int, position: int) -> int:
+    """CRC-32 of what stands right before a place."""
+    length = min(CHECKED, position)
+    return zlib.crc32(read_at(file, length, position - length))
+
+
+class JournalCopy:
+    """A new file that is to replace jobs.json, for the same people. Its entries are those that are added."""
+
+    SYNC_EVERY = 1 << 22  # bytes, so that the last sync does not take long
+
+    def __init__(self, path: str, like: str, source_end: int):
+        self.path = path
+        self.source_end = source_end  # the old file was copied up to here
+        self.entries = 0
+        self.end = self._synced = 0
+        self._data = bytearray(HEAD)
+        self.file: Optional[int] = make_like(path, like, os.O_RDWR)
+
+    def add(self, job_id: str, record: bytes) -> int:
+        """Returns the offset of the record. It is in the file only after `flush`."""
+        self._data += begin_of_entry(job_id, self.end + len(self._data))
+        offset = self.end + len(self._data)
+        self._data += record.replace(b"\n", b" ")  # it may have been laid out in another way
+        self.entries += 1
+        return offset
+
+    def flush(self, is_end: bool = False) -> None:
+        write_at(self.file, bytes(self._data) + (TAIL if is_end else b""), self.end)
+        self.end += len(self._data)
+        self._data.clear()
+        if self.end - self._synced > self.SYNC_EVERY:
+            sync_file(self.file)
+            self._synced = self.end
 
     def close(self) -> None:
         file, self.file = self.file, None
         close_file(file)
+
+    def discard(self) -> None:
+        """Removes the file, unless it has taken its place."""
+        self.close()
+        with contextlib.suppress(OSError):
+            os.unlink(self.path)
+
+
+def quarantine_damage(path: str, file: int, damages: List[Damage]) -> str:
+    """Copies damaged parts to a file of their own, for somebody who may read more in them. Raises OSError."""
+    aside = name_aside(path)
+    try:
+        with os.fdopen(make_like(aside, path), "wb") as copy:
+            for damage in damages:
+                end = damage.offset + damage.length
+                for offset in range(damage.offset, end, JOURNAL_CHUNK):
+                    copy.write(read_at(file, min(JOURNAL_CHUNK, end - offset), offset))
+                copy.write(b"\n")
+            copy.flush()
+            sync_file(copy.fileno())
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(aside)
+        raise
+    return aside
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Index: a view of jobs.json on SQLite
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def fold(text: str) -> bytes:
+    """Text in the form in which it is searched, without case."""
+    return text.casefold().encode("utf-8", "surrogatepass")
+
+
+class Filter(NamedTuple):
+    """Which jobs are wanted; all that is not None must hold."""
+
+    ip: Optional[str] = None
+    status: Optional[str] = None  # one of STATUSES
+    type: Optional[str] = None  # one of TYPES
+    after: Optional[float] = None  # Unix seconds, exclusive
+    before: Optional[float] = None
+    q: Optional[str] = None  # text in the prompt, case ignored, at most LIMIT characters
+
+    LIMIT = 500
+
+    @property
+    def text(self) -> bytes:
+        return fold(self.q or "")
+
+    def fits(self, job: Job) -> bool:
+        return (
+            self.ip in (None, job.ip)
+            and self.status in (None, job.status)
+            and self.type in (None, job.type)
+            and (self.after is None or job.timestamp > self.after)
+            and (self.before is None or job.timestamp < self.before)
+            and self.text in fold(job.prompt)
+        )
+
+
+class IndexState(NamedTuple):
+    """How far an index has come, and in which file."""
+
+    inode: int  # of jobs.json
+    indexed_to: int  # where the last entry that it knows ends
+    checksum: int  # CRC-32 of the bytes before that
+    mtime: int  # ns, of the file when that was its end
+    entries: int  # in the file, also those that later ones have replaced
+    needs_rewrite: bool  # it holds what this program would have written in another way
+    side: int  # 0 or 1: which of the two offsets of a row counts
+    compactor: str  # the process that writes the other file, in which the other offsets count
+    epoch: int  # differs each time that the index is made anew, and rows are numbered anew
+
+
+class Place(NamedTuple):
+    """Where a record lies."""
+
+    row: int
+    id: str
+    timestamp: int
+    offset: int
+    length: int
+
+
+class Index:
+    """Where each job's record lies in jobs.json, and the fields that filters need, as an SQLite database.
+
+    A view that can be made anew at any time from jobs.json: what it says is no truth of its own. It is a file beside
+    jobs.json, shared by all processes on the folder, or lies in memory where SQLite cannot have a file. A job is a row,
+    whose number counts up in order of acceptance. A transaction brings rows and state together from one end of an
+    entry to another, so that a crash leaves the one or the other; what a power cut takes from it is read again.
+
+    Reading needs no lock, and many threads may; one at a time writes. All methods raise sqlite3.Error.
+    """
+
+    VERSION = 1
+    BUSY = 5.0  # seconds that another process may hold the database
+    FEW = 1000  # jobs that are quickly looked through
+    COUNT_OLD = "UPDATE totals SET jobs = jobs - 1, bytes = bytes - old.bytes WHERE status = old.status"
+    COUNT_NEW = "UPDATE totals SET jobs = jobs + 1, bytes = bytes + new.bytes WHERE status = new.status"
+    SCHEMA = (
+        "CREATE TABLE state (inode, indexed_to, checksum, mtime, entries, needs_rewrite, side, compactor, epoch)",
+        "CREATE TABLE damages (offset, length)",
+        "CREATE TABLE jobs"
+        " (row INTEGER PRIMARY KEY, id, timestamp, status, type, ip, bytes, key, offset0, offset1, length)",
+        "CREATE TABLE texts (row INTEGER PRIMARY KEY, text)",
+        "CREATE TABLE totals (status INTEGER PRIMARY KEY, jobs, bytes)",
+        "CREATE INDEX by_id ON jobs (id COLLATE NOCASE)",
+        *(f"CREATE INDEX by_{column} ON jobs ({column})" for column in ("timestamp", "status", "type", "ip")),
+        "CREATE INDEX by_key ON jobs (key) WHERE key IS NOT NULL",
+        f"CREATE TRIGGER added AFTER INSERT ON jobs BEGIN {COUNT_NEW}; END",
+        f"CREATE TRIGGER removed AFTER DELETE ON jobs BEGIN {COUNT_OLD}; END",
+        f"CREATE TRIGGER changed AFTER UPDATE OF status, bytes ON jobs BEGIN {COUNT_OLD}; {COUNT_NEW}; END",
+    )
+
+    def __init__(self, path: str = "", like: str = ""):
+        """Opens or makes a database in a file that is for the same people as the file `like`; without, in memory."""
+        self.path = path
+        self._inode = 0
+        self._free: "queue.LifoQueue[sqlite3.Connection]" = queue.LifoQueue()
+        self._closed = False
+        self.failure: Optional[Exception] = None  # for which it is to be opened anew
+        if path:
+            try:
+                close_file(make_like(path, like))
+            except FileExistsError:
+                for name in (path, f"{path}-wal", f"{path}-shm"):
+                    narrow_access(name, like)
+            self._inode = os.stat(path).st_ino
+        self._free.put(self._connect())
+        with self._transaction("IMMEDIATE") as connection:
+            if connection.execute("PRAGMA user_version").fetchone()[0] != self.VERSION:
+                self._make(connection)
+
+    def _connect(self) -> sqlite3.Connection:
+        connection = sqlite3.connect(
+            self.path or ":memory:", timeout=self.BUSY, isolation_level=None, check_same_thread=False
+        )
+        connection.execute("PRAGMA synchronous = NORMAL")
+        if self.path:
+            if connection.execute("PRAGMA journal_mode = WAL").fetchone()[0] != "wal":
+                raise sqlite3.OperationalError("SQLite cannot have a write-ahead log there")
+            if not self.is_in_place():
+                raise sqlite3.OperationalError("its file was replaced")
+        return connection
+
+    def is_in_place(self) -> bool:
+        """Whether the name still stands for the file. Raises OSError if that cannot be told."""
+        try:
+            return not self.path or os.stat(self.path).st_ino == self._inode
+        except FileNotFoundError:
+            return False
+
+    def close(self) -> None:
+        """Closes the database, as soon as nobody reads."""
+        self._closed = True
+        while True:
+            try:
+                self._free.get_nowait().close()
+            except queue.Empty:
+                return
+
+    @contextlib.contextmanager
+    def _transaction(self, kind: str = "DEFERRED") -> Iterator[sqlite3.Connection]:
+        """Each thread has a connection while it needs one. A database in memory has but one, for one after another."""
+        try:
+            connection = self._free.get(block=not self.path)
+        except queue.Empty:
+            connection = self._connect()
+        try:
+            connection.execute("BEGIN " + kind)
+            try:
+                yield connection
+            except BaseException:
+                connection.rollback()
+                raise
+            connection.commit()
+        finally:
+            self._free.put(connection)
+            if self._closed:
+                self.close()
+
+    @staticmethod
+    def _make(connection: sqlite3.Connection) -> None:
+        for kind, name in connection.execute("SELECT type, name FROM sqlite_master WHERE type = 'table'").fetchall():
+            connection.execute(f'DROP {kind} "{name}"')
+        for statement in Index.SCHEMA:
+            connection.execute(statement)
+        connection.executemany("INSERT INTO totals VALUES (?, 0, 0)", [(number,) for number in range(len(STATUSES))])
+        connection.execute("INSERT INTO state VALUES (0, 0, 0, 0, 0, 0, 0, '', ?)", (secrets.randbits(62),))
+        connection.execute(f"PRAGMA user_version = {Index.VERSION}")
+
+    # Reading
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator["IndexView"]:
+        """The index as it is now, whatever is written meanwhile."""
+        with self._transaction() as connection:
+            yield IndexView(connection)
+
+    # Writing
+
+    def begin(self, inode: int, start: int, needs_rewrite: bool) -> IndexState:
+        """Forgets everything: a file is to be read from its start on."""
+        with self._transaction("IMMEDIATE") as connection:
+            self._make(connection)
+            values = (inode, start, needs_rewrite)
+            connection.execute("UPDATE state SET inode = ?, indexed_to = ?, needs_rewrite = ?", values)
+            return IndexView(connection).state
+
+    def add(self, start: int, found: List[Union[Entry, Damage]], end: int, checksum: int, mtime: int = 0) -> bool:
+        """Takes in what stands between two places of the file. False if another process has done that already."""
+        with self._transaction("IMMEDIATE") as connection:
+            state = IndexView(connection).state
+            if state.indexed_to != start:
+                return False
+            entries = [item for item in found if isinstance(item, Entry)]
+            for entry in {entry.id: entry for entry in entries}.values():
+                self._add_entry(connection, state.side, entry)
+            damages = [item for item in found if isinstance(item, Damage)]
+            lost = [damage[:2] for damage in damages if not damage.is_whitespace]
+            connection.executemany("INSERT INTO damages VALUES (?, ?)", lost)
+            connection.execute(
+                "UPDATE state SET indexed_to = ?, checksum = ?, mtime = ?, entries = entries + ?, "
+                "needs_rewrite = needs_rewrite OR ?",
+                (end, checksum, mtime, len(entries), bool(damages)),
+            )
+            return True
+
+    @staticmethod
+    def _add_entry(connection: sqlite3.Connection, side: int, entry: Entry) -> None:
+        row, job = IndexView(connection).row_of(entry.id), entry.job
+        if job is None:
+            for table in ("jobs", "texts") if row is not None else ():
+                connection.execute(f"DELETE FROM {table} WHERE row = ?", (row,))
+            return
+        if row is None:
+            values = (
+                job.id,
+                job.timestamp,
+                STATUSES.index(job.status),
+                TYPES.index(job.type),
+                job.ip,
+                job.bytes,
+                job.key,
+            )
+            places = (entry.offset, entry.offset, entry.length)
+            row = connection.execute(
+                "INSERT INTO jobs VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", (*values, *places)
+            ).lastrowid
+        else:
+            values = (STATUSES.index(job.status), job.bytes, job.key, entry.offset, entry.length, row)
+            connection.execute(
+                f"UPDATE jobs SET status = ?, bytes = ?, key = ?, offset{side} = ?, length = ? WHERE row = ?", values
+            )
+        if job.prompt:
+            connection.execute("INSERT OR REPLACE INTO texts VALUES (?, ?)", (row, fold(job.prompt)))
+
+    def note(self, mtime: int) -> None:
+        """The file was touched, and holds what it held."""
+        with self._transaction("IMMEDIATE") as connection:
+            connection.execute("UPDATE state SET mtime = ?", (mtime,))
+
+    def forget_damages(self) -> None:
+        with self._transaction("IMMEDIATE") as connection:
+            connection.execute("DELETE FROM damages")
+
+    def begin_move(self, compactor: str) -> None:
+        """A process begins to write another file."""
+        with self._transaction("IMMEDIATE") as connection:
+            connection.execute("UPDATE state SET compactor = ?", (compactor,))
+
+    def move(self, compactor: str, side: int, offsets: List[Tuple[int, str]]) -> bool:
+        """Where records, by their IDs, lie in the other file. False if another process has begun anew."""
+        with self._transaction("IMMEDIATE") as connection:
+            if IndexView(connection).state.compactor != compactor:
+                return False
+            connection.executemany(
+                f"UPDATE jobs SET offset{side} = ? WHERE id = ? COLLATE NOCASE AND id = ?",
+                [(offset, job_id, job_id) for offset, job_id in offsets],
+            )
+            return True
+
+    def end_move(self, state: IndexState) -> None:
+        """The other file is in the place of the first."""
+        with self._transaction("IMMEDIATE") as connection:
+            connection.execute("DELETE FROM state")
+            connection.execute("INSERT INTO state VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", state)
+
+
+class IndexView:
+    """An index within one transaction, and so at one moment."""
+
+    def __init__(self, connection: sqlite3.Connection):
+        self._connection = connection
+
+    @property
+    def state(self) -> IndexState:
+        return IndexState(*self._connection.execute("SELECT * FROM state").fetchone())
+
+    def damages(self) -> List[Damage]:
+        """What is still to be set aside."""
+        found = self._connection.execute("SELECT * FROM damages ORDER BY offset")
+        return [Damage(*damage, is_whitespace=False) for damage in found]
+
+    def totals(self) -> Dict[str, Tuple[int, int]]:
+        """By status, the number of jobs and the bytes of their files."""
+        found = self._connection.execute("SELECT jobs, bytes FROM totals ORDER BY status")
+        return dict(zip(STATUSES, found.fetchall()))
+
+    def row_of(self, job_id: str) -> Optional[int]:
+        found = self._connection.execute(
+            "SELECT row FROM jobs WHERE id = ? COLLATE NOCASE AND id = ?", (job_id, job_id)
+        ).fetchone()
+        return found and found[0]
+
+    def has_spelling(self, job_id: str) -> bool:
+        """Whether an ID is taken, in any spelling."""
+        found = self._connection.execute("SELECT 1 FROM jobs WHERE id = ? COLLATE NOCASE", (job_id,))
+        return found.fetchone() is not None
+
+    def place(self, job_id: str) -> Optional[Place]:
+        row = self.row_of(job_id)
+        return None if row is None else self._places("WHERE row = ?", row)[0]
+
+    def with_key(self, key: str) -> Optional[str]:
+        """The ID of the latest job with an idempotency key."""
+        found = self._connection.execute(
+            "SELECT id FROM jobs WHERE key = ? ORDER BY row DESC LIMIT 1", (key,)
+        ).fetchone()
+        return found and found[0]
+
+    def unfinished(self) -> List[Place]:
+        return self._places("WHERE status IN (?, ?) ORDER BY row", *map(STATUSES.index, (PENDING, PROCESSING)))
+
+    def places(self, above: int, top: int, count: int) -> List[Place]:
+        """Of so many jobs that come after a row, up to another, oldest first."""
+        return self._places("WHERE row > ? AND row <= ? ORDER BY row LIMIT ?", above, top, count)
+
+    def summary(self, job_id: str) -> Optional[Tuple[str, int]]:
+        """A job's status and the bytes of its files."""
+        found = self._connection.execute(
+            "SELECT status, bytes FROM jobs WHERE row = ?", (self.row_of(job_id),)
+        ).fetchone()
+        return found and (STATUSES[found[0]], found[1])
+
+    def _places(self, where: str, *values: Any) -> List[Place]:
+        side = self.state.side
+        found = self._connection.execute(f"SELECT row, id, timestamp, offset{side}, length FROM jobs {where}", values)
+        return [Place(*place) for place in found]
+
+    def top(self) -> int:
+        """The row of the latest job, 0 if there is none."""
+        return self._connection.execute("SELECT max(row) FROM jobs").fetchone()[0] or 0
+
+    def row_at(self, timestamp: int) -> int:
+        """The row behind the latest job that is not newer than a time (Unix seconds)."""
+        found = self._connection.execute("SELECT max(row) FROM jobs WHERE timestamp <= ?", (timestamp,))
+        return (found.fetchone()[0] or 0) + 1
+
+    def expired(self, before: float, after: Optional[float]) -> List[str]:
+        """IDs of ended jobs accepted before a time, and after another (Unix seconds), oldest first."""
+        ended = tuple(map(STATUSES.index, ENDED))
+        found = self._connection.execute(
+            "SELECT id FROM jobs INDEXED BY by_timestamp "
+            "WHERE timestamp < ? AND timestamp > ? AND status IN (?, ?) ORDER BY row",
+            (before, -1 if after is None else after, *ended),
+        )
+        return [job_id for (job_id,) in found]
+
+    def find(
+        self,
+        filter_: Filter,
+        below: int,
+        limit: int,
+        skip: int,
+        without: List[int],
+        abandoned: Optional[threading.Event] = None,
+    ) -> List[Place]:
+        """Of the jobs below a row that match, newest first: at most `limit`, without the first `skip` and some rows.
+
+        Gives up, with none, once `abandoned` is set.
+        """
+        source, conditions, values = "jobs NOT INDEXED", ["jobs.row < ?"], [below]
+        for column, value in (
+            ("type", filter_.type and TYPES.index(filter_.type)),
+            ("status", filter_.status and STATUSES.index(filter_.status)),
+            ("ip", filter_.ip),
+        ):
+            if value is not None:
+                # Of several, the address leaves least. Others together are looked for in all jobs, which is quicker.
+                source = (
+                    f"jobs INDEXED BY by_{column}" if len(conditions) == 1 or column == "ip" else "jobs NOT INDEXED"
+                )
+                conditions.append(f"{column} = ?")
+                values.append(value)
+        times = self._times(filter_)
+        if times:
+            conditions.append("timestamp > ? AND timestamp < ?")
+            values += times
+            if filter_.ip is None:
+                source = "jobs INDEXED BY by_timestamp" if self._are_few(times) else "jobs NOT INDEXED"
+        if filter_.text:
+            # The text comes first where all jobs would have to be looked through.
+            order = ["texts", source] if source.endswith("NOT INDEXED") else [source, "texts"]
+            source = " CROSS JOIN ".join(order)
+            conditions += ["texts.row = jobs.row", "instr(text, ?)"]
+            values.append(filter_.text)
+        if without:
+            conditions.append(f"jobs.row NOT IN ({', '.join(map(str, without))})")
+        row = "texts.row" if source.startswith("texts") else "jobs.row"
+        side = self.state.side
+        statement = f"SELECT jobs.row, id, timestamp, offset{side}, length FROM {source} WHERE " + " AND ".join(
+            conditions
+        )
+        if abandoned is not None:
+            self._connection.set_progress_handler(abandoned.is_set, 10_000)
+        try:
+            found = self._connection.execute(
+                f"{statement} ORDER BY {row} DESC LIMIT ? OFFSET ?", (*values, limit, skip)
+            )
+            return [Place(*place) for place in found]
+        except sqlite3.OperationalError:
+            if abandoned is not None and abandoned.is_set():
+                return []
+            raise
+        finally:
+            self._connection.set_progress_handler(None, 0)
+
+    @staticmethod
+    def _times(filter_: Filter) -> List[float]:
+        if filter_.after is None and filter_.before is None:
+            return []
+        return [
+            -1 if filter_.after is None else filter_.after,
+            LAST_MOMENT if filter_.before is None else filter_.before,
+        ]
+
+    def _are_few(self, times: List[float]) -> bool:
+        """Whether only few jobs were accepted between two times."""
+        statement = "SELECT count(*) FROM (SELECT 1 FROM jobs WHERE timestamp > ? AND timestamp < ? LIMIT ?)"
+        return self._connection.execute(statement, (*times, Index.FEW)).fetchone()[0] < Index.FEW
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# JobStore: the jobs, in jobs.json
+# ------------------------------------------------------------------------------------------------------------------
+
+
+class Page(NamedTuple):
+    """Jobs that match, newest first, and a cursor for those after them; None when there are no more."""
+
+    jobs: List[Job]
+    cursor: Optional[str]
+
+
+class Cursor(NamedTuple):
+    """Where a page ended. Its text is nobody's business but the store's."""
+
+    epoch: int  # of the index, see IndexState
+    row: int
+    timestamp: int  # of the job in that row, in Unix seconds
+    id: str
+
+    FORM = re.compile(r"([0-9]{1,19})-([0-9]{1,15})-([0-9]{1,12})-([A-Za-z0-9]{8})\Z")
+
+    @classmethod
+    def parse(cls, text: str) -> "Cursor":
+        form = cls.FORM.match(text)
+        if form is None:
+            raise InvalidCursor("it must come from a page before")
+        return cls(*map(int, form.groups()[:3]), form.group(4))
+
+    def __str__(self) -> str:
+        return "-".join(map(str, self))
+
+    def row_in(self, view: IndexView) -> int:
+        """The row below which the next page begins: that of the job, or, if it is gone, where that was, or its time."""
+        row = view.row_of(self.id)
+        if row is not None:
+            return row
+        return self.row if view.state.epoch == self.epoch else view.row_at(self.timestamp)
+
+
+class Pending(NamedTuple):
+    """A change that the index does not have yet."""
+
+    job: Optional[Job]  # None: its end
+    shown: Optional[Job]  # what everybody sees of it now
+    is_stored: bool = False  # its entry is on disk
 
 
 class Change(NamedTuple):
     """What waits to be written to jobs.json."""
 
     jobs: Dict[str, Optional[Job]]  # None: its end
-    new: bool
-    patient: bool  # `written` ends only when it is on disk
+    is_new: bool
+    is_patient: bool  # `written` ends only when it is on disk
     written: Future
 
 
-class NotUndone(OSError):
-    """Lines could not be appended, and may stand in the file all the same."""
+class Recovery(NamedTuple):
+    """What is to become of jobs that dead processes left, see `JobStore.recover`."""
+
+    end: Callable[[Job], Job]
+    ended: Callable[[Job], None]
+    done: Future
+
+    def tell(self, jobs: Dict[str, Optional[Job]]) -> None:
+        for job in jobs.values():
+            self.ended(job)
 
 
-class Appended(NamedTuple):
-    """Lines at the end of jobs.json that are perhaps not on disk yet."""
-
-    lines: List[Line]
-    end: int  # where the file's last line ended before
-    length: int
-    known: bool  # the index knows all that comes before them
-
-
-Chore = Tuple[Iterator[None], Future]  # work that is done piece by piece, and its result
-
-
-def promise() -> Future:
-    """A Future that nobody can cancel."""
+def uncancellable_future() -> Future:
     future: Future = Future()
     future.set_running_or_notify_cancel()
     return future
 
 
+def find_with_changes(
+    view: IndexView,
+    filter_: Filter,
+    below: int,
+    limit: int,
+    skip: int,
+    pending: Dict[str, Pending],
+    abandoned: Optional[threading.Event],
+) -> List[Tuple[Place, Optional[Job]]]:
+    """As `IndexView.find`, but with pending changes in force; a job is there where one has changed."""
+    places = {job_id: view.place(job_id) for job_id in pending}
+    changed = {place: pending[job_id].shown for job_id, place in places.items() if place is not None}
+    fitting = [(place, job) for place, job in changed.items() if job and place.row < below and filter_.fits(job)]
+    fitting.sort(key=lambda one: one[0].row, reverse=True)
+    # Where the rows lie that have changed is known only as the others are: so they are counted from a little before.
+    first = max(0, skip - len(fitting))
+    rows = [place.row for place in changed]
+    found = [(place, None) for place in view.find(filter_, below, limit + len(fitting), first, rows, abandoned)]
+    if first and not found:
+        return []
+    ahead = [one for one in fitting if first and one[0].row > found[0][0].row]
+    merged = sorted([*found, *fitting[len(ahead) :]], key=lambda one: one[0].row, reverse=True)
+    start = skip - first - len(ahead)
+    return merged[start : start + limit]
+
+
+class OpenJournal:
+    """jobs.json as it is open now."""
+
+    def __init__(self, file: Optional[int] = None):
+        self.file = file
+        self.inode = 0 if file is None else os.fstat(file).st_ino
+        self.needs_reading = False  # somebody changed it where the index knows it
+
+    def close(self) -> None:
+        file, self.file = self.file, None
+        close_file(file)
+
+
 class JobStore:
-    """Jobs in a JSON file that is appended to in place and is valid JSON after every write.
+    """Jobs in jobs.json, which is the only truth, and found by an index beside it.
 
-    The file is an object from ID to record, a record a line; later lines win, as they do for every reader of JSON
-    with duplicate keys, and `null` ends a job. A change is one write over the closing brace. When dead lines
-    outnumber live ones, the live ones go to a new file that replaces the old.
-
-    One thread, the store's own, writes the file and the index. In turns it writes all that waits to be written, with
-    one fsync, and does a small piece of other work. Loading and compacting are such pieces, so neither the start nor a
+    One thread, the store's own, writes both. In turns it writes all that waits to be written, with one fsync, and does
+    a small piece of other work. Building the index and compacting are such pieces, so neither the first start nor a
     compaction with a million jobs keeps a request waiting.
 
     Any thread may call any method; none is for the event loop. Several processes may share the file: each holds
@@ -1379,33 +1825,37 @@ class JobStore:
     `remove` reports done survives a crash and a power cut.
     """
 
-    HEAD, TAIL, EMPTY = b"{", b"\n}\n", b"{\n}\n"
-    PIECE = 1 << 16  # bytes read between two looks at what waits to be written
-    CURSOR = re.compile(r"[0-9]{1,12}(-[A-Za-z0-9]{8}){1,10}\Z")
-    LINE_LIMIT = 1 << 23  # a longer line is damage
-    SPARE_DEAD = 1000  # dead lines that are not worth a compaction
+    MIN_DEAD_ENTRIES = 1000  # dead ones that are not worth a compaction
     RETRY = 5.0  # seconds until a write that failed is tried again
     COMPACT_RETRY = 600.0  # the same for a compaction
-    BREAK = 0.0005  # seconds between two pieces of work for which somebody waits
+    YIELD = 0.0005  # seconds between two pieces of work for which somebody waits
+    LONG = 1 << 20  # bytes that the index does not know, for which nobody is to wait
+    COPIED_AT_ONCE = 200  # records, in a compaction
 
     def __init__(self, folder: str, check: Callable[[], None] = lambda: None):
         """`check` raises OSError as long as jobs.json is not to be opened."""
         self.path = os.path.realpath(os.path.join(folder, "jobs.json"))
         self._check = check
         self.owner = secrets.token_hex(4)
-        self._lock = threading.Lock()  # guards these three and the index; held for a moment, never for the disk
-        self._opened = Opened(None)
-        self._unwritten: Dict[str, Optional[Job]] = {}  # what is not in the file yet
-        self._meanwhile: Dict[str, Job] = {}  # what is shown of some of them until they are
-        self._reading = threading.Lock()  # taken before `_lock`: who holds it may use the open file, which stays so
+        self._lock = threading.Lock()  # guards this one; held for a moment, never for the disk
+        self._pending: Dict[str, Pending] = {}
+        self._reading = threading.Lock()  # who holds it may use the open file, which stays so
+        self._journal = OpenJournal()
+        self._index: Optional[Index] = None
+        self._index_failures = 0
+        self._syncing: Optional[Tuple[Iterator[None], Future]] = None
+        self._compaction: Optional[Iterator[None]] = None
+        self._is_ready = False  # jobs that dead processes left have been looked for
+        self._is_building = False  # the index has a long way to go
+        self._is_appending = False  # what the file has beyond the index is this process's own
+        self._position = 0  # how far the index has come
         self._work = threading.Condition()  # guards these six
         self._queue: List[Change] = []
-        self._chores: List[Chore] = []
-        self._following: Optional[Future] = None
-        self._end_left: Optional[Callable[[Job], Job]] = None  # for jobs left behind, if they are to be looked for
-        self._left_ended: Callable[[Job], None] = lambda job: None  # told of each, once its end is on disk
-        self._awaited = 0  # how many wait for it
+        self._sync_wanted: Optional[Future] = None
+        self._recovery: Optional[Recovery] = None
+        self._waiters = 0
         self._closing = self._closed = False
+        self._is_busy = False
         self._between = FileLock(self.path + ".lock", self.path)  # of the thread alone, as is what follows
         self._alive = FileLock(f"{self.path}.owner-{self.owner}", self.path)  # held for as long as this process lives
         self._retry: Dict[str, Optional[Job]] = {}
@@ -1425,52 +1875,57 @@ class JobStore:
         tried again until it is written or the process ends. With `meanwhile`, the job is shown as that until its own
         record is on disk, and the Future ends only then, or with StoreError if the store is closed before.
         """
-        return self._change({job.id: job}, new, meanwhile)
+        return self._change({job.id: Pending(job, meanwhile or job)}, new, meanwhile is not None)
+
+    def remove(self, ids: List[str]) -> Future:
+        """Ends jobs. The Future ends when that is on disk, or with StoreError; then it is tried again."""
+        return self._change(dict.fromkeys(ids, Pending(None, None)), False, False)
 
     @property
     def progress(self) -> Any:
         """Something that changes as jobs.json is read."""
-        opened = self._opened
-        return id(opened), opened.seen
+        return self._position
 
     @property
     def trouble(self) -> str:
         """Why records cannot be written now, for everybody's eyes; empty while they can."""
         return self._trouble
 
-    def remove(self, ids: List[str]) -> Future:
-        """Ends jobs. The Future ends when that is on disk, or with StoreError; then it is tried again."""
-        return self._change(dict.fromkeys(ids), False)
-
     def knows(self, job_id: str) -> bool:
-        """Whether an ID is taken, in any spelling. What is still being loaded is not looked at."""
-        number = id_number(job_id)
+        """Whether an ID is taken, in any spelling. What is still being read is not looked at."""
         with self._lock:
-            return number in self._opened.index.slots or number in map(id_number, self._unwritten)
+            if any(job_id.lower() == other.lower() for other in self._pending):
+                return True
+        index = self._index
+        if index is None:
+            return False
+        with index.reading() as view:
+            return view.has_spelling(job_id)
 
-    @raising_store_error()
     def get(self, job_id: str) -> Optional[Job]:
-        """A job, None if there is none. Waits while the file is being loaded. Raises StoreError."""
+        """A job, None if there is none. Raises StoreError."""
         if not ID_FORM.match(job_id):
             return None
         while True:
             with self._lock:
-                if job_id in self._unwritten:
-                    return self._in_force(job_id)
-            with self._current() as index:
-                slot = index.slot(job_id)
-                if slot is None or job_id in self._unwritten:
-                    return None if slot is None else self._in_force(job_id)
-                opened, place, length = self._opened, index.place[slot], index.length[slot]
-            with self._reading:
-                if opened.file is not None:  # otherwise the record has moved to another file
-                    return self._read(opened, job_id, place, length)
+                pending = self._pending.get(job_id)
+            if pending is not None:
+                return pending.shown
+            if self._is_building:
+                entry = self._find_in_file(job_id)
+                if entry is not None:
+                    return entry.job
+            state, place = self._look(lambda view: view.place(job_id))
+            if place is None:
+                return None
+            entry = self._read(state, place)
+            if entry is not None:
+                return entry.job
 
     def with_key(self, key: str) -> Optional[Job]:
         """The latest job with an idempotency key, None if there is none. Raises StoreError."""
-        with self._current() as index:
-            slot = index.slots.get(index.keys.get(key, -1))
-        job = None if slot is None else self.get(index.id(slot))
+        _, job_id = self._look(lambda view: view.with_key(key))
+        job = None if job_id is None else self.get(job_id)
         return job if job is not None and job.key == key else None
 
     def query(
@@ -1481,60 +1936,61 @@ class JobStore:
         skip: int = 0,
         abandoned: Optional[threading.Event] = None,
     ) -> Page:
-        """The newest jobs that match, at most `limit`: from the cursor of another page on, without the first `skip`.
+        """The newest jobs that match: at most `limit`, without the first `skip`, or those that come after a page.
 
-        Pages neither repeat nor skip a job. Ends early, with what was found, once `abandoned` is set. Raises
-        StoreError, InvalidCursor.
+        Ends early, with none, once `abandoned` is set. Raises StoreError, InvalidCursor.
         """
-        after_time, shown = self._read_cursor(cursor)
-        with self._current() as index:
-            known = (index.slots[number] for number in map(id_number, shown) if number in index.slots)
-            below = next(known, None if shown else index.top)
-        if below is None:
-            times = index.timestamp
-            below = next((slot + 1 for slot in range(index.top - 1, -1, -1) if times[slot] <= after_time), 0)
-        jobs: List[Job] = []
-        for slot in self._matching(index, filter_, below, abandoned):
-            if skip > 0:
-                skip -= 1
-            elif len(jobs) == limit:
-                return Page(jobs, self._make_cursor(jobs))
-            else:
-                job = self.get(index.id(slot))
-                if job is not None and filter_.status in (None, job.status):  # it may have changed since
-                    jobs.append(job)
-        return Page(jobs, None)
+        after = None if cursor is None else Cursor.parse(cursor)
+        with self._lock:
+            pending = dict(self._pending)
 
-    @staticmethod
-    def _make_cursor(jobs: List[Job]) -> str:
-        """The last job's time, its ID and nine more: the next page begins behind the first of these that is known."""
-        return "-".join([str(jobs[-1].timestamp), *(job.id for job in jobs[:-11:-1])])
+        def find(view: IndexView) -> List[Tuple[Place, Optional[Job]]]:
+            below = view.top() + 1 if after is None else after.row_in(view)
+            return find_with_changes(view, filter_, below, limit + 1, skip, pending, abandoned)
 
-    @classmethod
-    def _read_cursor(cls, cursor: Optional[str]) -> Tuple[int, List[str]]:
-        if cursor is None:
-            return 0, []
-        if not cls.CURSOR.match(cursor):
-            raise InvalidCursor("it must come from a Link header")
-        after_time, *shown = cursor.split("-")
-        return int(after_time), shown
+        state, found = self._look(find)
+        jobs = []
+        for place, job in found[:limit]:
+            if job is None:
+                entry = self._read(state, place)
+                job = self.get(place.id) if entry is None else entry.job
+            if job is not None and filter_.status in (None, job.status):  # it may have changed since
+                jobs.append(job)
+        last = found[limit - 1][0] if len(found) > limit else None
+        return Page(jobs, last and str(Cursor(state.epoch, last.row, last.timestamp, last.id)))
 
-    def figures(self) -> Tuple[Dict[str, int], int]:
+    def stats(self) -> Tuple[Dict[str, int], int]:
         """Jobs by status, and the bytes of all their files. Raises StoreError."""
-        with self._current() as index:
-            return dict(zip(STATUSES, index.counts)), index.total_bytes
+        with self._lock:
+            pending = dict(self._pending)
+
+        def count(view: IndexView) -> Tuple[Dict[str, int], int]:
+            totals = view.totals()
+            counts, size = (
+                {status: jobs for status, (jobs, _) in totals.items()},
+                sum(size for _, size in totals.values()),
+            )
+            for job_id, change in pending.items():
+                known = view.summary(job_id)
+                if known is not None:  # what the index says of it is no longer true
+                    counts[known[0]] -= 1
+                    size -= known[1]
+                    if change.shown is not None:
+                        counts[change.shown.status] += 1
+                        size += change.shown.bytes
+            return counts, size
+
+        return self._look(count)[1]
 
     def expired(self, before: float, after: Optional[float] = None) -> List[str]:
-        """IDs of ended jobs accepted before a time, and after another (Unix seconds), oldest first.
+        """IDs of ended jobs accepted between two times (Unix seconds, exclusive), oldest first. Raises StoreError."""
+        with self._lock:
+            pending = {
+                job_id for job_id, change in self._pending.items() if change.shown is None or not change.shown.ended
+            }
+        _, ids = self._look(lambda view: view.expired(before, after))
+        return [job_id for job_id in ids if job_id not in pending]
 
-        Raises StoreError.
-        """
-        with self._current() as index:
-            top = index.top
-        old = self._matching(index, Filter(before=before, after=after), top)
-        return [index.id(slot) for slot in old if slot not in index.unfinished][::-1]
-
-    @raising_store_error()
     def set_aside_ids(self) -> Optional[Set[str]]:
         """IDs of jobs in what was, or is to be, set aside; None if they cannot be told. Raises StoreError.
 
@@ -1542,19 +1998,19 @@ class JobStore:
         """
         folder, name = os.path.split(self.path)
         found: Set[str] = set()
-        if self._opened.gaps:
+        if self._look(lambda view: view.damages())[1]:
             return None
-        for entry in os.listdir(folder):
-            path = os.path.join(folder, entry)
-            if entry.startswith(f"{name}.damaged-") and os.path.isfile(path):
-                try:
+        try:
+            for entry in os.listdir(folder):
+                path = os.path.join(folder, entry)
+                if entry.startswith(f"{name}.damaged-") and os.path.isfile(path):
                     with open(path, "rb") as file:
-                        data = file.read(self.PIECE)
-                except OSError:
-                    return None
-                if not TORN_LINES.match(data):
-                    return None
-                found.update(job_id.decode() for job_id in re.findall(rb'"(\w{8})"', data))  # a key or an ID
+                        data = file.read(JOURNAL_CHUNK)
+                    if not TORN_ENTRIES.match(data):
+                        return None
+                    found.update(job_id.decode() for job_id in re.findall(rb'"(\w{8})"', data))  # a key or an ID
+        except OSError:
+            return None
         return found
 
     def recover(self, end: Callable[[Job], Job], ended: Callable[[Job], None] = lambda job: None) -> Future:
@@ -1566,211 +2022,205 @@ class JobStore:
         called with each job that was ended so, once that is on disk, and is not to wait for anything.
         """
         with self._work:
-            self._end_left, self._left_ended = end, ended
-            self._following = self._add_chore(self._load(), first=True)
-            return self._following
+            if self._recovery is None and not self._closed:
+                self._recovery = Recovery(end, ended, uncancellable_future())
+            recovery = self._recovery
+        synced = self._sync()
+        return synced if recovery is None else recovery.done
+
+    def idle(self, seconds: float = 60.0) -> bool:
+        """Waits until nothing is left to be written, read or compacted. False if that takes too long."""
+        with self._work:
+            return self._work.wait_for(lambda: not (self._is_busy or self._has_work()) and not self._retry, seconds)
 
     def close(self) -> None:
         """Writes what waits to be written and ends the thread. Other work is given up."""
         with self._work:
             self._closing = True
-            self._work.notify()
+            self._work.notify_all()
         self._thread.join()
 
     # What is in force, and what is found
 
-    def _change(self, jobs: Dict[str, Optional[Job]], new: bool, meanwhile: Optional[Job] = None) -> Future:
+    def _change(self, changes: Dict[str, Pending], is_new: bool, is_patient: bool) -> Future:
+        jobs = {job_id: change.job for job_id, change in changes.items()}
+        written = uncancellable_future()
         with self._lock:
-            self._supersede(jobs, {} if meanwhile is None else {meanwhile.id: meanwhile})
-            change = Change(jobs, new, meanwhile is not None, promise())
+            self._pending.update(changes)
             with self._work:
                 if not self._closed:
-                    self._queue.append(change)
-                    self._work.notify()
-                    return change.written
-        change.written.set_exception(StoreError("the store is closed"))
-        return change.written
+                    self._queue.append(Change(jobs, is_new, is_patient, written))
+                    self._work.notify_all()
+                    return written
+        written.set_exception(StoreError("the store is closed"))
+        return written
 
-    def _supersede(self, jobs: Dict[str, Optional[Job]], meanwhile: Dict[str, Job]) -> None:
-        """Puts changes in force whose lines are still to come, or what is to be shown of them until then."""
-        for job_id in jobs:
-            self._meanwhile.pop(job_id, None)
-        self._unwritten.update(jobs)
-        self._meanwhile.update(meanwhile)
-        self._show(jobs)
-
-    def _in_force(self, job_id: str) -> Optional[Job]:
-        """What is shown of a job whose line is still to come."""
-        return self._meanwhile.get(job_id, self._unwritten[job_id])
-
-    def _show(self, job_ids: Iterable[str]) -> None:
-        """Makes the index show jobs as they are now, though their lines are still to come."""
-        index = self._opened.index
-        for job_id in job_ids:
-            slot = index.slot(job_id)
-            if slot is not None:
-                index.apply(job_id, self._in_force(job_id), index.place[slot], index.length[slot])
-
-    @contextlib.contextmanager
-    def _current(self) -> Iterator[Index]:
-        """Holds the lock, with an index that knows all that the file held when this was called. Raises StoreError."""
+    def _look(self, question: Callable[[IndexView], Any]) -> Tuple[IndexState, Any]:
+        """Asks an index that knows all that the file held when this was called. Raises StoreError."""
         while True:
-            with self._lock:
-                opened, seen = self._opened, self._opened.seen
-            with self._reading:
+            index = self._index
+            if index is not None and self._is_ready:
                 try:
-                    length = self._length(opened)
-                except OSError:
-                    length = -1
-            with self._lock:
-                # What this process has appended since only moved `ahead` on.
-                if self._opened is opened and seen <= length <= opened.ahead:
-                    yield opened.index
-                    return
+                    with index.reading() as view:
+                        state = view.state
+                        if self._is_current(state):
+                            return state, question(view)
+                except sqlite3.Error as error:
+                    index.failure = error
             with self._work:
-                self._awaited += 1
+                self._waiters += 1
             try:
-                self._follow().result()
+                self._sync().result()
             finally:
                 with self._work:
-                    self._awaited -= 1
+                    self._waiters -= 1
 
-    def _length(self, opened: Opened) -> int:
-        """Of the file without its closing, -1 if it is no longer the one that is open. Raises OSError."""
-        if opened.file is not None and not opened.stale:
-            if stands_for(self.path, opened.file):
-                return os.fstat(opened.file).st_size - len(self.TAIL)
-        return -1
-
-    def _matching(
-        self, index: Index, wanted: Filter, below: int, abandoned: Optional[threading.Event] = None
-    ) -> Iterator[int]:
-        """Slots of an index, newest first. Holds the lock for a moment at a time."""
-        step = 500
-        while below > 0:
-            with self._lock:
-                began = time.monotonic()
-                above = index.step(wanted, below, step)
-                found = index.find(wanted, below, above)
-                held = time.monotonic() - began
-            if held > 4 * self.BREAK:
-                time.sleep(self.BREAK)  # nobody else has a lock that is taken again at once
-            for slot in found:
-                if abandoned is not None and abandoned.is_set():
-                    return
-                if wanted.text and index.unsure and index.must_check(slot):
-                    job = self.get(index.id(slot))
-                    if job is None or not contains(fold(job.prompt), wanted.text):
-                        continue
-                yield slot
-            if abandoned is not None and abandoned.is_set():
-                return
-            below, step = above, min(2 * step, 2_000 if wanted.text else 20_000)
-
-    @staticmethod
-    def _read(opened: Opened, job_id: str, place: int, length: int) -> Optional[Job]:
+    def _is_current(self, state: IndexState) -> bool:
         try:
-            return read_line(job_id, read_at(opened.file, length, place), place).job
-        except (ValueError, RecursionError):
-            log.error("jobs.json: the record of job %s is not where it was, all is read again", job_id)
-            opened.stale = True
-            return None
+            status = os.stat(self.path)
+        except OSError:
+            return False
+        if not status.st_ino == state.inode == self._journal.inode or self._journal.needs_reading:
+            return False
+        length = status.st_size - len(TAIL)
+        return length == state.indexed_to or (self._is_appending and length > state.indexed_to)
+
+    def _read(self, state: IndexState, place: Place) -> Optional[Entry]:
+        """None if the record has moved to another file since, or all is to be read again."""
+        with self._reading:
+            journal = self._journal
+            if journal.file is None or journal.inode != state.inode:
+                return None
+            try:
+                return parse_entry(place.id, read_at(journal.file, place.length, place.offset), place.offset)
+            except OSError as error:
+                raise StoreError.of(error) from None
+            except (ValueError, RecursionError):
+                log.error("jobs.json: the record of job %s is not where it was, all is read again", place.id)
+                journal.needs_reading = True
+                return None
+
+    def _find_in_file(self, job_id: str) -> Optional[Entry]:
+        """A job that the index does not know yet."""
+        with self._reading:
+            journal = self._journal
+            try:
+                entry = None if journal.file is None else find_last_entry(journal.file, job_id)
+                if entry is not None:
+                    sync_file(journal.file)  # nobody is shown what a power cut may take back
+            except OSError as error:
+                raise StoreError.of(error) from None
+        return entry
 
     # The thread and what it is asked for
 
-    def _add_chore(self, work: Iterator[None], first: bool = False) -> Future:
-        result = promise()
+    def _sync(self) -> Future:
+        """Has the index learn what it does not know yet. The Future ends when it does, or with StoreError."""
         with self._work:
             if self._closed:
-                result.set_exception(StoreError("the store is closed"))
-            else:
-                self._chores.insert(0 if first else len(self._chores), (work, result))
-                self._work.notify()
-        return result
+                closed = uncancellable_future()
+                closed.set_exception(StoreError("the store is closed"))
+                return closed
+            if self._sync_wanted is None:
+                self._sync_wanted = uncancellable_future()
+                self._work.notify_all()
+            return self._sync_wanted
 
-    def _follow(self) -> Future:
-        """Reads what the index does not know yet. The Future ends when it does, or with StoreError."""
-        with self._work:
-            if self._following is None or self._following.done():
-                self._following = self._add_chore(self._load(), first=True)
-            self._work.notify()
-            return self._following
+    def _has_work(self) -> bool:
+        return bool(self._queue or self._sync_wanted or self._syncing or self._compaction or self._closing)
 
     def _run(self) -> None:
         while True:
             with self._work:
-                if not (self._queue or self._chores or self._closing):
-                    self._work.wait(max(0, self._retry_at - time.monotonic()) if self._retry else None)
+                self._is_busy = False
+                self._work.notify_all()
+                pause = max(0, self._retry_at - time.monotonic()) if self._retry else None
+                self._work.wait_for(self._has_work, pause)
+                self._is_busy = True
                 changes, self._queue = self._queue, []
-                chore = self._chores[0] if self._chores else None
                 self._closed = self._closing and not changes
+                if self._syncing is None and self._sync_wanted is not None:
+                    self._syncing, self._sync_wanted = (self._catch_up(), self._sync_wanted), None
             if changes or (self._retry and (self._closed or time.monotonic() >= self._retry_at)):
                 self._write(changes)
             if self._closed:
                 break
-            if chore is not None:
-                began = time.monotonic()
-                self._do_piece(chore)
-                self._be_polite(2 * (time.monotonic() - began))
-        for work, result in self._chores:
-            work.close()
-            result.set_exception(StoreError("the store is closed"))
-        for written in self._patient:
-            written.set_exception(StoreError("the store is closed"))
-        self._close_files()
+            began = time.monotonic()
+            if self._syncing is not None:
+                self._step_sync(*self._syncing)
+            elif self._compaction is not None and next(self._compaction, self) is self:
+                self._compaction = None
+            self._yield_cpu(2 * (time.monotonic() - began))
+        self._end()
 
-    def _be_polite(self, seconds: float) -> None:
-        """Lets others have the interpreter and the lock: for long, for a webui may be starting, if nobody waits."""
-        with self._work:
-            if self._chores and not (self._queue or self._closing):
-                self._work.wait(self.BREAK if self._awaited else seconds)
-
-    def _do_piece(self, chore: Chore) -> None:
-        work, result = chore
-        value, failure = None, None
+    def _step_sync(self, work: Iterator[None], done: Future) -> None:
         try:
             next(work)
             return
-        except StopIteration as end:
-            value = end.value
+        except StopIteration:
+            failure = None
         except Exception as error:
             failure = error
-        with self._work:
-            self._chores.remove(chore)
-        self._tell("read", failure)
+        self._syncing = None
+        self._report("read", failure)
         if failure is None:
-            result.set_result(value)
+            done.set_result(None)
             self._consider_compacting()
         else:
-            result.set_exception(StoreError.of(failure))
+            failure = StoreError.of(failure)
+            with self._work:
+                if self._recovery is not None:  # which is due at the next look
+                    recovery = self._recovery
+                    self._recovery = recovery._replace(done=uncancellable_future())
+                    recovery.done.set_exception(failure)
+            done.set_exception(failure)
 
-    def _consider_compacting(self) -> None:
-        index = self._opened.index
-        if self._opened.foreign or index.dead > len(index) + self.SPARE_DEAD:
-            if not self._chores and time.monotonic() >= self._compact_at:
-                self._add_chore(self._compact())
+    def _yield_cpu(self, seconds: float) -> None:
+        """Pauses between two pieces so that other threads get the interpreter; longer when nobody waits for us."""
+        with self._work:
+            if (self._syncing or self._compaction) and not (self._queue or self._closing):
+                self._work.wait(self.YIELD if self._waiters else seconds)
 
-    def _tell(self, what: str, error: Optional[BaseException]) -> None:
+    def _end(self) -> None:
+        with self._work:
+            left = [self._sync_wanted, self._syncing and self._syncing[1], self._recovery and self._recovery.done]
+        for future in [*filter(None, left), *self._patient]:
+            future.set_exception(StoreError("the store is closed"))
+        self._compaction = self._syncing = None
+        self._let_go()
+        with contextlib.suppress(OSError):
+            os.unlink(self._alive.path)
+        self._alive.close()
+        self._between.close()
+
+    def _report(self, what: str, error: Optional[BaseException]) -> None:
         """Logs a trouble when it begins and when it is over, not each time that it shows."""
         text = f"jobs.json cannot be {what}: {type(error).__name__}: {error}" if error else ""
         if text != self._troubles.get(what, ""):
             self._troubles[what] = text
             log.error("%s", text or f"jobs.json can be {what} again")
 
-    # The file
+    # The file and its index
 
     @contextlib.contextmanager
-    def _exclusive(self) -> Iterator[Opened]:
-        """Holds the lock between processes, with the file open that the name stands for now."""
+    def _exclusive(self) -> Iterator[OpenJournal]:
+        """Holds the lock between processes, with the file open that the name stands for now, and its index."""
         with self._between:
-            if self._length(self._opened) < self._opened.seen:
+            file, index = self._journal.file, self._index
+            if file is None or not stands_for(self.path, file):
                 self._open()
-            yield self._opened
+            elif index is None or index.failure is not None or not index.is_in_place():
+                self._open_index()
+            try:
+                yield self._journal
+            except sqlite3.Error as error:
+                self._index.failure = error
+                raise
 
     def _open(self) -> None:
         self._let_go()
         self._check()
-        self._alive.close()  # the folder may be another: nobody asks for it while we hold the lock
+        self._alive.close()  # the data folder may be another one; nobody looks for this lock while we hold the other
         self._alive.hold()
         try:
             file = self._open_file()
@@ -1780,132 +2230,152 @@ class JobStore:
                 copy_file(aside, self.path)
             log.warning("jobs.json cannot be opened for writing (%s), it was set aside as %s", error, aside)
             file = self._open_file()
-        opened = self._opened = Opened(file)
-        head = read_at(file, 1, 0)
-        opened.foreign = head not in (b"", self.HEAD)
-        if not head:
-            write_at(file, self.EMPTY, 0)
+        self._journal = OpenJournal(file)
+        if not os.fstat(file).st_size:
+            write_at(file, EMPTY, 0)
         sync_file(file)
         sync_folder(os.path.dirname(self.path))
-        opened.seen = 0 if opened.foreign else len(self.HEAD)
+        self._open_index()
 
     def _open_file(self) -> int:
         if os.path.exists(self.path) and not os.path.isfile(self.path):
             raise IsADirectoryError(errno.EISDIR, "it is no file", self.path)
         return os.open(self.path, os.O_RDWR | os.O_CREAT | BINARY, 0o666)
 
+    def _open_index(self) -> None:
+        """Opens the index, makes one if there is none or it is broken, or one in memory where it cannot be a file."""
+        failure = None
+        if self._index is not None:
+            failure = self._index.failure
+            self._index.close()
+            self._index_failures += failure is not None
+        path = self.path + ".index"
+        if failure is not None and not isinstance(failure, sqlite3.OperationalError):
+            log.warning("jobs.json.index is damaged, it is made anew: %s", failure)
+            self._remove_index(path)
+        if self._index_failures < 3 and not isinstance(failure, sqlite3.OperationalError):
+            for attempt in range(2):
+                try:
+                    self._index = Index(path, self.path)
+                    return
+                except (OSError, sqlite3.Error) as error:
+                    failure = error
+                    if attempt or isinstance(error, (OSError, sqlite3.OperationalError)):
+                        break
+                    self._remove_index(path)
+        log.warning("jobs.json.index cannot be used (%s): the index is in memory", failure)
+        self._index = Index()
+
+    @staticmethod
+    def _remove_index(path: str) -> None:
+        for ending in ("", "-wal", "-shm"):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path + ending)
+
     def _let_go(self) -> None:
-        """Closes the file, and forgets what is known of it."""
+        """Closes the file and the index."""
         with self._reading:
-            with self._lock:
-                old, self._opened = self._opened, Opened(None)
-            old.close()
+            self._journal.close()
+        if self._index is not None:
+            self._index.close()
+            self._index = None
 
-    def _close_files(self) -> None:
-        self._let_go()
-        with contextlib.suppress(OSError):
-            os.unlink(self._alive.path)
-        self._alive.close()
-        self._between.close()
+    def _find_end(self) -> Tuple[IndexState, int]:
+        """The index's state, and where the next entry goes. Mends a file that does not end as it should.
 
-    def _end(self) -> int:
-        """Where the next line goes. Mends a file that does not end as it should."""
-        opened = self._opened
-        size = os.fstat(opened.file).st_size
-        end = size - len(self.TAIL)
-        if (end == len(self.HEAD) or end > 16) and read_at(opened.file, len(self.TAIL), end) == self.TAIL:
-            return end
-        start, span, good = size, self.PIECE, None
-        while good is None and start > opened.seen:
-            start, span = max(opened.seen, size - span), 2 * span
-            for found in read_lines(read_at(opened.file, size - start, start), start):
-                if isinstance(found, Line):
-                    good = found.place + found.length
-        if good is None:
-            good = start if start > len(self.HEAD) else 0
-        rest = read_at(opened.file, size - good, good)
-        if rest.strip(BLANK):
-            self._keep_damage([Gap(good, len(rest), False)])
-        write_at(opened.file, self.TAIL if good else self.EMPTY, good)
-        good = good or len(self.HEAD)
-        os.ftruncate(opened.file, good + len(self.TAIL))
-        sync_file(opened.file)
-        return good
+        An index that does not belong to the file, as it is, begins anew.
+        """
+        journal, index = self._journal, self._index
+        with index.reading() as view:
+            state = view.state
+        status = os.fstat(journal.file)
+        if journal.needs_reading or not self._belongs(state, status):
+            is_foreign = read_at(journal.file, 1, 0) != HEAD
+            state = index.begin(journal.inode, 0 if is_foreign else len(HEAD), is_foreign)
+            journal.needs_reading = False
+        end = find_end(journal.file, state.indexed_to)
+        rest = read_at(journal.file, status.st_size - end, end)
+        if rest != TAIL or not end:
+            if rest.strip(WHITESPACE):
+                self._quarantine([Damage(end, len(rest), False)])
+            end = cut_end(journal.file, end)
+            sync_file(journal.file)
+        return state, end
 
-    def _keep_damage(self, gaps: List[Gap]) -> bool:
-        """Copies damaged parts to a file of their own, for somebody who may read more in them, if there is room."""
-        path = name_aside(self.path)
-        try:
-            with os.fdopen(make_like(path, self.path), "wb") as aside:
-                for gap in gaps:
-                    for place in range(gap.place, gap.place + gap.length, self.PIECE):
-                        aside.write(read_at(self._opened.file, min(self.PIECE, gap.place + gap.length - place), place))
-                    aside.write(b"\n")
-                aside.flush()
-                sync_file(aside.fileno())
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                os.unlink(path)
-            self._tell("set aside where it is damaged", error)
+    def _belongs(self, state: IndexState, status: os.stat_result) -> bool:
+        """Whether the file still begins with what the index knows.
+
+        By its time where nothing was appended, and else by the bytes before what was. So an edit in place is noticed.
+        """
+        if state.inode != status.st_ino or status.st_size < state.indexed_to:
             return False
-        self._tell("set aside where it is damaged", None)
-        size, first = sum(gap.length for gap in gaps), gaps[0].place
+        if state.mtime and self._index.path and status.st_size == state.indexed_to + len(TAIL):
+            return state.mtime == status.st_mtime_ns
+        return checksum_before(self._journal.file, state.indexed_to) == state.checksum
+
+    def _note_time(self) -> None:
+        """The file holds what the index knows, whatever its time says."""
+        with contextlib.suppress(OSError, sqlite3.Error):
+            self._index.note(os.fstat(self._journal.file).st_mtime_ns)
+
+    def _quarantine(self, damages: List[Damage]) -> bool:
+        """Sets damaged parts aside, if there is room."""
+        try:
+            aside = quarantine_damage(self.path, self._journal.file, damages)
+        except OSError as error:
+            self._report("set aside where it is damaged", error)
+            return False
+        self._report("set aside where it is damaged", None)
         log.warning(
-            "jobs.json is damaged in %d places, from byte %d on: %d bytes set aside in %s", len(gaps), first, size, path
+            "jobs.json is damaged in %d places, from byte %d on: %d bytes set aside in %s",
+            len(damages),
+            damages[0].offset,
+            sum(damage.length for damage in damages),
+            aside,
         )
         return True
 
     # Reading
 
-    def _load(self) -> Iterator[None]:
-        """Reads what the index does not know yet, a piece at a time, and recovers if that is due."""
+    def _catch_up(self) -> Iterator[None]:
+        """Brings the index to the end of the file, a piece at a time, and recovers if that is due."""
         began = time.monotonic()
         while True:
-            with self._exclusive() as opened:
-                end = self._end()
-                if opened.seen == end:
-                    if opened.gaps and self._keep_damage(opened.gaps):
-                        opened.gaps = []
-                    self._recover(opened)
-                    opened.ahead = opened.seen
+            with self._exclusive() as journal:
+                state, end = self._find_end()
+                if state.indexed_to == end:
+                    self._finish_catching_up(journal, state)
                     break
-                sync_file(opened.file)  # who wrote what follows may have ended, or failed, before that was done
-            yield from self._read_lines(opened, end)
+                sync_file(journal.file)  # who wrote what follows may have ended, or failed, before that was done
+                self._is_building = end - state.indexed_to > self.LONG
+            yield from self._index_up_to(journal, state.indexed_to, end)
         if time.monotonic() - began > 1:
-            log.info("jobs.json: %d jobs loaded in %.1f s", len(opened.index), time.monotonic() - began)
+            counts, _ = self.stats()
+            log.info("jobs.json: %d jobs indexed in %.1f s", sum(counts.values()), time.monotonic() - began)
 
-    def _read_lines(self, opened: Opened, end: int) -> Iterator[None]:
-        """Brings the index from where it is to `end`, the end of a line."""
-        step = self.PIECE
-        while opened.file is not None and opened.seen < end:
-            data = read_at(opened.file, min(step, end - opened.seen), opened.seen)
-            if not data:
-                return  # somebody cut the file
-            found, read = list(read_lines(data, opened.seen)), opened.seen + len(data)
-            if isinstance(found[-1], Gap) and read < end:
-                if found[-1].place > opened.seen or step < self.LINE_LIMIT:
-                    read = found.pop().place  # the begin of a line, perhaps
-            step = 2 * step if read == opened.seen else self.PIECE
-            with self._lock:
-                for item in found:
-                    if isinstance(item, Line):
-                        self._apply(opened, item)
-                    else:
-                        opened.foreign = True
-                        opened.gaps += [] if item.blank else [item]
-                opened.seen = read
+    def _index_up_to(self, journal: OpenJournal, start: int, end: int) -> Iterator[None]:
+        for found, position in read_entries(journal.file, start, end):
+            if not self._index.add(start, found, position, checksum_before(journal.file, position)):
+                return
+            start = self._position = position
             yield
+            if journal.file is None:
+                return
 
-    def _apply(self, opened: Opened, line: Line) -> None:
-        """A line of the file. A later change may be in force already, though its line is still to come."""
-        job = line.job
-        if self._unwritten.get(line.id, job) == job:
-            self._unwritten.pop(line.id, None)
-            self._meanwhile.pop(line.id, None)
-        elif job is not None:
-            job = self._in_force(line.id)
-        opened.index.apply(line.id, job, line.place, line.length)
-        opened.index.lines += 1
+    def _finish_catching_up(self, journal: OpenJournal, state: IndexState) -> None:
+        with self._index.reading() as view:
+            damages = view.damages()
+        if damages and self._quarantine(damages):
+            self._index.forget_damages()
+        recovered = self._recover()
+        if state.mtime != os.fstat(journal.file).st_mtime_ns:
+            self._note_time()
+        with self._lock:
+            for job_id in [job_id for job_id, change in self._pending.items() if change.is_stored]:
+                del self._pending[job_id]
+        self._is_ready, self._is_building = True, False
+        if recovered is not None:
+            recovered.set_result(None)
 
     # Writing
 
@@ -1913,245 +2383,277 @@ class JobStore:
         latest = dict(self._retry)
         for change in changes:
             latest.update(change.jobs)
-        appended: Optional[Appended] = None
         try:
-            with self._exclusive():  # until it is on disk: no other process shows what a power cut may take back
-                appended = self._append(latest)
-                self._make_durable(appended)
+            with self._exclusive() as journal:
+                state, end = self._find_end()
+                if 0 < end - state.indexed_to <= JOURNAL_CHUNK:
+                    sync_file(journal.file)  # as in `_catch_up`
+                    for _ in self._index_up_to(journal, state.indexed_to, end):  # what other processes wrote
+                        state = state._replace(indexed_to=end)
+                self._append(latest, end, is_indexed=state.indexed_to == end)
         except Exception as error:
-            self._tell("written", error)
-            self._trouble = reason_of(error)
-            self._retry_at = time.monotonic() + self.RETRY
-            for change in changes:
-                if change.new:
-                    self._give_up(change.jobs, appended is not None or isinstance(error, NotUndone))
-                else:
-                    self._retry.update(change.jobs)
-                if change.patient:
-                    self._patient.append(change.written)
-                else:
-                    change.written.set_exception(StoreError.of(error))
+            self._fail(changes, error)
             return
-        self._tell("written", None)
+        self._report("written", None)
         self._trouble = ""
         written, self._retry, self._patient = self._patient, {}, []
         for future in [*written, *(change.written for change in changes)]:
             future.set_result(None)
         self._consider_compacting()
 
-    def _give_up(self, jobs: Dict[str, Optional[Job]], appended: bool) -> None:
-        """A new job could not be stored. If it is in the file, but perhaps not on disk, it must go from there."""
+    def _fail(self, changes: List[Change], error: Exception) -> None:
+        """What could not be written is tried again, unless it is new."""
+        cause = error.__cause__ if isinstance(error, NotUndone) else error
+        self._report("written", cause)
+        self._trouble = reason_of(cause)
+        self._retry_at = time.monotonic() + self.RETRY
+        for change in changes:
+            if change.is_new:
+                self._give_up(change.jobs, isinstance(error, NotUndone))
+            else:
+                self._retry.update(change.jobs)
+            if change.is_patient:
+                self._patient.append(change.written)
+            else:
+                change.written.set_exception(StoreError.of(cause))
+
+    def _give_up(self, jobs: Dict[str, Optional[Job]], is_appended: bool) -> None:
+        """A new job could not be stored. If it may stand in the file all the same, it must go from there."""
         with self._lock:
             for job_id, job in jobs.items():
-                if appended:
-                    self._unwritten[job_id] = self._retry[job_id] = None
-                    self._show([job_id])
-                elif self._unwritten.get(job_id) is job:
-                    del self._unwritten[job_id]
+                if is_appended:
+                    self._retry[job_id] = None
+                    self._pending[job_id] = Pending(None, None)
+                elif job_id in self._pending and self._pending[job_id].job is job:
+                    del self._pending[job_id]
 
-    def _append(self, jobs: Dict[str, Optional[Job]], awaited: bool = False) -> Appended:
-        """Writes lines to the end of the file. Only `_make_durable` makes the index show them.
+    def _append(self, jobs: Dict[str, Optional[Job]], end: int, is_indexed: bool, is_awaited: bool = False) -> None:
+        """Appends entries, has them written to disk, and then shows what they say. Raises OSError, NotUndone.
 
-        Who looks at the index meanwhile sees it without them, or waits for them if they are to be `awaited`.
+        The caller holds the lock until then: no other process shows what a power cut may take back. Who looks meanwhile
+        does not see them, or waits for them if they are to be awaited.
         """
-        opened, end = self._opened, self._end()
-        if 0 < end - opened.seen <= self.PIECE:
-            sync_file(opened.file)  # as in `_load`
-            for _ in self._read_lines(opened, end):  # what other processes wrote
-                pass
-        data, lines = bytearray(), []
-        for job_id, job in jobs.items():
-            record = b"null" if job is None else record_of(job)
-            data += (b",\n" if end + len(data) > len(self.HEAD) else b"\n") + f'"{job_id}": '.encode()
-            lines.append(Line(job_id, job, end + len(data), len(record)))
-            data += record
-        appended = Appended(lines, end, len(data), opened.seen == end and self._end_left is None)
-        with self._lock:
-            opened.ahead = end + len(data) if appended.known and not awaited else opened.ahead
+        file = self._journal.file
+        self._is_appending = is_indexed and not is_awaited
         try:
-            write_at(opened.file, bytes(data) + self.TAIL, end)
-        except OSError as error:
+            entries = append_entries(file, end, jobs)
             try:
-                self._take_back(appended)
-            except OSError:
+                sync_file(file)
+            except OSError as error:
+                cut_end(file, end)
                 raise NotUndone(error.errno, error.strerror) from error
-            raise
-        return appended
-
-    def _make_durable(self, appended: Appended) -> None:
-        """Has lines that were appended written to disk, and then shows what they say."""
-        opened = self._opened
-        try:
-            sync_file(opened.file)
+            if is_indexed:
+                is_indexed = self._index_own(entries, end)
         except OSError:
-            self._take_back(appended)
+            self._note_time()
             raise
+        finally:
+            self._is_appending = False
         with self._lock:
-            for line in appended.lines:
-                if appended.known:
-                    self._apply(opened, line)
-                elif self._unwritten.get(line.id, line) == line.job:
-                    del self._unwritten[line.id]
-                    self._meanwhile.pop(line.id, None)
-            if appended.known:
-                opened.seen = appended.end + appended.length
+            for entry in entries:
+                pending = self._pending.get(entry.id)
+                if pending is None or pending.job is not entry.job:
+                    continue  # a later change is in force
+                if is_indexed:
+                    del self._pending[entry.id]
+                else:
+                    self._pending[entry.id] = Pending(entry.job, entry.job, is_stored=True)
 
-    def _take_back(self, appended: Appended) -> None:
-        """Undoes an append. Overwriting existing bytes works on a full disk, too."""
-        opened = self._opened
-        opened.ahead = opened.seen if appended.known else opened.ahead
-        write_at(opened.file, self.TAIL, appended.end)
-        os.ftruncate(opened.file, appended.end + len(self.TAIL))
+    def _index_own(self, entries: List[Entry], start: int) -> bool:
+        """Has the index know entries that this process has just appended. They are stored, whatever becomes of it."""
+        file, end = self._journal.file, entries[-1].offset + entries[-1].length
+        try:
+            return self._index.add(start, entries, end, checksum_before(file, end), os.fstat(file).st_mtime_ns)
+        except sqlite3.Error as error:
+            self._index.failure = error
+            return False
+
+    def _consider_compacting(self) -> None:
+        if self._compaction is None and self._syncing is None and time.monotonic() >= self._compact_at:
+            try:
+                with self._index.reading() as view:
+                    state, live = view.state, sum(jobs for jobs, _ in view.totals().values())
+            except sqlite3.Error as error:
+                self._index.failure = error
+                return
+            if state.needs_rewrite or state.entries - live > live + self.MIN_DEAD_ENTRIES:
+                self._compaction = self._compact()
+
+    # Compacting
 
     def _compact(self) -> Iterator[None]:
-        """Writes the live lines to a new file, a piece at a time, and puts it in the place of the old."""
-        yield from self._load()
-        old, known, path = self._opened, self._opened.seen, f"{self.path}.{self.owner}.part"
-        if old.gaps:  # what is damaged could not be set aside, and would be gone
-            self._compact_at = time.monotonic() + self.COMPACT_RETRY
-            return
-        if old.foreign:
-            log.warning("jobs.json was not as this program writes it: it is written anew, with %d jobs", len(old.index))
-        fresh = Opened(None)
+        """Writes the live entries to a new file, a piece at a time, and puts it in the place of the old."""
+        copy: Optional[JournalCopy] = None
+        self._compact_at = time.monotonic() + self.COMPACT_RETRY  # unless it succeeds
         try:
-            fresh.file = make_like(path, self.path, os.O_RDWR)
-            write_at(fresh.file, self.HEAD, 0)
-            fresh.seen = synced = len(self.HEAD)
-            for start in range(0, old.index.top, 200):
-                if old.file is None or not self._copy_slots(old, fresh, start, start + 200):
-                    return
-                if fresh.seen - synced > 1 << 22:
-                    sync_file(fresh.file)
-                    synced = fresh.seen
-                yield
-            while old.file is not None and old.seen - known > self.PIECE // 8:
-                known += self._copy_tail(old, fresh, known, old.seen)
-                yield
-            sync_file(fresh.file)
+            yield from self._catch_up()
+            journal, state = self._journal, self._begin_compaction()
+            if state is None:
+                return
+            copy, side = JournalCopy(f"{self.path}.{self.owner}.part", self.path, state.indexed_to), 1 - state.side
+            yield from self._copy_live(journal, side, copy)
+            while self._indexed_to() - copy.source_end > JOURNAL_CHUNK // 8:
+                yield from self._copy_tail(journal, side, copy, self._indexed_to())
+            sync_file(copy.file)
             yield
-            with self._exclusive():
-                if self._opened is old and not old.stale:
-                    end = self._end()
-                    while known < end:
-                        known += self._copy_tail(old, fresh, known, end)
-                    self._replace(old, fresh, path)
-        except Exception as error:
-            self._compact_at = time.monotonic() + self.COMPACT_RETRY
+            with self._exclusive() as now:
+                state, end = self._find_end()
+                if now is not journal or state.compactor != self.owner or state.indexed_to != end:
+                    raise StoreError("it was changed meanwhile")
+                for _ in self._copy_tail(journal, side, copy, end):
+                    pass
+                self._replace(copy, state)
+            self._compact_at = 0.0
+        except (OSError, sqlite3.Error, StoreError) as error:
             log.warning("jobs.json could not be compacted, it will be tried again: %s", error)
         finally:
-            if fresh is not self._opened:
-                fresh.close()
-                with contextlib.suppress(OSError):
-                    os.unlink(path)
+            if copy is not None:
+                copy.discard()
 
-    def _copy_slots(self, old: Opened, fresh: Opened, start: int, end: int) -> bool:
-        """Writes the live lines of some slots. False if the file is not as the index says."""
-        data, index = bytearray(), old.index
-        for slot in range(start, min(end, index.top)):
-            if index.status[slot] == Index.REMOVED:
-                continue
-            job_id, record = index.id(slot), read_at(old.file, index.length[slot], index.place[slot])
+    def _indexed_to(self) -> int:
+        with self._index.reading() as view:
+            return view.state.indexed_to
+
+    def _begin_compaction(self) -> Optional[IndexState]:
+        """None if something damaged could not be set aside, and would be gone, or while another process compacts."""
+        with self._exclusive():
+            with self._index.reading() as view:
+                state, damages, counts = view.state, view.damages(), view.totals()
+            is_free = state.compactor in ("", self.owner) or self._is_gone(state.compactor)
+            if damages or not is_free:
+                return None
+            self._index.begin_move(self.owner)
+        if state.needs_rewrite:
+            jobs = sum(jobs for jobs, _ in counts.values())
+            log.warning("jobs.json was not as this program writes it: it is written anew, with %d jobs", jobs)
+        return state
+
+    def _copy_live(self, journal: OpenJournal, side: int, copy: "JournalCopy") -> Iterator[None]:
+        """Copies the record of each job, in order of acceptance."""
+        with self._index.reading() as view:
+            row, top = 0, view.top()
+        while row < top:
+            with self._index.reading() as view:
+                places = view.places(row, top, self.COPIED_AT_ONCE)
+            if not places:
+                return
+            self._copy(journal, side, copy, places)
+            row = places[-1].row
+            yield
+
+    def _copy_tail(self, journal: OpenJournal, side: int, copy: "JournalCopy", end: int) -> Iterator[None]:
+        """Copies what was appended meanwhile."""
+        for found, position in read_entries(journal.file, copy.source_end, end):
+            self._copy(journal, side, copy, [entry for entry in found if isinstance(entry, Entry)])
+            copy.source_end = position
+            yield
+            if journal.file is None:
+                return
+
+    def _copy(self, journal: OpenJournal, side: int, copy: "JournalCopy", entries: List[Union[Entry, Place]]) -> None:
+        """Raises StoreError if the old file, or the index, is another one by now."""
+        if journal.file is None:
+            raise StoreError("it was replaced meanwhile")
+        offsets = []
+        for entry in entries:
+            record = read_at(journal.file, entry.length, entry.offset)
             try:
-                job = read_line(job_id, record, 0).job
+                parse_entry(entry.id, record, 0)
             except (ValueError, RecursionError):
-                old.stale = True
-                return False
-            record = record.replace(b"\n", b" ")
-            data += (b",\n" if fresh.seen + len(data) > len(self.HEAD) else b"\n") + f'"{job_id}": '.encode()
-            fresh.index.apply(job_id, job, fresh.seen + len(data), len(record))
-            fresh.index.lines += 1
-            data += record
-        write_at(fresh.file, bytes(data), fresh.seen)
-        fresh.seen += len(data)
-        return True
+                journal.needs_reading = True
+                raise StoreError("it was changed meanwhile") from None
+            offsets.append((copy.add(entry.id, record), entry.id))
+        copy.flush()
+        if not self._index.move(self.owner, side, offsets):
+            raise StoreError("its index was made anew meanwhile")
 
-    def _copy_tail(self, old: Opened, fresh: Opened, start: int, end: int) -> int:
-        """Copies lines that were appended meanwhile, about a piece of them, and returns how many bytes."""
-        data = read_at(old.file, min(self.PIECE, end - start), start)
-        if not data:
-            raise OSError(errno.EIO, "somebody cut the file")
-        if start + len(data) < end:
-            cut = data.rfind(b",\n")
-            data = data[:cut] if cut > 0 else read_at(old.file, end - start, start)
-        copied = data.lstrip(b",") if fresh.seen == len(self.HEAD) else data
-        write_at(fresh.file, copied, fresh.seen)
-        for _ in self._read_lines(fresh, fresh.seen + len(copied)):
-            pass
-        return len(data)
-
-    def _replace(self, old: Opened, fresh: Opened, path: str) -> None:
-        """Puts a new file, and what is known of it, in the place of the old."""
-        write_at(fresh.file, self.TAIL, fresh.seen)
-        copy_access(self.path, fresh.file)  # somebody may have made it private meanwhile
-        sync_file(fresh.file)
+    def _replace(self, copy: "JournalCopy", state: IndexState) -> None:
+        """Puts the new file in the place of the old, and has the index know it."""
+        old = self._journal
+        copy.flush(is_end=True)
+        copy_access(self.path, copy.file)  # somebody may have made it private meanwhile
+        sync_file(copy.file)
         with self._reading:
             if OPEN_FILES_STAY:
                 old.close()
-                fresh.close()
+                copy.close()
             try:
-                os.replace(path, self.path)
+                os.replace(copy.path, self.path)
             except OSError:
-                old.file = old.file or self._open_file()
+                old.file = self._open_file() if old.file is None else old.file
                 raise
-            fresh.file = fresh.file or self._open_file()
-            with self._lock:
-                fresh.ahead = fresh.seen
-                self._opened = fresh
-                self._show(self._unwritten)
+            file = self._open_file() if copy.file is None else copy.file
+            copy.file = None
             old.close()
+            self._journal = OpenJournal(file)
         sync_folder(os.path.dirname(self.path))
+        self._index.end_move(
+            state._replace(
+                inode=self._journal.inode,
+                indexed_to=copy.end,
+                checksum=checksum_before(file, copy.end),
+                mtime=os.fstat(file).st_mtime_ns,
+                entries=copy.entries,
+                needs_rewrite=False,
+                side=1 - state.side,
+                compactor="",
+            )
+        )
 
     # Jobs of processes that are gone
 
-    def _recover(self, opened: Opened) -> None:
-        """Raises OSError if the jobs cannot be read. Whatever else cannot be done now, jobs can be looked at."""
+    def _recover(self) -> Optional[Future]:
+        """Ends them if that is due, and returns the Future of that. Raises StoreError if they cannot be read."""
         with self._work:
-            end, self._end_left = self._end_left, None
-        if end is None:
-            return
-        with self._lock:
-            index = opened.index
-            ids = [index.id(slot) for slot in sorted(index.unfinished)]
-            known = {job_id: self._in_force(job_id) for job_id in ids if job_id in self._unwritten}
-            places = {index.id(slot): (index.place[slot], index.length[slot]) for slot in index.unfinished}
+            recovery, self._recovery = self._recovery, None
+        if recovery is None:
+            return None
         try:
-            found = [known[one] if one in known else self._read(opened, one, *places[one]) for one in ids]
-        except OSError:
+            self._end_left(recovery)
+        except Exception:
             with self._work:
-                self._end_left = self._end_left or end  # at the next look
+                self._recovery = self._recovery or recovery
             raise
+        return recovery.done
+
+    def _end_left(self, recovery: Recovery) -> None:
+        with self._index.reading() as view:
+            state, places = view.state, view.unfinished()
+        with self._lock:
+            pending = dict(self._pending)
+        entries = {place.id: None if place.id in pending else self._read(state, place) for place in places}
+        found = [
+            pending[job_id].shown if job_id in pending else entry and entry.job for job_id, entry in entries.items()
+        ]
         jobs = [job for job in found if job is not None]
         gone = {owner: self._is_gone(owner) for owner in {job.owner for job in jobs}}
-        meanwhile = {job.id: job for job in jobs if gone[job.owner]}
-        left: Dict[str, Optional[Job]] = {}
-        failure: Optional[BaseException] = None
-        for job in meanwhile.values():
+        left: Dict[str, Pending] = {}
+        failure: Optional[StoreError] = None
+        for job in jobs:
             try:
-                left[job.id] = end(job)
+                if gone[job.owner] and not job.ended:
+                    left[job.id] = Pending(recovery.end(job), job)
             except StoreError as error:  # it is temporary: it is tried again at the next look
-                failure = error.__cause__ or error
-        self._tell("completed by what lies in images/", failure)
+                failure = error
+        self._report("completed by what lies in images/", failure and (failure.__cause__ or failure))
         with contextlib.suppress(OSError):
             self._remove_leftovers()
         if not left:
             return
+        ended = {job_id: change.job for job_id, change in left.items()}
         try:
-            self._make_durable(self._append(left, awaited=True))
-            log.warning("%d jobs that a webui left behind have ended: %s", len(left), self._by_status(left.values()))
-            self._tell_of_left(left)
+            self._append(ended, state.indexed_to, is_indexed=True, is_awaited=True)
+            log.warning("%d jobs that a webui left behind have ended: %s", len(left), self._by_status(ended.values()))
+            recovery.tell(ended)
         except OSError as error:
-            self._tell("written", error)
-            with self._lock:
-                self._supersede(left, {job_id: meanwhile[job_id] for job_id in left})
-            self._retry.update(left)
-            self._retry_at = time.monotonic() + self.RETRY
-            written = promise()
-            written.add_done_callback(lambda written: written.exception() or self._tell_of_left(left))
+            self._report("written", error)
+            written = uncancellable_future()
+            written.add_done_callback(lambda written: written.exception() or recovery.tell(ended))
             self._patient.append(written)
-
-    def _tell_of_left(self, left: Dict[str, Optional[Job]]) -> None:
-        for job in left.values():
-            self._left_ended(job)
+            with self._lock:
+                self._pending.update(left)
+            self._retry.update(ended)
+            self._retry_at = time.monotonic() + self.RETRY
 
     @staticmethod
     def _by_status(jobs: Iterable[Optional[Job]]) -> str:
@@ -2173,7 +2675,7 @@ class JobStore:
             return False
         finally:
             lock.close()
-            self._tell(f"searched for what process {owner} left", failure)
+            self._report(f"searched for what process {owner} left", failure)
 
     def _remove_leftovers(self) -> None:
         """Removes the files of processes that are gone."""
@@ -2679,7 +3181,7 @@ class ImageStore:
     def decode(cls, name: str, data: bytes) -> Any:
         """What a file with JSON says, or a part of it. Raises StoreError if that is no JSON."""
         try:
-            return DECODER.decode(data.decode())
+            return HOST_DECODER.decode(data.decode())
         except (ValueError, RecursionError):
             raise cls.damaged(name) from None
 
@@ -2891,7 +3393,7 @@ def is_ours(path: str) -> bool:
     if not os.path.isfile(path):
         return False
     with open(path, "rb") as file:
-        return file.read(1) == JobStore.HEAD
+        return file.read(1) == HEAD
 
 
 def read_legacy_file(path: str) -> Optional[LegacyFile]:
@@ -3080,7 +3582,7 @@ class Predecessor:
     def _merge(self, path: str, source: str) -> None:
         """Writes the jobs of the predecessor's file, if they are not there yet, before our own."""
         legacy, ours = self._read(source), self._read_ours()
-        if ours.strip() and not (ours.startswith(JobStore.EMPTY[:2]) and ours.endswith(JobStore.TAIL)):
+        if ours.strip() and not (ours.startswith(EMPTY[:2]) and ours.endswith(TAIL)):
             raise ValueError("jobs.json is damaged, and must be mended first")
         known = self._known_ids(ours)
         lines = []
@@ -3092,9 +3594,9 @@ class Predecessor:
             if job_id != job.id:
                 log.warning("Job %r of the predecessor has got the ID %s", job.id[:100], job_id)
         if lines:
-            rest = ours[len(JobStore.HEAD) : -len(JobStore.TAIL)]
+            rest = ours[len(HEAD) : -len(TAIL)]
             lines += [rest] if rest else []
-            replace_file(self.path, JobStore.HEAD + b",".join(lines) + JobStore.TAIL, like=source)
+            replace_file(self.path, HEAD + b",".join(lines) + TAIL, like=source)
         self._rename(source, path, self.LISTED)
         log.info("Taken over from the predecessor: %d jobs, whose images are being copied", len(legacy.jobs))
 
@@ -3108,7 +3610,7 @@ class Predecessor:
     @staticmethod
     def _known_ids(ours: bytes) -> Dict[int, str]:
         """The IDs in our jobs.json by their number, those of removed jobs too."""
-        ids = (match.group(2).decode() for match in LINE.finditer(ours))
+        ids = (match.group(2).decode() for match in ENTRY.finditer(ours))
         return {id_number(job_id): job_id for job_id in ids}
 
     def _listed(self, legacy: LegacyJob, job_id: str, timestamp: int) -> Job:
@@ -3498,7 +4000,7 @@ class Tracker:
         `prompt` is the one that the host used, for a request that named none. A trouble that may pass is waited for,
         for minutes, in which the job is shown Processing and says so. The Future ends when that is over.
         """
-        done = promise()
+        done = uncancellable_future()
 
         def store_again() -> None:
             for tries, pause in enumerate(self.STORE_AGAIN, 1):
@@ -3635,7 +4137,7 @@ class Tracker:
 
     def stats(self) -> Tuple[Dict[str, int], int]:
         """Jobs by status, and the bytes of all their files. Raises StoreError."""
-        return self.store.figures()
+        return self.store.stats()
 
     def missing(self, job: Job) -> Set[int]:
         """The numbers of a job's images that are no longer on disk. Raises a temporary StoreError."""
@@ -3879,7 +4381,7 @@ class Tracker:
 
         Does not wait for that: where Reload UI does not wait for clients either, as on Forge, they get their answers.
         """
-        closed = promise()
+        closed = uncancellable_future()
         self.closing.set()
 
         def drain() -> None:

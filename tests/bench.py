@@ -100,7 +100,7 @@ def growth(progress: bench_store.Progress) -> Dict[str, List[Tuple[int, float]]]
 
             def begin(folder: Path = folder) -> Any:
                 store = script.JobStore(str(folder))
-                store.figures()
+                store.stats()
                 return store
 
             store = note("start", jobs, begin, 1)
@@ -154,7 +154,7 @@ def run(parts: List[str], jobs: int) -> int:
             for figure in bench(jobs, progress):
                 row(*figure)
     if "requests" in parts:
-        for figure in bench_requests.figures():
+        for figure in bench_requests.stats():
             print(figure, flush=True)
     if "http" in parts:
         with harness.started(lambda: Path(tempfile.mkdtemp(prefix="bench-"))) as start:

@@ -102,13 +102,13 @@ def a_folder() -> Iterator[Path]:
 def loading(jobs: int, progress: Progress) -> List[Figure]:
     """From the start to the first answer that needs the whole file, and what the index takes."""
     script = load_script()
-    script.JobStore.SPARE_DEAD = 1 << 60
+    script.JobStore.MIN_DEAD_ENTRIES = 1 << 60
     with a_folder() as folder:
         write_file(script, folder / "jobs.json", jobs, 3, progress)
         progress("loading", 0)
         before, began = memory(), time.perf_counter()
         store = script.JobStore(str(folder))
-        assert sum(store.figures()[0].values()) == jobs
+        assert sum(store.stats()[0].values()) == jobs
         seconds = time.perf_counter() - began
         size = memory() - before
         store.close()
@@ -162,7 +162,7 @@ def appends(jobs: int, progress: Progress) -> List[Figure]:
         write_file(script, folder / "jobs.json", jobs, 1, progress)
         everything = json.loads((folder / "jobs.json").read_bytes().decode())
         store = script.JobStore(str(folder))
-        store.figures()
+        store.stats()
         file, position = os.open(str(folder / "bare"), os.O_RDWR | os.O_CREAT), 0
         for number in range(300):  # in turns: the disk is not the same from minute to minute
             progress("appending", number / 300)
@@ -233,7 +233,7 @@ def busy(jobs: int, progress: Progress) -> List[Figure]:
     figures = []
     with a_folder() as folder:
         write_file(script, folder / "jobs.json", jobs, 3, progress)
-        script.JobStore.SPARE_DEAD = 1 << 60
+        script.JobStore.MIN_DEAD_ENTRIES = 1 << 60
         tracker = make_tracker(script, folder, TRACKER_RETENTION="off")
         store = tracker.store
         ids = [job.id for job in store.query(script.Filter(), jobs).jobs]
@@ -243,7 +243,7 @@ def busy(jobs: int, progress: Progress) -> List[Figure]:
         size = (folder / "jobs.json").stat().st_size
 
         def compact() -> None:
-            script.JobStore.SPARE_DEAD = 1000
+            script.JobStore.MIN_DEAD_ENTRIES = 1000
             until(lambda: (folder / "jobs.json").stat().st_size < size * 0.6)
 
         progress("compacting", 0)

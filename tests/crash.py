@@ -142,7 +142,7 @@ class Work:
         self.shared = os.open(str(folder / "said"), os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         self.dice = random.Random(os.urandom(8))
         script.os = CutShort(self.dice)
-        script.JobStore.SPARE_DEAD = options.spare_dead
+        script.JobStore.MIN_DEAD_ENTRIES = options.spare_dead
         script.JobStore.PIECE = 4000
         script.Housekeeper.LOOK_EVERY = 0.02
         script.Housekeeper.RECOVER_EVERY = 0.02 if options.together else 3600
@@ -402,7 +402,7 @@ def power(rounds: int, progress: Callable[[str], None], dice: Optional[random.Ra
     seen: Set[int] = set()
     steps = 0
     for module in (script, checker):
-        module.JobStore.SPARE_DEAD = 8
+        module.JobStore.MIN_DEAD_ENTRIES = 8
         module.JobStore.PIECE = 4000
         module.Housekeeper.LOOK_EVERY = 0.005
     while len(seen) < rounds:

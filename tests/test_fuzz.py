@@ -144,7 +144,7 @@ def test_any_record(tmp_path_factory, entries, layout, ascii_only, piece):
         until(lambda: not tracker.store._chores)
         kept = {job_id for job_id, record in strictly(path.read_bytes()).items() if record is not None}
         assert {*expected, "NewJob01"} <= kept
-        counts, _ = tracker.store.figures()
+        counts, _ = tracker.store.stats()
         assert sum(counts.values()) == len(found) + 1
         tracker.fail(job.id, "")  # a tracker's end waits for its running jobs
     finally:

@@ -163,7 +163,7 @@ def test_nobody_waits_for_a_store_at_its_start(script, tmp_path):
         predecessor.list_jobs()
         store = script.JobStore(str(tmp_path), predecessor.refuse_to_open)
         with pytest.raises(script.StoreError, match="another program"):
-            store.figures()
+            store.stats()
         assert time.monotonic() - began < 1 + SLACK
     predecessor.list_jobs()
     assert store.get("abcdEFGH").status == "Completed"

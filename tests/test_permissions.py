@@ -67,7 +67,7 @@ def test_jobs_that_were_made_private_stay_so(script, tmp_path, mode):
     path = tmp_path / "jobs.json"
     path.write_bytes(b'{\n"secret prompt": 5\n}\n')
     path.chmod(mode)
-    script.JobStore.SPARE_DEAD = 2
+    script.JobStore.MIN_DEAD_ENTRIES = 2
     store = script.JobStore(str(tmp_path))
     try:
         job = a_job(script, random.Random(7))
@@ -98,7 +98,7 @@ def test_a_folder_that_was_made_private_stays_so(script, tmp_path):
         path.chmod(0o700)
     tracker = make_tracker(script, tmp_path, TRACKER_DATA_DIR=str(data))
     try:
-        tracker.store.figures()
+        tracker.store.stats()
         assert tracker.images.folder == str(data / "images")
         modes = modes_of(data)
         assert modes["."] == modes["images"] == 0o700
@@ -115,10 +115,10 @@ def test_nobody_waits_with_a_link_for_a_file_of_ours(script, tmp_path):
     (data / "jobs.json").write_text('{"minified": 5}')
     store = script.JobStore(str(data))
     try:
-        store.figures()
+        store.stats()
         part = data / f"jobs.json.{store.owner}.part"
         job = a_job(script, random.Random(7))
-        script.JobStore.SPARE_DEAD = 2
+        script.JobStore.MIN_DEAD_ENTRIES = 2
         until(lambda: not store._chores)
         part.symlink_to(precious)
         for _ in range(20):
@@ -212,7 +212,7 @@ def jobs_are_stored(script: Any, folder: Path) -> None:
 
 def jobs_are_compacted(script: Any, folder: Path) -> None:
     path = private_jobs(folder)
-    script.JobStore.SPARE_DEAD = 2
+    script.JobStore.MIN_DEAD_ENTRIES = 2
     with storing(script, folder) as store:
         job = a_job(script, random.Random(7))
         for _ in range(20):
@@ -223,7 +223,7 @@ def jobs_are_compacted(script: Any, folder: Path) -> None:
 def damage_is_set_aside(script: Any, folder: Path) -> None:
     private_jobs(folder, '{\n"secret prompt": 5\n}\n')
     with storing(script, folder) as store:
-        store.figures()
+        store.stats()
         (aside,) = folder.glob("jobs.json.damaged-*")
         assert "secret" in aside.read_text()
 
@@ -439,7 +439,7 @@ def test_a_group_that_is_not_ours_to_give(script, public):
 
 def test_jobs_that_are_made_private_during_a_compaction(script, tmp_path):
     path = tmp_path / "jobs.json"
-    script.JobStore.SPARE_DEAD = 2
+    script.JobStore.MIN_DEAD_ENTRIES = 2
     with storing(script, tmp_path) as store:
         store.put(a_job(script, random.Random(7))).result()
         path.chmod(0o644)

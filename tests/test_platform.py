@@ -133,7 +133,7 @@ def test_settings(script, tmp_path):
 
 def test_compaction_while_others_read(script, tracker, caplog):
     """Also of a file in which somebody has turned the lines around."""
-    script.JobStore.SPARE_DEAD = 20
+    script.JobStore.MIN_DEAD_ENTRIES = 20
     one = tracker()
     jobs = [generate(script, one, images=1)]
     stop = threading.Event()
@@ -208,7 +208,7 @@ def test_two_spellings_of_an_id(script, tracker, monkeypatch):
 
 def test_a_program_that_holds_jobs_json_open(script, tracker, caplog):
     """It is not compacted then, and goes on as it is; nothing is lost, and the attempt leaves nothing behind."""
-    script.JobStore.SPARE_DEAD = 5
+    script.JobStore.MIN_DEAD_ENTRIES = 5
     script.JobStore.COMPACT_RETRY = 0.2
     one = tracker()
     first, before = generate(script, one), one.store._opened
@@ -229,7 +229,7 @@ def test_a_program_that_holds_jobs_json_open(script, tracker, caplog):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_two_processes_on_one_folder(script, tracker, tmp_path):
     """Each sees what the other has acknowledged; a purge goes for both; what the dead one left is Failed, once."""
-    script.JobStore.SPARE_DEAD = 10
+    script.JobStore.MIN_DEAD_ENTRIES = 10
     script.JobStore.COMPACT_RETRY = 0.1
     said, says = os.pipe()
     child = os.fork()
@@ -276,7 +276,7 @@ def test_two_processes_on_one_folder(script, tracker, tmp_path):
     assert all(files_are_whole(one, one.get(job_id)) for job_id in kept - {left})
     end(one)
     again = tracker()
-    script.JobStore.SPARE_DEAD = 0
+    script.JobStore.MIN_DEAD_ENTRIES = 0
     assert set(ids(script, again)) == kept == set(alive(Path(again.store.path)))
     assert not list(Path(again.store.path).parent.glob("*.damaged-*"))
 

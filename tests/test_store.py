@@ -106,7 +106,7 @@ def damaged(path: Any) -> List[bytes]:
 
 def settled(store: Any) -> bool:
     """Whether the store has nothing more to do."""
-    return not (store._chores or store._queue or store._opened.foreign)
+    return store.idle(0)
 
 
 # The format
@@ -143,9 +143,9 @@ def test_half_a_character(script, opened, path, dice):
 
 def test_a_reader_beside_the_writer(script, opened, path, dice):
     """Another program finds JSON at any moment; if it reads in the middle of a write, then when it looks again."""
-    script.JobStore.SPARE_DEAD = 20
+    script.JobStore.MIN_DEAD_ENTRIES = 20
     store = opened()
-    store.figures()
+    store.stats()
     stop, tries = threading.Event(), [0]
 
     def read() -> None:
@@ -182,7 +182,7 @@ def test_compaction_is_a_replacement(script, opened, path, dice):
 
     if os.path.isdir("/proc/self/fd"):
         script.os = WrappedOs(fsync=note("fsync", os.fsync), replace=note("replace", os.replace))
-    script.JobStore.SPARE_DEAD = 10
+    script.JobStore.MIN_DEAD_ENTRIES = 10
     store = opened()
     jobs = [a_job(script, dice) for _ in range(10)]
     for job in jobs:
@@ -212,7 +212,7 @@ def test_compaction_is_a_replacement(script, opened, path, dice):
 def test_compaction_keeps_the_rights(script, opened, path, dice):
     path.write_bytes(b'{"a": 1}')
     path.chmod(0o600)
-    opened().figures()
+    opened().stats()
     until(lambda: path.read_bytes() == EMPTY)
     assert path.stat().st_mode & 0o777 == 0o600 or os.name == "nt"
 
@@ -226,7 +226,7 @@ def test_many_writers_share_an_fsync(script, opened, dice):
         os.fsync(file)
 
     store = opened()
-    store.figures()
+    store.stats()
     script.os = WrappedOs(fsync=slow_fsync)
     futures = [store.put(a_job(script, dice), new=True) for _ in range(500)]
     wait(futures)
@@ -240,7 +240,7 @@ def test_a_link_to_the_file_stays_a_link(script, opened, path, tmp_path, dice):
     elsewhere = tmp_path / "volume"
     elsewhere.mkdir()
     path.symlink_to(elsewhere / "jobs.json")
-    script.JobStore.SPARE_DEAD = 2
+    script.JobStore.MIN_DEAD_ENTRIES = 2
     store = opened()
     job = a_job(script, dice)
     for _ in range(10):
@@ -290,9 +290,8 @@ def all_pages(store: Any, wanted: Any, limit: int) -> List[Any]:
 @pytest.mark.parametrize("seed", range(12))
 def test_against_a_model(script, tmp_path, path, seed):
     dice = random.Random(seed)
-    script.JobStore.SPARE_DEAD = dice.choice([3, 20, 100])
-    script.JobStore.PIECE = dice.choice([64, 300, 2000, 1 << 16])
-    script.Index.TEXT_LIMIT = dice.choice([10, 50, 1000])
+    script.JobStore.MIN_DEAD_ENTRIES = dice.choice([3, 20, 100])
+    script.JOURNAL_CHUNK = dice.choice([64, 300, 2000, 1 << 16])
     if seed % 4 == 3:  # as on Windows, which has one position in a file and replaces no open one
         script.os = WrappedOs(name="nt")
         script.hasattr = lambda thing, name: name not in ("pread", "pwrite") and hasattr(thing, name)
@@ -348,7 +347,7 @@ def test_against_a_model(script, tmp_path, path, seed):
         elif turn < 0.95:
             assert all(store.get(job.id) == job for job in model.values())
             assert not any(store.get(job_id) for job_id in removed)
-            counts, size = store.figures()
+            counts, size = store.stats()
             assert sum(counts.values()) == len(model)
             assert size == sum(job.bytes for job in model.values())
             for number in range(5):
@@ -382,7 +381,8 @@ def open_damaged(script: Any, opened: Any, path: Any, dice: random.Random) -> Di
     store.close()
     again = opened()
     assert every(script, again) == {**found, job.id: job}
-    assert not again._opened.foreign
+    again_written = path.stat().st_ino
+    assert again.idle() and path.stat().st_ino == again_written, "it is as this program writes it"
     again.close()
     return found
 
@@ -402,8 +402,8 @@ def test_cut_at_every_byte_of_the_last_two_records(script, opened, path, three, 
         store.close()
         kept = [one for one in three if f'"{one.id}": '.encode() + script.record_of(one) in whole[:end]]
         assert found == {one.id: one for one in kept}
-        rest = whole[len(lines(script, *kept)) - 3 : end].strip(script.BLANK)
-        assert b"".join(damaged(path)).strip(script.BLANK) == rest
+        rest = whole[len(lines(script, *kept)) - 3 : end].strip(script.WHITESPACE)
+        assert b"".join(damaged(path)).strip(script.WHITESPACE) == rest
 
 
 def read_without_jq(path: Any) -> Dict[str, Any]:
@@ -482,18 +482,10 @@ def test_laid_out_by_others_while_a_request_comes(script, opened, path, three, d
     """A job may be written before the file was read."""
     if "jq" in name and not script.shutil.which("jq"):
         pytest.skip("no jq here")
-    load, go = script.JobStore._load, threading.Event()
-
-    def late(self: Any) -> Any:
-        while not go.wait(0.01):
-            yield
-        yield from load(self)
-
-    script.JobStore._load = late
+    script.JOURNAL_CHUNK = 64
     path.write_bytes(FOREIGN[name](lines(script, *three)))
     store, job = opened(), a_job(script, dice)
     store.put(job, new=True).result()
-    go.set()
     assert every(script, store) == {one.id: one for one in [*three, job]}
     until(lambda: settled(store))
     assert set(alive(path)) == {one.id for one in [*three, job]}
@@ -571,11 +563,12 @@ def test_a_close_that_reports_an_error_has_closed_the_file(script, opened, path,
     store = opened()
     job = a_job(script, dice)
     store.put(job, new=True).result()
-    number = store._opened.file
+    inode = path.stat().st_ino
 
     def close(file: int) -> None:
+        is_journal = os.fstat(file).st_ino == inode
         os.close(file)
-        if file == number:
+        if is_journal:
             raise OSError(errno.EIO, "late trouble")
 
     script.os = WrappedOs(close=close)
@@ -595,7 +588,7 @@ def test_a_disk_that_goes_and_comes_back(script, opened, path, dice):
     store = opened()
     jobs = [a_job(script, dice) for _ in range(3)]
     store.put(jobs[0], new=True).result()
-    dead = {os.fstat(file).st_ino for file in (store._opened.file, store._between._file)}
+    dead = {one.stat().st_ino for one in (path, path.with_name("jobs.json.lock"))}
     gone = True
 
     def alive_or(function: Any) -> Any:
@@ -655,7 +648,7 @@ def test_damage_without_room_to_set_it_aside(script, opened, path, three, dice, 
     """It stays where it is, and nothing is compacted or said to be an orphan, until there is room."""
     hurt = b'"AAAAAAAA": {"id": "AAAAAAAA", "hurt": '
     path.write_bytes(lines(script, *three).replace(b"\n", b"\n" + hurt + b"\n", 1))
-    script.JobStore.SPARE_DEAD = 1
+    script.JobStore.MIN_DEAD_ENTRIES = 1
     script.JobStore.COMPACT_RETRY = 0.0
 
     def open_with_room_elsewhere(name: Any, *arguments: Any) -> Any:
@@ -669,12 +662,12 @@ def test_damage_without_room_to_set_it_aside(script, opened, path, three, dice, 
     for _ in range(3):
         for job in three:
             store.put(job).result()
-    store._follow().result()
+    assert store.recover(lambda job: job).result() is None
     assert hurt in path.read_bytes()
     assert not damaged(path) and store.set_aside_ids() is None
     assert caplog.text.count("jobs.json cannot be set aside") == 1
     script.os = os
-    store._follow().result()
+    assert store.recover(lambda job: job).result() is None
     assert hurt in b"".join(damaged(path))
     store.put(three[0]).result()
     until(lambda: hurt not in path.read_bytes())
@@ -815,7 +808,7 @@ def good_lines(script: Any, data: bytes) -> Dict[str, Any]:
 )
 def test_any_damage(tmp_path_factory, seed, mutations, piece, early):
     script, dice = LOADED, random.Random(seed)
-    script.JobStore.PIECE = piece
+    script.JOURNAL_CHUNK = piece
     jobs = [a_job(script, dice, prompt="a b" * dice.randrange(60)) for _ in range(dice.randrange(1, 9))]
     changed = [completed(dice.choice(jobs)) for _ in range(3)]
     data = mutated(lines(script, *jobs, *changed, dice.choice(jobs).id), mutations)
@@ -907,7 +900,7 @@ def test_what_was_left_behind_is_never_seen_unfinished(script, opened, path, dic
     while not (recovered.done() and all(written.done() for written in new)):
         assert store.get(left.id).status == "Failed"
         assert {job.status for job in every(script, store).values()} == {"Failed"}
-        assert store.figures()[0]["Pending"] == 0
+        assert store.stats()[0]["Pending"] == 0
     assert alive(path)[left.id]["status"] == "Failed"
     assert len(alive(path)) == 4
 
@@ -967,7 +960,7 @@ def test_full_disk(script, opened, path, dice, full_disk, caplog, room):
     assert every(script, store) == expected
     assert {job_id: store.get(job_id) for job_id in expected} == expected
     assert store.get(jobs[2].id) is None
-    assert store.figures()[0] == {"Pending": 0, "Processing": 0, "Completed": 1, "Failed": 1}
+    assert store.stats()[0] == {"Pending": 0, "Processing": 0, "Completed": 1, "Failed": 1}
     assert [job.id for job in store.query(script.Filter(status="Failed"), 9).jobs] == [later.id]
     time.sleep(0.2)  # tries in vain
     assert path.read_bytes() == before
@@ -982,7 +975,7 @@ def test_full_disk(script, opened, path, dice, full_disk, caplog, room):
 
 
 def test_full_disk_in_a_compaction(script, opened, path, dice, full_disk):
-    script.JobStore.SPARE_DEAD = 10
+    script.JobStore.MIN_DEAD_ENTRIES = 10
     script.JobStore.COMPACT_RETRY = 0
     store = opened()
     jobs = [a_job(script, dice) for _ in range(30)]
@@ -1083,7 +1076,7 @@ def test_a_real_full_disk(script, tmp_path, dice):
                 assert "No space left on device" in tracker.describe(job)["error"]
         lost = next(disk.glob("images/*/*.png"))
         lost.unlink()
-        until(lambda: not tracker.store._retry)
+        assert tracker.store.idle()
         until(lambda: all(job.ended for job in tracker.store.query(script.Filter(), 1000).jobs))
         jobs = tracker.store.query(script.Filter(), 1000).jobs
         tracker.close().result(60)
@@ -1155,7 +1148,7 @@ def test_after_the_end(script, opened, path, dice):
     with pytest.raises(script.StoreError):
         store.query(script.Filter(), 5)
     with pytest.raises(script.StoreError):
-        store.figures()
+        store.stats()
     assert alive(path)[job.id]["status"] == "Pending"
     assert not list(path.parent.glob("*owner*"))
 
@@ -1183,7 +1176,7 @@ def test_the_end_comes_while_others_write(script, opened, path, dice):
 
 
 def test_the_end_comes_while_it_loads_and_compacts(script, opened, path, dice):
-    script.JobStore.SPARE_DEAD = 10
+    script.JobStore.MIN_DEAD_ENTRIES = 10
     jobs = [a_job(script, dice) for _ in range(2000)]
     path.write_bytes(lines(script, *jobs, *map(completed, jobs)))
     for number in range(15):
@@ -1200,7 +1193,7 @@ def test_the_end_comes_while_it_loads_and_compacts(script, opened, path, dice):
 
 def test_what_others_wrote_is_seen_under_load(script, opened, dice):
     """There is always something to write, and the file is compacted besides."""
-    script.JobStore.SPARE_DEAD = 50
+    script.JobStore.MIN_DEAD_ENTRIES = 50
     busy, other = opened(), opened()
     stop = threading.Event()
 
@@ -1224,24 +1217,34 @@ def test_what_others_wrote_is_seen_under_load(script, opened, dice):
         thread.join()
 
 
+def slow_copying(script: Any, seconds: float) -> threading.Event:
+    """Makes a compaction last. The event is set when one has begun."""
+    begun = threading.Event()
+
+    def pwrite(file: int, data: bytes, position: int) -> int:
+        if os.readlink(f"/proc/self/fd/{file}").endswith(".part"):
+            begun.set()
+            time.sleep(seconds)
+        return os.pwrite(file, data, position)
+
+    script.os = WrappedOs(pwrite=pwrite)
+    return begun
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="which file a descriptor is cannot be told here")
 def test_a_store_that_waits_for_nobody(script, tmp_path, opened, dice):
     """While another process compacts or loads for long, this one writes and reads."""
     one = opened()
     jobs = [a_job(script, dice) for _ in range(500)]
-    for job in jobs:
-        written = one.put(job, new=True)
-    written.result()
-    other = opened()
-    compact = type(other)._compact
-
-    def slowly(store: Any) -> Any:
-        for step in compact(store):
-            time.sleep(0.05)
-            yield step
-
-    other._compact = lambda: slowly(other)
-    other.figures()
-    other._add_chore(other._compact())
+    for _ in range(3):
+        wait([one.put(job) for job in jobs])
+    slow = load_script()
+    slow.JobStore.MIN_DEAD_ENTRIES = 0
+    slow.JobStore.COPIED_AT_ONCE = 5
+    copying = slow_copying(slow, 0.05)
+    other = slow.JobStore(str(tmp_path))
+    other.stats()
+    assert copying.wait(20)
     timer = []
     for job in jobs[:100]:
         began = time.monotonic()
@@ -1250,6 +1253,7 @@ def test_a_store_that_waits_for_nobody(script, tmp_path, opened, dice):
         timer.append(time.monotonic() - began)
     assert sorted(timer)[50] < 0.5
     assert every(script, other) == every(script, one)
+    other.close()
 
 
 def test_locks(script, tmp_path):
@@ -1299,33 +1303,34 @@ def test_the_whole_folder_goes_while_it_is_used(script, tmp_path, dice):
     assert set(alive(folder / "jobs.json")) == {job.id for job in jobs}
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="which file a descriptor is cannot be told here")
 @pytest.mark.parametrize("piece", [300, 3000, 1 << 16])
 def test_much_is_written_during_a_compaction(script, path, opened, dice, piece):
-    script.JobStore.PIECE = piece
-    one, other = opened(), opened()
+    script.JOURNAL_CHUNK = piece
+    script.JobStore.MIN_DEAD_ENTRIES = 0
+    script.JobStore.COPIED_AT_ONCE = 20
+    one = opened()
     jobs = [a_job(script, dice) for _ in range(300)]
     for job in jobs:
         written = one.put(job, new=True)
     written.result()
+    other = opened()
     inode, turns = path.stat().st_ino, 0
-    one.figures()
-    compaction = one._compact()
-
-    def with_writes_between() -> Any:
-        nonlocal turns
-        for step in compaction:
-            for store in (one, other):
-                job = dice.choice(jobs)
-                store.put(completed(job, turns % 4))
-                if turns % 3 == 0:
-                    jobs.append(a_job(script, dice))
-                    store.put(jobs[-1], new=True)
-            turns += 1
-            yield step
-            if turns < 20:
-                time.sleep(0.01)
-
-    one._add_chore(with_writes_between()).result()
+    copying = slow_copying(script, 0.01)
+    for job in jobs:
+        one.put(job).result()
+    one.put(jobs[0]).result()
+    assert copying.wait(20)
+    while path.stat().st_ino == inode:
+        for store in (one, other):
+            job = dice.choice(jobs)
+            store.put(completed(job, turns % 4))
+            if turns % 3 == 0:
+                jobs.append(a_job(script, dice))
+                store.put(jobs[-1], new=True)
+        turns += 1
+        time.sleep(0.01)
+    assert turns > 5 and one.idle() and other.idle()
     expected = {job.id for job in jobs}
     until(lambda: set(every(script, one)) == expected)
     assert path.stat().st_ino != inode
@@ -1335,7 +1340,7 @@ def test_much_is_written_during_a_compaction(script, path, opened, dice, piece):
 
 def test_paging_while_jobs_come_and_go(script, opened, dice):
     """Neither repeats nor skips a job that was there all the time."""
-    script.JobStore.SPARE_DEAD = 30
+    script.JobStore.MIN_DEAD_ENTRIES = 30
     store = opened()
     jobs = [a_job(script, dice, timestamp=1736712000) for _ in range(300)]
     for job in jobs:
@@ -1367,12 +1372,12 @@ def test_paging_while_jobs_come_and_go(script, opened, dice):
 
 def test_memory_of_many_jobs(script, tmp_path):
     bench_store.write_file(script, tmp_path / "jobs.json", 20_000, 3, lambda text, share: None)
-    script.JobStore.SPARE_DEAD = 1 << 60
+    script.JobStore.MIN_DEAD_ENTRIES = 1 << 60
     tracemalloc.start()
     try:
         before = tracemalloc.get_traced_memory()[0]
         store = script.JobStore(str(tmp_path))
-        store.figures()
+        store.stats()
         gc.collect()
         assert (tracemalloc.get_traced_memory()[0] - before) / 20_000 < 400
     finally:
