@@ -1483,6 +1483,18 @@ class JobStore:
             self._following = self._add_chore(self._load(), first=True)
             return self._following
 
+    def idle(self, seconds: float = 60.0) -> bool:
+        """Waits until nothing is left to be written, read or compacted. False if something still is after that time."""
+        until = time.monotonic() + seconds
+        while True:
+            with self._lock, self._work:
+                is_idle = not (
+                    self._queue or self._chores or self._unwritten or self._retry or self._is_worth_compacting()
+                )
+            if is_idle or time.monotonic() >= until:
+                return is_idle
+            time.sleep(0.005)
+
     def close(self) -> None:
         """Writes what waits to be written and ends the thread. Other work is given up."""
         with self._work:
@@ -1657,11 +1669,14 @@ class JobStore:
         else:
             result.set_exception(failure)
 
-    def _consider_compacting(self) -> None:
+    def _is_worth_compacting(self) -> bool:
         index = self._opened.index
-        if self._opened.foreign or index.dead > len(index) + self.SPARE_DEAD:
-            if not self._chores and time.monotonic() >= self._compact_at:
-                self._add_chore(self._compact())
+        is_due = time.monotonic() >= self._compact_at
+        return is_due and (self._opened.foreign or index.dead > len(index) + self.SPARE_DEAD)
+
+    def _consider_compacting(self) -> None:
+        if not self._chores and self._is_worth_compacting():
+            self._add_chore(self._compact())
 
     def _tell(self, what: str, error: Optional[Exception]) -> None:
         """Logs a trouble when it begins and when it is over, not each time that it shows."""
@@ -3827,12 +3842,14 @@ class Tracker:
             prompt = prompt or str(parameters_of(b"".join(self.images.read(job.answer))).get("prompt", ""))
         return found._replace(status=COMPLETED, prompt=prompt[:PROMPT_LIMIT], error=None)
 
-    def close(self) -> None:
+    def close(self) -> Future:
         """Ends the housekeeping, and the rest when the last running job has ended and the last answer is sent.
 
         Does not wait for that: where Reload UI does not wait for clients either, as on Forge, they get their answers.
+        The Future ends when all of it has ended and the store is closed.
         """
         self._stop.set()
+        closed = promise()
 
         def drain() -> None:
             self._housekeeper.join()
@@ -3841,8 +3858,10 @@ class Tracker:
             self.store.close()
             for pool in (self.pool, self.searchers, self.key_readers, self.storers, self.senders):
                 pool.shutdown(wait=False)
+            closed.set_result(None)
 
         threading.Thread(target=drain, name="job-tracker-end", daemon=True).start()
+        return closed
 
 
 # ------------------------------------------------------------------------------------------------------------------
