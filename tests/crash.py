@@ -169,8 +169,7 @@ class Work:
             if not self.options.together:
                 self.check()
                 if self.options.last:
-                    self.tracker.close()
-                    until(lambda: not self.tracker.store._thread.is_alive(), what="the store has closed")
+                    self.tracker.close().result(60)
                 self.say("checked")
             if self.options.last:
                 time.sleep(3600)
@@ -486,8 +485,7 @@ def record(script: Any, folder: Path, dice: random.Random) -> List[lossy.Op]:
     for thread in threads:
         thread.join()
     tracker.purge()
-    tracker.close()
-    until(lambda: not tracker.store._thread.is_alive(), what="the store has closed")
+    tracker.close().result(60)
     return recorder.trace
 
 
@@ -502,8 +500,7 @@ def check_state(script: Any, folder: Path, said: List[Any]) -> None:
         work.check()
         until(lambda: is_json(folder / "jobs.json"), what="jobs.json is valid JSON")
     finally:
-        work.tracker.close()
-        until(lambda: not work.tracker.store._thread.is_alive(), what="the store has closed")
+        work.tracker.close().result(60)
 
 
 class Clients:

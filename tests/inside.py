@@ -6,6 +6,7 @@ import base64
 import hashlib
 import importlib.util
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -83,6 +84,26 @@ def alive(path: Path) -> Dict[str, Dict[str, Any]]:
 
 def lines_of(path: Path) -> List[bytes]:
     return path.read_bytes().split(b"\n")
+
+
+class WrappedOs:
+    """Stands for the module `os` in the script, some of whose functions are others."""
+
+    def __init__(self, **functions: Any):
+        self.__dict__.update(functions)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(os, name)
+
+
+def set_constants(script: Any, **values: Any) -> None:
+    """Gives constants of the script other values, wherever in it they stand."""
+    places = [script, *(one for one in vars(script).values() if getattr(one, "__module__", "") == script.__name__)]
+    for name, value in values.items():
+        owners = [place for place in places if name in vars(place)]
+        assert owners, f"the script has no constant {name}"
+        for owner in owners:
+            setattr(owner, name, value)
 
 
 def make_tracker(script: Any, folder: Path, **environ: str) -> Any:

@@ -196,8 +196,7 @@ def test_all_are_too_old_at_the_start(script, tracker, tmp_path):
     put(script, second, "YOUNGER0", 0)
     assert purge(script, second) == script.Purged(), "the young one may be of the same wrong clock"
     assert purge(script, second, 40).jobs == 0, "so it is when the clock jumps"
-    second.close()
-    until(lambda: not second.store._thread.is_alive())
+    second.close().result(60)
     time.sleep(1.1)  # the times of jobs are whole seconds
     third = tracker()
     assert ids(script, third) == {"YOUNGER0"}, "a start that finds a younger one believes the clock"
@@ -210,13 +209,11 @@ def test_a_webui_that_is_started_now_and_then(script, tracker):
         one = tracker("1")
         kept = ids(script, one)
         assert kept == ({f"J{number - 1:07}"} if number else set())
-        one.close()
-        until(lambda one=one: not one.store._thread.is_alive())
+        one.close().result(60)
         age(one, 2)  # as if two days had passed
         one = tracker("off")
         put(script, one, f"J{number:07}", 2)
-        one.close()
-        until(lambda one=one: not one.store._thread.is_alive())
+        one.close().result(60)
 
 
 def age(tracker: Any, days: float) -> None:

@@ -11,7 +11,7 @@ from typing import Any, Callable, Iterator, List
 
 import pytest
 from conftest import Start
-from inside import an_answer, files_are_whole, load_script, make_tracker, pixels
+from inside import WrappedOs, an_answer, files_are_whole, load_script, make_tracker, pixels, set_constants
 
 from harness import MODES, QUICK, Page, Switch, Webui, body, until
 
@@ -170,15 +170,15 @@ def test_a_line_of_a_neighbour_is_synced_before_it_is_shown(tmp_path):
     one, two = load_script(), load_script()
     calls: List[str] = []
 
-    def note(file: int, real: Callable[[int], None] = two.sync_file) -> None:
-        real(file)
+    def note(file: int) -> None:
+        os.fsync(file)
         calls.append(os.readlink(f"/proc/self/fd/{file}"))
 
     trackers = [make_tracker(script, tmp_path) for script in (one, two)]
     for tracker in trackers:
         until(lambda tracker=tracker: tracker.next_purge)
-    one.sync_file = lambda file: None
-    two.sync_file = note
+    one.os = WrappedOs(fsync=lambda file: None)
+    two.os = WrappedOs(fsync=note)
     job = one.Job(trackers[0].reserve_id(), "txt2img", one.PENDING, int(time.time()), None, "")
     trackers[0].accept(job, lambda: True).result()
     assert trackers[1].get(job.id).status == "Pending"
@@ -203,8 +203,7 @@ def left_behind(script: Any, folder: Path, images: int, lost: Callable[[Any], An
     tracker.store.put(job._replace(owner="00000000"), new=True).result()
     saved = tracker.images.save(job, an_answer(script, job.id, images))
     tracker.images.remove(lost(saved))
-    tracker.close()
-    until(lambda: not tracker.store._thread.is_alive())
+    tracker.close().result(60)
     tracker = make_tracker(script, folder)
     found = tracker.get(job.id)
     if found.status == script.COMPLETED:
@@ -223,7 +222,8 @@ def test_a_folder_that_is_a_link(script, tmp_path):
     tracker.images.save(job, an_answer(script, job.id, 1))
     (tmp_path / "images" / job.day).rename(tmp_path / "elsewhere")
     (tmp_path / "images" / job.day).symlink_to(tmp_path / "elsewhere")
-    tracker._recover().result()
+    tracker.close().result(60)
+    tracker = make_tracker(script, tmp_path)
     assert tracker.get(job.id).status == "Failed"
     tracker.close()
 
@@ -251,26 +251,23 @@ def test_images_that_cannot_be_looked_at_now(script, tmp_path):
     """A job is not failed for a disk that may be back in a moment."""
     failing = [True]
 
-    class Os:
-        def __getattr__(self, name: str) -> Any:
-            return getattr(os, name)
-
-        def listdir(self, path: str) -> Any:
-            if failing and "images" in str(path):
-                raise OSError(5, "Input/output error", path)
-            return os.listdir(path)
+    def listdir(path: str) -> Any:
+        if failing and "images" in str(path):
+            raise OSError(5, "Input/output error", path)
+        return os.listdir(path)
 
     tracker = make_tracker(script, tmp_path)
     until(lambda: tracker.next_purge, what="it has looked for jobs left behind")
     job = script.Job(tracker.reserve_id(), "txt2img", script.PROCESSING, int(time.time()), None, "", owner="00000000")
     tracker.store.put(job, new=True).result()
     tracker.images.save(job, an_answer(script, job.id, 1))
-    script.os = Os()
-    tracker._recover().result()
+    tracker.close().result(60)
+    script.os = WrappedOs(listdir=listdir)
+    set_constants(script, LOOK_EVERY=0.05, RECOVER_EVERY=0.1)
+    tracker = make_tracker(script, tmp_path)
     assert tracker.get(job.id).status == "Processing"
     failing.clear()
-    tracker._recover().result()
-    assert tracker.get(job.id).status == "Completed"
+    until(lambda: tracker.get(job.id).status == "Completed", what="it is looked at again")
     assert b"".join(tracker.images.read(tracker.get(job.id).images[0])) == pixels(job.id, 0)
     tracker.close()
 
@@ -279,20 +276,18 @@ def test_the_answer_is_the_last_file(script, tmp_path):
     """So where it is, all is. Also after a power cut: what came before it was synced, names too."""
     steps: List[str] = []
 
-    class Os:
-        def __getattr__(self, name: str) -> Any:
-            return getattr(os, name)
+    def replace(source: str, target: str) -> None:
+        os.replace(source, target)
+        steps.append(Path(target).name)
 
-        def replace(self, source: str, target: str) -> None:
-            os.replace(source, target)
-            steps.append(Path(target).name)
-
-    def sync(path: str, real: Callable[[str], None] = script.sync_folder) -> None:
-        real(path)
-        steps.append(f"sync {Path(path).name}")
+    def fsync(file: int) -> None:
+        os.fsync(file)
+        path = Path(os.readlink(f"/proc/self/fd/{file}"))
+        if path.is_dir():
+            steps.append(f"sync {path.name}")
 
     images = script.ImageStore(str(tmp_path / "images"))
-    script.os, script.sync_folder = Os(), sync
+    script.os = WrappedOs(replace=replace, fsync=fsync)
     job = script.Job("AAAAAAAA", "txt2img", script.PROCESSING, 1736712000, None, "")
     rest = json.dumps({"images": [], "parameters": {"mask": "x" * 2000}, "info": "{}"}).encode()
     images.save(job, an_answer(script, job.id, 2)._replace(rest=rest))
