@@ -60,10 +60,11 @@ def go_wrong(call, path, position=0):
 
 def wrapped(call, real):
     def function(first, *args, **options):
-        is_file = isinstance(first, int)
-        path = paths.get(first) if is_file else os.path.abspath(os.fsdecode(first))
-        if path is not None:
-            go_wrong(call, path, args[1] if call in ("pread", "pwrite") else 0)
+        names = [first, args[0]] if call in ("replace", "rename") else [first]
+        for name in names:
+            path = paths.get(name) if isinstance(name, int) else os.path.abspath(os.fsdecode(name))
+            if path is not None:
+                go_wrong(call, path, args[1] if call in ("pread", "pwrite") else 0)
         result = real(first, *args, **options)
         if call == "open" and isinstance(result, int):
             paths[result] = path
