@@ -44,13 +44,13 @@ def rule_for(call, path):
 
 def go_wrong(call, path, position=0):
     rule = rule_for(call, path)
+    while rule is not None and rule["by"] == "waiting":
+        time.sleep(0.005)
+        rule = rule_for(call, path)
     if rule is None or position < rule["beyond"]:
         return
     by = rule["by"]
-    if by == "waiting":
-        while rule_for(call, path) is not None:
-            time.sleep(0.005)
-    elif isinstance(by, (int, float)):
+    if isinstance(by, (int, float)):
         time.sleep(by)
     elif hasattr(errno, by):
         number = getattr(errno, by)
@@ -117,7 +117,7 @@ class System:
         self, calls: str, of: Union[Path, str] = "", by: Union[str, float] = "EIO", beyond: int = 0
     ) -> Iterator[None]:
         """Inside a `with`, calls for a file, or for all in a folder, go wrong: by an error of `errno`, by another
-        exception, by so many seconds that they take, or by "waiting" until the end.
+        exception, by so many seconds that they take, or by "waiting" until the end, or until they are to fail.
 
         `beyond` is from where on in a file. Besides those of `os` there are `choice`, by which IDs are dealt, `loads`,
         by which an answer is read, and `time_start` of the webui's own state.

@@ -16,7 +16,7 @@ import httpx
 import pytest
 from system import System
 
-from harness import CLOSE, MODE_FLAGS, MODES, QUICK, SHAPE, Page, body, until, with_constant, without_time
+from harness import CLOSE, MODE_FLAGS, MODES, QUICK, SHAPE, Page, body, until, without_time
 
 
 @pytest.fixture(scope="module")
@@ -468,9 +468,8 @@ script_callbacks.on_app_started(change)
 )
 def test_route_that_is_registered_anew(start, mode, change):
     """By an extension that is loaded later. It is said within seconds, in the log and in the tab, and once."""
-    prepare = with_constant(" LOOK_EVERY = 5 ", " LOOK_EVERY = 0.1 ")
     scripts = {"z-later": LATER.format(change=change)}
-    webui = start(*MODE_FLAGS[mode], scripts=scripts, prepare=prepare)
+    webui = start(*MODE_FLAGS[mode], scripts=scripts, constants={"LOOK_EVERY": 0.1})
     assert webui.post(body()).json() == {"images": []}
     until(lambda: any("not tracked any more" in line for line in webui.our_log()), what="it is said")
     assert "/sdapi/v1/txt2img was taken away" in webui.our_log()[-1]
@@ -484,8 +483,7 @@ def test_route_that_is_registered_anew(start, mode, change):
 
 def test_route_that_comes_after_ours(start):
     """It never gets a request."""
-    prepare = with_constant(" LOOK_EVERY = 5 ", " LOOK_EVERY = 0.1 ")
-    webui = start(*QUICK, scripts={"z-later": LATER.format(change="pass")}, prepare=prepare)
+    webui = start(*QUICK, scripts={"z-later": LATER.format(change="pass")}, constants={"LOOK_EVERY": 0.1})
     assert_tracks(webui)
     time.sleep(0.5)
     assert len(webui.our_log()) == 1, webui.our_log()
@@ -508,8 +506,7 @@ def test_config_that_cannot_be_read_is_said_in_the_tab(start):
 @pytest.mark.parametrize("mode", MODES)
 def test_ready_and_off(start, mode):
     """It says how to turn tracking on, and when somebody did."""
-    prepare = with_constant(" LOOK_EVERY = 5 ", " LOOK_EVERY = 0.1 ")
-    webui = start(*MODE_FLAGS[mode], tracking=None, prepare=prepare)
+    webui = start(*MODE_FLAGS[mode], tracking=None, constants={"LOOK_EVERY": 0.1})
     (line,) = webui.our_log()
     assert line.startswith(f"[Job Tracker] Ready, tracking is off, jobs are in {webui.data}. To turn it on, ")
     assert '"enabled": true' in line and "TRACKER_ENABLED=1" in line
