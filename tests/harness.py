@@ -172,20 +172,6 @@ def with_old_job(days: int, prompt: str = "") -> Callable[[Webui], None]:
     return prepare
 
 
-class Switch:
-    """A file that is there inside a `with`, for an extension that looks whether it is."""
-
-    def __init__(self, path: Path):
-        self.switch = path
-
-    def __enter__(self) -> None:
-        self.switch.touch()
-
-    def __exit__(self, *_: Any) -> None:
-        if self.switch.exists():
-            self.switch.unlink()
-
-
 class Proxy:
     """A proxy in front of a webui. What it does with a connection is in `_serve`, which runs in a thread."""
 

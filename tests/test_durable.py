@@ -12,45 +12,29 @@ from typing import Any, Callable, Iterator, List
 import pytest
 from conftest import Start
 from inside import WrappedOs, an_answer, files_are_whole, load_script, make_tracker, pixels, set_constants
+from system import System
 
-from harness import MODES, QUICK, Page, Switch, Webui, body, until
+from harness import MODES, QUICK, Page, Webui, body, until
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells which file a descriptor is of")
 
-# An extension that keeps every fsync of jobs.json from returning for as long as a file exists.
-STALLED_DISK = """
-import os, time
-
-real = os.fsync
-
-def fsync(file):
-    while os.path.exists({switch!r}) and os.readlink(f"/proc/self/fd/{{file}}").endswith("/jobs.json"):
-        time.sleep(0.005)
-    real(file)
-
-os.fsync = fsync
-"""
-
-
-class Disk(Switch):
-    """The disk under jobs.json, which can be stalled."""
-
-    def __init__(self, folder: Path):
-        super().__init__(folder / "stalled")
-        self.script = STALLED_DISK.format(switch=str(self.switch))
-
 
 @pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Disk]:
-    made = Disk(tmp_path)
+def system(tmp_path: Path) -> Iterator[System]:
+    made = System(tmp_path)
     yield made
-    made.__exit__()
+    made.works()
 
 
 @pytest.fixture
-def webui(start: Start, disk: Disk) -> Webui:
+def webui(start: Start, system: System) -> Webui:
     flags = ("--api",) if MODES[0] == "ui" else QUICK
-    return start(*flags, scripts={"stalled-disk": disk.script})
+    return start(*flags, scripts=system.scripts)
+
+
+def stalled(webui: Webui, system: System) -> Any:
+    """Inside a `with`, no fsync of jobs.json returns."""
+    return system.waits(webui.data / "jobs.json", "fsync")
 
 
 def running(webui: Webui, **standin: Any) -> Any:
@@ -78,10 +62,10 @@ def shown(webui: Webui, job_id: str) -> Any:
 STILL_RUNNING = ("Processing", "Processing", ["Processing"], "Processing")
 
 
-def test_completed_is_shown_when_it_is_safe(webui, disk):
+def test_completed_is_shown_when_it_is_safe(webui, system):
     job_id, sent = running(webui)
     page = Page(webui.client)
-    with disk:
+    with stalled(webui, system):
         webui.gates[-1].open()
         answer = json.loads(sent.content())  # this one does not wait for our disk
         assert shown(webui, job_id) == STILL_RUNNING
@@ -92,10 +76,10 @@ def test_completed_is_shown_when_it_is_safe(webui, disk):
     assert webui.jobs(status="Completed")[0]["id"] == job_id
 
 
-def test_failed_and_cancelled_are_shown_when_they_are_safe(webui, disk):
+def test_failed_and_cancelled_are_shown_when_they_are_safe(webui, system):
     failing, sent = running(webui, fail="RuntimeError")
     waiting = webui.send(body()).job_id()
-    with disk:
+    with stalled(webui, system):
         webui.gates[-1].open()
         sent.to_end()
         assert shown(webui, failing) == STILL_RUNNING
@@ -104,7 +88,7 @@ def test_failed_and_cancelled_are_shown_when_they_are_safe(webui, disk):
 
     blocking, _ = running(webui)
     waiting = webui.send(body()).job_id()
-    with disk:
+    with stalled(webui, system):
         began = time.monotonic()
         answer = webui.client.post(f"/sdapi/v1/job/{waiting}/cancel")
         assert (answer.status_code, answer.json()["status"]) == (200, "Pending")
@@ -115,10 +99,10 @@ def test_failed_and_cancelled_are_shown_when_they_are_safe(webui, disk):
     assert webui.job(blocking, wait=10)["status"] == "Completed"
 
 
-def test_killed_before_its_record_is_written(webui, disk):
+def test_killed_before_its_record_is_written(webui, system):
     """All that it made is on disk, so it is Completed at the next start; a purge finds nothing to remove."""
     job_id, sent = running(webui)
-    with disk:
+    with stalled(webui, system):
         webui.gates[-1].open()
         answer = json.loads(sent.content())
         until(lambda: any(path.name == f"{job_id}.json" for path in webui.images()), what="its images are stored")
@@ -145,13 +129,13 @@ def cut_last_record(webui: Webui, job_id: str) -> None:
     path.write_bytes(b"{\n" + b",\n".join(records) + b"\n}\n")
 
 
-def test_a_neighbour_sees_it_when_it_is_safe(start, disk, tmp_path):
+def test_a_neighbour_sees_it_when_it_is_safe(start, system, tmp_path):
     environ = {"TRACKER_DATA_DIR": str(tmp_path / "data")}
-    one = start(*QUICK, environ=environ, scripts={"stalled-disk": disk.script})
+    one = start(*QUICK, environ=environ, scripts=system.scripts)
     two = start(*QUICK, environ=environ)
     job_id, sent = running(one)
     assert two.job(job_id)["status"] == "Processing"
-    with disk:
+    with stalled(one, system):
         one.gates[-1].open()
         sent.content()
         until(lambda: one.records()[job_id]["status"] == "Completed", what="its record is given to the system")
