@@ -154,8 +154,8 @@ def ids(script: Any, tracker: Any) -> Any:
     return {job.id for job in tracker.store.query(script.Filter(), 1000).jobs}
 
 
-def purge(script: Any, tracker: Any, ahead: float = 0.0) -> Any:
-    """A purge that nobody asked for, by a clock that is ahead by so many days."""
+def purge(script: Any, tracker: Any, ahead: float = 0.0, running: float = 0.0) -> Any:
+    """A purge that nobody asked for, by a clock that is ahead by so many days, and after so many days of running."""
 
     class Time:
         def __getattr__(self, name: str) -> Any:
@@ -163,6 +163,9 @@ def purge(script: Any, tracker: Any, ahead: float = 0.0) -> Any:
 
         def time(self) -> float:
             return time.time() + ahead * DAY
+
+        def monotonic(self) -> float:
+            return time.monotonic() + running * DAY
 
     script.time = Time()
     try:
@@ -230,8 +233,7 @@ def test_what_grows_too_old_while_the_webui_runs(script, tracker):
     """All of them may go: time has passed by a clock that nobody sets."""
     one = tracker()
     put(script, one, "OLDER000", 29.9)
-    one._started -= 2 * DAY  # it has run for two days
-    assert purge(script, one, 1).jobs == 1
+    assert purge(script, one, ahead=1, running=2).jobs == 1
     assert ids(script, one) == set()
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 import random
 import threading
 import time
@@ -11,7 +13,7 @@ from typing import Any, Callable, List
 
 import httpx
 import pytest
-from inside import a_job, an_answer, load_script, make_tracker
+from inside import WrappedOs, a_job, an_answer, load_script, make_tracker
 
 from harness import QUICK, body, until
 
@@ -123,13 +125,12 @@ def test_who_has_the_answer_sees_the_end(webui, encoding, size):
 
 def test_what_was_deleted_as_soon_as_it_ended_stays_so(tracker):
     """Its last record is written late."""
-    write = tracker._write
 
-    def late(*args: Any) -> None:
+    def fsync(file: int) -> None:
         time.sleep(0.05)
-        write(*args)
+        os.fsync(file)
 
-    tracker._write = late
+    tracker.script.os = WrappedOs(fsync=fsync)
     job = a_job(tracker.script, random.Random(1), timestamp=int(time.time()))
     tracker.accept(job, lambda: True).result()
     tracker.start(job.id)
@@ -146,14 +147,13 @@ def test_what_was_deleted_as_soon_as_it_ended_stays_so(tracker):
 def test_who_waits_for_a_job_that_comes_to_nothing(tracker):
     """It was listed while it was being written, and the disk is full."""
     go = threading.Event()
-    store = tracker.store
 
-    def full(_: Any) -> None:
+    def full(*_: Any) -> None:
         go.wait(10)
-        raise OSError("the disk is full")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     tracker.store.get("AAAAAAAA")  # all is loaded
-    store._append = full
+    tracker.script.os = WrappedOs(pwrite=full)
     job = a_job(tracker.script, random.Random(1))
     written = tracker.accept(job, lambda: True)
 

@@ -6,9 +6,9 @@ import os
 import time
 
 import pytest
+from inside import WrappedOs, make_tracker
 from test_clock import DAY, clock  # noqa: F401 - a fixture
 from test_settings import script  # noqa: F401 - a fixture
-from test_store import WrappedOs
 
 from harness import body, until
 
@@ -28,8 +28,7 @@ def tracker(script, tmp_path, monkeypatch):  # noqa: F811
     made = []
 
     def make(**environ):
-        settings = script.Settings(str(tmp_path), environ)
-        made.append(script.Tracker(settings, lambda: None, lambda begun: None, lambda: None, lambda task: None))
+        made.append(make_tracker(script, tmp_path, **environ))
         return made[-1]
 
     yield make
@@ -168,14 +167,12 @@ def test_images_are_kept_while_a_damaged_jobs_json_is_there(tracker, tmp_path, s
 
 def test_a_purge_during_the_start_keeps_images_of_a_damaged_record(script, tracker, tmp_path):  # noqa: F811
     """It sees what is set aside though the file is read late."""
-    read_lines = script.JobStore._read_lines
 
-    def late(*args):
-        yield
-        time.sleep(0.3)
-        yield from read_lines(*args)
+    def pread(*arguments):
+        time.sleep(0.1)
+        return os.pread(*arguments)
 
-    script.JobStore._read_lines = late
+    script.os = WrappedOs(pread=pread)
     image = old(tmp_path / "images" / "2025-01-12" / "LOSTJOB0_0.png")
     (tmp_path / "jobs.json").write_text('{\n"LOSTJOB0": {"id": "LOSTJOB0", "type"\n}\n')
     one = tracker(TRACKER_RETENTION="off")
@@ -225,19 +222,21 @@ def test_one_purge_of_many(script, tracker, add):  # noqa: F811
     assert ids(one, script) == set()
 
 
-def test_retention_that_is_turned_off_during_a_purge(script, tracker, add, monkeypatch):  # noqa: F811
+def test_retention_that_is_turned_off_during_a_purge(script, tracker, add):  # noqa: F811
     one = tracker(TRACKER_RETENTION="")
     until(lambda: one.next_purge)
     for number in range(300):
         one.store.put(script.Job(f"J{number:07}", "txt2img", "Failed", int(time.time() - 40 * DAY), None, ""), new=True)
     add(one, "YOUNGER0", 1)
-    remove = one._remove
 
-    def remove_and_change(jobs):
-        one.settings.save(retention_days=None)
-        return remove(jobs)
+    def pwrite(*arguments):
+        if not changed:  # the first jobs are being removed
+            changed.append(True)
+            one.settings.save(retention_days=None)
+        return os.pwrite(*arguments)
 
-    monkeypatch.setattr(one, "_remove", remove_and_change)
+    changed = []
+    script.os = WrappedOs(pwrite=pwrite)
     assert one.purge().jobs == one.REMOVED_AT_ONCE, "the rest is spared"
 
 
