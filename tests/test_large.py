@@ -258,9 +258,9 @@ class Counted:
     def __init__(self, read: List[int]):
         self.read = read
 
-    def loads(self, text: Any) -> Any:
+    def loads(self, text: Any, **options: Any) -> Any:
         self.read.append(len(text))
-        return json.loads(text)
+        return json.loads(text, **options)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(json, name)

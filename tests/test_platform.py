@@ -1,4 +1,4 @@
-"""What differs on Windows and macOS: it is in one place, and works where Windows is stood in for."""
+"""What differs on Windows and macOS works where they are stood in for. That it is in one place is in test_style.py."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import errno
 import ntpath
 import os
-import re
 import sys
 import threading
 import time
@@ -14,26 +13,11 @@ from pathlib import Path
 from typing import Any, Dict, List
 
 import pytest
-from inside import SCRIPT, alive, an_answer, files_are_whole, load_script, make_tracker, read_jobs, until, when_ended
+from inside import alive, an_answer, files_are_whole, load_script, make_tracker, read_jobs, until, when_ended
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="stands in for Windows on Linux")
 if sys.platform == "linux":
     from windows import load_on_windows
-
-PLATFORM = re.compile(
-    r"\bos\.name\b|\bsys\.platform\b|\bplatform\.|\b[hg]e?a?s?t?attr\((os|fcntl|socket)\b|\bfcntl\b|\bmsvcrt\b"
-    r"|\bos\.(p?read|p?write|fsync|lseek|O_NOFOLLOW|O_DIRECTORY|O_NONBLOCK|O_BINARY)\b"
-)
-
-
-def test_it_is_in_one_place():
-    source = SCRIPT.read_text(encoding="utf-8")
-    begin, end = (source.index(f"\n# {name}: ") for name in ("Platform", "Settings"))
-    assert PLATFORM.search(source[begin:end])
-    elsewhere = source[:begin] + "\n" * source[begin:end].count("\n") + source[end:]
-    found = [number for number, line in enumerate(elsewhere.split("\n"), 1) if PLATFORM.search(line)]
-    assert not found, "lines of the script that ask for the system"
-
 
 # Windows
 
