@@ -11,11 +11,13 @@ from typing import Any, Callable, Dict, Iterator, List, Tuple
 
 import hypothesis
 import pytest
+from inside import load_script, make_tracker
 
 import harness
 from harness import AUTH, MODE_FLAGS, MODES, Webui
 
 Start = Callable[..., Webui]
+NewTracker = Callable[..., Any]
 
 ORIGIN = "http://example.org"
 
@@ -112,6 +114,31 @@ def every_webui(request: pytest.FixtureRequest, pool: Pool) -> Webui:
 def off(request: pytest.FixtureRequest, pool: Pool) -> Webui:
     """A webui with Job Tracker, that does not track, with --api-auth."""
     return pool.get("off", request.param, auth=True)
+
+
+@pytest.fixture
+def script() -> Any:
+    """The extension's script, executed anew for each test, so that its constants and its `os` can be changed."""
+    return load_script()
+
+
+@pytest.fixture
+def new_tracker(script: Any, tmp_path: Path) -> Iterator[NewTracker]:
+    """`new_tracker(**environ)` is a tracker without a webui, on the test's folder."""
+    made: List[Any] = []
+
+    def make(**environ: str) -> Any:
+        made.append(make_tracker(script, tmp_path, **environ))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+@pytest.fixture
+def tracker(new_tracker: NewTracker) -> Any:
+    return new_tracker()
 
 
 @pytest.fixture

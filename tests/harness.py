@@ -67,7 +67,7 @@ def until(condition: Callable[[], Any], seconds: float = SECONDS, what: str = ""
             return result
         if time.monotonic() > end:
             raise AssertionError(f"not within {seconds:g} s: {what or condition}")
-        time.sleep(0.01)
+        time.sleep(0.005)
 
 
 def body(

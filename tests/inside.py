@@ -13,7 +13,6 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 import types
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional
@@ -22,6 +21,8 @@ from unittest import mock
 import fastapi
 import httpx
 from pydantic import BaseModel
+
+from harness import until as until
 
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "job_tracker.py"
 JQ = shutil.which("jq")
@@ -36,16 +37,6 @@ def load_script() -> Any:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def until(condition: Callable[[], Any], seconds: float = 60, what: str = "") -> Any:
-    end = time.monotonic() + seconds
-    while True:
-        result = condition()
-        if result:
-            return result
-        assert time.monotonic() < end, f"not within {seconds:g} s: {what or condition}"
-        time.sleep(0.005)
 
 
 def a_prompt(dice: random.Random, length: int = 100) -> str:

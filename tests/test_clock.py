@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any, Callable
 
 import pytest
-from inside import an_answer, load_script, make_tracker
+from conftest import NewTracker
+from inside import an_answer
 
 from harness import MODES, QUICK, Page, body, until
 
@@ -127,22 +128,13 @@ def test_a_job_of_a_webui_that_was_killed_has_no_end(start):
 
 
 @pytest.fixture
-def script() -> Any:
-    return load_script()
-
-
-@pytest.fixture
-def tracker(script: Any, tmp_path: Path) -> Iterator[Callable[..., Any]]:
-    made = []
-
+def tracker(new_tracker: NewTracker) -> Callable[..., Any]:
     def make(retention: str = "30") -> Any:
-        made.append(make_tracker(script, tmp_path, TRACKER_RETENTION=retention))
-        until(lambda: made[-1].next_purge, what="the purge at the start")
-        return made[-1]
+        made = new_tracker(TRACKER_RETENTION=retention)
+        until(lambda: made.next_purge, what="the purge at the start")
+        return made
 
-    yield make
-    for one in made:
-        one.close()
+    return make
 
 
 def put(script: Any, tracker: Any, job_id: str, days: float) -> None:

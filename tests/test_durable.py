@@ -172,11 +172,6 @@ def test_a_line_of_a_neighbour_is_synced_before_it_is_shown(tmp_path):
         tracker.close()
 
 
-@pytest.fixture
-def script() -> Any:
-    return load_script()
-
-
 def left_behind(script: Any, folder: Path, images: int, lost: Callable[[Any], Any]) -> Any:
     """The job, at the next start, of a process that was killed after storing so many images; some files were lost."""
     tracker = make_tracker(script, folder)

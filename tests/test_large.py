@@ -126,18 +126,6 @@ def test_notes():
 # What is kept
 
 
-@pytest.fixture
-def script() -> Any:
-    return load_script()
-
-
-@pytest.fixture
-def tracker(script, tmp_path) -> Iterator[Any]:
-    tracker = make_tracker(script, tmp_path)
-    yield tracker
-    tracker.close()
-
-
 def an_answer_of(parameters: Any, info: Any, images: int = 2) -> bytes:
     """An answer as the host writes it."""
     pictures = [base64.b64encode(pixels("x", number)).decode() for number in range(images)]

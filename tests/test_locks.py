@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Iterator, List
 
 import pytest
-from inside import WrappedOs, a_job, load_script, until
+from inside import WrappedOs, a_job, until
 
 from harness import MODE_FLAGS, MODES, QUICK, Page, Webui, body, open_files
 
@@ -53,11 +53,6 @@ def held(path: Path, *user: Any) -> Iterator[None]:
         finally:
             holder.stdin.close()
             holder.wait(30)
-
-
-@pytest.fixture
-def script() -> Any:
-    return load_script()
 
 
 @contextlib.contextmanager

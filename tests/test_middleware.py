@@ -11,16 +11,11 @@ import threading
 from typing import Any, Dict, Iterator
 
 import pytest
-from inside import SmallWebui, WrappedOs, load_script, pixels, until, when_ended
+from inside import SmallWebui, WrappedOs, pixels, until, when_ended
 
 IMAGE = base64.b64encode(pixels("odd", 0)).decode()
 GOOD = {"images": [IMAGE], "parameters": {}, "info": ""}
 REQUEST = {"prompt": "a cat"}
-
-
-@pytest.fixture
-def script() -> Any:
-    return load_script()
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator
 
 import pytest
-from inside import WrappedOs, a_job, an_answer, completed, load_script, make_tracker, pixels, until
+from inside import WrappedOs, a_job, an_answer, completed, make_tracker, pixels, until
 
 from harness import QUICK, Webui, body
 
@@ -54,11 +54,6 @@ def test_the_umask_decides(start, tmp_path, umask):
         expected = 0o600 if lock else (0o777 if (data / name).is_dir() else 0o666) & ~umask
         assert mode == expected, (name, oct(mode))
     assert stat.S_IMODE((webui.extension / "config.json").stat().st_mode) == 0o666 & ~umask
-
-
-@pytest.fixture
-def script() -> Any:
-    return load_script()
 
 
 @pytest.mark.parametrize("mode", [0o600, 0o640, 0o660], ids=oct)

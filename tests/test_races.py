@@ -14,7 +14,7 @@ from typing import Any, Callable, List
 
 import httpx
 import pytest
-from inside import WrappedOs, a_job, an_answer, load_script, make_tracker
+from inside import WrappedOs, a_job, an_answer
 
 from harness import QUICK, body, until
 
@@ -24,15 +24,6 @@ SECONDS = 4.0
 @pytest.fixture(scope="module")
 def webui(start_shared):
     return start_shared(*QUICK)
-
-
-@pytest.fixture
-def tracker(tmp_path):
-    script = load_script()
-    one = make_tracker(script, tmp_path)
-    one.script = script
-    yield one
-    one.close()
 
 
 def together(webui: Any, *loops: Callable[[httpx.Client], None]) -> None:
@@ -124,9 +115,9 @@ def test_who_has_the_answer_sees_the_end(webui, encoding, size):
         assert webui.client.get(f"/sdapi/v1/job/{ids[2]}").status_code == 404
 
 
-def test_what_was_deleted_as_soon_as_it_ended_stays_so(tracker):
+def test_what_was_deleted_as_soon_as_it_ended_stays_so(script, tracker):
     """Whichever thread stores its end, and whenever that is."""
-    script, dice = tracker.script, random.Random(1)
+    dice = random.Random(1)
     jobs = [a_job(script, dice, timestamp=int(time.time())) for _ in range(100)]
     often, before = 1e-6, sys.getswitchinterval()
     sys.setswitchinterval(often)  # threads take turns as often as can be
@@ -146,7 +137,7 @@ def test_what_was_deleted_as_soon_as_it_ended_stays_so(tracker):
     assert not list(tracker.images.older_than(time.time() + 60))
 
 
-def test_who_waits_for_a_job_that_comes_to_nothing(tracker):
+def test_who_waits_for_a_job_that_comes_to_nothing(script, tracker):
     """It was listed while it was being written, and the disk is full."""
     go = threading.Event()
 
@@ -155,8 +146,8 @@ def test_who_waits_for_a_job_that_comes_to_nothing(tracker):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     tracker.store.get("AAAAAAAA")  # all is loaded
-    tracker.script.os = WrappedOs(pwrite=full)
-    job = a_job(tracker.script, random.Random(1))
+    script.os = WrappedOs(pwrite=full)
+    job = a_job(script, random.Random(1))
     written = tracker.accept(job, lambda: True)
 
     async def wait() -> float:
