@@ -503,6 +503,7 @@ def test_config_that_cannot_be_read_is_said_in_the_tab(start):
     assert "config.json" not in page.look()
 
 
+@pytest.mark.every_mode
 @pytest.mark.parametrize("mode", MODES)
 def test_ready_and_off(start, mode):
     """It says how to turn tracking on, and when somebody did."""
