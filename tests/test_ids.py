@@ -14,17 +14,10 @@ from inside import load_script, make_tracker
 ALPHABET = string.ascii_letters + string.digits
 
 
-@pytest.fixture(scope="module")
-def script():
-    return load_script()
-
-
 @pytest.fixture
-def tracker(script, tmp_path):
-    tracker = make_tracker(script, tmp_path)
+def tracker(script, tracker):
     tracker.store.query(script.Filter(), 1)  # all is loaded
-    yield tracker
-    tracker.close()
+    return tracker
 
 
 def accept(script, tracker, job_id):
