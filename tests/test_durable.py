@@ -149,27 +149,37 @@ def test_a_neighbour_sees_it_when_it_is_safe(start, system, tmp_path):
 # The same, without a webui
 
 
-def test_a_line_of_a_neighbour_is_synced_before_it_is_shown(tmp_path):
+def test_a_line_of_a_neighbour_is_synced_before_it_is_shown(script, tmp_path):
     """It may have been killed before it did that itself."""
-    one, two = load_script(), load_script()
     calls: List[str] = []
+    job = script.Job("NEWJOB00", "txt2img", script.PENDING, int(time.time()), None, "")
 
     def note(file: int) -> None:
         os.fsync(file)
         calls.append(os.readlink(f"/proc/self/fd/{file}"))
 
-    trackers = [make_tracker(script, tmp_path) for script in (one, two)]
-    for tracker in trackers:
-        until(lambda tracker=tracker: tracker.housekeeper.next_purge)
-    one.os = WrappedOs(fsync=lambda file: None)
-    two.os = WrappedOs(fsync=note)
-    job = one.Job(trackers[0].reserve_id(), "txt2img", one.PENDING, int(time.time()), None, "")
-    trackers[0].accept(job, lambda: True).result()
-    assert trackers[1].get(job.id).status == "Pending"
-    assert calls == [str(tmp_path / "jobs.json")]
-    for tracker in trackers:
-        tracker.fail(job.id, "")
-        tracker.close()
+    def die(file: int) -> None:
+        if os.readlink(f"/proc/self/fd/{file}").endswith("jobs.json"):
+            os._exit(9)
+
+    neighbour = os.fork()
+    if neighbour == 0:
+        try:
+            until((tmp_path / "begun").exists)
+            store = script.JobStore(str(tmp_path))
+            store.query(script.Filter(), 1)
+            script.os = WrappedOs(fsync=die)
+            store.put(job, new=True).result()
+        finally:
+            os._exit(1)
+    tracker = make_tracker(script, tmp_path)
+    until(lambda: tracker.housekeeper.next_purge, what="it has looked for jobs left behind")
+    script.os = WrappedOs(fsync=note)
+    (tmp_path / "begun").touch()
+    assert os.waitpid(neighbour, 0)[1] == 9 << 8, "it died where it was to sync"
+    assert tracker.get(job.id).status == "Pending"
+    assert str(tmp_path / "jobs.json") in calls
+    tracker.close()
 
 
 def left_behind(script: Any, folder: Path, images: int, lost: Callable[[Any, Any], Any]) -> Any:
