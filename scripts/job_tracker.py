@@ -25,6 +25,7 @@ import base64
 import contextlib
 import contextvars
 import copy
+import ctypes
 import enum
 import errno
 import functools
@@ -288,9 +289,7 @@ NETWORK_DRIVES = re.compile(
 
 def is_on_network(path: str) -> bool:
     """Whether a file lies on another machine, whose memory is not shared with ours. False where that cannot be told."""
-    if os.name == "nt":
-        import ctypes
-
+    if hasattr(ctypes, "windll"):
         drive = os.path.splitdrive(os.path.abspath(path))[0] + "\\"
         return ctypes.windll.kernel32.GetDriveTypeW(drive) == 4  # DRIVE_REMOTE
     kind, longest = "", -1
@@ -1925,19 +1924,20 @@ class JobStore:
     def reserve_id(self) -> str:
         """An ID that no job has, in any spelling. Waits for nothing: what is still being read is not looked at."""
         with self._lock:
-            return self._spare_ids.pop() if self._spare_ids else new_id()
-
-    def _reserve_ids(self) -> None:
-        """Looks for IDs ahead of time: who needs one must not wait for a disk."""
-        ids = [new_id() for _ in range(self.SPARE_IDS - len(self._spare_ids))]
-        with self._index.reading() as view:
-            free = [job_id for job_id in ids if not view.has_spelling(job_id)]
-        with self._lock:
-            taken = {job_id.lower() for job_id in (*self._pending, *self._spare_ids)}
-            for job_id in free:
+            taken = {job_id.lower() for job_id in self._pending}
+            while True:
+                job_id = self._spare_ids.pop() if self._spare_ids else new_id()
                 if job_id.lower() not in taken:
-                    taken.add(job_id.lower())
-                    self._spare_ids.append(job_id)
+                    return job_id
+
+    def _find_spare_ids(self) -> None:
+        """Looks for free IDs ahead of time: who needs one must not wait for a disk."""
+        with self._index.reading() as view:
+            while len(self._spare_ids) < self.SPARE_IDS:
+                job_id = new_id()
+                if not view.has_spelling(job_id):
+                    with self._lock:
+                        self._spare_ids.append(job_id)
 
     def get(self, job_id: str) -> Optional[Job]:
         """A job, None if there is none. Raises StoreError."""
@@ -2411,7 +2411,7 @@ class JobStore:
         with self._lock:
             for job_id in [job_id for job_id, change in self._pending.items() if change.is_stored]:
                 del self._pending[job_id]
-        self._reserve_ids()
+        self._find_spare_ids()
         self._is_ready, self._is_building = True, False
         if recovered is not None:
             recovered.set_result(None)
@@ -2445,6 +2445,7 @@ class JobStore:
                         for _ in self._index_up_to(journal, state.indexed_to, end):  # what other processes wrote
                             state = state._replace(indexed_to=end)
                     self._append(jobs, end, is_indexed=state.indexed_to == end)
+                    self._is_ready = self._is_ready or (state.indexed_to == end and self._recovery is None)
                     return
             except sqlite3.Error:
                 if self._index_failures >= self.INDEX_FAILURES:
@@ -2519,7 +2520,7 @@ class JobStore:
 
     def _consider_compacting(self) -> None:
         try:
-            self._reserve_ids()
+            self._find_spare_ids()
             with self._index.reading() as view:
                 state = view.state
             live = self._count()
