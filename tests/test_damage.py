@@ -125,11 +125,6 @@ def test_a_store_opens_on_a_large_damage(script, tmp_path, name, torn):
         store.close()
 
 
-@pytest.fixture
-def script() -> Any:
-    return load_script()
-
-
 # What was read before is still read
 
 

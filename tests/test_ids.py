@@ -14,6 +14,13 @@ from inside import load_script, make_tracker
 ALPHABET = string.ascii_letters + string.digits
 
 
+@pytest.fixture(scope="module")
+def script():
+    script = load_script()
+    script.JobStore.SPARE_IDS = 1
+    return script
+
+
 @pytest.fixture
 def tracker(script, tracker):
     tracker.store.query(script.Filter(), 1)  # all is loaded
@@ -25,10 +32,12 @@ def accept(script, tracker, job_id):
     tracker.accept(job, lambda: False).result()
 
 
-def deal(monkeypatch, script, ids):
-    """Lets chance deal these IDs, in this order."""
+def deal(monkeypatch, script, tracker, ids):
+    """Lets chance deal these IDs, in this order, once the one that was looked for ahead of time is gone."""
     ids = iter(ids)
+    tracker.reserve_id()
     monkeypatch.setattr(script, "new_id", lambda: next(ids))
+    tracker.recover().result()  # another one is looked for
 
 
 def test_import_without_a_webui(script):
@@ -71,7 +80,7 @@ def test_what_is_no_id(script, tracker, text):
 
 def test_id_in_use_is_dealt_again(script, tracker, monkeypatch):
     accept(script, tracker, "AbCdEf12")
-    deal(monkeypatch, script, ["AbCdEf12", "AbCdEf13"])
+    deal(monkeypatch, script, tracker, ["AbCdEf12", "AbCdEf13"])
     assert tracker.reserve_id() == "AbCdEf13"
 
 
@@ -79,7 +88,7 @@ def test_id_in_use_is_dealt_again(script, tracker, monkeypatch):
 def test_id_that_differs_in_case_only_is_dealt_again(script, tracker, monkeypatch, other):
     """It would name the same files on Windows and macOS."""
     accept(script, tracker, "AbCdEf12")
-    deal(monkeypatch, script, [other, "AbCdEf13"])
+    deal(monkeypatch, script, tracker, [other, "AbCdEf13"])
     assert tracker.reserve_id() == "AbCdEf13"
     assert tracker.get(other) is None
 
@@ -92,7 +101,9 @@ def test_id_of_a_job_that_is_being_written(script, tracker, monkeypatch):
     try:
         job = script.Job("AbCdEf12", "txt2img", "Pending", int(time.time()), None, "")
         written = tracker.accept(job, lambda: False)
-        deal(monkeypatch, script, ["AbCdEf12", "abcdef12", "AbCdEf13"])
+        ids = iter(["AbCdEf12", "abcdef12", "AbCdEf13"])
+        monkeypatch.setattr(script, "new_id", lambda: next(ids))
+        tracker.reserve_id()  # which was looked for ahead of time
         assert tracker.reserve_id() == "AbCdEf13"
         assert not written.done()
     finally:
@@ -104,7 +115,7 @@ def test_id_of_a_job_that_is_being_written(script, tracker, monkeypatch):
 def test_id_of_an_ended_job_is_in_use(script, tracker, monkeypatch):
     accept(script, tracker, "AbCdEf12")
     tracker.fail("AbCdEf12", "no reason")
-    deal(monkeypatch, script, ["AbCdEf12", "abcdef12", "AbCdEf13"])
+    deal(monkeypatch, script, tracker, ["AbCdEf12", "abcdef12", "AbCdEf13"])
     assert tracker.reserve_id() == "AbCdEf13"
 
 
@@ -115,7 +126,7 @@ def test_id_is_in_use_after_a_restart(script, tracker, tmp_path, monkeypatch):
     again = make_tracker(script, tmp_path)
     try:
         again.store.query(script.Filter(), 1)  # when this answers, the file is loaded
-        deal(monkeypatch, script, ["AbCdEf12", "abcdef12", "AbCdEf13"])
+        deal(monkeypatch, script, again, ["AbCdEf12", "abcdef12", "AbCdEf13"])
         assert again.reserve_id() == "AbCdEf13"
     finally:
         again.close()
