@@ -1941,11 +1941,11 @@ class JobStore:
         Ends early, with none, once `abandoned` is set. Raises StoreError, InvalidCursor.
         """
         after = None if cursor is None else Cursor.parse(cursor)
-        with self._lock:
-            pending = dict(self._pending)
+        before = self._pending_now()
 
         def find(view: IndexView) -> List[Tuple[Place, Optional[Job]]]:
             below = view.top() + 1 if after is None else after.row_in(view)
+            pending = {**before, **self._pending_now()}
             return find_with_changes(view, filter_, below, limit + 1, skip, pending, abandoned)
 
         state, found = self._look(find)
@@ -1961,8 +1961,7 @@ class JobStore:
 
     def stats(self) -> Tuple[Dict[str, int], int]:
         """Jobs by status, and the bytes of all their files. Raises StoreError."""
-        with self._lock:
-            pending = dict(self._pending)
+        before = self._pending_now()
 
         def count(view: IndexView) -> Tuple[Dict[str, int], int]:
             totals = view.totals()
@@ -1970,7 +1969,7 @@ class JobStore:
                 {status: jobs for status, (jobs, _) in totals.items()},
                 sum(size for _, size in totals.values()),
             )
-            for job_id, change in pending.items():
+            for job_id, change in {**before, **self._pending_now()}.items():
                 known = view.summary(job_id)
                 if known is not None:  # what the index says of it is no longer true
                     counts[known[0]] -= 1
@@ -2041,6 +2040,15 @@ class JobStore:
         self._thread.join()
 
     # What is in force, and what is found
+
+    def _pending_now(self) -> Dict[str, Pending]:
+        """Changes that the index may not have.
+
+        Who looks into it asks before, or he could miss what it has only since, and once more when he has it before him,
+        or he could see in it what `get` still keeps back.
+        """
+        with self._lock:
+            return dict(self._pending)
 
     def _change(self, changes: Dict[str, Pending], is_new: bool, is_patient: bool) -> Future:
         jobs = {job_id: change.job for job_id, change in changes.items()}
@@ -4122,7 +4130,10 @@ class Tracker:
 
     def get(self, job_id: str) -> Optional[Job]:
         """A job as it is now, None if there is none. Raises StoreError."""
-        return self.running(job_id) or self.store.get(job_id)
+        live = self._live_job(job_id)
+        if live is None or live.end_given:  # then the store knows the moment from which the end is seen, as lists do
+            return self.store.get(job_id)
+        return live.job
 
     def list(
         self,
