@@ -281,6 +281,30 @@ def make_within(path: str, *others: str) -> int:
     return file
 
 
+NETWORK_DRIVES = re.compile(
+    r"nfs|cifs|smb|9p|afs|ceph|lustre|vboxsf|virtiofs|prl_fs|fuse\.(sshfs|rclone|s3fs|gluster|grpc)"
+)
+
+
+def is_on_network(path: str) -> bool:
+    """Whether a file lies on another machine, whose memory is not shared with ours. False where that cannot be told."""
+    if os.name == "nt":
+        import ctypes
+
+        drive = os.path.splitdrive(os.path.abspath(path))[0] + "\\"
+        return ctypes.windll.kernel32.GetDriveTypeW(drive) == 4  # DRIVE_REMOTE
+    kind, longest = "", -1
+    with contextlib.suppress(OSError), open(
+        "/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape"
+    ) as mounts:
+        for line in mounts:
+            mounted, _, source = line.partition(" - ")
+            folder = re.sub(r"\\([0-7]{3})", lambda form: chr(int(form.group(1), 8)), mounted.split()[4]).rstrip("/")
+            if len(folder) > longest and (path + "/").startswith(folder + "/"):
+                kind, longest = source.split()[0], len(folder)
+    return NETWORK_DRIVES.match(kind) is not None
+
+
 def narrow_access(path: str, other: str) -> None:
     """Takes a file of ours, if it is there, from those who may not read another. Does not open it. Never raises."""
     with contextlib.suppress(OSError):  # it is not there, or somebody else's
@@ -1351,6 +1375,7 @@ class Index:
     """
 
     VERSION = 1
+    FILES = ("", "-wal", "-shm")  # what SQLite adds to the name
     BUSY = 5.0  # seconds that another process may hold the database
     FEW = 1000  # jobs that are quickly looked through
     COUNT_OLD = "UPDATE totals SET jobs = jobs - 1, bytes = bytes - old.bytes WHERE status = old.status"
@@ -1381,8 +1406,10 @@ class Index:
             try:
                 close_file(make_like(path, like))
             except FileExistsError:
-                for name in (path, f"{path}-wal", f"{path}-shm"):
-                    narrow_access(name, like)
+                if not stat.S_ISREG(os.lstat(path).st_mode):  # a link may lead to somebody's file
+                    raise OSError(errno.EINVAL, "it is no file", path) from None
+                for ending in self.FILES:
+                    narrow_access(path + ending, like)
             self._inode = os.stat(path).st_ino
         self._free.put(self._connect())
         with self._transaction("IMMEDIATE") as connection:
@@ -1394,6 +1421,7 @@ class Index:
             self.path or ":memory:", timeout=self.BUSY, isolation_level=None, check_same_thread=False
         )
         connection.execute("PRAGMA synchronous = NORMAL")
+        connection.execute("PRAGMA secure_delete = ON")  # a removed prompt is gone from here, too
         if self.path:
             if connection.execute("PRAGMA journal_mode = WAL").fetchone()[0] != "wal":
                 raise sqlite3.OperationalError("SQLite cannot have a write-ahead log there")
@@ -1409,9 +1437,9 @@ class Index:
             return False
 
     def close(self) -> None:
-        """Closes the database, as soon as nobody reads."""
+        """Closes the database, as soon as nobody reads. One in memory ends with its last user."""
         self._closed = True
-        while True:
+        while self.path:
             try:
                 self._free.get_nowait().close()
             except queue.Empty:
@@ -1828,7 +1856,9 @@ class JobStore:
     MIN_DEAD_ENTRIES = 1000  # dead ones that are not worth a compaction
     RETRY = 5.0  # seconds until a write that failed is tried again
     COMPACT_RETRY = 600.0  # the same for a compaction
+    SPARE_IDS = 100  # that are looked for ahead of time
     YIELD = 0.0005  # seconds between two pieces of work for which somebody waits
+    INDEX_FAILURES = 3  # after which the index is in memory
     LONG = 1 << 20  # bytes that the index does not know, for which nobody is to wait
     COPIED_AT_ONCE = 200  # records, in a compaction
 
@@ -1837,8 +1867,9 @@ class JobStore:
         self.path = os.path.realpath(os.path.join(folder, "jobs.json"))
         self._check = check
         self.owner = secrets.token_hex(4)
-        self._lock = threading.Lock()  # guards this one; held for a moment, never for the disk
+        self._lock = threading.Lock()  # guards these two; held for a moment, never for the disk
         self._pending: Dict[str, Pending] = {}
+        self._spare_ids: List[str] = []
         self._reading = threading.Lock()  # who holds it may use the open file, which stays so
         self._journal = OpenJournal()
         self._index: Optional[Index] = None
@@ -1891,16 +1922,22 @@ class JobStore:
         """Why records cannot be written now, for everybody's eyes; empty while they can."""
         return self._trouble
 
-    def knows(self, job_id: str) -> bool:
-        """Whether an ID is taken, in any spelling. What is still being read is not looked at."""
+    def reserve_id(self) -> str:
+        """An ID that no job has, in any spelling. Waits for nothing: what is still being read is not looked at."""
         with self._lock:
-            if any(job_id.lower() == other.lower() for other in self._pending):
-                return True
-        index = self._index
-        if index is None:
-            return False
-        with index.reading() as view:
-            return view.has_spelling(job_id)
+            return self._spare_ids.pop() if self._spare_ids else new_id()
+
+    def _reserve_ids(self) -> None:
+        """Looks for IDs ahead of time: who needs one must not wait for a disk."""
+        ids = [new_id() for _ in range(self.SPARE_IDS - len(self._spare_ids))]
+        with self._index.reading() as view:
+            free = [job_id for job_id in ids if not view.has_spelling(job_id)]
+        with self._lock:
+            taken = {job_id.lower() for job_id in (*self._pending, *self._spare_ids)}
+            for job_id in free:
+                if job_id.lower() not in taken:
+                    taken.add(job_id.lower())
+                    self._spare_ids.append(job_id)
 
     def get(self, job_id: str) -> Optional[Job]:
         """A job, None if there is none. Raises StoreError."""
@@ -2169,6 +2206,9 @@ class JobStore:
             failure = None
         except Exception as error:
             failure = error
+        if isinstance(failure, sqlite3.Error) and self._index_failures < self.INDEX_FAILURES:
+            self._syncing = self._catch_up(), done  # with an index that is opened anew
+            return
         self._syncing = None
         self._report("read", failure)
         if failure is None:
@@ -2252,31 +2292,28 @@ class JobStore:
 
     def _open_index(self) -> None:
         """Opens the index, makes one if there is none or it is broken, or one in memory where it cannot be a file."""
-        failure = None
+        path, failure = self.path + ".index", None
         if self._index is not None:
             failure = self._index.failure
             self._index.close()
-            self._index_failures += failure is not None
-        path = self.path + ".index"
-        if failure is not None and not isinstance(failure, sqlite3.OperationalError):
-            log.warning("jobs.json.index is damaged, it is made anew: %s", failure)
-            self._remove_index(path)
-        if self._index_failures < 3 and not isinstance(failure, sqlite3.OperationalError):
-            for attempt in range(2):
-                try:
-                    self._index = Index(path, self.path)
-                    return
-                except (OSError, sqlite3.Error) as error:
-                    failure = error
-                    if attempt or isinstance(error, (OSError, sqlite3.OperationalError)):
-                        break
-                    self._remove_index(path)
-        log.warning("jobs.json.index cannot be used (%s): the index is in memory", failure)
+        while self._index_failures < self.INDEX_FAILURES and not is_on_network(self.path):
+            if failure is not None:
+                self._index_failures += 1
+                log.warning("jobs.json.index cannot be used as it is: %s", failure)
+            try:
+                if isinstance(failure, sqlite3.DatabaseError) and not isinstance(failure, sqlite3.OperationalError):
+                    self._remove_index(path)  # it is damaged
+                self._index = Index(path, self.path)
+                return
+            except (OSError, sqlite3.Error) as error:
+                failure = error
+        if failure is not None:
+            log.warning("The index of jobs.json is in memory, since it cannot be a file: %s", failure)
         self._index = Index()
 
     @staticmethod
     def _remove_index(path: str) -> None:
-        for ending in ("", "-wal", "-shm"):
+        for ending in Index.FILES:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path + ending)
 
@@ -2358,8 +2395,7 @@ class JobStore:
                 self._is_building = end - state.indexed_to > self.LONG
             yield from self._index_up_to(journal, state.indexed_to, end)
         if time.monotonic() - began > 1:
-            counts, _ = self.stats()
-            log.info("jobs.json: %d jobs indexed in %.1f s", sum(counts.values()), time.monotonic() - began)
+            log.info("jobs.json: %d jobs indexed in %.1f s", self._count(), time.monotonic() - began)
 
     def _index_up_to(self, journal: OpenJournal, start: int, end: int) -> Iterator[None]:
         for found, position in read_entries(journal.file, start, end):
@@ -2381,6 +2417,7 @@ class JobStore:
         with self._lock:
             for job_id in [job_id for job_id, change in self._pending.items() if change.is_stored]:
                 del self._pending[job_id]
+        self._reserve_ids()
         self._is_ready, self._is_building = True, False
         if recovered is not None:
             recovered.set_result(None)
@@ -2392,13 +2429,7 @@ class JobStore:
         for change in changes:
             latest.update(change.jobs)
         try:
-            with self._exclusive() as journal:
-                state, end = self._find_end()
-                if 0 < end - state.indexed_to <= JOURNAL_CHUNK:
-                    sync_file(journal.file)  # as in `_catch_up`
-                    for _ in self._index_up_to(journal, state.indexed_to, end):  # what other processes wrote
-                        state = state._replace(indexed_to=end)
-                self._append(latest, end, is_indexed=state.indexed_to == end)
+            self._append_all(latest)
         except Exception as error:
             self._fail(changes, error)
             return
@@ -2408,6 +2439,22 @@ class JobStore:
         for future in [*written, *(change.written for change in changes)]:
             future.set_result(None)
         self._consider_compacting()
+
+    def _append_all(self, jobs: Dict[str, Optional[Job]]) -> None:
+        """Appends changes to the file as it is now. Trouble with the index alone costs none."""
+        while True:
+            try:
+                with self._exclusive() as journal:
+                    state, end = self._find_end()
+                    if 0 < end - state.indexed_to <= JOURNAL_CHUNK:
+                        sync_file(journal.file)  # as in `_catch_up`
+                        for _ in self._index_up_to(journal, state.indexed_to, end):  # what other processes wrote
+                            state = state._replace(indexed_to=end)
+                    self._append(jobs, end, is_indexed=state.indexed_to == end)
+                    return
+            except sqlite3.Error:
+                if self._index_failures >= self.INDEX_FAILURES:
+                    raise
 
     def _fail(self, changes: List[Change], error: Exception) -> None:
         """What could not be written is tried again, unless it is new."""
@@ -2477,13 +2524,15 @@ class JobStore:
             return False
 
     def _consider_compacting(self) -> None:
+        try:
+            self._reserve_ids()
+            with self._index.reading() as view:
+                state = view.state
+            live = self._count()
+        except sqlite3.Error as error:
+            self._index.failure = error
+            return
         if self._compaction is None and self._syncing is None and time.monotonic() >= self._compact_at:
-            try:
-                with self._index.reading() as view:
-                    state, live = view.state, sum(jobs for jobs, _ in view.totals().values())
-            except sqlite3.Error as error:
-                self._index.failure = error
-                return
             if state.needs_rewrite or state.entries - live > live + self.MIN_DEAD_ENTRIES:
                 self._compaction = self._compact()
 
@@ -2512,7 +2561,7 @@ class JobStore:
                     pass
                 self._replace(copy, state)
             self._compact_at = 0.0
-        except (OSError, sqlite3.Error, StoreError) as error:
+        except Exception as error:
             log.warning("jobs.json could not be compacted, it will be tried again: %s", error)
         finally:
             if copy is not None:
@@ -2522,18 +2571,21 @@ class JobStore:
         with self._index.reading() as view:
             return view.state.indexed_to
 
+    def _count(self) -> int:
+        with self._index.reading() as view:
+            return sum(jobs for jobs, _ in view.totals().values())
+
     def _begin_compaction(self) -> Optional[IndexState]:
         """None if something damaged could not be set aside, and would be gone, or while another process compacts."""
         with self._exclusive():
             with self._index.reading() as view:
-                state, damages, counts = view.state, view.damages(), view.totals()
+                state, damages = view.state, view.damages()
             is_free = state.compactor in ("", self.owner) or self._is_gone(state.compactor)
             if damages or not is_free:
                 return None
             self._index.begin_move(self.owner)
         if state.needs_rewrite:
-            jobs = sum(jobs for jobs, _ in counts.values())
-            log.warning("jobs.json was not as this program writes it: it is written anew, with %d jobs", jobs)
+            log.warning("jobs.json was not as this program writes it: it is written anew, with %d jobs", self._count())
         return state
 
     def _copy_live(self, journal: OpenJournal, side: int, copy: "JournalCopy") -> Iterator[None]:
@@ -3937,11 +3989,8 @@ class Tracker:
     # A job's way
 
     def reserve_id(self) -> str:
-        """An ID that no job has, in any spelling. What is still being loaded is not looked at."""
-        job_id = new_id()
-        while self.store.knows(job_id):
-            job_id = new_id()
-        return job_id
+        """An ID that no job has, in any spelling."""
+        return self.store.reserve_id()
 
     def accept(self, job: Job, cancel: Callable[[], bool]) -> Future:
         """A new job. The Future ends when it is on disk, or with StoreError: then there is no job.

@@ -7,6 +7,7 @@ import contextlib
 import errno
 import fcntl
 import gc
+import itertools
 import json
 import os
 import random
@@ -1217,14 +1218,14 @@ def test_what_others_wrote_is_seen_under_load(script, opened, dice):
         thread.join()
 
 
-def slow_copying(script: Any, seconds: float) -> threading.Event:
-    """Makes a compaction last. The event is set when one has begun."""
-    begun = threading.Event()
+def slow_copying(script: Any, seconds: float, times: int = 1000) -> threading.Event:
+    """Makes a compaction last, by some of its writes. The event is set when one has begun."""
+    begun, left = threading.Event(), itertools.count(times, -1)
 
     def pwrite(file: int, data: bytes, position: int) -> int:
         if os.readlink(f"/proc/self/fd/{file}").endswith(".part"):
             begun.set()
-            time.sleep(seconds)
+            time.sleep(seconds if next(left) > 0 else 0)
         return os.pwrite(file, data, position)
 
     script.os = WrappedOs(pwrite=pwrite)
@@ -1316,7 +1317,7 @@ def test_much_is_written_during_a_compaction(script, path, opened, dice, piece):
     written.result()
     other = opened()
     inode, turns = path.stat().st_ino, 0
-    copying = slow_copying(script, 0.01)
+    copying = slow_copying(script, 0.01, times=30)
     for job in jobs:
         one.put(job).result()
     one.put(jobs[0]).result()
