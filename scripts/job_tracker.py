@@ -2002,10 +2002,8 @@ class JobStore:
 
         def count(view: IndexView) -> Tuple[Dict[str, int], int]:
             totals = view.totals()
-            counts, size = (
-                {status: jobs for status, (jobs, _) in totals.items()},
-                sum(size for _, size in totals.values()),
-            )
+            counts = {status: jobs for status, (jobs, _) in totals.items()}
+            size = sum(size for _, size in totals.values())
             for job_id, change in {**before, **self._pending_now()}.items():
                 known = view.summary(job_id)
                 if known is not None:  # what the index says of it is no longer true
@@ -2102,6 +2100,7 @@ class JobStore:
 
     def _look(self, question: Callable[[IndexView], Any]) -> Tuple[IndexState, Any]:
         """Asks an index that knows all that the file held when this was called. Raises StoreError."""
+        failures = 0
         while True:
             index = self._index
             if index is not None and self._is_ready:
@@ -2112,6 +2111,9 @@ class JobStore:
                             return state, question(view)
                 except sqlite3.Error as error:
                     index.failure = error
+                    failures += 1
+                    if failures > self.INDEX_FAILURES:  # not even one in memory can answer
+                        raise StoreError.of(error) from error
             with self._work:
                 self._waiters += 1
             try:
