@@ -1948,9 +1948,13 @@ class JobStore:
                 pending = self._pending.get(job_id)
             if pending is not None:
                 return pending.shown
+            if not self._is_ready:
+                self._wait_for_index(or_building=True)
             if self._is_building:
                 entry = self._find_in_file(job_id)
-                if entry is not None:
+                if entry is not None and (
+                    entry.job is None or entry.job.ended
+                ):  # another may be left by a dead process
                     return entry.job
             state, place = self._look(lambda view: view.place(job_id))
             if place is None:
@@ -2114,13 +2118,22 @@ class JobStore:
                     failures += 1
                     if failures > self.INDEX_FAILURES:  # not even one in memory can answer
                         raise StoreError.of(error) from error
-            with self._work:
-                self._waiters += 1
-            try:
-                self._sync().result()
-            finally:
+            self._wait_for_index()
+
+    def _wait_for_index(self, or_building: bool = False) -> None:
+        """Until it knows what the file holds now, or until it is known that this takes long. Raises StoreError."""
+        with self._work:
+            self._waiters += 1
+        try:
+            synced = self._sync()
+            if or_building:
                 with self._work:
-                    self._waiters -= 1
+                    self._work.wait_for(lambda: synced.done() or self._is_building)
+            if synced.done() or not or_building:
+                synced.result()
+        finally:
+            with self._work:
+                self._waiters -= 1
 
     def _is_current(self, state: IndexState) -> bool:
         try:
@@ -2236,6 +2249,8 @@ class JobStore:
             left = [self._sync_wanted, self._syncing and self._syncing[1], self._recovery and self._recovery.done]
         for future in [*filter(None, left), *self._patient]:
             future.set_exception(StoreError("the store is closed"))
+        with self._work:
+            self._work.notify_all()
         self._compaction = self._syncing = None
         self._let_go()
         with contextlib.suppress(OSError):
