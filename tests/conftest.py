@@ -6,16 +6,19 @@ import os
 import shutil
 import signal
 import tempfile
+import zlib
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Tuple
 
 import hypothesis
 import pytest
+from inside import load_script, make_tracker
 
 import harness
 from harness import AUTH, MODE_FLAGS, MODES, Webui
 
 Start = Callable[..., Webui]
+NewTracker = Callable[..., Any]
 
 ORIGIN = "http://example.org"
 
@@ -24,7 +27,11 @@ if "CI" in os.environ:  # a change is judged by its own faults: elsewhere hypoth
     hypothesis.settings.load_profile("ci")
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):  # who names a file wants all of it
+        named = config.args_source == pytest.Config.ArgsSource.ARGS
+        os.environ[ONCE] = "" if named or config.getoption("--all") else "1"
+
     def end(number: int, frame: Any) -> None:
         raise KeyboardInterrupt  # ends the fixtures, and so the webuis
 
@@ -32,13 +39,51 @@ def pytest_configure() -> None:
 
 
 SLOW = ("test_cost", "test_load")
+# Every client, proxy and gateway there is, and what takes minutes: what they promise is tested elsewhere, too.
+ALL_ONLY = ("test_gateways", "test_proxies", "test_soak")
+ONCE = "EACH_PROMISE_ONCE"  # in the environment, so that the processes of pytest-xdist know it too
+MODE_PARAMETERS = ("mode", "webui", "guarded", "every_webui", "off")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    text = (
+        "every mode with and without credentials, every client and gateway, and the soak; without it, each promise once"
+    )
+    parser.addoption("--all", action="store_true", help=text)
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: List[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: List[pytest.Item]) -> None:
     for item in items:
         if item.path.stem in SLOW:
             item.add_marker(pytest.mark.slow)
+    if os.environ.get(ONCE):
+        kept = once_each([item for item in items if not is_for_all_only(item)])
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = kept
+
+
+def is_for_all_only(item: pytest.Item) -> bool:
+    return item.path.stem in ALL_ONLY or item.get_closest_marker("all_only") is not None
+
+
+def once_each(items: List[pytest.Item]) -> List[pytest.Item]:
+    """Of tests that differ in the webui's mode only, one: now in one mode, now in the other.
+
+    Who starts a webui of his own is told of the mode, and looks at the tab where there is one: so it is the UI.
+    """
+    groups: Dict[Any, List[pytest.Item]] = {}
+    for item in items:
+        parameters = (getattr(item, "callspec", None) and item.callspec.params) or {}
+        rest = {name: value for name, value in parameters.items() if name not in MODE_PARAMETERS}
+        is_once = item.get_closest_marker("every_mode") is None and len(rest) < len(parameters)
+        key = item.nodeid if not is_once else (item.path, item.originalname, repr(sorted(rest.items(), key=str)))
+        groups.setdefault(key, []).append(item)
+    kept = []
+    for group in groups.values():
+        is_own = "mode" in getattr(getattr(group[0], "callspec", None), "params", {})
+        kept.append(group[0 if is_own else zlib.crc32(group[0].name.encode()) % len(group)])
+    return kept
 
 
 @pytest.fixture
@@ -112,6 +157,31 @@ def every_webui(request: pytest.FixtureRequest, pool: Pool) -> Webui:
 def off(request: pytest.FixtureRequest, pool: Pool) -> Webui:
     """A webui with Job Tracker, that does not track, with --api-auth."""
     return pool.get("off", request.param, auth=True)
+
+
+@pytest.fixture
+def script() -> Any:
+    """The extension's script, executed anew for each test, so that its constants and its `os` can be changed."""
+    return load_script()
+
+
+@pytest.fixture
+def new_tracker(script: Any, tmp_path: Path) -> Iterator[NewTracker]:
+    """`new_tracker(**environ)` is a tracker without a webui, on the test's folder."""
+    made: List[Any] = []
+
+    def make(**environ: str) -> Any:
+        made.append(make_tracker(script, tmp_path, **environ))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+@pytest.fixture
+def tracker(new_tracker: NewTracker) -> Any:
+    return new_tracker()
 
 
 @pytest.fixture

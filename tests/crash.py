@@ -146,7 +146,7 @@ class Work:
         self.dice = random.Random(os.urandom(8))
         script.os = CutShort(self.dice)
         script.JobStore.MIN_DEAD_ENTRIES = options.spare_dead
-        script.JobStore.PIECE = 4000
+        script.JOURNAL_CHUNK = 4000
         script.Housekeeper.LOOK_EVERY = 0.02
         script.Housekeeper.RECOVER_EVERY = 0.02 if options.together else 3600
 
@@ -428,7 +428,7 @@ def power(rounds: int, progress: Callable[[str], None], dice: Optional[random.Ra
     steps = kept = 0
     for module in (script, checker):
         module.JobStore.MIN_DEAD_ENTRIES = 8
-        module.JobStore.PIECE = 4000
+        module.JOURNAL_CHUNK = 4000
         module.Housekeeper.LOOK_EVERY = 0.005
     while len(seen) < rounds:
         with tempfile.TemporaryDirectory(prefix="crash-", dir=FAST_FOLDER) as name:

@@ -67,7 +67,7 @@ def until(condition: Callable[[], Any], seconds: float = SECONDS, what: str = ""
             return result
         if time.monotonic() > end:
             raise AssertionError(f"not within {seconds:g} s: {what or condition}")
-        time.sleep(0.01)
+        time.sleep(0.005)
 
 
 def body(
@@ -113,17 +113,39 @@ def open_files(process: int) -> List[str]:
 RESET = struct.pack("ii", 1, 0)  # SO_LINGER: a close drops what is unsent and resets
 
 
-def with_constant(old: str, new: str) -> Callable[[Webui], None]:
-    """Prepares a webui whose extension has another value in the place of one of its constants."""
+# An extension that is loaded before ours and gives constants of ours other values, wherever in the script they stand.
+CONSTANTS = """
+import builtins, os
+from modules import script_callbacks, script_loading
 
-    def prepare(webui: Webui) -> None:
-        script = webui.extension / "scripts" / "job_tracker.py"
-        source = script.read_text(encoding="utf-8")
-        assert source.count(old) == 1
-        script.write_text(source.replace(old, new), encoding="utf-8")
+VALUES = {values!r}
+found = set()
 
-    return prepare
+def change(owner):
+    for name in VALUES.keys() & vars(owner).keys():
+        setattr(owner, name, VALUES[name])
+        found.add(name)
 
+build = builtins.__build_class__
+
+def build_and_change(body, *arguments, **options):
+    made = build(body, *arguments, **options)
+    if body.__code__.co_filename.endswith("job_tracker.py"):
+        change(made)
+    return made
+
+builtins.__build_class__ = build_and_change
+
+def change_modules(*_):
+    for path, module in script_loading.loaded_scripts.items():
+        if path.endswith("job_tracker.py"):
+            change(module)
+    if found != VALUES.keys():
+        print("Job Tracker has no constant", *(VALUES.keys() - found), flush=True)
+        os._exit(1)
+
+script_callbacks.on_app_started(change_modules)
+"""
 
 OLD_ID = "OLDOLDOL"
 
@@ -148,20 +170,6 @@ def with_old_job(days: int, prompt: str = "") -> Callable[[Webui], None]:
         (webui.data / "jobs.json").write_text(f'{{\n"{OLD_ID}": {json.dumps(job)}\n}}\n')
 
     return prepare
-
-
-class Switch:
-    """A file that is there inside a `with`, for an extension that looks whether it is."""
-
-    def __init__(self, path: Path):
-        self.switch = path
-
-    def __enter__(self) -> None:
-        self.switch.touch()
-
-    def __exit__(self, *_: Any) -> None:
-        if self.switch.exists():
-            self.switch.unlink()
 
 
 class Proxy:
@@ -271,7 +279,8 @@ class Webui:
 
     `tracking` is "config" (config.json says on), "variable" (TRACKER_ENABLED does), or None (off, as shipped).
     `copies` is how many times Job Tracker is installed. `scripts` maps names of further extensions to the source of
-    their script; they are loaded in the order of their names. `prepare` is called with this object before the start.
+    their script; they are loaded in the order of their names. `constants` are those of Job Tracker that have another
+    value. `prepare` is called with this object before the start.
     """
 
     alive: List[Webui] = []
@@ -284,6 +293,7 @@ class Webui:
         environ: Optional[Dict[str, str]] = None,
         copies: int = 1,
         scripts: Optional[Dict[str, str]] = None,
+        constants: Optional[Dict[str, float]] = None,
         step_time: float = 0.002,
         shape: str = SHAPE,
     ):
@@ -307,7 +317,10 @@ class Webui:
         for number in range(copies):
             target = self.extension.with_name("job-tracker" + (f"-{number + 1}" if number else ""))
             self._install(target, tracking == "config")
-        for name, source in (scripts or {}).items():
+        scripts = dict(scripts or {})
+        if constants:
+            scripts["a-constants"] = CONSTANTS.format(values=constants)
+        for name, source in scripts.items():
             path = self.extension.with_name(name) / "scripts" / "script.py"
             path.parent.mkdir(parents=True)
             path.write_text(source, encoding="utf-8")

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 import importlib.util
 import json
+import os
 import random
 import shutil
 import subprocess
-import time
+import sys
+import threading
+import types
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional
+from unittest import mock
+
+import fastapi
+import httpx
+from pydantic import BaseModel
+
+from harness import until as until
 
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "job_tracker.py"
 JQ = shutil.which("jq")
@@ -26,16 +37,6 @@ def load_script() -> Any:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def until(condition: Callable[[], Any], seconds: float = 60, what: str = "") -> Any:
-    end = time.monotonic() + seconds
-    while True:
-        result = condition()
-        if result:
-            return result
-        assert time.monotonic() < end, f"not within {seconds:g} s: {what or condition}"
-        time.sleep(0.005)
 
 
 def a_prompt(dice: random.Random, length: int = 100) -> str:
@@ -102,6 +103,26 @@ class NoHost:
         pass
 
 
+class WrappedOs:
+    """Stands for the module `os` in the script, some of whose functions are others."""
+
+    def __init__(self, **functions: Any):
+        self.__dict__.update(functions)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(os, name)
+
+
+def set_constants(script: Any, **values: Any) -> None:
+    """Gives constants of the script other values, wherever in it they stand."""
+    places = [script, *(one for one in vars(script).values() if getattr(one, "__module__", "") == script.__name__)]
+    for name, value in values.items():
+        owners = [place for place in places if name in vars(place)]
+        assert owners, f"the script has no constant {name}"
+        for owner in owners:
+            setattr(owner, name, value)
+
+
 def make_tracker(script: Any, folder: Path, **environ: str) -> Any:
     """A tracker without a webui, and with a housekeeper."""
     settings = script.Settings(str(folder), environ)
@@ -112,6 +133,98 @@ def make_tracker(script: Any, folder: Path, **environ: str) -> Any:
     tracker = script.Tracker(settings, NoHost(), store, images)
     tracker.housekeeper = script.Housekeeper(tracker, predecessor)
     return tracker
+
+
+class GenerationRequest(BaseModel):
+    prompt: str = ""
+    send_images: bool = True
+    force_task_id: Optional[str] = None
+
+
+class SmallWebui:
+    """A webui of a few lines in the test's own process, with the extension in it, for what no stand-in does.
+
+        with SmallWebui(script, tmp_path) as webui:
+            webui.generate = lambda request: {"images": [], "parameters": {}, "info": ""}
+            answer = await webui.post({"prompt": "a cat"})
+
+    Each answer is there only when the extension has done all that it does for the request.
+    """
+
+    def __init__(self, script: Any, folder: Path, **environ: str):
+        self.script = script
+        self.generate: Callable[[GenerationRequest], Any] = lambda request: {"images": []}
+        self.queue_lock = threading.Lock()
+        self.app = fastapi.FastAPI()
+        for type_ in script.TYPES:
+            self.app.add_api_route(f"/sdapi/v1/{type_}", getattr(self, type_), methods=["POST"])
+        environ = {"TRACKER_ENABLED": "1", "TRACKER_RETENTION": "off", **environ}
+        with mock.patch.dict(os.environ, environ), mock.patch.object(script, "EXTENSION_FOLDER", str(folder)):
+            self.extension = script.Extension()
+        self.tracker = self.extension.tracker
+
+    def __enter__(self) -> SmallWebui:
+        package, shared = types.ModuleType("modules"), types.ModuleType("modules.shared")
+        shared.state = types.SimpleNamespace(time_start=None, job_count=0, job_no=0, sampling_steps=0, interrupt=int)
+        package.shared = shared
+        sys.modules.update({"modules": package, "modules.shared": shared})
+        self.extension.app_started(None, self.app)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.tracker.close().result(60)
+        for name in ("modules", "modules.shared"):
+            del sys.modules[name]
+
+    def add_api_route(self, path: str, endpoint: Any, **options: Any) -> None:
+        self.app.add_api_route(path, endpoint, **options)
+
+    def txt2img(self, request: GenerationRequest) -> Any:
+        with self.queue_lock:
+            answer = self.generate(request)
+        return fastapi.Response(
+            answer if isinstance(answer, bytes) else json.dumps(answer), media_type="application/json"
+        )
+
+    def img2img(self, request: GenerationRequest) -> Any:
+        return self.txt2img(request)
+
+    async def post(self, data: Any, headers: Optional[Dict[str, str]] = None) -> httpx.Response:
+        async with self._client() as client:
+            return await client.post("/sdapi/v1/txt2img", json=data, headers=headers)
+
+    async def get(self, path: str) -> httpx.Response:
+        async with self._client() as client:
+            return await client.get(f"/sdapi/v1/{path}")
+
+    def _client(self) -> httpx.AsyncClient:
+        return httpx.AsyncClient(transport=httpx.ASGITransport(app=self.app), base_url="http://webui", timeout=60)
+
+    async def send(self, path: str, send: Callable[[Any], Any]) -> None:
+        """A GET request whose client takes each message as it likes."""
+
+        async def receive() -> Any:
+            await asyncio.get_running_loop().create_future()
+
+        scope = {
+            "type": "http",
+            "asgi": {"version": "3.0"},
+            "http_version": "1.1",
+            "scheme": "http",
+            "method": "GET",
+            "path": f"/sdapi/v1/{path}",
+            "raw_path": f"/sdapi/v1/{path}".encode(),
+            "query_string": b"",
+            "root_path": "",
+            "headers": [(b"host", b"webui")],
+            "client": ("::1", 1),
+            "server": ("::1", 80),
+        }
+        await self.app(scope, receive, send)
+
+    def jobs(self, **filters: Any) -> List[Any]:
+        """All jobs that match, as the store has them, newest first."""
+        return self.tracker.store.query(self.script.Filter(**filters), 1000).jobs
 
 
 def when_ended(tracker: Any, job_id: str) -> Any:

@@ -14,7 +14,8 @@ HELP = """\
 Everything there is to do with Job Tracker's tests, on any Python from 3.8.
 
   python3 tests/run.py demo               watch Job Tracker work, then try it yourself
-  python3 tests/run.py test               run the tests
+  python3 tests/run.py test               run the tests, each promise once
+  python3 tests/run.py test --all         in every mode, with every client and gateway, and two minutes of soak
   python3 tests/run.py test -k purge -x   run some of them: more words go to pytest
   python3 tests/run.py bench              measure what it costs, with a table and a picture
   python3 tests/run.py matrix             the tests on all hosts' packages and all Pythons there are
@@ -38,7 +39,7 @@ def test(options, pytest_arguments):
     words = [os.path.relpath(w, there) if os.path.exists(w.split("::")[0]) else w for w in pytest_arguments]
     env = {"WEBUI_HOST": options.host, "WEBUI_SERVER": options.server}
     # All of them wait more than they work: two at once, each file's by one.
-    at_once = [] if words else ["-n", "2", "--dist", "loadfile"]
+    at_once = ["-n", "2", "--dist", "loadfile"] if not words or words == ["--all"] else []
     return environment.call([python, "-m", "pytest", *at_once, *words], cwd=environment.PROJECT, env=env)
 
 

@@ -12,7 +12,7 @@ import httpx
 import pytest
 from conftest import ORIGIN, Pool
 
-from harness import CLOSE, MODES, QUICK, SHAPE, UNKNOWN, UNKNOWN_STATUS, Sent, Webui, body, until, with_constant
+from harness import CLOSE, MODES, QUICK, SHAPE, UNKNOWN, UNKNOWN_STATUS, Sent, Webui, body, until
 
 ASYNC = {"Prefer": "respond-async"}
 
@@ -225,7 +225,7 @@ def test_a_client_that_leaves_while_it_waits(webui, request_body):
 
 def test_it_is_accepted_without_delay(start):
     """An early failure would be told by a status; a 202 has no use for one, so it does not wait for it."""
-    webui = start(*QUICK, prepare=with_constant("\nEARLY_FAILURE_WINDOW = 0.02 ", "\nEARLY_FAILURE_WINDOW = 2.0 "))
+    webui = start(*QUICK, constants={"EARLY_FAILURE_WINDOW": 2.0})
     times = {}
     for name, headers in (("connected", {}), ("async", ASYNC)):
         sent = webui.send(body(standin={"seconds": 4}), headers=headers)

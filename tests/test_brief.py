@@ -21,11 +21,6 @@ def webui(start_shared: Any) -> Webui:
     return start_shared(*QUICK)
 
 
-@pytest.fixture(scope="module")
-def script() -> Any:
-    return load_script()
-
-
 def with_picture(**fields: Any) -> Dict[str, Any]:
     """A request with a picture for a script, as for ControlNet."""
     return body(standin={"comment": {"image": "A" * SIZE}}, **fields)

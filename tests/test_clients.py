@@ -406,6 +406,7 @@ def test_fetch(site, cut, case, tmp_path):
     check_kept(site, cut, case)
 
 
+@pytest.mark.all_only
 def test_npm(site, cut, case, npm_folder):
     seen = run_node(npm_folder, NPM, case)
     assert seen == {name: SEEN[name][CASES.index(case.name)] for name in ("axios", "stable-diffusion-api")}

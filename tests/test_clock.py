@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any, Callable
 
 import pytest
-from inside import an_answer, load_script, make_tracker
+from conftest import NewTracker
+from inside import an_answer
 
 from harness import MODES, QUICK, Page, body, until
 
@@ -127,22 +128,13 @@ def test_a_job_of_a_webui_that_was_killed_has_no_end(start):
 
 
 @pytest.fixture
-def script() -> Any:
-    return load_script()
-
-
-@pytest.fixture
-def tracker(script: Any, tmp_path: Path) -> Iterator[Callable[..., Any]]:
-    made = []
-
+def tracker(new_tracker: NewTracker) -> Callable[..., Any]:
     def make(retention: str = "30") -> Any:
-        made.append(make_tracker(script, tmp_path, TRACKER_RETENTION=retention))
-        until(lambda: made[-1].housekeeper.next_purge, what="the purge at the start")
-        return made[-1]
+        made = new_tracker(TRACKER_RETENTION=retention)
+        until(lambda: made.housekeeper.next_purge, what="the purge at the start")
+        return made
 
-    yield make
-    for one in made:
-        one.close()
+    return make
 
 
 def put(script: Any, tracker: Any, job_id: str, days: float) -> None:
@@ -154,8 +146,8 @@ def ids(script: Any, tracker: Any) -> Any:
     return {job.id for job in tracker.store.query(script.Filter(), 1000).jobs}
 
 
-def purge(script: Any, tracker: Any, ahead: float = 0.0) -> Any:
-    """A purge that nobody asked for, by a clock that is ahead by so many days."""
+def purge(script: Any, tracker: Any, ahead: float = 0.0, running: float = 0.0) -> Any:
+    """A purge that nobody asked for, by a clock that is ahead by so many days, and after so many days of running."""
 
     class Time:
         def __getattr__(self, name: str) -> Any:
@@ -163,6 +155,9 @@ def purge(script: Any, tracker: Any, ahead: float = 0.0) -> Any:
 
         def time(self) -> float:
             return time.time() + ahead * DAY
+
+        def monotonic(self) -> float:
+            return time.monotonic() + running * DAY
 
     script.time = Time()
     try:
@@ -230,8 +225,7 @@ def test_what_grows_too_old_while_the_webui_runs(script, tracker):
     """All of them may go: time has passed by a clock that nobody sets."""
     one = tracker()
     put(script, one, "OLDER000", 29.9)
-    one.housekeeper._started -= 2 * DAY  # it has run for two days
-    assert purge(script, one, 1).jobs == 1
+    assert purge(script, one, ahead=1, running=2).jobs == 1
     assert ids(script, one) == set()
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import sys
 
 import crash
 import lossy
@@ -27,16 +26,28 @@ def test_the_power_is_cut():
     print(crash.power(400, print, random.Random()))
 
 
-@pytest.mark.parametrize("forgetful", ["JobStore", "ImageStore", "sync_folder"])
-def test_who_forgets_to_sync_is_found(monkeypatch, forgetful):
-    fsync = lossy.Recorder.fsync
+FORGETFUL = {  # what is not synced: by whether it is a folder, and its name
+    "jobs.json": lambda is_folder, name: name.startswith("jobs.json"),
+    "images": lambda is_folder, name: not is_folder and not name.startswith("jobs.json"),
+    "folders": lambda is_folder, name: is_folder,
+}
 
-    def forget(recorder, file):
-        caller = sys._getframe(2)  # of sync_file
-        name = type(caller.f_locals["self"]).__name__ if "self" in caller.f_locals else caller.f_code.co_name
-        if name != forgetful:
-            fsync(recorder, file)
 
+@pytest.mark.parametrize("forgotten", FORGETFUL)
+def test_who_forgets_to_sync_is_found(monkeypatch, forgotten):
+    open_file, fsync, paths = lossy.Recorder.open, lossy.Recorder.fsync, {}
+
+    def open_and_note(recorder, path, *arguments):
+        descriptor = open_file(recorder, path, *arguments)
+        paths[descriptor] = path
+        return descriptor
+
+    def forget(recorder, descriptor):
+        path = paths[descriptor]
+        if not FORGETFUL[forgotten](os.path.isdir(path), os.path.basename(path)):
+            fsync(recorder, descriptor)
+
+    monkeypatch.setattr(lossy.Recorder, "open", open_and_note)
     monkeypatch.setattr(lossy.Recorder, "fsync", forget)
     with pytest.raises(AssertionError, match="gone|has not all its images|was Completed and is"):
         crash.power(5000, print, random.Random())

@@ -76,7 +76,7 @@ def assert_linear(read: Callable[[Any], Any], make: Callable[[int], Any]) -> Non
 
 @pytest.mark.parametrize("name", DAMAGE)
 def test_time_grows_with_size(name):
-    assert_linear(lambda data: list(SCRIPT.read_lines(data, 0)), lambda size: DAMAGE[name](size).encode())
+    assert_linear(lambda data: list(SCRIPT.parse_entries(data, 0)), lambda size: DAMAGE[name](size).encode())
 
 
 @pytest.mark.skipif(not hasattr(sys, "set_int_max_str_digits"), reason="this Python has its own way with numbers")
@@ -86,7 +86,7 @@ def test_time_grows_with_size_of_a_number():
     sys.set_int_max_str_digits(0)
     try:
         data = '"AAAAAAAA": {"a": ' + "1" * 2_000_000 + "}"
-        assert seconds(lambda: list(SCRIPT.read_lines(data.encode(), 0))) < 2
+        assert seconds(lambda: list(SCRIPT.parse_entries(data.encode(), 0))) < 2
         assert seconds(lambda: SCRIPT.read_legacy_entries('[{"id": ' + "1" * 2_000_000 + "}]")) < 2
     finally:
         sys.set_int_max_str_digits(limit)
@@ -125,26 +125,21 @@ def test_a_store_opens_on_a_large_damage(script, tmp_path, name, torn):
         store.close()
 
 
-@pytest.fixture
-def script() -> Any:
-    return load_script()
-
-
 # What was read before is still read
 
 
 def read_to_the_end(data: bytes) -> Iterator[Any]:
-    """`read_foreign` without a limit to what may belong to a record. Its time grows with the square."""
+    """`parse_damaged` without a limit to what may belong to a record. Its time grows with the square."""
     text, position = data.decode("latin-1"), 0
-    for match in SCRIPT.FOREIGN_LINE.finditer(text):
+    for match in SCRIPT.FOREIGN_ENTRY.finditer(text):
         if match.start() < position or match.group(1) in SCRIPT.Job._fields:
             continue
         try:
-            _, end = SCRIPT.DECODER.raw_decode(text, match.end())
-            line = SCRIPT.read_line(match.group(1), data[match.end() : end], match.end())
+            _, end = SCRIPT.ENTRY_DECODER.raw_decode(text, match.end())
+            line = SCRIPT.parse_entry(match.group(1), data[match.end() : end], match.end())
         except (ValueError, RecursionError):
             continue
-        if line.job is not None or not data[position : match.start()].strip(SCRIPT.BLANK):
+        if line.job is not None or not data[position : match.start()].strip(SCRIPT.WHITESPACE):
             yield line
             position = end
 
@@ -164,8 +159,8 @@ def entries_to_the_end(text: str) -> List[Any]:
 
 def is_flat(data: bytes, line: Any) -> bool:
     """Whether a record holds no more keys that look like those of jobs than a later version might have in it."""
-    record = data[line.place : line.place + line.length].decode("latin-1")
-    keys = [key for key in SCRIPT.FOREIGN_LINE.findall(record) if key not in SCRIPT.Job._fields]
+    record = data[line.offset : line.offset + line.length].decode("latin-1")
+    keys = [key for key in SCRIPT.FOREIGN_ENTRY.findall(record) if key not in SCRIPT.Job._fields]
     return len(keys) <= SCRIPT.REACH
 
 
@@ -181,20 +176,20 @@ def test_nothing_is_lost(seed, count, layout, mutations):
     data = lines(SCRIPT, *jobs, *(completed(job) for job in jobs[:3]), dice.choice(jobs).id)
     data = mutated(FOREIGN.get(layout, bytes)(data), mutations)
     before = list(read_to_the_end(data))
-    now = list(SCRIPT.read_foreign(data, 0))
-    found = {line for line in now if isinstance(line, SCRIPT.Line)}
+    now = list(SCRIPT.parse_damaged(data, 0))
+    found = {line for line in now if isinstance(line, SCRIPT.Entry)}
     assert {line for line in before if is_flat(data, line)} <= found
     ids, ids_before = ({line.id for line in lines if line.job is not None} for lines in (found, before))
     assert len(ids) >= len(ids_before)
-    # The lines and gaps in order, and every byte in one of them.
+    # The entries and damages in order, and every byte in one of them.
     position = 0
     for item in now:
-        if isinstance(item, SCRIPT.Gap):
-            assert item.place == position
-            assert item.blank == (not data[position : position + item.length].strip(SCRIPT.BLANK))
+        if isinstance(item, SCRIPT.Damage):
+            assert item.offset == position
+            assert item.is_whitespace == (not data[position : position + item.length].strip(SCRIPT.WHITESPACE))
             position += item.length
-        elif item.place >= position:
-            position = item.place + item.length
+        elif item.offset >= position:
+            position = item.offset + item.length
     assert position == len(data)
 
 
@@ -224,5 +219,5 @@ def test_a_record_without_its_end_costs_no_other(followers):
     jobs = [completed(a_job(SCRIPT, dice)) for _ in range(followers + 1)]
     data = json.dumps(json.loads(lines(SCRIPT, *jobs).decode()), indent=2)
     data = data.replace("\n  },", ",", 1) + "}"
-    found = {item.id for item in SCRIPT.read_lines(data.encode(), 0) if isinstance(item, SCRIPT.Line)}
+    found = {item.id for item in SCRIPT.parse_entries(data.encode(), 0) if isinstance(item, SCRIPT.Entry)}
     assert found >= {job.id for job in jobs[1:]}

@@ -189,6 +189,7 @@ positive_data_acceptance.expected-statuses = ["2xx", 401, 404, 409]
 """
 
 
+@pytest.mark.all_only
 def test_schemathesis(programs, start, tmp_path):
     """Hundreds of requests as the description allows them, and as it does not: no answer that it does not tell of."""
     webui = start(*QUICK, "--api-auth", "user:secret")

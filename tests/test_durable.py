@@ -11,46 +11,30 @@ from typing import Any, Callable, Iterator, List
 
 import pytest
 from conftest import Start
-from inside import an_answer, files_are_whole, load_script, make_tracker, pixels
+from inside import WrappedOs, an_answer, files_are_whole, load_script, make_tracker, pixels, set_constants
+from system import System
 
-from harness import MODES, QUICK, Page, Switch, Webui, body, until
+from harness import MODES, QUICK, Page, Webui, body, until
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells which file a descriptor is of")
 
-# An extension that keeps every fsync of jobs.json from returning for as long as a file exists.
-STALLED_DISK = """
-import os, time
-
-real = os.fsync
-
-def fsync(file):
-    while os.path.exists({switch!r}) and os.readlink(f"/proc/self/fd/{{file}}").endswith("/jobs.json"):
-        time.sleep(0.005)
-    real(file)
-
-os.fsync = fsync
-"""
-
-
-class Disk(Switch):
-    """The disk under jobs.json, which can be stalled."""
-
-    def __init__(self, folder: Path):
-        super().__init__(folder / "stalled")
-        self.script = STALLED_DISK.format(switch=str(self.switch))
-
 
 @pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Disk]:
-    made = Disk(tmp_path)
+def system(tmp_path: Path) -> Iterator[System]:
+    made = System(tmp_path)
     yield made
-    made.__exit__()
+    made.works()
 
 
 @pytest.fixture
-def webui(start: Start, disk: Disk) -> Webui:
+def webui(start: Start, system: System) -> Webui:
     flags = ("--api",) if MODES[0] == "ui" else QUICK
-    return start(*flags, scripts={"stalled-disk": disk.script})
+    return start(*flags, scripts=system.scripts)
+
+
+def stalled(webui: Webui, system: System) -> Any:
+    """Inside a `with`, no fsync of jobs.json returns."""
+    return system.waits(webui.data / "jobs.json", "fsync")
 
 
 def running(webui: Webui, **standin: Any) -> Any:
@@ -78,10 +62,10 @@ def shown(webui: Webui, job_id: str) -> Any:
 STILL_RUNNING = ("Processing", "Processing", ["Processing"], "Processing")
 
 
-def test_completed_is_shown_when_it_is_safe(webui, disk):
+def test_completed_is_shown_when_it_is_safe(webui, system):
     job_id, sent = running(webui)
     page = Page(webui.client)
-    with disk:
+    with stalled(webui, system):
         webui.gates[-1].open()
         answer = json.loads(sent.content())  # this one does not wait for our disk
         assert shown(webui, job_id) == STILL_RUNNING
@@ -92,10 +76,10 @@ def test_completed_is_shown_when_it_is_safe(webui, disk):
     assert webui.jobs(status="Completed")[0]["id"] == job_id
 
 
-def test_failed_and_cancelled_are_shown_when_they_are_safe(webui, disk):
+def test_failed_and_cancelled_are_shown_when_they_are_safe(webui, system):
     failing, sent = running(webui, fail="RuntimeError")
     waiting = webui.send(body()).job_id()
-    with disk:
+    with stalled(webui, system):
         webui.gates[-1].open()
         sent.to_end()
         assert shown(webui, failing) == STILL_RUNNING
@@ -104,7 +88,7 @@ def test_failed_and_cancelled_are_shown_when_they_are_safe(webui, disk):
 
     blocking, _ = running(webui)
     waiting = webui.send(body()).job_id()
-    with disk:
+    with stalled(webui, system):
         began = time.monotonic()
         answer = webui.client.post(f"/sdapi/v1/job/{waiting}/cancel")
         assert (answer.status_code, answer.json()["status"]) == (200, "Pending")
@@ -115,10 +99,10 @@ def test_failed_and_cancelled_are_shown_when_they_are_safe(webui, disk):
     assert webui.job(blocking, wait=10)["status"] == "Completed"
 
 
-def test_killed_before_its_record_is_written(webui, disk):
+def test_killed_before_its_record_is_written(webui, system):
     """All that it made is on disk, so it is Completed at the next start; a purge finds nothing to remove."""
     job_id, sent = running(webui)
-    with disk:
+    with stalled(webui, system):
         webui.gates[-1].open()
         answer = json.loads(sent.content())
         until(lambda: any(path.name == f"{job_id}.json" for path in webui.images()), what="its images are stored")
@@ -145,13 +129,13 @@ def cut_last_record(webui: Webui, job_id: str) -> None:
     path.write_bytes(b"{\n" + b",\n".join(records) + b"\n}\n")
 
 
-def test_a_neighbour_sees_it_when_it_is_safe(start, disk, tmp_path):
+def test_a_neighbour_sees_it_when_it_is_safe(start, system, tmp_path):
     environ = {"TRACKER_DATA_DIR": str(tmp_path / "data")}
-    one = start(*QUICK, environ=environ, scripts={"stalled-disk": disk.script})
+    one = start(*QUICK, environ=environ, scripts=system.scripts)
     two = start(*QUICK, environ=environ)
     job_id, sent = running(one)
     assert two.job(job_id)["status"] == "Processing"
-    with disk:
+    with stalled(one, system):
         one.gates[-1].open()
         sent.content()
         until(lambda: one.records()[job_id]["status"] == "Completed", what="its record is given to the system")
@@ -165,32 +149,37 @@ def test_a_neighbour_sees_it_when_it_is_safe(start, disk, tmp_path):
 # The same, without a webui
 
 
-def test_a_line_of_a_neighbour_is_synced_before_it_is_shown(tmp_path):
+def test_a_line_of_a_neighbour_is_synced_before_it_is_shown(script, tmp_path):
     """It may have been killed before it did that itself."""
-    one, two = load_script(), load_script()
     calls: List[str] = []
+    job = script.Job("NEWJOB00", "txt2img", script.PENDING, int(time.time()), None, "")
 
-    def note(file: int, real: Callable[[int], None] = two.sync_file) -> None:
-        real(file)
+    def note(file: int) -> None:
+        os.fsync(file)
         calls.append(os.readlink(f"/proc/self/fd/{file}"))
 
-    trackers = [make_tracker(script, tmp_path) for script in (one, two)]
-    for tracker in trackers:
-        until(lambda tracker=tracker: tracker.housekeeper.next_purge)
-    one.sync_file = lambda file: None
-    two.sync_file = note
-    job = one.Job(trackers[0].reserve_id(), "txt2img", one.PENDING, int(time.time()), None, "")
-    trackers[0].accept(job, lambda: True).result()
-    assert trackers[1].get(job.id).status == "Pending"
-    assert calls == [str(tmp_path / "jobs.json")]
-    for tracker in trackers:
-        tracker.fail(job.id, "")
-        tracker.close()
+    def die(file: int) -> None:
+        if os.readlink(f"/proc/self/fd/{file}").endswith("jobs.json"):
+            os._exit(9)
 
-
-@pytest.fixture
-def script() -> Any:
-    return load_script()
+    neighbour = os.fork()
+    if neighbour == 0:
+        try:
+            until((tmp_path / "begun").exists)
+            store = script.JobStore(str(tmp_path))
+            store.query(script.Filter(), 1)
+            script.os = WrappedOs(fsync=die)
+            store.put(job, new=True).result()
+        finally:
+            os._exit(1)
+    tracker = make_tracker(script, tmp_path)
+    until(lambda: tracker.housekeeper.next_purge, what="it has looked for jobs left behind")
+    script.os = WrappedOs(fsync=note)
+    (tmp_path / "begun").touch()
+    assert os.waitpid(neighbour, 0)[1] == 9 << 8, "it died where it was to sync"
+    assert tracker.get(job.id).status == "Pending"
+    assert str(tmp_path / "jobs.json") in calls
+    tracker.close()
 
 
 def left_behind(script: Any, folder: Path, images: int, lost: Callable[[Any, Any], Any]) -> Any:
@@ -222,7 +211,8 @@ def test_a_folder_that_is_a_link(script, tmp_path):
     tracker.images.save(job, an_answer(script, job.id, 1))
     (tmp_path / "images" / tracker.images.day_of(job)).rename(tmp_path / "elsewhere")
     (tmp_path / "images" / tracker.images.day_of(job)).symlink_to(tmp_path / "elsewhere")
-    tracker.recover().result()
+    tracker.close().result(60)
+    tracker = make_tracker(script, tmp_path)
     assert tracker.get(job.id).status == "Failed"
     tracker.close()
 
@@ -250,26 +240,23 @@ def test_images_that_cannot_be_looked_at_now(script, tmp_path):
     """A job is not failed for a disk that may be back in a moment."""
     failing = [True]
 
-    class Os:
-        def __getattr__(self, name: str) -> Any:
-            return getattr(os, name)
-
-        def listdir(self, path: str) -> Any:
-            if failing and "images" in str(path):
-                raise OSError(5, "Input/output error", path)
-            return os.listdir(path)
+    def listdir(path: str) -> Any:
+        if failing and "images" in str(path):
+            raise OSError(5, "Input/output error", path)
+        return os.listdir(path)
 
     tracker = make_tracker(script, tmp_path)
     until(lambda: tracker.housekeeper.next_purge, what="it has looked for jobs left behind")
     job = script.Job(tracker.reserve_id(), "txt2img", script.PROCESSING, int(time.time()), None, "", owner="00000000")
     tracker.store.put(job, new=True).result()
     tracker.images.save(job, an_answer(script, job.id, 1))
-    script.os = Os()
-    tracker.recover().result()
+    tracker.close().result(60)
+    script.os = WrappedOs(listdir=listdir)
+    set_constants(script, LOOK_EVERY=0.05, RECOVER_EVERY=0.1)
+    tracker = make_tracker(script, tmp_path)
     assert tracker.get(job.id).status == "Processing"
     failing.clear()
-    tracker.recover().result()
-    assert tracker.get(job.id).status == "Completed"
+    until(lambda: tracker.get(job.id).status == "Completed", what="it is looked at again")
     assert b"".join(tracker.read_image(tracker.get(job.id), 0)) == pixels(job.id, 0)
     tracker.close()
 
@@ -278,20 +265,18 @@ def test_the_answer_is_the_last_file(script, tmp_path):
     """So where it is, all is. Also after a power cut: what came before it was synced, names too."""
     steps: List[str] = []
 
-    class Os:
-        def __getattr__(self, name: str) -> Any:
-            return getattr(os, name)
+    def replace(source: str, target: str) -> None:
+        os.replace(source, target)
+        steps.append(Path(target).name)
 
-        def replace(self, source: str, target: str) -> None:
-            os.replace(source, target)
-            steps.append(Path(target).name)
-
-    def sync(path: str, real: Callable[[str], None] = script.sync_folder) -> None:
-        real(path)
-        steps.append(f"sync {Path(path).name}")
+    def fsync(file: int) -> None:
+        os.fsync(file)
+        path = Path(os.readlink(f"/proc/self/fd/{file}"))
+        if path.is_dir():
+            steps.append(f"sync {path.name}")
 
     images = script.ImageStore(str(tmp_path / "images"))
-    script.os, script.sync_folder = Os(), sync
+    script.os = WrappedOs(replace=replace, fsync=fsync)
     job = script.Job("AAAAAAAA", "txt2img", script.PROCESSING, 1736712000, None, "")
     rest = json.dumps({"images": [], "parameters": {"mask": "x" * 2000}, "info": "{}"}).encode()
     images.save(job, an_answer(script, job.id, 2)._replace(rest=rest))

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from harness import MODE_FLAGS, MODES, SHAPE, body, until, with_constant
+from harness import MODE_FLAGS, MODES, SHAPE, body, until
 
 QUIET = r"Ready|Tracking is (on|off) now|\d+ jobs? .* left behind"
 OURS = re.compile(rf"^\[Job Tracker\] (?!{QUIET}).*|^.*job_tracker\.py.*", re.MULTILINE)
@@ -78,7 +78,7 @@ def test_tracking_switched_off_and_on(start):
         (webui.extension / "config.json").write_text(json.dumps({"enabled": enabled, "retention_days": 30}))
         time.sleep(0.7)
 
-    webui = start(*MODE_FLAGS[MODES[-1]], prepare=with_constant(" LOOK_EVERY = 5 ", " LOOK_EVERY = 0.1 "))
+    webui = start(*MODE_FLAGS[MODES[-1]], constants={"LOOK_EVERY": 0.1})
     gate, sent = busy(webui)
     switch(False)
     untracked = webui.send(body(seed=7), headers={"Accept-Encoding": "identity"})

@@ -15,7 +15,7 @@ from typing import List
 import pytest
 from inside import a_job, a_prompt, completed, load_script
 
-from harness import QUICK, Page, Webui, body, until, with_constant
+from harness import QUICK, Page, Webui, body, until
 
 # An extension that lets the webui have few descriptors.
 FEW_FILES = """
@@ -53,9 +53,7 @@ def test_descriptors_that_idle_connections_take(start):
 def test_more_generations_than_the_webui_has_threads(start):
     """Its own pages go on, and who comes too late is told so. Refusals and repeats are as ever."""
     few = 5
-    webui = start(
-        *QUICK, "--api-auth", "user:secret", prepare=with_constant("SPARE_THREADS = 1000", f"SPARE_THREADS = {few}")
-    )
+    webui = start(*QUICK, "--api-auth", "user:secret", constants={"SPARE_THREADS": few})
     gate = webui.gate()
     prefer = {"Prefer": "respond-async"}
     first = webui.post(body("first", {"hold": gate}), headers={**prefer, "Idempotency-Key": "one"})

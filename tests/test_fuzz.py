@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from inside import load_script, make_tracker, until
+from inside import load_script, make_tracker
 
 SCRIPT = load_script()
 FUZZ = {"deadline": None, "suppress_health_check": list(HealthCheck)}
@@ -126,7 +126,7 @@ def test_any_record(tmp_path_factory, entries, layout, ascii_only, piece):
     pairs = [(one.id, record_of(one)) if isinstance(one, SCRIPT.Job) else one for one in entries]
     path.write_bytes(LAYOUTS[layout]([entry_of(key, record, ascii_only) for key, record in pairs]))
     expected = {one.id: one for one in entries if isinstance(one, SCRIPT.Job)}
-    SCRIPT.JobStore.PIECE = piece
+    SCRIPT.JOURNAL_CHUNK = piece
     tracker = make_tracker(SCRIPT, folder, TRACKER_RETENTION="off")
     try:
         found = {job.id: job for job in tracker.store.query(SCRIPT.Filter(), 1000).jobs}
@@ -141,7 +141,7 @@ def test_any_record(tmp_path_factory, entries, layout, ascii_only, piece):
                     assert tracker.store.with_key(job.key) == job
         job = SCRIPT.Job("NewJob01", "txt2img", "Pending", 1736712000, None, "new")
         tracker.accept(job, lambda: False).result(20)
-        until(lambda: not tracker.store._chores)
+        assert tracker.store.idle()
         kept = {job_id for job_id, record in strictly(path.read_bytes()).items() if record is not None}
         assert {*expected, "NewJob01"} <= kept
         counts, _ = tracker.store.stats()
@@ -177,9 +177,9 @@ def test_a_prompt_is_no_record(tmp_path):
     first = whole.index(b"Intact02")
     for place in range(first, whole.index(b"Intact03"), 7):
         for data in (whole[:place] + whole[place + 5 :], whole[:place] + b"\0\n" + whole[place:], whole[place:]):
-            lines = list(SCRIPT.read_lines(data[1:], 1))
-            assert {line.id for line in lines if isinstance(line, SCRIPT.Line)} <= set(INTACT)
-            assert all(line.job for line in lines if isinstance(line, SCRIPT.Line))
+            lines = list(SCRIPT.parse_entries(data[1:], 1))
+            assert {line.id for line in lines if isinstance(line, SCRIPT.Entry)} <= set(INTACT)
+            assert all(line.job for line in lines if isinstance(line, SCRIPT.Entry))
 
 
 # config.json and the variables

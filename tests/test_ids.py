@@ -22,11 +22,9 @@ def script():
 
 
 @pytest.fixture
-def tracker(script, tmp_path):
-    tracker = make_tracker(script, tmp_path)
+def tracker(script, tracker):
     tracker.store.query(script.Filter(), 1)  # all is loaded
-    yield tracker
-    tracker.close()
+    return tracker
 
 
 def accept(script, tracker, job_id):

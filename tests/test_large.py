@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextlib
 import json
@@ -20,7 +21,7 @@ import pytest
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from inside import a_job, load_script, make_tracker, pixels
+from inside import SmallWebui, a_job, load_script, make_tracker, pixels, when_ended
 
 from harness import QUICK, Sent, Webui, body, until
 
@@ -125,18 +126,6 @@ def test_notes():
 # What is kept
 
 
-@pytest.fixture
-def script() -> Any:
-    return load_script()
-
-
-@pytest.fixture
-def tracker(script, tmp_path) -> Iterator[Any]:
-    tracker = make_tracker(script, tmp_path)
-    yield tracker
-    tracker.close()
-
-
 def an_answer_of(parameters: Any, info: Any, images: int = 2) -> bytes:
     """An answer as the host writes it."""
     pictures = [base64.b64encode(pixels("x", number)).decode() for number in range(images)]
@@ -237,23 +226,25 @@ def test_a_look_holds_little(script, tracker, name, look):
     assert total > 300_000 or look == "tab"
 
 
-def test_an_answer_is_read_once(script, monkeypatch):
+def test_an_answer_is_read_once(script, tmp_path, monkeypatch):
+    """For the client and for the disk together."""
     read: List[int] = []
     monkeypatch.setattr(script, "json", Counted(read))
-    body, response = ANSWERS["large both"], script.HostResponse()
-    response.hide_images, response.messages = True, [{}, {"body": body}]
-    first = b"".join(response.chunks_for_client())
-    assert response.answer() is response.answer()
-    assert sum(size for size in read if size > 1000) < len(body)
-    assert first == response.answer().rest
-    expected = json.loads(body.decode())
+    answer = ANSWERS["large both"]
+    with SmallWebui(script, tmp_path) as webui:
+        webui.generate = lambda request: answer
+        first = asyncio.run(webui.post({"prompt": "a", "send_images": False}))
+        job = when_ended(webui.tracker, first.headers["x-job-id"])
+    assert (job.status, job.error) == ("Completed", None)
+    assert sum(size for size in read if size > 1000) < len(answer)
+    expected = json.loads(answer.decode())
     expected["parameters"]["send_images"] = False
-    assert json.loads(first.decode()) == {**expected, "images": []}
-    assert first == json.dumps({**expected, "images": []}, separators=(",", ":"), ensure_ascii=False).encode()
-    parameters, info = expected["parameters"], expected["info"]
-    start, end, info_start, info_end = response.answer().contents.ranges
-    assert json.loads(first[start:end].decode()) == parameters == response.answer().contents.parameters
-    assert json.loads(first[info_start:info_end].decode()) == info
+    rest = first.content.lstrip()
+    assert rest == json.dumps({**expected, "images": []}, separators=(",", ":"), ensure_ascii=False).encode()
+    assert rest == (tmp_path / "images" / webui.tracker.images.answer_name(job)).read_bytes()
+    start, end, _, info_start, info_end, *_ = job.ranges
+    assert json.loads(rest[start:end].decode()) == expected["parameters"]
+    assert json.loads(rest[info_start:info_end].decode()) == expected["info"]
 
 
 class Counted:
@@ -262,22 +253,26 @@ class Counted:
     def __init__(self, read: List[int]):
         self.read = read
 
-    def loads(self, text: Any) -> Any:
+    def loads(self, text: Any, **options: Any) -> Any:
         self.read.append(len(text))
-        return json.loads(text)
+        return json.loads(text, **options)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(json, name)
 
 
 @pytest.mark.parametrize("name", ["large both", "large info"])
-def test_after_a_crash(script, tracker, name):
+def test_after_a_crash(script, tracker, tmp_path, name):
     """The record was never written, and what lies in images/ says all that it did."""
-    job = a_job(script, random.Random(), status="Processing")
+    job = a_job(script, random.Random(), status="Processing", prompt="", owner="00000000")
+    tracker.store.put(job, new=True).result()
     saved = tracker.images.save(job, script.split_answer(ANSWERS[name]))
-    assert saved.ranges and tracker.images.find(job) == saved
-    ended = tracker._end_left(job._replace(prompt=""))
+    tracker.close().result(60)
+    again = make_tracker(script, tmp_path)
+    ended = again.get(job.id)
     assert (ended.ranges, ended.status, ended.prompt) == (saved.ranges, "Completed", "a")
+    assert saved.ranges and (ended.images, ended.bytes) == (saved.images, saved.bytes)
+    again.close()
 
 
 def test_the_record(script):

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import random
+import re
 import signal
 import stat
 import subprocess
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any, Iterator, List
 
 import pytest
-from inside import a_job, load_script, until
+from inside import WrappedOs, a_job, until
 
 from harness import MODE_FLAGS, MODES, QUICK, Page, Webui, body, open_files
 
@@ -53,11 +54,6 @@ def held(path: Path, *user: Any) -> Iterator[None]:
         finally:
             holder.stdin.close()
             holder.wait(30)
-
-
-@pytest.fixture
-def script() -> Any:
-    return load_script()
 
 
 @contextlib.contextmanager
@@ -216,9 +212,10 @@ def test_a_lock_before_there_is_a_jobs_json(script, tmp_path, umask, mode):
     with umask_of(umask):
         store = script.JobStore(str(tmp_path))
         store.put(a_job(script, random.Random(7)), new=True).result()
-        locks = [path for path in tmp_path.iterdir() if path.name != "jobs.json"]
+        locks = [path for path in tmp_path.iterdir() if re.search(r"\.(lock|owner-\w+)$", path.name)]
         assert len(locks) == 2 and {mode_of(path) for path in locks} == {mode}, locks
-        assert mode_of(tmp_path / "jobs.json") == 0o666 & ~umask
+        others = [path for path in tmp_path.iterdir() if path not in locks]  # the index has what jobs.json has
+        assert {mode_of(path) for path in others} == {0o666 & ~umask}, others
         store.close()
 
 
@@ -315,23 +312,50 @@ def end(child: int) -> None:
 def test_a_child_lets_go(script, tmp_path, ends):
     """The parent keeps its locks meanwhile, and at its end they are free."""
     lock, other = (script.FileLock(str(tmp_path / "lock")) for _ in range(2))
-    assert lock.acquire()
-    child = forked(script)
+    said, says = os.pipe()
+    parent = os.fork()
+    if parent == 0:
+        with contextlib.suppress(BaseException):
+            assert lock.acquire()
+            os.write(says, b"%d\n" % forked(script))
+            if ends == "closes":
+                until(lambda: (tmp_path / "close").exists())
+                lock.close()
+                (tmp_path / "closed").touch()
+            time.sleep(600)
+        os._exit(1)
+    os.close(says)
+    with open(said) as lines:
+        child = int(lines.readline())
     try:
         until(lambda: str(tmp_path / "lock") not in open_files(child), 10, "the child has let go")
         assert not other.acquire(0), "the parent has it"
-        lock.close() if ends == "closes" else os.close(lock._file)
+        if ends == "closes":
+            (tmp_path / "close").touch()
+            until(lambda: (tmp_path / "closed").exists(), 10, "it has closed")
+        else:
+            end(parent)
         assert other.acquire(0)
     finally:
-        end(child)
+        os.kill(child, signal.SIGKILL)
+        if ends == "closes":
+            end(parent)
         other.close()
 
 
 def test_a_lock_that_is_closed_is_free_whoever_has_a_copy(script, tmp_path):
     """As a child of a library that forks by itself."""
+    copies: List[int] = []
+
+    def open_and_copy(*arguments: Any) -> int:
+        file = os.open(*arguments)
+        copies.append(os.dup(file))
+        return file
+
     lock, other = (script.FileLock(str(tmp_path / "lock")) for _ in range(2))
+    script.os = WrappedOs(open=open_and_copy)
     assert lock.acquire()
-    copy = os.dup(lock._file)
+    (copy,) = copies
     lock.close()
     assert other.acquire(0)
     other.close()
@@ -455,20 +479,19 @@ def test_another_user_holds_the_lock(start, public, mode):
 
 STOPS = """
 import os, signal
-from modules import script_loading
 
 FOLDER = {folder!r}
-module = next(module for path, module in script_loading.loaded_scripts.items() if path.endswith("job_tracker.py"))
-append = module.JobStore._append
+pwrite = os.pwrite
 
-def stop(self, *args, **kwargs):
-    appended = append(self, *args, **kwargs)
-    if os.path.exists(os.path.join(FOLDER, "stop")):
-        os.unlink(os.path.join(FOLDER, "stop"))
+def stop(file, data, position):
+    written = pwrite(file, data, position)
+    jobs, switch = (os.path.join(FOLDER, name) for name in (os.path.join("data", "jobs.json"), "stop"))
+    if os.path.exists(switch) and os.path.samestat(os.fstat(file), os.stat(jobs)):
+        os.unlink(switch)
         os.kill(os.getpid(), signal.SIGSTOP)
-    return appended
+    return written
 
-module.JobStore._append = stop
+os.pwrite = stop
 """
 
 

@@ -6,141 +6,42 @@ import asyncio
 import base64
 import contextlib
 import json
+import os
 import threading
-from typing import Any, Awaitable, Callable, Dict, Iterator
+from typing import Any, Dict, Iterator
 
 import pytest
-from inside import load_script, make_tracker, pixels, until, when_ended
+from inside import SmallWebui, WrappedOs, pixels, until, when_ended
 
 IMAGE = base64.b64encode(pixels("odd", 0)).decode()
+GOOD = {"images": [IMAGE], "parameters": {}, "info": ""}
+REQUEST = {"prompt": "a cat"}
 
 
 @pytest.fixture
-def script() -> Any:
-    return load_script()
+def webui(script, tmp_path) -> Iterator[SmallWebui]:
+    with SmallWebui(script, tmp_path) as webui:
+        yield webui
 
 
-@pytest.fixture
-def tracker(script, tmp_path) -> Iterator[Any]:
-    tracker = make_tracker(script, tmp_path, TRACKER_ENABLED="1", TRACKER_RETENTION="off")
-    yield tracker
-    tracker.close().result(60)
+class Disk:
+    """The disk under the script, which keeps calls from returning until it goes on."""
 
+    CALLS = "open stat lstat fstat pread pwrite fsync ftruncate listdir replace rename unlink mkdir"
 
-async def nothing() -> None:
-    pass
+    def __init__(self, script: Any, calls: str = CALLS, suffix: str = ""):
+        self.goes_on, self.is_asked = threading.Event(), threading.Event()
+        self.suffix = suffix  # of the names that are kept waiting
+        script.os = WrappedOs(**{call: self.waiting(getattr(os, call)) for call in calls.split()})
 
+    def waiting(self, call: Any) -> Any:
+        def wait(first: Any, *arguments: Any, **options: Any) -> Any:
+            if str(first).endswith(self.suffix):
+                self.is_asked.set()
+                assert self.goes_on.wait(60)
+            return call(first, *arguments, **options)
 
-class Host:
-    """Stands for a webui, whose client wants its images or not."""
-
-    def __init__(self, script: Any, hide: bool):
-        self.script = script
-        self.hide = hide
-
-    def extra_worker_thread(self) -> Any:
-        return contextlib.nullcontext(True)
-
-    def dequeue(self, task: Any) -> None:
-        pass
-
-    def adapt_request(self, arguments: Any, name: str) -> Any:
-        return self.script.AdaptedRequest(hide_images=self.hide)
-
-
-def middleware(
-    script: Any,
-    tracker: Any,
-    answer: Any = None,
-    before: Callable[[], Awaitable[None]] = nothing,
-    hide: bool = False,
-    lock: Any = None,
-    seen: Callable[[], None] = lambda: None,
-) -> Any:
-    """That of a webui that answers so, after something else. `seen` is called where a request comes by."""
-    observed = script.ObservedLock(lock or threading.Lock())
-
-    def endpoint(generation: Any) -> None:
-        script.current.set(generation)  # a plain executor does not hand the context on, as the host's threads do
-        seen()
-        generation.on_endpoint({})
-        with observed:
-            seen()
-        seen()
-
-    async def app(scope: Any, receive: Any, send: Any) -> None:
-        await asyncio.get_running_loop().run_in_executor(None, endpoint, script.current.get())
-        await before()
-        await send({"type": "http.response.start", "status": 200, "headers": []})
-        await send({"type": "http.response.body", "body": json.dumps(answer).encode()})
-
-    return script.Middleware(app, "txt2img", tracker, Host(script, hide))
-
-
-SCOPE = {"path": "/", "headers": [(b"accept-encoding", b"gzip")], "client": ("::1", 1)}
-
-
-def generation(script: Any, *args: Any, **options: Any) -> Any:
-    """A generation request, whose client has left."""
-    one = script.Generation(middleware(script, *args, **options), SCOPE, [{"type": "http.request"}])
-    one.set_client_done()
-    return one
-
-
-@pytest.mark.parametrize(
-    "cancelled, phases",
-    [
-        (False, ["CHECKING", "WAITING", "GENERATING", "ENCODING", "ENDED"]),
-        (True, ["CHECKING", "WAITING", "WITHDRAWN", "ENDED"]),
-    ],
-)
-def test_the_way_of_a_request(script, tracker, cancelled, phases):
-    passed = []
-
-    async def run() -> str:
-        nonlocal one
-        one = generation(script, tracker, {"images": [IMAGE]}, lock=lock, seen=note)
-        with lock:
-            work = one.begin()
-            assert await one.is_accepted()
-            note()
-            if cancelled:
-                assert tracker.cancel(one.job.id)
-                note()
-        await work
-        note()
-        return one.job.id
-
-    def note() -> None:
-        passed.append(one.phase.name)
-
-    one, lock = None, threading.Lock()
-    job = when_ended(tracker, asyncio.run(run()))
-    assert passed == phases
-    assert (job.status, job.error) == (("Failed", "Cancelled") if cancelled else ("Completed", None))
-    assert one.response.messages == [], "nothing large is kept"
-
-
-def test_a_job_that_is_cancelled_before_the_disk_took_it(script, tracker, monkeypatch):
-    """Its client was told of no job, and is not left without an answer."""
-    lock, cancels = threading.Lock(), []
-    monkeypatch.setattr(tracker, "accept", lambda job, cancel: cancels.append(cancel) or script.Future())
-    monkeypatch.setattr(tracker, "patience", lambda: 0.1)
-    monkeypatch.setattr(script, "GIVE_UP_AFTER", 0.1)
-
-    async def run() -> None:
-        scope = {**SCOPE, script.OuterMiddleware.KEY: script.ConnectionState()}
-        receive = script.replay_body([{"type": "http.request"}])
-        serving = asyncio.ensure_future(middleware(script, tracker, lock=lock)(scope, receive, None))
-        with lock:
-            await asyncio.get_running_loop().run_in_executor(None, until, lambda: cancels)
-            assert cancels[0]()
-            with pytest.raises(script.HTTPException) as told:
-                await serving
-        assert (told.value.status_code, told.value.detail) == (500, "Cancelled")
-        await scope[script.OuterMiddleware.KEY].work
-
-    asyncio.run(run())
+        return wait
 
 
 ODD: Dict[str, Any] = {
@@ -159,143 +60,153 @@ ODD: Dict[str, Any] = {
 
 @pytest.mark.parametrize("hide", [False, True])
 @pytest.mark.parametrize("name", ODD)
-def test_an_answer_of_an_odd_shape(script, tracker, name, hide):
+def test_an_answer_of_an_odd_shape(webui, name, hide):
     """A webui of another kind, or an extension of it, may answer so. Its images are kept all the same."""
     answer = ODD[name]
-
-    async def run() -> str:
-        one = generation(script, tracker, answer, hide=hide)
-        await one.begin()
-        return one.job.id
-
-    job = when_ended(tracker, asyncio.run(run()))
-    assert job.status == "Completed", job.error
+    webui.generate = lambda request: answer
     images = answer["images"] if isinstance(answer["images"], list) else []
-    shown = json.loads(b"".join(tracker.as_json(job)))
-    assert shown["images"] == images
-    assert (shown["parameters"], shown["info"]) == (answer.get("parameters"), answer["info"])
-    assert json.loads(b"".join(tracker.answer_as_json(job))) == {**answer, "images": images}
-
-
-def test_a_server_that_is_stopped_by_force(script, tracker):
-    """An answer that waits for a thread to store it is kept, though its task is cancelled meanwhile."""
-    gate = threading.Event()
-
-    async def run() -> str:
-        for _ in range(tracker.storers._max_workers):
-            tracker.storers.submit(gate.wait)
-        one = generation(script, tracker, {"images": [IMAGE], "parameters": {}, "info": ""})
-        work = one.begin()
-        await one.until(lambda: one.phase is script.Phase.ENDED)
-        await asyncio.wait({work}, timeout=0.1)
-        work.cancel()
-        await asyncio.wait({work})
-        await asyncio.sleep(0)
-        gate.set()
-        return one.job.id
-
-    job_id = asyncio.run(run())
-    until(lambda: tracker.get(job_id).ended)
-    assert tracker.get(job_id).status == "Completed", tracker.get(job_id).error
-    assert json.loads(b"".join(tracker.as_json(tracker.get(job_id))))["images"] == [IMAGE]
-
-
-def test_a_failure_in_a_server_that_is_stopped_by_force(script, tracker):
-    """It is kept, though nobody has told its client yet."""
-
-    async def fail() -> None:
-        raise RuntimeError("the card is gone")
-
-    async def run() -> str:
-        one = script.Generation(middleware(script, tracker, before=fail), SCOPE, [{"type": "http.request"}])
-        work = one.begin()
-        await one.until(lambda: one.phase is script.Phase.ENDED)
-        await asyncio.wait({work}, timeout=0.1)
-        work.cancel()
-        await asyncio.wait({work})
-        return one.job.id
-
-    job = when_ended(tracker, asyncio.run(run()))
-    assert (job.status, job.error) == ("Failed", "RuntimeError: the card is gone")
-
-
-def test_a_reload_waits_for_answers_on_their_way(script, tmp_path):
-    """Where the webui does not wait for its clients, as on Forge, they get the rest all the same."""
-    tracker = make_tracker(script, tmp_path, TRACKER_ENABLED="1", TRACKER_RETENTION="off")
-    pieces = [bytes([number]) * script.CHUNK for number in range(4)]
 
     async def run() -> None:
-        made = script.ThreadedChunks(tracker.pool, (piece for piece in pieces), tracker.sending)
-        assert await made.__anext__() == pieces[0]
-        tracker.close()
+        keyed = {"Idempotency-Key": "one"}
+        first = await webui.post({**REQUEST, "send_images": not hide}, keyed)
+        assert first.json() == ({**answer, "images": []} if hide else answer)
+        job_id = first.headers["x-job-id"]
+        job = (await webui.get(f"job/{job_id}?wait=20")).json()
+        assert (job["status"], job["error"]) == ("Completed", None)
+        assert job["images"] == images
+        assert (job["parameters"], job["info"]) == (answer.get("parameters"), answer["info"])
+        again = await webui.post({**REQUEST, "send_images": not hide}, keyed)
+        assert again.headers["x-job-id"] == job_id
+        assert again.json() == {**answer, "images": images}
+
+    asyncio.run(run())
+
+
+def test_a_server_that_is_stopped_by_force(script, webui):
+    """Answers that are being stored, or wait for that, are kept, though their tasks are cancelled meanwhile."""
+    count = 8  # more than there are threads to store them
+    generated = []
+
+    def generate(request: Any) -> Any:
+        generated.append(request)
+        return GOOD
+
+    async def run() -> None:
+        requests = [asyncio.ensure_future(webui.post(REQUEST)) for _ in range(count)]
+        wait = asyncio.get_running_loop().run_in_executor
+        await wait(None, until, lambda: len(generated) == count and disk.is_asked.is_set())
         await asyncio.sleep(0.5)
-        assert [piece async for piece in made] == pieces[1:]
-        made.close()
+        assert not any(request.done() for request in requests)
+        # What is still at work when this returns is cancelled.
 
+    webui.generate = generate
+    disk = Disk(script, "open", suffix=".part")
     asyncio.run(run())
-    tracker.close().result(60)
-
-    with pytest.raises(script.HTTPException) as refused:  # and not 404, as for what is lost
-        asyncio.run(script.Api(tracker, None)._run(tracker.get, "AAAAAAAA", lost="lost"))
-    assert refused.value.status_code == 503 and "reloaded" in refused.value.detail
-
-
-def test_the_loop_does_not_wait_for_the_disk(script, tracker):
-    """While a job is on its way to a disk that hangs, who polls another is answered."""
-    done = threading.Event()
-    jobs = [script.Job(tracker.reserve_id(), "txt2img", "Pending", 1736712000, None, "a cat") for _ in range(2)]
-    tracker.accept(jobs[0], lambda: True).result()
-    with tracker.store._lock:  # as who looks for a job while the disk does not answer
-        accepting = threading.Thread(target=tracker.accept, args=(jobs[1], lambda: True))
-        accepting.start()
-        until(lambda: tracker._storing.locked())
-        polling = threading.Thread(target=lambda: (asyncio.run(tracker.wait(jobs[0].id, 0.01)), done.set()))
-        polling.start()
-        assert done.wait(20)
-    for job in jobs:
-        until(lambda job=job: tracker.get(job.id))
-        tracker.fail(job.id, "")
+    disk.goes_on.set()
+    until(lambda: len(webui.jobs(status="Completed")) == count, 20, "all are stored")
+    for job in webui.jobs():
+        assert json.loads(b"".join(webui.tracker.as_json(job)))["images"] == [IMAGE]
 
 
-def test_the_loop_does_not_wait_for_the_disk_when_a_generation_fails(script, tracker):
-    """While the job that failed is on its way to a disk that hangs, all others are served."""
-    disk = tracker.store._lock  # held by who looks for a job while the disk does not answer
-
-    async def fail() -> None:
-        assert await one.is_accepted()
-        assert disk.acquire(timeout=20)
-        late.start()
-        raise RuntimeError("the card is gone")
+def test_a_reload_waits_for_answers_on_their_way(script, webui):
+    """Where the webui does not wait for its clients, as on Forge, they get the rest all the same."""
+    images = [base64.b64encode(pixels("large", number, 1_000_000)).decode() for number in range(4)]
+    webui.generate = lambda request: {**GOOD, "images": images}
 
     async def run() -> None:
-        nonlocal one
-        one = generation(script, tracker, {}, fail)
-        work = one.begin()
-        await one.until(lambda: one.phase is script.Phase.ENDED)
-        await asyncio.wait({work}, timeout=0.1)
-        assert not work.done() and disk.locked()
-        late.cancel()
-        disk.release()
-        await work
+        job_id = (await webui.post(REQUEST)).headers["x-job-id"]
+        assert (await webui.get(f"job/{job_id}?wait=20")).json()["status"] == "Completed"
+        received, closed = [], []
 
-    one: Any = None
-    late = threading.Timer(20, disk.release)
+        async def take_slowly(message: Any) -> None:
+            received.append(message.get("body", b""))
+            if len(received) == 2:
+                closed.append(webui.tracker.close())
+                await asyncio.sleep(0.5)
+                assert not closed[0].done(), "it waits"
+
+        await webui.send(f"job/{job_id}", take_slowly)
+        assert json.loads(b"".join(received))["images"] == images
+        await asyncio.wrap_future(closed[0])
+        answer = await webui.get(f"job/{job_id}")
+        assert answer.status_code == 503, "and not 404, as for what is lost"
+        assert "reloaded" in answer.json()["detail"] or "closed" in answer.json()["detail"]
+
     asyncio.run(run())
-    job = when_ended(tracker, one.job.id)
-    assert (job.status, job.error) == ("Failed", "RuntimeError: the card is gone")
 
 
-def test_a_repeat_right_after_a_failure(script, tracker):
+@contextlib.contextmanager
+def no_later_than(disk: Disk, seconds: float = 20) -> Iterator[None]:
+    """Whoever waits for the disk in the event loop would wait for ever: so it goes on at last, which is a failure."""
+    late = threading.Timer(seconds, disk.goes_on.set)
+    late.start()
+    yield
+    late.cancel()
+    assert not disk.goes_on.is_set(), "the event loop waited for the disk"
+
+
+def test_the_loop_does_not_wait_for_the_disk(script, webui):
+    """While one job fails and another is accepted on a disk that hangs, who polls is answered."""
+    fails = threading.Event()
+
+    def generate(request: Any) -> Any:
+        if request.prompt == "fails":
+            fails.wait(60)
+            raise RuntimeError("the card is gone")
+        return GOOD
+
+    async def run() -> None:
+        failing = asyncio.ensure_future(webui.post({"prompt": "fails"}))
+        wait = asyncio.get_running_loop().run_in_executor
+        (job,) = await wait(None, until, lambda: webui.jobs(status="Processing"))
+        disk = Disk(script)
+        with no_later_than(disk):
+            accepted = asyncio.ensure_future(webui.post({"prompt": "waits"}))
+            fails.set()
+            await wait(None, until, disk.is_asked.is_set)
+            for _ in range(3):
+                assert (await webui.get(f"job/{job.id}")).json()["status"] == "Processing"
+                await asyncio.sleep(0.1)
+        disk.goes_on.set()
+        await asyncio.gather(failing, accepted, return_exceptions=True)
+        assert accepted.result().json() == GOOD
+
+    webui.generate = generate
+    asyncio.run(run())
+    jobs = [when_ended(webui.tracker, job.id) for job in webui.jobs()]
+    ends = {job.prompt: (job.status, job.error) for job in jobs}
+    assert ends == {"fails": ("Failed", "RuntimeError: the card is gone"), "waits": ("Completed", None)}
+
+
+def test_a_repeat_right_after_a_failure(script, webui):
     """Who repeats a generation whose failure is on its way to the store gets a generation, not that failure."""
-    job = script.Job(tracker.reserve_id(), "txt2img", "Pending", 1736712000, None, "a cat")
-    tracker.accept(job, lambda: True).result()
-    tracker.start(job.id)
-    tracker.answered(job.id)
-    response = script.ClientResponse(
-        middleware(script, tracker), {"headers": [], script.OuterMiddleware.KEY: None}, None, None
-    )
-    threading.Timer(0.1, tracker.fail, (job.id, "the card is gone")).start()
-    assert asyncio.run(response._repeat(script.KeyReservation("digest", job.id))) is False
+    outcomes = [RuntimeError("the card is gone"), None]
+    fails = threading.Event()
+
+    def generate(request: Any) -> Any:
+        fails.wait(60)
+        error = outcomes.pop(0)
+        if error:
+            raise error
+        return GOOD
+
+    async def run() -> None:
+        keyed = {"Idempotency-Key": "one"}
+        first = asyncio.ensure_future(webui.post(REQUEST, keyed))
+        wait = asyncio.get_running_loop().run_in_executor
+        await wait(None, until, lambda: webui.jobs(status="Processing"))
+        disk = Disk(script, "fsync")
+        fails.set()
+        await wait(None, until, disk.is_asked.is_set)
+        second = asyncio.ensure_future(webui.post(REQUEST, keyed))
+        await asyncio.sleep(0.3)
+        disk.goes_on.set()
+        await asyncio.wait({first, second})
+        assert second.result().json() == GOOD
+
+    webui.generate = generate
+    asyncio.run(run())
+    assert sorted(when_ended(webui.tracker, job.id).status for job in webui.jobs()) == ["Completed", "Failed"]
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator
 
 import pytest
-from inside import a_job, an_answer, completed, load_script, make_tracker, pixels, until
+from inside import WrappedOs, a_job, an_answer, completed, make_tracker, pixels, until
 
 from harness import QUICK, Webui, body
 
@@ -56,11 +56,6 @@ def test_the_umask_decides(start, tmp_path, umask):
     assert stat.S_IMODE((webui.extension / "config.json").stat().st_mode) == 0o666 & ~umask
 
 
-@pytest.fixture
-def script() -> Any:
-    return load_script()
-
-
 @pytest.mark.parametrize("mode", [0o600, 0o640, 0o660], ids=oct)
 def test_jobs_that_were_made_private_stay_so(script, tmp_path, mode):
     """Through a compaction, and in what is set aside."""
@@ -98,7 +93,7 @@ def test_a_folder_that_was_made_private_stays_so(script, tmp_path):
         path.chmod(0o700)
     tracker = make_tracker(script, tmp_path, TRACKER_DATA_DIR=str(data))
     try:
-        tracker.store.stats()
+        tracker.store.query(script.Filter(), 1)  # all is read
         assert tracker.images.folder == str(data / "images")
         modes = modes_of(data)
         assert modes["."] == modes["images"] == 0o700
@@ -115,15 +110,15 @@ def test_nobody_waits_with_a_link_for_a_file_of_ours(script, tmp_path):
     (data / "jobs.json").write_text('{"minified": 5}')
     store = script.JobStore(str(data))
     try:
-        store.stats()
+        store.query(script.Filter(), 1)  # all is read
+        assert store.idle(), "and written anew"
         part = data / f"jobs.json.{store.owner}.part"
         job = a_job(script, random.Random(7))
         script.JobStore.MIN_DEAD_ENTRIES = 2
-        until(lambda: not store._chores)
         part.symlink_to(precious)
         for _ in range(20):
             store.put(job).result()
-        until(lambda: not store._chores)
+        assert store.idle()
         assert precious.read_text() == "words"
     finally:
         store.close()
@@ -223,7 +218,7 @@ def jobs_are_compacted(script: Any, folder: Path) -> None:
 def damage_is_set_aside(script: Any, folder: Path) -> None:
     private_jobs(folder, '{\n"secret prompt": 5\n}\n')
     with storing(script, folder) as store:
-        store.stats()
+        store.query(script.Filter(), 1)  # all is read
         (aside,) = folder.glob("jobs.json.damaged-*")
         assert "secret" in aside.read_text()
 
@@ -439,22 +434,25 @@ def test_a_group_that_is_not_ours_to_give(script, public):
 
 def test_jobs_that_are_made_private_during_a_compaction(script, tmp_path):
     path = tmp_path / "jobs.json"
+
+    def open_and_make_private(name: str, *arguments: Any) -> int:
+        file = os.open(name, *arguments)
+        if str(name).endswith(".part"):  # which becomes the next jobs.json
+            path.chmod(0o600)
+            begun.set()
+        return file
+
+    begun = threading.Event()
     script.JobStore.MIN_DEAD_ENTRIES = 2
     with storing(script, tmp_path) as store:
         store.put(a_job(script, random.Random(7))).result()
         path.chmod(0o644)
-        copy_slots = store._copy_slots
-
-        def copy_and_make_private(*arguments: Any) -> bool:
-            path.chmod(0o600)
-            return copy_slots(*arguments)
-
-        store._copy_slots = copy_and_make_private
+        script.os = WrappedOs(open=open_and_make_private)
         job = a_job(script, random.Random(8))
         for _ in range(20):
             store.put(job).result()
         until(lambda: path.read_bytes().count(b"\n") < 10, what="the compaction")
-        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        assert begun.is_set() and stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
 def test_a_webui_whose_jobs_are_private(start, tmp_path):

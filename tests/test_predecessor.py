@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, Union
 
 import pytest
-from inside import a_job, alive, completed, load_script, make_tracker, pixels
-from test_store import WrappedOs
+from inside import WrappedOs, a_job, alive, completed, load_script, make_tracker, pixels
 
 from harness import MODE_FLAGS, QUICK, Page, Webui, body, until
 
@@ -456,20 +455,22 @@ def test_a_crash_at_any_moment(script, tmp_path, monkeypatch, ours):
     assert deaths >= 4
 
 
-def test_a_full_disk_at_first(script, tracker, tmp_path, monkeypatch):
+def test_a_full_disk_at_first(script, tracker, tmp_path):
     """The predecessor's file is not taken for damage of ours, and taken over as soon as there is room."""
     (image,) = write_images(tmp_path / "outputs", 1)
     array = write_array(tmp_path, [entry("WAITS001", output_paths=[str(image)])])
-    replace_file = script.replace_file
+    full = [True]
 
-    def full(*_: Any, **__: Any) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    def replace(source: str, target: str) -> None:
+        if full and target.endswith("jobs.json"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        os.replace(source, target)
 
-    monkeypatch.setattr(script, "replace_file", full)
+    script.os = WrappedOs(replace=replace)
     one = tracker()
     assert one.store.query(script.Filter(), 10).jobs == []
     assert (tmp_path / "jobs.json.predecessor").read_bytes() == array and not list(tmp_path.glob("*.damaged-*"))
-    monkeypatch.setattr(script, "replace_file", replace_file)
+    full.clear()
     until(lambda: names(tmp_path) == DONE)
     assert len(one.store.get("WAITS001").images) == 1
 
@@ -580,20 +581,20 @@ def test_two_webuis_share_the_work(script, tracker, tmp_path, monkeypatch):
     write_array(tmp_path, [entry(f"JOB{n:05}", output_paths=[str(path)]) for n, path in enumerate(paths)])
     merged: List[str] = []
     saved: List[str] = []
-    replace_file, save = script.replace_file, script.ImageStore.save
+    save = script.ImageStore.save
 
-    def replace_slowly(path: str, data: bytes, **rest: Any) -> None:
-        if path.endswith("jobs.json"):
-            merged.append(path)
+    def replace_slowly(source: str, target: str) -> None:
+        if target.endswith("jobs.json"):
+            merged.append(target)
             time.sleep(0.3)
-        replace_file(path, data, **rest)
+        os.replace(source, target)
 
     def save_slowly(images: Any, job: Any, answer: Any) -> Any:
         saved.append(job.id)
         time.sleep(0.3)
         return save(images, job, answer)
 
-    monkeypatch.setattr(script, "replace_file", replace_slowly)
+    script.os = WrappedOs(replace=replace_slowly)
     monkeypatch.setattr(script.ImageStore, "save", save_slowly)
     with ThreadPoolExecutor(2) as pool:
         both = [made.result() for made in [pool.submit(tracker), pool.submit(tracker)]]

@@ -27,7 +27,7 @@ import requests
 from test_clients import npm_install
 from test_readme import names, snippets, table
 
-from harness import MODE_FLAGS, MODES, SECONDS, Sent, Webui, body, free_port, until, with_constant
+from harness import MODE_FLAGS, MODES, SECONDS, Sent, Webui, body, free_port, until
 
 IS_ROOT = hasattr(os, "geteuid") and os.geteuid() == 0
 SILENCE = 20  # seconds after which nginx cuts here
@@ -251,7 +251,7 @@ class Front(NamedTuple):
 @pytest.fixture(scope="module")
 def site(start_shared: Any) -> Webui:
     """Its white space comes often."""
-    return start_shared(*MODE_FLAGS[MODES[-1]], prepare=with_constant("\nHEARTBEAT = 15.0 ", "\nHEARTBEAT = 0.1 "))
+    return start_shared(*MODE_FLAGS[MODES[-1]], constants={"HEARTBEAT": 0.1})
 
 
 @pytest.fixture(scope="module", params=PROXIES)

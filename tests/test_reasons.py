@@ -13,6 +13,7 @@ from typing import Any, Callable, Iterator, List
 import httpx
 import pytest
 from inside import load_script
+from system import System
 
 from harness import CLOSE, MODE_FLAGS, MODES, Page, Webui, body, until
 
@@ -37,43 +38,6 @@ ROOT = hasattr(os, "geteuid") and os.geteuid() == 0
 def test_reasons(make, reason):
     assert load_script().reason_of(make()) == reason
 
-
-# Raises what the system raises, with the path in it, while a file with the function's name exists.
-SABOTEUR = """
-import errno, os
-from modules import script_loading
-
-FOLDER, DATA = {folder!r}, {data!r}
-module = next(module for path, module in script_loading.loaded_scripts.items() if path.endswith("job_tracker.py"))
-
-def sabotage(owner, name):
-    real = getattr(owner, name)
-
-    def broken(*args, **kwargs):
-        if os.path.exists(os.path.join(FOLDER, name)):
-            error = OSError(errno.EIO, "Input/output error", os.path.join(DATA, "jobs.json"))
-            raise error if name.startswith("_") else module.StoreError.of(error)
-        return real(*args, **kwargs)
-
-    setattr(owner, name, broken)
-
-sabotage(module.ImageStore, "save")
-sabotage(module.ImageStore, "open")
-sabotage(module.JobStore, "_length")
-sabotage(module.JobStore, "_append")
-sabotage(module.JobStore, "_end")
-sabotage(module.Settings, "_write")
-sabotage(module.Housekeeper, "_remove_orphans")
-
-answer = module.HostResponse.answer
-
-def no_answer(self):
-    if os.path.exists(os.path.join(FOLDER, "answer")):
-        raise OSError(errno.EIO, "Input/output error", os.path.join(DATA, "images"))
-    return answer(self)
-
-module.HostResponse.answer = no_answer
-"""
 
 Trouble = Callable[[Webui], Any]
 
@@ -109,18 +73,27 @@ def read_only(webui: Webui) -> Iterator[None]:
             folder.chmod(0o700)
 
 
-@contextlib.contextmanager
-def sabotaged(webui: Webui, name: str) -> Iterator[None]:
-    (webui.folder / name).touch()
-    try:
-        yield
-    finally:
-        (webui.folder / name).unlink()
+# Calls that fail, and the file that they are for.
+FAILURES = {
+    "images cannot be written": ("replace", "images"),
+    "images cannot be opened": ("open", "images"),
+    "images cannot be listed": ("listdir", "images"),
+    "jobs.json cannot be looked at": ("fstat", "jobs.json"),
+    "jobs.json cannot be read": ("pread read", "jobs.json"),
+    "jobs.json cannot be written": ("pwrite write", "jobs.json"),
+    "jobs.json cannot be synced": ("fsync", "jobs.json"),
+    "config.json cannot be written": ("replace", "config.json"),
+    "the answer cannot be read": ("loads", "images"),
+}
 
 
-NAMES = ("save", "open", "_length", "_append", "_end", "_write", "_remove_orphans", "answer")
+def failing(webui: Webui, name: str) -> Any:
+    calls, of = FAILURES[name]
+    return webui.fails(calls, (webui.extension if of == "config.json" else webui.data) / of)
+
+
 TROUBLES = {
-    **{f"{name} fails": lambda webui, name=name: sabotaged(webui, name) for name in NAMES},
+    **{name: lambda webui, name=name: failing(webui, name) for name in FAILURES},
     "a file for the data folder": lambda webui: a_file_for(webui, "."),
     "a folder for config.json": lambda webui: a_file_for(webui, "config.json"),
     "a read-only folder": read_only,
@@ -131,10 +104,9 @@ TROUBLES = {
 def webui(start_shared, tmp_path_factory) -> Webui:
     """A webui whose data folder has a name that is nowhere else."""
     data = tmp_path_factory.mktemp("kept") / "somewhere-secret"
-    folder = tmp_path_factory.mktemp("webui-with-troubles")
-    script = SABOTEUR.format(folder=str(folder), data=str(data))
-    webui = start_shared(*MODE_FLAGS[MODES[0]], environ={"TRACKER_DATA_DIR": str(data)}, scripts={"z-saboteur": script})
-    webui.folder = folder
+    system = System(tmp_path_factory.mktemp("system"))
+    webui = start_shared(*MODE_FLAGS[MODES[0]], environ={"TRACKER_DATA_DIR": str(data)}, scripts=system.scripts)
+    webui.fails = system.fails
     return webui
 
 

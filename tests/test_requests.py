@@ -17,7 +17,7 @@ import httpx
 import pytest
 from conftest import ORIGIN
 
-from harness import KINDS, QUICK, SHAPE, body, until, with_constant, without_time
+from harness import KINDS, QUICK, SHAPE, body, until, without_time
 
 try:
     import fcntl
@@ -238,7 +238,7 @@ def test_many_waiting_jobs_hold_up_nobody(webui):
 
 def test_heartbeat_keeps_a_silent_connection_busy(start):
     """White space goes out while the job waits and runs, also in gzip."""
-    webui = start(*QUICK, prepare=with_constant("\nHEARTBEAT = 15.0 ", "\nHEARTBEAT = 0.1 "))
+    webui = start(*QUICK, constants={"HEARTBEAT": 0.1})
     first_gate = webui.gate()
     first = webui.send(body(standin={"hold": first_gate}), headers={"Accept-Encoding": "identity"})
     first.job_id()

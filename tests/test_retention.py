@@ -6,10 +6,8 @@ import os
 import time
 
 import pytest
-from inside import make_tracker
+from inside import WrappedOs, set_constants
 from test_clock import DAY, clock  # noqa: F401 - a fixture
-from test_settings import script  # noqa: F401 - a fixture
-from test_store import WrappedOs
 
 from harness import body, until
 
@@ -23,22 +21,14 @@ def old(path, content=b"x" * 10, hours=2.0):
 
 
 @pytest.fixture
-def tracker(script, tmp_path, monkeypatch):  # noqa: F811
+def tracker(script, new_tracker):
     """`tracker(...)` is one without a webui, whose housekeeping looks often."""
-    monkeypatch.setattr(script.Housekeeper, "LOOK_EVERY", 0.05)
-    made = []
-
-    def make(**environ):
-        made.append(make_tracker(script, tmp_path, **environ))
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.close()
+    set_constants(script, LOOK_EVERY=0.05)
+    return new_tracker
 
 
 @pytest.fixture
-def add(script):  # noqa: F811
+def add(script):
     """Puts a job of some age into a tracker's store, with an image of 100 bytes and an answer of 20."""
 
     def put(tracker, job_id, days, status="Completed"):
@@ -55,11 +45,11 @@ def add(script):  # noqa: F811
     return put
 
 
-def ids(tracker, script):  # noqa: F811
+def ids(tracker, script):
     return {job.id for job in tracker.store.query(script.Filter(), 1000).jobs}
 
 
-def test_purge(script, tracker, add):  # noqa: F811
+def test_purge(script, tracker, add):
     one = tracker(TRACKER_RETENTION="off")
     until(lambda: one.housekeeper.next_purge)
     add(one, "OLDER000", 31)
@@ -78,7 +68,7 @@ def test_purge(script, tracker, add):  # noqa: F811
     assert os.listdir(one.images.folder) == []
 
 
-def test_orphans(script, tracker, add, tmp_path):  # noqa: F811
+def test_orphans(script, tracker, add, tmp_path):
     one = tracker(TRACKER_RETENTION="off")
     until(lambda: one.housekeeper.next_purge)
     job = add(one, "KEPT0000", 0)
@@ -103,7 +93,7 @@ def test_orphans(script, tracker, add, tmp_path):  # noqa: F811
     assert one.image_size(job, 0) == 100
 
 
-def test_many_images_that_jobs_json_does_not_know_are_kept(script, tracker, add, tmp_path, caplog):  # noqa: F811
+def test_many_images_that_jobs_json_does_not_know_are_kept(script, tracker, add, tmp_path, caplog):
     """No crash leaves so many: jobs.json was lost, or images/ was restored before it."""
     lost = [old(tmp_path / "images" / "2025-01-12" / f"LOST{number:04}_0.png") for number in range(101)]
     one = tracker(TRACKER_RETENTION="off")
@@ -117,7 +107,7 @@ def test_many_images_that_jobs_json_does_not_know_are_kept(script, tracker, add,
     assert one.housekeeper.purge() == script.Purged(0, 100, 1000)
 
 
-def test_folders_that_cannot_be_searched(script, tracker, tmp_path, caplog):  # noqa: F811
+def test_folders_that_cannot_be_searched(script, tracker, tmp_path, caplog):
     """As lost+found, where images/ is a drive of its own: what cannot be searched keeps nothing else."""
     failures = {"lost+found": PermissionError, "2025-01-10": PermissionError, "2025-01-11": FileNotFoundError}
 
@@ -137,7 +127,7 @@ def test_folders_that_cannot_be_searched(script, tracker, tmp_path, caplog):  # 
     assert "lost+found" not in caplog.text and "2025-01-11" not in caplog.text
 
 
-def test_what_was_set_aside_cannot_be_read(script, tracker, tmp_path):  # noqa: F811
+def test_what_was_set_aside_cannot_be_read(script, tracker, tmp_path):
     """Nobody can tell whose images it has, so they are kept, and the purge ends."""
     aside = tmp_path / "jobs.json.damaged-20250112-100000"
     aside.write_text("")
@@ -154,7 +144,7 @@ def test_what_was_set_aside_cannot_be_read(script, tracker, tmp_path):  # noqa: 
     assert image.exists()
 
 
-def test_images_are_kept_while_a_damaged_jobs_json_is_there(tracker, tmp_path, script):  # noqa: F811
+def test_images_are_kept_while_a_damaged_jobs_json_is_there(tracker, tmp_path, script):
     one = tracker()
     until(lambda: one.housekeeper.next_purge)
     image = old(tmp_path / "images" / "2025-01-12" / "LOSTJOB0_0.png")
@@ -166,16 +156,14 @@ def test_images_are_kept_while_a_damaged_jobs_json_is_there(tracker, tmp_path, s
     assert not image.exists()
 
 
-def test_a_purge_during_the_start_keeps_images_of_a_damaged_record(script, tracker, tmp_path):  # noqa: F811
+def test_a_purge_during_the_start_keeps_images_of_a_damaged_record(script, tracker, tmp_path):
     """It sees what is set aside though the file is read late."""
-    read_lines = script.JobStore._read_lines
 
-    def late(*args):
-        yield
-        time.sleep(0.3)
-        yield from read_lines(*args)
+    def pread(*arguments):
+        time.sleep(0.1)
+        return os.pread(*arguments)
 
-    script.JobStore._read_lines = late
+    script.os = WrappedOs(pread=pread)
     image = old(tmp_path / "images" / "2025-01-12" / "LOSTJOB0_0.png")
     (tmp_path / "jobs.json").write_text('{\n"LOSTJOB0": {"id": "LOSTJOB0", "type"\n}\n')
     one = tracker(TRACKER_RETENTION="off")
@@ -184,7 +172,7 @@ def test_a_purge_during_the_start_keeps_images_of_a_damaged_record(script, track
     assert image.exists()
 
 
-def test_no_link_is_followed(script, tracker, tmp_path):  # noqa: F811
+def test_no_link_is_followed(script, tracker, tmp_path):
     one = tracker()
     until(lambda: one.housekeeper.next_purge)
     outside = old(tmp_path / "elsewhere" / "OUTSIDE0_0.png")
@@ -197,7 +185,7 @@ def test_no_link_is_followed(script, tracker, tmp_path):  # noqa: F811
     assert outside.exists()
 
 
-def test_at_start_and_by_the_clock(script, tracker, add, monkeypatch):  # noqa: F811
+def test_at_start_and_by_the_clock(script, tracker, add, monkeypatch):
     first = tracker(TRACKER_RETENTION="off")
     add(first, "OLDER000", 8)
     add(first, "YOUNGER0", 6)
@@ -210,7 +198,7 @@ def test_at_start_and_by_the_clock(script, tracker, add, monkeypatch):  # noqa: 
     assert until(lambda: 0 < second.housekeeper.next_purge - time.monotonic() < 1, what="it is told")
 
 
-def test_one_purge_of_many(script, tracker, add):  # noqa: F811
+def test_one_purge_of_many(script, tracker, add):
     one = tracker(TRACKER_RETENTION="off")
     until(lambda: one.housekeeper.next_purge)
     jobs = [
@@ -225,24 +213,26 @@ def test_one_purge_of_many(script, tracker, add):  # noqa: F811
     assert ids(one, script) == set()
 
 
-def test_retention_that_is_turned_off_during_a_purge(script, tracker, add, monkeypatch):  # noqa: F811
+def test_retention_that_is_turned_off_during_a_purge(script, tracker, add):
     one = tracker(TRACKER_RETENTION="")
     until(lambda: one.housekeeper.next_purge)
     for number in range(300):
         one.store.put(script.Job(f"J{number:07}", "txt2img", "Failed", int(time.time() - 40 * DAY), None, ""), new=True)
     add(one, "YOUNGER0", 1)
-    remove = one.remove
 
-    def remove_and_change(jobs):
-        one.settings.save(retention_days=None)
-        return remove(jobs)
+    def pwrite(*arguments):
+        if not changed:  # the first jobs are being removed
+            changed.append(True)
+            one.settings.save(retention_days=None)
+        return os.pwrite(*arguments)
 
-    monkeypatch.setattr(one, "remove", remove_and_change)
+    changed = []
+    script.os = WrappedOs(pwrite=pwrite)
     assert one.housekeeper.purge().jobs == one.housekeeper.REMOVED_AT_ONCE, "the rest is spared"
 
 
 @pytest.mark.parametrize("text", ['{"enabled": true, "retention_days": 365,}', "", None])
-def test_nothing_goes_while_config_json_cannot_be_read(script, tracker, add, tmp_path, text):  # noqa: F811
+def test_nothing_goes_while_config_json_cannot_be_read(script, tracker, add, tmp_path, text):
     """It may say that the jobs are to be kept. What was known of it is shown meanwhile, and Purge Now goes by it."""
     one = tracker(TRACKER_RETENTION="")
     until(lambda: one.housekeeper.next_purge)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -11,83 +12,42 @@ from typing import Any, Callable, Iterator, List
 import httpx
 import pytest
 from conftest import Start
+from system import System
 
-from harness import KINDS, MODE_FLAGS, MODES, Page, Switch, Webui, body, open_files, until, with_constant
+from harness import KINDS, MODE_FLAGS, MODES, Page, Webui, body, open_files, until
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells which file a descriptor is of")
 
-# An extension that keeps every call for a file below a folder from returning, for as long as a switch is there.
-STALLED_DISK = """
-import builtins, os, time
 
-stat = os.stat
-
-def is_on_it(what):
-    if isinstance(what, int):
-        try:
-            what = os.readlink(f"/proc/self/fd/{{what}}")
-        except OSError:
-            return False
-    return os.fspath(what).startswith({folder!r})
-
-def wait(what):
-    while True:
-        try:
-            stat({switch!r})
-        except FileNotFoundError:
-            return
-        time.sleep(0.01)
-
-def stalling(real):
-    def call(first, *args, **options):
-        if is_on_it(first):
-            wait(first)
-        return real(first, *args, **options)
-    return call
-
-for name in (
-    "open stat lstat fstat read pread write pwrite fsync ftruncate close "
-    "listdir scandir replace rename unlink mkdir rmdir chmod".split()
-):
-    setattr(os, name, stalling(getattr(os, name)))
-builtins.open = stalling(builtins.open)
-"""
-
-
-class Disk(Switch):
-    """The disk with the data folder, which can be stalled."""
+class Disk(System):
+    """The disk with the data folder, which does not answer inside a `with`."""
 
     def __init__(self, folder: Path):
+        super().__init__(folder)
         self.data = folder / "data"
-        super().__init__(folder / "stalled")
-        self.script = STALLED_DISK.format(folder=str(self.data), switch=str(self.switch))
+        self._waits = contextlib.ExitStack()
+
+    def __enter__(self) -> None:
+        self._waits.enter_context(self.waits(self.data))
+
+    def __exit__(self, *_: Any) -> None:
+        self._waits.close()
 
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Disk]:
     made = Disk(tmp_path)
     yield made
-    made.__exit__()
-
-
-def all_of(*prepare: Callable[[Webui], None]) -> Callable[[Webui], None]:
-    return lambda webui: [one(webui) for one in prepare] and None
+    made.works()
 
 
 @pytest.fixture
 def start_on(start: Start, disk: Disk) -> Callable[..., Webui]:
-    """`start_on(patience=…)` starts a webui on that disk, whose constants can be other ones."""
+    """`start_on(PATIENCE=…)` starts a webui on that disk, whose constants can be other ones."""
 
     def start_on(*flags: str, mode: str = MODES[-1], **constants: float) -> Webui:
-        known = {
-            "patience": ("PATIENCE = 10.0", "PATIENCE = {:g}"),
-            "give_up_after": ("GIVE_UP_AFTER = 60.0", "GIVE_UP_AFTER = {:g}"),
-            "limit": ("UNSTORED_LIMIT = 1 << 29", "UNSTORED_LIMIT = {:g}"),
-        }
-        changes = [with_constant(known[name][0], known[name][1].format(value)) for name, value in constants.items()]
         environ = {"TRACKER_DATA_DIR": str(disk.data)}
-        scripts = {"a-stalled-disk": disk.script}
-        webui = start(*MODE_FLAGS[mode], *flags, environ=environ, scripts=scripts, prepare=all_of(*changes))
+        webui = start(*MODE_FLAGS[mode], *flags, environ=environ, scripts=disk.scripts, constants=constants)
         webui.post(body())
         until(webui.is_idle)  # and all is in place
         return webui
@@ -116,7 +76,7 @@ def ask() -> Iterator[Asked]:
 def in_order(disk, ask) -> Iterator[None]:
     """The disk comes back before the requests are waited for."""
     yield
-    disk.__exit__()
+    disk.works()
 
 
 def look_at(webui: Webui, job_id: str, ask: Asked, times: int = 10) -> List[Any]:
@@ -134,7 +94,7 @@ def look_at(webui: Webui, job_id: str, ask: Asked, times: int = 10) -> List[Any]
 @pytest.mark.parametrize("kind, mode", dict(zip(KINDS, MODES * 2)).items())
 def test_a_generation_goes_on(start_on, disk, ask, mode, kind):
     """The webui generates and its client has the images, untracked, while everybody who looks waits for the disk."""
-    webui = start_on(mode=mode, patience=2)
+    webui = start_on(mode=mode, PATIENCE=2)
     (before,) = webui.records()
     with disk:
         looks = look_at(webui, before, ask)
@@ -156,7 +116,7 @@ def test_a_generation_goes_on(start_on, disk, ask, mode, kind):
 @pytest.mark.parametrize("known", [False, True], ids=["new", "repeated"])
 def test_a_key_that_cannot_be_looked_up(start_on, disk, ask, known):
     """It could be a repeat, whose images would be generated twice: it is refused, and soon."""
-    webui = start_on(patience=2)
+    webui = start_on(PATIENCE=2)
     (before,) = webui.records()
     keyed = {"Idempotency-Key": "one"}
     first = webui.post(body("with a key"), headers=keyed) if known else None
@@ -227,24 +187,22 @@ def test_jobs_that_wait_can_be_cancelled(start_on, disk, ask):
 
 SLOW_DISK = """
 import os, time
-from modules import script_loading
 
-module = next(module for path, module in script_loading.loaded_scripts.items() if path.endswith("job_tracker.py"))
-real = module.write_at
+pwrite = os.pwrite
 
-def write_at(file, data, position):
+def write_slowly(file, data, position):
     time.sleep(len(data) / 4e6)
-    real(file, data, position)
+    return pwrite(file, data, position)
 
-module.write_at = write_at
+os.pwrite = write_slowly
 """
 
 
 def test_a_disk_that_is_slow(start):
     """It answers all the time: whatever waits for it is stored in the end."""
     size, count = 4 << 20, 6
-    limit = with_constant("UNSTORED_LIMIT = 1 << 29", f"UNSTORED_LIMIT = {2 * size}")
-    webui = start(*MODE_FLAGS[MODES[-1]], scripts={"z-slow-disk": SLOW_DISK}, prepare=limit)
+    constants = {"UNSTORED_LIMIT": 2 * size}
+    webui = start(*MODE_FLAGS[MODES[-1]], scripts={"z-slow-disk": SLOW_DISK}, constants=constants)
     headers = {"Prefer": "respond-async"}
     ids = [webui.post(body("large", {"image_bytes": size}), headers=headers).headers["x-job-id"] for _ in range(count)]
     jobs = [webui.job(job_id, wait=60, images=False) for job_id in ids]
@@ -254,7 +212,7 @@ def test_a_disk_that_is_slow(start):
 def test_the_disk_is_waited_for_once(start_on, disk):
     """Who comes while it is known not to answer goes on at once."""
     patience = 6
-    webui = start_on(patience=patience)
+    webui = start_on(PATIENCE=patience)
     keyed = {"Idempotency-Key": "one"}
 
     def seconds(status: int, **options: Any) -> float:
@@ -298,7 +256,7 @@ def test_a_client_that_leaves_between_two_pieces(start_on, disk, path):
 @pytest.mark.parametrize("coding", ["identity", "gzip"])
 def test_the_webui_changes_what_it_is_given(start_on, disk, coding, hide):
     """Its gzip layer packs an answer in place. What is stored is what the webui answered."""
-    webui = start_on(patience=0.5)
+    webui = start_on(PATIENCE=0.5)
     request = body("late", {"image_bytes": 50_000}, **({"send_images": False} if hide else {}))
     with disk:
         answer = webui.post(request, headers={"Accept-Encoding": coding})
@@ -320,7 +278,7 @@ def memory(webui: Webui) -> int:
 def test_answers_do_not_fill_the_memory(start_on, disk):
     """Of jobs whose clients were told nothing, only the record waits for a disk that is away for long."""
     size, count = 8 << 20, 20
-    webui = start_on(patience=0.1, give_up_after=1)
+    webui = start_on(PATIENCE=0.1, GIVE_UP_AFTER=1)
     big = body("large", {"image_bytes": size})
     webui.post(big)
     until(webui.is_idle)
@@ -337,7 +295,7 @@ def test_answers_do_not_fill_the_memory(start_on, disk):
 def test_answers_of_jobs_that_were_told_wait_for_the_disk_up_to_a_limit(start_on, disk, ask):
     """What fits is stored when the disk is back. What does not is said in the job."""
     size = 1 << 20
-    webui = start_on(limit=3 * size, give_up_after=2)
+    webui = start_on(UNSTORED_LIMIT=3 * size, GIVE_UP_AFTER=2)
     gates = [webui.gate() for _ in range(4)]
     sent = [ask(webui.post, body(f"number {n}", {"image_bytes": size, "hold": gate})) for n, gate in enumerate(gates)]
     until(lambda: len(webui.jobs(status="Pending")) == 3)

@@ -14,73 +14,38 @@ import time
 
 import httpx
 import pytest
+from system import System
 
-from harness import CLOSE, MODE_FLAGS, MODES, QUICK, SHAPE, Page, body, until, with_constant, without_time
-
-# An extension that breaks functions of Job Tracker for as long as a file with their name exists.
-SABOTEUR = """
-import errno, os, time
-from modules import script_loading
-
-FOLDER = {folder!r}
-module = next(module for path, module in script_loading.loaded_scripts.items() if path.endswith("job_tracker.py"))
-
-def sabotage(owner, name):
-    real = getattr(owner, name)
-    switch = os.path.join(FOLDER, owner.__name__ + "." + name)
-
-    def broken(*args, **kwargs):
-        if os.path.exists(switch):
-            with open(switch) as file:
-                word = file.read()
-            if word == "slow":
-                time.sleep(1)
-            else:
-                number = {{"disk": errno.EIO, "files": errno.EMFILE}}.get(word)
-                if not number:
-                    raise RuntimeError("sabotage")
-                error = OSError(number, "sabotage")
-                raise error if name.startswith("_") else module.StoreError.of(error)
-        return real(*args, **kwargs)
-
-    static = isinstance(owner.__dict__.get(name), staticmethod)
-    setattr(owner, name, staticmethod(broken) if static else broken)
-
-for name in ("accept", "start", "finish", "reserve_id"):
-    sabotage(module.Tracker, name)
-for name in ("_append", "put", "knows"):
-    sabotage(module.JobStore, name)
-for name in ("save", "_write", "open"):
-    sabotage(module.ImageStore, name)
-sabotage(module.HostResponse, "answer")
-
-read_at = module.read_at
-
-def read_badly(file, length, position):
-    if position > 1_000_000 and os.path.exists(os.path.join(FOLDER, "read_at")):
-        raise OSError(errno.EIO, "sabotage")
-    return read_at(file, length, position)
-
-module.read_at = read_badly
-"""
+from harness import CLOSE, MODE_FLAGS, MODES, QUICK, SHAPE, Page, body, until, without_time
 
 
 @pytest.fixture(scope="module")
 def broken(start_shared, tmp_path_factory):
-    """A webui whose Job Tracker can be made to fail: `broken.sabotage(name)`."""
-    folder = tmp_path_factory.mktemp("sabotage")
-    webui = start_shared(*QUICK, scripts={"z-saboteur": SABOTEUR.format(folder=str(folder))})
-
-    @contextlib.contextmanager
-    def sabotage(name, how="code"):
-        (folder / name).write_text(how)
-        try:
-            yield
-        finally:
-            (folder / name).unlink()
-
-    webui.sabotage = sabotage
+    """A webui whose system can be made to fail: `broken.fails(…)`, as in system.py."""
+    system = System(tmp_path_factory.mktemp("system"))
+    webui = start_shared(*QUICK, scripts=system.scripts)
+    webui.fails = system.fails
     return webui
+
+
+# What goes wrong, as calls, the file that they are for, and how. The disk fails as disks do, and anything fails as
+# nobody expects it.
+TROUBLES = {
+    "no ID can be dealt": ("choice", "", "RuntimeError"),
+    "jobs.json cannot be written": ("pwrite write", "jobs.json", "EIO"),
+    "jobs.json cannot be synced": ("fsync", "jobs.json", "EIO"),
+    "jobs.json fails as nobody expects": ("pwrite write", "jobs.json", "RuntimeError"),
+    "images cannot be written": ("pwrite write", "images", "EIO"),
+    "images fail as nobody expects": ("open", "images", "RuntimeError"),
+    "the answer cannot be read": ("loads", "", "MemoryError"),
+    "the webui's state cannot be read": ("time_start", "", "RuntimeError"),
+}
+UNTRACKED = ["no ID can be dealt", "jobs.json cannot be written", "jobs.json cannot be synced"]
+
+
+def trouble(webui, name):
+    calls, of, by = TROUBLES[name]
+    return webui.fails(calls, webui.data / of, by)
 
 
 @pytest.fixture
@@ -125,12 +90,12 @@ def test_images_that_cannot_be_opened(mended):
     job_id = mended.post(body()).headers["X-Job-ID"]
     job = mended.job(job_id, wait=30)
     path = f"/sdapi/v1/job/{job_id}"
-    with mended.sabotage("ImageStore.open", "files"):
+    with mended.fails("open", mended.data / "images", "EMFILE"):
         answers = [mended.client.get(path), mended.client.get(path + "/images/0")]
         assert [answer.status_code for answer in answers] == [503, 503]
-        assert all("sabotage" in answer.json()["detail"] for answer in answers)
+        assert all(os.strerror(errno.EMFILE) in answer.json()["detail"] for answer in answers)
     assert mended.job(job_id) == job
-    with mended.sabotage("ImageStore.open", "disk"):
+    with mended.fails("open", mended.data / "images", "EIO"):
         shown = mended.job(job_id)
         assert (shown["images"], shown["error"]) == ([None], "1 of 1 images are no longer on disk")
         assert mended.client.get(path + "/images/0").status_code == 404
@@ -145,7 +110,7 @@ def test_a_stored_answer_that_breaks_has_no_clean_end(mended, path, coding):
     job_id = answer.headers["X-Job-ID"]
     mended.job(job_id, wait=30)
     position = len(mended.log)
-    with mended.sabotage("read_at", "late"):
+    with mended.fails("pread", mended.data / "images", beyond=1_000_000):
         sent = mended.send_get("/sdapi/v1/" + path.format(job_id), {"Accept-Encoding": coding})
         with pytest.raises(ConnectionError):
             sent.content()
@@ -156,37 +121,22 @@ def test_a_stored_answer_that_breaks_has_no_clean_end(mended, path, coding):
 
 def test_an_answer_that_breaks_has_no_clean_end(mended):
     """Also not on SD.Next, whose layers would make one."""
-    with mended.sabotage("HostResponse.answer", "code"), pytest.raises(httpx.RemoteProtocolError):
+    with trouble(mended, "the answer cannot be read"), pytest.raises(httpx.RemoteProtocolError):
         mended.post(body(send_images=False, standin={"seconds": 0.5}))
     until(mended.is_idle)
 
 
-@pytest.mark.parametrize(
-    "name, how",
-    [
-        ("Tracker.reserve_id", "code"),
-        ("Tracker.accept", "code"),
-        ("Tracker.start", "code"),
-        ("Tracker.finish", "code"),
-        ("JobStore.knows", "code"),
-        ("JobStore.put", "disk"),
-        ("JobStore._append", "disk"),
-        ("JobStore._append", "code"),
-        ("ImageStore.save", "code"),
-        ("ImageStore._write", "disk"),
-        ("HostResponse.answer", "code"),
-    ],
-)
-def test_generation_survives_our_failure(mended, alone, name, how):
+@pytest.mark.parametrize("name", TROUBLES)
+def test_generation_survives_our_failure(mended, alone, name):
     """Whatever breaks in us: the client gets its answer, and the log says what happened."""
     before, position = set(mended.records()), len(mended.log)
     own = alone(mended).post(body())
-    with mended.sabotage(name, how):
+    with trouble(mended, name):
         response = mended.post(body())
         lines = until(lambda: own_lines(mended, position), 10, "the log says so")
     assert_same_answer(response, own)
     assert len(lines) <= 3, lines
-    assert "sabotage" in mended.log[position:]
+    assert any(word in mended.log[position:] for word in ("sabotage", os.strerror(errno.EIO)))
     until(mended.is_idle, 10, "the job ends")
     for job_id in set(mended.records()) - before:
         job = mended.job(job_id)
@@ -195,20 +145,20 @@ def test_generation_survives_our_failure(mended, alone, name, how):
     assert_tracks(mended)
 
 
-@pytest.mark.parametrize("name", ["JobStore._append", "Tracker.accept"])
+@pytest.mark.parametrize("name", UNTRACKED)
 @pytest.mark.parametrize("standin", [{}, {"seconds": 1.5}, {"fail": "ValueError"}], ids=str)
 def test_untracked_generations_name_no_job(mended, name, standin):
     """Whatever the client prefers, and whatever comes of it."""
     for prefer in ("respond-async", "respond-async, wait=1", "respond-async, wait=30"):
-        with mended.sabotage(name, "disk"):
+        with trouble(mended, name):
             answer = mended.post(body(standin=standin), headers={"Prefer": prefer, **CLOSE})
         assert answer.status_code == (500 if "fail" in standin else 200)
         assert not {"x-job-id", "preference-applied", "location"} & set(answer.headers)
 
 
-@pytest.mark.parametrize("name", ["JobStore._append", "Tracker.accept"])
+@pytest.mark.parametrize("name", UNTRACKED)
 def test_many_generations_survive_our_failure(mended, name):
-    with mended.sabotage(name, "disk"):
+    with trouble(mended, name):
         gate = mended.gate()
         sent = [mended.send(body(standin={"hold": gate}))] + [mended.send(body()) for _ in range(5)]
         gate.open()
@@ -216,19 +166,20 @@ def test_many_generations_survive_our_failure(mended, name):
     assert_tracks(mended)
 
 
-def test_change_that_could_not_be_written_is_written_later(mended):
+@pytest.mark.parametrize("name", ["jobs.json cannot be written", "jobs.json cannot be synced"])
+def test_change_that_could_not_be_written_is_written_later(mended, name):
     """The disk fails between acceptance and the end."""
     gate = mended.gate()
     sent = mended.send(body(standin={"hold": gate}))
     job_id = sent.job_id()
     mended.until_status(job_id, "Processing")
     until(lambda: mended.records()[job_id]["status"] == "Processing")
-    with mended.sabotage("JobStore._append", "disk"):
+    with trouble(mended, name):
         gate.open()
         assert b'"images"' in sent.to_end()
         job = until_error(mended, job_id)
         assert (job["status"], job["images"]) == ("Processing", [])
-        assert job["error"] == "The job has ended, but that could not be stored yet: sabotage"
+        assert job["error"] == f"The job has ended, but that could not be stored yet: {os.strerror(errno.EIO)}"
         assert mended.records()[job_id]["status"] == "Processing"
         waiting = mended.send_get(f"/sdapi/v1/job/{job_id}?wait=60")
     job = json.loads(waiting.content())
@@ -238,13 +189,12 @@ def test_change_that_could_not_be_written_is_written_later(mended):
 
 def test_job_that_is_being_stored_does_not_take_the_progress_of_the_next(mended):
     gate = mended.gate()
-    with mended.sabotage("ImageStore.save", "slow"):
+    with mended.fails("replace", mended.data / "images", by="waiting"):
         first = mended.send(body()).job_id()
         second = mended.send(body(standin={"hold": gate}, steps=50)).job_id()
         mended.until_status(second, "Processing")
         job = mended.job(first, images=False)
-        if job["status"] == "Processing":
-            assert job["progress"] == 1.0
+        assert (job["status"], job["progress"]) == ("Processing", 1.0)
     gate.open()
 
 
@@ -518,9 +468,8 @@ script_callbacks.on_app_started(change)
 )
 def test_route_that_is_registered_anew(start, mode, change):
     """By an extension that is loaded later. It is said within seconds, in the log and in the tab, and once."""
-    prepare = with_constant(" LOOK_EVERY = 5 ", " LOOK_EVERY = 0.1 ")
     scripts = {"z-later": LATER.format(change=change)}
-    webui = start(*MODE_FLAGS[mode], scripts=scripts, prepare=prepare)
+    webui = start(*MODE_FLAGS[mode], scripts=scripts, constants={"LOOK_EVERY": 0.1})
     assert webui.post(body()).json() == {"images": []}
     until(lambda: any("not tracked any more" in line for line in webui.our_log()), what="it is said")
     assert "/sdapi/v1/txt2img was taken away" in webui.our_log()[-1]
@@ -534,8 +483,7 @@ def test_route_that_is_registered_anew(start, mode, change):
 
 def test_route_that_comes_after_ours(start):
     """It never gets a request."""
-    prepare = with_constant(" LOOK_EVERY = 5 ", " LOOK_EVERY = 0.1 ")
-    webui = start(*QUICK, scripts={"z-later": LATER.format(change="pass")}, prepare=prepare)
+    webui = start(*QUICK, scripts={"z-later": LATER.format(change="pass")}, constants={"LOOK_EVERY": 0.1})
     assert_tracks(webui)
     time.sleep(0.5)
     assert len(webui.our_log()) == 1, webui.our_log()
@@ -555,11 +503,11 @@ def test_config_that_cannot_be_read_is_said_in_the_tab(start):
     assert "config.json" not in page.look()
 
 
+@pytest.mark.every_mode
 @pytest.mark.parametrize("mode", MODES)
 def test_ready_and_off(start, mode):
     """It says how to turn tracking on, and when somebody did."""
-    prepare = with_constant(" LOOK_EVERY = 5 ", " LOOK_EVERY = 0.1 ")
-    webui = start(*MODE_FLAGS[mode], tracking=None, prepare=prepare)
+    webui = start(*MODE_FLAGS[mode], tracking=None, constants={"LOOK_EVERY": 0.1})
     (line,) = webui.our_log()
     assert line.startswith(f"[Job Tracker] Ready, tracking is off, jobs are in {webui.data}. To turn it on, ")
     assert '"enabled": true' in line and "TRACKER_ENABLED=1" in line

@@ -10,8 +10,9 @@ from typing import Any, Dict, List
 
 import pytest
 from conftest import Pool
+from system import System
 
-from harness import MODES, QUICK, Sent, Webui, body, until, with_constant
+from harness import MODES, QUICK, Sent, Webui, body, until
 
 ASYNC = {"Prefer": "respond-async"}
 SOON = 0.15  # seconds; it is a few milliseconds where nothing else runs
@@ -118,29 +119,14 @@ def test_in_bounds(webui, seconds):
 
 # Longer than proxies take silence
 
-# An extension that lets the tracker know no job that has ended, for as long as a file is there.
-FORGETFUL = """
-import os
-from modules import script_loading
-from modules.cmd_args import cmd_opts
-
-module = next(module for path, module in script_loading.loaded_scripts.items() if path.endswith("job_tracker.py"))
-switch = os.path.join(os.path.dirname(cmd_opts.data_dir), "no-more")
-get = module.Tracker.get
-
-def forget(self, job_id):
-    job = get(self, job_id)
-    return None if job is not None and job.ended and os.path.exists(switch) else job
-
-module.Tracker.get = forget
-"""
-
 
 @pytest.fixture(scope="module")
-def often(start_shared: Any) -> Webui:
-    """A webui whose white space comes often."""
-    prepare = with_constant("\nHEARTBEAT = 15.0 ", "\nHEARTBEAT = 0.2 ")
-    return start_shared(*QUICK, prepare=prepare, scripts={"z-forgetful": FORGETFUL})
+def often(start_shared: Any, tmp_path_factory: pytest.TempPathFactory) -> Webui:
+    """A webui whose white space comes often, and whose system can be made to fail."""
+    system = System(tmp_path_factory.mktemp("system"))
+    webui = start_shared(*QUICK, constants={"HEARTBEAT": 0.2}, scripts=system.scripts)
+    webui.fails = system.fails
+    return webui
 
 
 @pytest.mark.parametrize("encoding", ["identity", "gzip"])
@@ -189,20 +175,20 @@ def test_status_is_true_while_it_can_be(often):
 
 @pytest.mark.parametrize("version", ["1.0", "1.1"])
 def test_trouble_after_white_space_is_no_clean_end(often, version):
-    """The job's files are gone with the folder, say: what has begun as 200 is cut, and who asks again is told why."""
+    """Its images cannot be opened just now, say: what has begun as 200 is cut, and who asks again is told why."""
     job_id = held_job(often)
     request = f"GET /sdapi/v1/job/{job_id}?wait=60 HTTP/{version}\r\nHost: localhost\r\n\r\n"
     sent = Sent(often.port, request.encode())
     assert sent.head()[0] == 200
     log_before = len(often.log)
-    (often.folder / "no-more").touch()
-    try:
+    images = often.data / "images"
+    with often.fails("pread", images, "waiting"):
         often.gates[-1].open()
-        received = sent.to_end()
-        assert not received.endswith(b"0\r\n\r\n") and received.partition(b"\r\n\r\n")[2].strip(b" 1\r\n") == b""
-        assert often.client.get(f"/sdapi/v1/job/{job_id}").status_code == 404
-    finally:
-        (often.folder / "no-more").unlink()
+        until(lambda: often.records()[job_id]["status"] == "Completed", what="its files are stored")
+        with often.fails("open pread", images, "EMFILE"):
+            received = sent.to_end()
+            assert not received.endswith(b"0\r\n\r\n")
+            assert often.client.get(f"/sdapi/v1/job/{job_id}").status_code == 503
     log = [line for line in often.log[log_before:].splitlines() if "HTTP/1.1" not in line]
     assert len(log) == 1 and job_id in log[0], log
     assert often.job(job_id)["status"] == "Completed"
