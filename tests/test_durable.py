@@ -11,7 +11,7 @@ from typing import Any, Callable, Iterator, List
 
 import pytest
 from conftest import Start
-from inside import WrappedOs, an_answer, files_are_whole, load_script, make_tracker, pixels, set_constants
+from inside import WrappedOs, an_answer, files_are_whole, make_tracker, pixels, set_constants
 from system import System
 
 from harness import MODES, QUICK, Page, Webui, body, until
