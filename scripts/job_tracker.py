@@ -1948,9 +1948,13 @@ class JobStore:
                 pending = self._pending.get(job_id)
             if pending is not None:
                 return pending.shown
+            if not self._is_ready:
+                self._wait_for_index(or_building=True)
             if self._is_building:
                 entry = self._find_in_file(job_id)
-                if entry is not None:
+                if entry is not None and (
+                    entry.job is None or entry.job.ended
+                ):  # another may be left by a dead process
                     return entry.job
             state, place = self._look(lambda view: view.place(job_id))
             if place is None:
@@ -1978,11 +1982,11 @@ class JobStore:
         Ends early, with none, once `abandoned` is set. Raises StoreError, InvalidCursor.
         """
         after = None if cursor is None else Cursor.parse(cursor)
-        with self._lock:
-            pending = dict(self._pending)
+        before = self._pending_now()
 
         def find(view: IndexView) -> List[Tuple[Place, Optional[Job]]]:
             below = view.top() + 1 if after is None else after.row_in(view)
+            pending = {**before, **self._pending_now()}
             return find_with_changes(view, filter_, below, limit + 1, skip, pending, abandoned)
 
         state, found = self._look(find)
@@ -1998,14 +2002,13 @@ class JobStore:
 
     def stats(self) -> Tuple[Dict[str, int], int]:
         """Jobs by status, and the bytes of all their files. Raises StoreError."""
-        with self._lock:
-            pending = dict(self._pending)
+        before = self._pending_now()
 
         def count(view: IndexView) -> Tuple[Dict[str, int], int]:
             totals = view.totals()
             counts = {status: jobs for status, (jobs, _) in totals.items()}
             size = sum(size for _, size in totals.values())
-            for job_id, change in pending.items():
+            for job_id, change in {**before, **self._pending_now()}.items():
                 known = view.summary(job_id)
                 if known is not None:  # what the index says of it is no longer true
                     counts[known[0]] -= 1
@@ -2077,6 +2080,15 @@ class JobStore:
 
     # What is in force, and what is found
 
+    def _pending_now(self) -> Dict[str, Pending]:
+        """Changes that the index may not have.
+
+        Who looks into it asks before, or he could miss what it has only since, and once more when he has it before him,
+        or he could see in it what `get` still keeps back.
+        """
+        with self._lock:
+            return dict(self._pending)
+
     def _change(self, changes: Dict[str, Pending], is_new: bool, is_patient: bool) -> Future:
         jobs = {job_id: change.job for job_id, change in changes.items()}
         written = uncancellable_future()
@@ -2106,13 +2118,22 @@ class JobStore:
                     failures += 1
                     if failures > self.INDEX_FAILURES:  # not even one in memory can answer
                         raise StoreError.of(error) from error
-            with self._work:
-                self._waiters += 1
-            try:
-                self._sync().result()
-            finally:
+            self._wait_for_index()
+
+    def _wait_for_index(self, or_building: bool = False) -> None:
+        """Until it knows what the file holds now, or until it is known that this takes long. Raises StoreError."""
+        with self._work:
+            self._waiters += 1
+        try:
+            synced = self._sync()
+            if or_building:
                 with self._work:
-                    self._waiters -= 1
+                    self._work.wait_for(lambda: synced.done() or self._is_building)
+            if synced.done() or not or_building:
+                synced.result()
+        finally:
+            with self._work:
+                self._waiters -= 1
 
     def _is_current(self, state: IndexState) -> bool:
         try:
@@ -2228,6 +2249,8 @@ class JobStore:
             left = [self._sync_wanted, self._syncing and self._syncing[1], self._recovery and self._recovery.done]
         for future in [*filter(None, left), *self._patient]:
             future.set_exception(StoreError("the store is closed"))
+        with self._work:
+            self._work.notify_all()
         self._compaction = self._syncing = None
         self._let_go()
         with contextlib.suppress(OSError):
@@ -4174,7 +4197,10 @@ class Tracker:
 
     def get(self, job_id: str) -> Optional[Job]:
         """A job as it is now, None if there is none. Raises StoreError."""
-        return self.running(job_id) or self.store.get(job_id)
+        live = self._live_job(job_id)
+        if live is None or live.end_given:  # then the store knows the moment from which the end is seen, as lists do
+            return self.store.get(job_id)
+        return live.job
 
     def list(
         self,

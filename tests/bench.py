@@ -154,7 +154,7 @@ def run(parts: List[str], jobs: int) -> int:
             for figure in bench(jobs, progress):
                 row(*figure)
     if "requests" in parts:
-        for figure in bench_requests.stats():
+        for figure in bench_requests.figures():
             print(figure, flush=True)
     if "http" in parts:
         with harness.started(lambda: Path(tempfile.mkdtemp(prefix="bench-"))) as start:

@@ -9,11 +9,13 @@ Each function returns its figures as lines of a table: what, measured, compared 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import contextlib
 import gc
 import json
 import os
 import random
+import subprocess
 import sys
 import tempfile
 import threading
@@ -99,25 +101,71 @@ def a_folder() -> Iterator[Path]:
         yield Path(name)
 
 
-def loading(jobs: int, progress: Progress) -> List[Figure]:
-    """From the start to the first answer that needs the whole file, and what the index takes."""
-    script = load_script()
-    script.JobStore.MIN_DEAD_ENTRIES = 1 << 60
+class Start(NamedTuple):
+    """What a process took from its start until it had answered."""
+
+    poll: float  # seconds until it could say what one job is
+    all: float  # seconds until it had looked at all jobs
+    bytes: int  # by which it grew until then, and at its most
+
+
+# Started in a process of its own: what another start has left in memory would be counted, or used again.
+STARTING = """
+import json, sys, time
+import bench_store, inside
+
+folder, job_id = sys.argv[1:]
+script = inside.load_script()
+script.JobStore.MIN_DEAD_ENTRIES = 1 << 60
+before, began = bench_store.memory(), time.perf_counter()
+store = script.JobStore(folder)
+assert store.get(job_id) is not None
+poll = time.perf_counter() - began
+store.query(script.Filter(), 50), store.stats()
+whole = time.perf_counter() - began
+print(json.dumps([poll, whole, bench_store.memory() - before]))
+store.close()
+"""
+
+
+def start(folder: Path, job_id: str) -> Start:
+    command = [sys.executable, "-c", STARTING, str(folder), job_id]
+    done = subprocess.run(command, cwd=str(Path(__file__).parent), stdout=subprocess.PIPE, check=True)
+    return Start(*json.loads(done.stdout.decode().splitlines()[-1]))
+
+
+def some_id(path: Path) -> str:
+    """Of a job in the middle of a jobs.json."""
+    with path.open("rb") as file:
+        file.seek(path.stat().st_size // 2)
+        file.readline()
+        return json.loads(b"{" + file.readline().strip(b",\n") + b"}").popitem()[0]
+
+
+def starting(jobs: int, progress: Progress) -> List[Figure]:
+    """The first start after an update, which makes the index, and later ones, each until its first answers."""
     with a_folder() as folder:
-        write_file(script, folder / "jobs.json", jobs, 3, progress)
-        progress("loading", 0)
-        before, began = memory(), time.perf_counter()
-        store = script.JobStore(str(folder))
-        assert sum(store.stats()[0].values()) == jobs
-        seconds = time.perf_counter() - began
-        size = memory() - before
-        store.close()
+        write_file(load_script(), folder / "jobs.json", jobs, 3, progress)
+        job_id = some_id(folder / "jobs.json")
+        progress("starting", 0)
+        first, *later = [start(folder, job_id) for _ in range(6)]
         began = time.perf_counter()
         json.loads((folder / "jobs.json").read_bytes().decode())
         naive = time.perf_counter() - began
     return [
-        Figure(f"loading {jobs:,} jobs, {3 * jobs:,} lines", f"{seconds:.1f} s", f"{naive:.1f} s for json.loads"),
-        Figure("memory", f"{size / jobs:.0f} bytes a job"),
+        Figure(f"first start with {jobs:,} jobs, {3 * jobs:,} lines, all indexed", f"{first.all:.1f} s"),
+        Figure("first poll of it", f"{first.poll:.3f} s", f"{naive:.1f} s for json.loads"),
+        Figure("memory for it", f"{first.bytes / 1e6:.0f} MB"),
+        *later_starts(jobs, later),
+    ]
+
+
+def later_starts(jobs: int, starts: List[Start]) -> List[Figure]:
+    polls, lists = sorted(start.poll for start in starts), sorted(start.all for start in starts)
+    return [
+        Figure(f"later starts with {jobs:,} jobs, first poll", f"{polls[0]:.3f} to {polls[-1]:.3f} s"),
+        Figure("first list and figures", f"{lists[0]:.3f} to {lists[-1]:.3f} s"),
+        Figure("memory", f"{max(start.bytes for start in starts) / 1e6:.1f} MB"),
     ]
 
 
@@ -263,26 +311,70 @@ def busy(jobs: int, progress: Progress) -> List[Figure]:
     return figures
 
 
+def beside(jobs: int, progress: Progress) -> List[Figure]:
+    """For how long an event loop is kept from its work while two threads search all prompts."""
+    script = load_script()
+    delays = Timer()
+    with a_folder() as folder:
+        write_file(script, folder / "jobs.json", jobs, 1, progress)
+        store = script.JobStore(str(folder))
+        store.stats()
+        stop, searches = threading.Event(), Timer()
+
+        def search() -> None:
+            while not stop.is_set():
+                with searches():
+                    store.query(script.Filter(q="not there"), 50)
+
+        async def tick() -> None:
+            end = time.perf_counter() + 10
+            while time.perf_counter() < end:
+                began = time.perf_counter()
+                await asyncio.sleep(0.001)
+                delays.seconds.append(max(0.0, time.perf_counter() - began - 0.001))
+
+        progress("searching", 0)
+        asyncio.run(tick())
+        alone, delays = delays, Timer()
+        threads = [threading.Thread(target=search) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        asyncio.run(tick())
+        stop.set()
+        for thread in threads:
+            thread.join()
+        store.close()
+    return [
+        Figure(f"event loop late beside two searches of {jobs:,}", str(delays), f"{alone} beside none"),
+        Figure("the searches", str(searches)),
+    ]
+
+
 def million(jobs: int, progress: Progress) -> List[Figure]:
-    """Ten times as many jobs: they are loaded in the background, and new ones come meanwhile."""
+    """Ten times as many jobs: the index is made in the background, and new ones come meanwhile."""
     jobs *= 10
     script = load_script()
     with a_folder() as folder:
         write_file(script, folder / "jobs.json", jobs, 1, progress)
+        job_id = some_id(folder / "jobs.json")
         before = memory()
         store = script.JobStore(str(folder))
-        progress("loading", 0)
-        puts, _, seconds = while_busy(store, script, ["AAAAAAAA"], store.figures)
+        progress("indexing", 0)
+        puts, gets, seconds = while_busy(store, script, [job_id], store.stats)
         size = memory() - before
         store.close()
+        progress("starting", 0)
+        later = [start(folder, job_id) for _ in range(5)]
     return [
-        Figure(f"loading {jobs:,} jobs", f"{seconds:.1f} s"),
-        Figure("memory", f"{size / jobs:.0f} bytes a job"),
+        Figure(f"first start with {jobs:,} jobs, all indexed", f"{seconds:.1f} s"),
+        Figure("memory", f"{size / 1e6:.0f} MB"),
         Figure(f"{len(puts.seconds):,} puts meanwhile", str(puts)),
+        Figure(f"{len(gets.seconds):,} gets of one job meanwhile", str(gets)),
+        *later_starts(jobs, later),
     ]
 
 
-BENCHES = {bench.__name__: bench for bench in (loading, reading, appends, busy, million)}
+BENCHES = {bench.__name__: bench for bench in (starting, reading, appends, beside, busy, million)}
 
 
 def main() -> int:

@@ -8,11 +8,13 @@ trackers    a process that uses the Tracker itself, under load from several thre
 webui       the stand-in webui, under load over HTTP; killed, started again, asked for every ID that a client has seen.
 neighbours  three processes on one folder, each of them killed and started again while the others go on.
 power       what the Tracker asked of the disk is recorded, and opened as it could be left when the power fails after
-            each step: all that was not yet synced may be there or not, in any order. A round is such a state.
+            each step: all that was not yet synced may be there or not, in any order, with no index, that of any earlier
+            moment or the newest. A round is such a state.
 
 Otherwise a round is one kill. Of N, the trackers have six tenths, the neighbours three, the webui one. What is checked:
 every ID that was acknowledged resolves; Completed jobs have all their images, byte for byte; jobs that were running are
-Failed and say so, once; what was removed stays so; no file is left that nobody names; jobs.json is valid JSON.
+Failed and say so, once; what was removed stays so; no file is left that nobody names; jobs.json is valid JSON, and what
+the index finds is what stands in it.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ import re
 import select
 import shutil
 import signal
+import sqlite3
 import sys
 import tempfile
 import threading
@@ -262,12 +265,34 @@ class Work:
                 assert files_are_whole(tracker, job), f"{job.id} has not all its images"
             else:
                 assert job.error in ("as it happens", END_OF_CRASHED), f"{job.id} has failed for {job.error}"
+        self.check_index(jobs)
         self.check_files(jobs)
 
-    def all_jobs(self) -> Iterator[Any]:
+    def check_index(self, jobs: Dict[str, Any]) -> None:
+        """Lists, figures and single jobs are those of jobs.json, as everybody reads it."""
+        script, store = self.script, self.tracker.store
+        assert store.idle(), "there is no end to it"
+        records = json.loads((self.folder / "data" / "jobs.json").read_text())
+        stored = {key: script.job_from_record(record) for key, record in records.items() if record is not None}
+        assert jobs == stored, f"shown otherwise than stored: {set(jobs.items()) ^ set(stored.items())}"
+        for status in script.STATUSES:
+            found = {job.id for job in self.all_jobs(status=status)}
+            expected = {job.id for job in stored.values() if job.status == status}
+            assert found == expected, f"{found ^ expected} are {status}, or are not"
+            assert store.stats()[0][status] == len(expected), f"{store.stats()[0]} is not what there is"
+        for text in ("a cat", "a dog"):
+            found = {job.id for job in self.all_jobs(q=text)}
+            assert found == {job.id for job in stored.values() if text in job.prompt}, "the text is not that of the job"
+        for key in {job.key for job in stored.values() if job.key}:
+            holder = store.with_key(key)
+            assert holder == stored.get(holder and holder.id), f"{holder} holds {key}"
+        for job_id in [key for key, record in records.items() if record is None]:
+            assert store.get(job_id) is None, f"{job_id} was removed and is found"
+
+    def all_jobs(self, **filters: Any) -> Iterator[Any]:
         cursor: Optional[str] = None
         while True:
-            page = self.tracker.store.query(self.script.Filter(), 1000, cursor)
+            page = self.tracker.store.query(self.script.Filter(**filters), 1000, cursor)
             yield from page.jobs
             cursor = page.cursor
             if cursor is None:
@@ -400,7 +425,7 @@ def power(rounds: int, progress: Callable[[str], None], dice: Optional[random.Ra
     dice = dice or random.Random()
     script, checker = load_script(), load_script()
     seen: Set[int] = set()
-    steps = 0
+    steps = kept = 0
     for module in (script, checker):
         module.JobStore.MIN_DEAD_ENTRIES = 8
         module.JOURNAL_CHUNK = 4000
@@ -414,31 +439,44 @@ def power(rounds: int, progress: Callable[[str], None], dice: Optional[random.Ra
                 dice.shuffle(cuts)
             for end in cuts:
                 for lost, torn in lossy.choices(trace, end, dice, 16):
-                    files, folders = lossy.after_power_cut(trace, end, lost, torn, dice)
+                    left = lossy.after_power_cut(trace, end, lost, torn, dice)
                     said = [op.what for op in trace[:end] if op.kind == "said"]
-                    state = hash((frozenset(files.items()), frozenset(folders), frozenset(said)))
-                    if state in seen:
-                        continue
-                    seen.add(state)
-                    folder = Path(name) / str(len(seen))
-                    lossy.put_down(files, folders, Path(name) / "data", folder)
-                    try:
-                        check_state(checker, folder, said)
-                    except AssertionError as error:
-                        story = [f"{number} {trace[number]}"[:150] for number in [*sorted(lost), end - 1]]
-                        raise AssertionError("\n".join([f"{error}; lost, and last:", *story])) from None
-                    shutil.rmtree(str(folder))
-                    if len(seen) % 20 == 0:
-                        progress(f"{len(seen)} of {rounds} states after a power cut")
+                    for index in lossy.index_choices(trace, end, dice):
+                        if index is not None and dice.random() < 0.4:
+                            continue
+                        state = hash((frozenset(left.files.items()), frozenset(left.folders), frozenset(said), index))
+                        if state in seen:
+                            continue
+                        seen.add(state)
+                        folder = Path(name) / str(len(seen)) / "data"
+                        folder.parent.mkdir()
+                        lossy.put_down(left, index, Path(name) / "data", folder, dice)
+                        try:
+                            kept += check_state(checker, folder, said)
+                        except AssertionError as error:
+                            story = [f"{number} {trace[number]}"[:150] for number in [*sorted(lost), end - 1]]
+                            what = f"index: {index and (index.file, index.state)}; lost, and last:"
+                            raise AssertionError("\n".join([f"{error}; {what}", *story])) from None
+                        shutil.rmtree(str(folder.parent))
+                        if len(seen) % 20 == 0:
+                            progress(f"{len(seen)} of {rounds} states after a power cut")
                 if len(seen) >= rounds:
                     break
-    return f"{len(seen)} states after a power cut, during {steps} steps"
+    return f"{len(seen)} states after a power cut, during {steps} steps, {kept} with an index that was read on from"
 
 
 def record(script: Any, folder: Path, dice: random.Random) -> List[lossy.Op]:
     """What a tracker does to files while jobs come, end and go."""
     script.os = recorder = lossy.Recorder()
+    script.sqlite3 = lossy.RecordedSqlite(recorder, dice.choice([4, 40, 400]))
     folder.mkdir()
+    for _ in range(dice.choice([1, 2])):
+        record_session(script, folder, dice, recorder)
+    return recorder.trace
+
+
+def record_session(script: Any, folder: Path, dice: random.Random, recorder: lossy.Recorder) -> None:
+    """From a start of the tracker to its end."""
     tracker = make_tracker(script, folder, TRACKER_RETENTION="1")
     put = tracker.store.put
 
@@ -484,21 +522,34 @@ def record(script: Any, folder: Path, dice: random.Random) -> List[lossy.Op]:
         thread.join()
     tracker.housekeeper.purge()
     tracker.close().result(60)
-    return recorder.trace
 
 
-def check_state(script: Any, folder: Path, said: List[Any]) -> None:
+def check_state(script: Any, folder: Path, said: List[Any]) -> bool:
+    """Returns whether the index was good, and was not made anew."""
     known = Known()
     for word, job_id in said:
         known.hear(f"{word} {job_id}")
     work = Work.__new__(Work)
-    work.script, work.known = script, known
+    work.script, work.known, work.folder = script, known, folder.parent
+    epoch = epoch_of(folder)
     work.tracker = make_tracker(script, folder, TRACKER_RETENTION="off")
     try:
         work.check()
-        until(lambda: is_json(folder / "jobs.json"), what="jobs.json is valid JSON")
+        return epoch is not None and epoch == epoch_of(folder)
     finally:
         work.tracker.close().result(60)
+
+
+def epoch_of(folder: Path) -> Optional[int]:
+    """What an index has for as long as it is not made anew; None if there is none."""
+    path = folder / "jobs.json.index"
+    if not path.exists():
+        return None
+    with contextlib.closing(sqlite3.connect(str(path))) as connection:
+        try:
+            return connection.execute("SELECT epoch FROM state").fetchone()[0]
+        except sqlite3.OperationalError:
+            return None
 
 
 class Clients:
