@@ -23,7 +23,8 @@ from harness import CLOSE, MODE_FLAGS, MODES, QUICK, SHAPE, Page, body, until, w
 def broken(start_shared, tmp_path_factory):
     """A webui whose system can be made to fail: `broken.fails(…)`, as in system.py."""
     system = System(tmp_path_factory.mktemp("system"))
-    webui = start_shared(*QUICK, scripts=system.scripts)
+    # No ID is dealt ahead of time, so that it can be seen what happens when none can be.
+    webui = start_shared(*QUICK, scripts=system.scripts, constants={"SPARE_IDS": 0})
     webui.fails = system.fails
     return webui
 
