@@ -1578,7 +1578,7 @@ class IndexView:
     def __init__(self, connection: sqlite3.Connection):
         self._connection = connection
 
-    @property
+    @functools.cached_property
     def state(self) -> IndexState:
         return IndexState(*self._connection.execute("SELECT * FROM state").fetchone())
 
@@ -1604,8 +1604,8 @@ class IndexView:
         return found.fetchone() is not None
 
     def place(self, job_id: str) -> Optional[Place]:
-        row = self.row_of(job_id)
-        return None if row is None else self._places("WHERE row = ?", row)[0]
+        found = self._places("WHERE id = ? COLLATE NOCASE AND id = ?", job_id, job_id)
+        return found[0] if found else None
 
     def with_key(self, key: str) -> Optional[str]:
         """The ID of the latest job with an idempotency key."""
