@@ -48,8 +48,8 @@ def start_on(start: Start, disk: Disk) -> Callable[..., Webui]:
     def start_on(*flags: str, mode: str = MODES[-1], **constants: float) -> Webui:
         environ = {"TRACKER_DATA_DIR": str(disk.data)}
         webui = start(*MODE_FLAGS[mode], *flags, environ=environ, scripts=disk.scripts, constants=constants)
-        webui.post(body())
-        until(webui.is_idle)  # and all is in place
+        job_id = webui.post(body()).headers["x-job-id"]
+        assert webui.job(job_id, wait=30)["status"] == "Completed"  # and all is in place
         return webui
 
     return start_on
