@@ -316,7 +316,9 @@ def tracker(script, tmp_path):
 
 
 def names(folder: Path) -> List[str]:
-    return sorted(path.name for path in folder.glob("jobs.json*") if ".owner-" not in path.name)
+    """Of what there is of jobs.json, without a webui's own lock and the index."""
+    names = (path.name for path in folder.glob("jobs.json*"))
+    return sorted(name for name in names if not name.startswith(("jobs.json.owner-", "jobs.json.index")))
 
 
 DONE = ["jobs.json", "jobs.json.lock", "jobs.json.predecessor-done"]
