@@ -1385,7 +1385,7 @@ class Index:
 
     VERSION = 1
     FILES = ("", "-wal", "-shm")  # what SQLite adds to the name
-    BUSY = 1.0  # seconds that another process may hold the database
+    BUSY = 0.5  # seconds that another process may hold the database
     WAL_PAGES = 250  # in the write-ahead log, after which they go to the database
     FEW = 1000  # jobs that are quickly looked through
     COUNT_OLD = "UPDATE totals SET jobs = jobs - 1, bytes = bytes - old.bytes WHERE status = old.status"
@@ -2513,16 +2513,26 @@ class JobStore:
             try:
                 with self._exclusive() as journal:
                     state, end = self._find_end()
-                    if 0 < end - state.indexed_to <= JOURNAL_CHUNK:
-                        sync_file(journal.file)  # as in `_catch_up`
-                        for _ in self._index_up_to(journal, state.indexed_to, end):  # what other processes wrote
-                            state = state._replace(indexed_to=end)
-                    self._append(jobs, end, is_indexed=state.indexed_to == end)
-                    self._is_ready = self._is_ready or (state.indexed_to == end and self._recovery is None)
+                    is_indexed = state.indexed_to == end or self._index_neighbours(journal, state.indexed_to, end)
+                    self._append(jobs, end, is_indexed)
+                    self._is_ready = self._is_ready or (is_indexed and self._recovery is None)
                     return
             except sqlite3.Error:
                 if not self._index.path:  # otherwise with one that is opened anew, or lies in memory at last
                     raise
+
+    def _index_neighbours(self, journal: OpenJournal, start: int, end: int) -> bool:
+        """Has the index know what other processes wrote, unless that would take long."""
+        if end - start > JOURNAL_CHUNK:
+            return False
+        sync_file(journal.file)  # as in `_catch_up`
+        try:
+            for _ in self._index_up_to(journal, start, end):
+                pass
+        except sqlite3.OperationalError as error:
+            if not is_locked(error):
+                raise
+        return self._indexed_to() == end
 
     def _fail(self, changes: List[Change], error: Exception) -> None:
         """What could not be written is tried again, unless it is new."""
@@ -2635,7 +2645,8 @@ class JobStore:
         finally:
             if copy is not None:
                 copy.discard()
-                with contextlib.suppress(sqlite3.Error):  # whoever comes next notices that we are gone
+            if self._index is not None:
+                with contextlib.suppress(sqlite3.Error):  # whoever comes next looks whether we are gone
                     self._index.abandon_move(self.owner)
 
     def _indexed_to(self) -> int:
