@@ -23,7 +23,8 @@ from harness import CLOSE, MODE_FLAGS, MODES, QUICK, SHAPE, Page, body, until, w
 def broken(start_shared, tmp_path_factory):
     """A webui whose system can be made to fail: `broken.fails(…)`, as in system.py."""
     system = System(tmp_path_factory.mktemp("system"))
-    webui = start_shared(*QUICK, scripts=system.scripts)
+    # No ID is dealt ahead of time, so that it can be seen what happens when none can be.
+    webui = start_shared(*QUICK, scripts=system.scripts, constants={"SPARE_IDS": 0})
     webui.fails = system.fails
     return webui
 
@@ -298,7 +299,7 @@ def small_disk(tmp_path):
         pytest.skip("a small disk is made on Linux only")
     folder = tmp_path / "small"
     folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
     if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("a small disk can be mounted by root only")
     try:
