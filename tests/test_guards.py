@@ -29,7 +29,7 @@ ROUTES = [
     ("GET", "/sdapi/v1/jobs"),
     ("GET", "/sdapi/v1/jobs?q={id}"),
     ("GET", "/sdapi/v1/jobs?limit=0&status=none"),
-    ("GET", "/sdapi/v1/jobs?cursor=0-{id}"),
+    ("GET", "/sdapi/v1/jobs?cursor=0-0-0-{id}"),
     ("GET", "/sdapi/v1/job/{id}/images/0"),
     ("GET", "/sdapi/v1/job/{id}/images/99"),
     ("GET", "/sdapi/v1/job/{id}/images/none"),

@@ -42,6 +42,13 @@ def job_id(webui: Webui) -> str:
     return job_id
 
 
+@pytest.fixture(scope="module")
+def cursor(webui: Webui, job_id: str) -> str:
+    """One that is valid, for it comes from a Link header."""
+    link = webui.client.get("/sdapi/v1/jobs", params={"limit": 1}).links["next"]["url"]
+    return link.partition("cursor=")[2]
+
+
 @pytest.fixture
 def quiet(webui: Webui) -> Any:
     """Whatever a test sends, no exception reaches the webui's log."""
@@ -88,7 +95,9 @@ PATH = st.one_of(
 )
 NAMES = "ip status type after before q limit cursor images wait nobody".split()
 STATUS = st.sampled_from(["Pending", "pROCESSING", "completed", "Failed", "txt2img"])
-CURSOR = st.sampled_from(["0-AAAAAAAA", "999999999999-AAAAAAAA", "1795482104" + "-AAAAAAAA" * 11, "0-{job}"])
+CURSOR = st.sampled_from(
+    ["0-0-0-AAAAAAAA", "9-9-999999999999-AAAAAAAA", "1" + "-AAAAAAAA" * 11, "0-0-0-{job}", "{cursor}"]
+)
 QUERY = st.lists(st.builds("{}={}".format, st.sampled_from(NAMES), st.one_of(NUMBER, STATUS, CURSOR, ODD)), max_size=4)
 FIELD = st.sampled_from(
     "Accept-Encoding If-None-Match Prefer Idempotency-Key X-Forwarded-For X-Forwarded-Proto Host Range Origin "
@@ -103,12 +112,13 @@ METHOD = st.sampled_from(["GET"] * 6 + ["HEAD", "POST", "PUT", "PATCH", "OPTIONS
 @pytest.mark.usefixtures("quiet")
 @hypothesis_settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(METHOD, PATH, QUERY, st.lists(st.tuples(FIELD, VALUE), max_size=4))
+@example("GET", "/sdapi/v1/jobs", ["limit=1", "cursor={cursor}"], [])
 @example("GET", "/sdapi/v1/jobs", ["limit=1"], [("Host", "[")])
 @example("GET", "/sdapi/v1/jobs", ["limit=1"], [("Host", "a]b")])
 @example("GET", "/sdapi/v1/jobs", ["limit=1"], [("Host", "\x1b[31m")])
 @example("GET", "/sdapi/v1/jobs", ["limit=1"], [("Host", "elsewhere/?x=")])
-def test_any_request(webui, job_id, method, path, query, headers):
-    url = (path + "?" * bool(query) + "&".join(query)).replace("{job}", job_id)
+def test_any_request(webui, job_id, cursor, method, path, query, headers):
+    url = (path + "?" * bool(query) + "&".join(query)).replace("{job}", job_id).replace("{cursor}", cursor)
     answer = send(webui, method, url, headers)
     status = status_of(answer)
     assert 200 <= status < 500, answer[:500]

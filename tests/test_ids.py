@@ -34,9 +34,9 @@ def accept(script, tracker, job_id):
 
 def deal(monkeypatch, script, tracker, ids):
     """Lets chance deal these IDs, in this order, once the one that was looked for ahead of time is gone."""
-    ids = iter(ids)
+    ids, by_chance = iter(ids), script.new_id
     tracker.reserve_id()
-    monkeypatch.setattr(script, "new_id", lambda: next(ids))
+    monkeypatch.setattr(script, "new_id", lambda: next(ids, "") or by_chance())
     tracker.recover().result()  # another one is looked for
 
 
@@ -101,8 +101,8 @@ def test_id_of_a_job_that_is_being_written(script, tracker, monkeypatch):
     try:
         job = script.Job("AbCdEf12", "txt2img", "Pending", int(time.time()), None, "")
         written = tracker.accept(job, lambda: False)
-        ids = iter(["AbCdEf12", "abcdef12", "AbCdEf13"])
-        monkeypatch.setattr(script, "new_id", lambda: next(ids))
+        ids, by_chance = iter(["AbCdEf12", "abcdef12", "AbCdEf13"]), script.new_id
+        monkeypatch.setattr(script, "new_id", lambda: next(ids, "") or by_chance())
         tracker.reserve_id()  # which was looked for ahead of time
         assert tracker.reserve_id() == "AbCdEf13"
         assert not written.done()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from typing import Any, Dict, Iterator, List
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 from conftest import Pool
@@ -125,19 +127,72 @@ def test_filters_stay(webui):
     assert "link" not in second.headers
 
 
+@pytest.fixture(scope="module")
+def cursor(webui: Webui) -> str:
+    for _ in range(2):
+        webui.post(body("has a cursor"))
+    return cursor_of(webui.client.get("/sdapi/v1/jobs", params={"limit": 1}))
+
+
+def cursor_of(response: Any) -> str:
+    (cursor,) = parse_qs(urlsplit(response.links["next"]["url"]).query)["cursor"]
+    return cursor
+
+
 @pytest.mark.parametrize(
-    "cursor",
-    ["", "x", "1", "1-", "1-short", "-Old00001", "1-Old00001-", "٣-Old00001", "1-Old00001\n", "1" * 13 + "-Old00001"]
-    + ["1" + "-Old00001" * 11],
+    "spoil",
+    [
+        *(
+            lambda cursor, text=text: text
+            for text in ("", "x", "1", "1-", "1-short", "-Old00001", "1-Old00001", "0-0-0-0")
+        ),
+        lambda cursor: cursor + "-",
+        lambda cursor: cursor + "\n",
+        lambda cursor: cursor + "0",
+        lambda cursor: cursor + cursor,
+        lambda cursor: cursor[:-1],
+        lambda cursor: "-" + cursor,
+        lambda cursor: " " + cursor,
+        lambda cursor: "\u0663" + cursor,
+        lambda cursor: "1" * 30 + cursor,
+        lambda cursor: cursor.replace("-", "/"),
+        lambda cursor: cursor.replace("-", "-" + "1" * 30, 1),
+    ],
 )
-def test_no_cursor(webui, cursor):
-    answer = webui.client.get("/sdapi/v1/jobs", params={"cursor": cursor})
+def test_no_cursor(webui, cursor, spoil):
+    assert webui.client.get("/sdapi/v1/jobs", params={"cursor": cursor}).status_code == 200
+    answer = webui.client.get("/sdapi/v1/jobs", params={"cursor": spoil(cursor)})
     assert answer.status_code == 422
     assert answer.json()["detail"][0]["loc"] == ["query", "cursor"]
 
 
-@pytest.mark.parametrize("time, shown", [(0, []), (NOON - 1, []), (NOON, names()[:3])])
-def test_a_cursor_of_jobs_that_are_gone(archive, time, shown):
-    """Those that are not newer than the time in it."""
-    answer = archive.client.get("/sdapi/v1/jobs", params={"cursor": f"{time}-AAAAAAAA-BBBBBBBB", "limit": 3})
-    assert answer.status_code == 200 and [job["id"] for job in answer.json()] == shown
+def test_the_largest_cursor(webui, cursor):
+    """Whoever makes one up finds jobs, or none, but no failure."""
+    largest = re.sub(r"[0-9]+(?=-)", lambda number: "9" * len(number.group()), cursor)
+    for made_up in (largest, re.sub("[0-9]+(?=-)", "0", cursor), re.sub("[A-Za-z0-9]+$", "AAAAAAAA", largest)):
+        answer = webui.client.get("/sdapi/v1/jobs", params={"cursor": made_up})
+        assert answer.status_code in (200, 422) and "Traceback" not in answer.text
+
+
+def test_a_cursor_of_jobs_that_are_gone(archive):
+    """The next page is the same, also for the next start, which knows nothing of how the jobs lay before."""
+    first = archive.client.get("/sdapi/v1/jobs", params={"limit": 3})
+    url = first.links["next"]["url"]
+    assert len(cursor_of(first)) > 8
+    for job_id in names()[:3]:
+        delete(archive, job_id)
+    assert [job["id"] for job in archive.client.get(url).json()] == names()[3:6]
+    archive.restart()
+    assert [job["id"] for job in archive.client.get(url).json()] == names()[3:6]
+
+
+def test_a_cursor_of_an_index_that_is_gone(archive):
+    """Then nothing but the time says where the next page begins: better some job twice than one missing."""
+    first = archive.client.get("/sdapi/v1/jobs", params={"limit": 3})
+    for job_id in names()[:3]:
+        delete(archive, job_id)
+    archive.kill()
+    for path in archive.data.glob("jobs.json.index*"):
+        path.unlink()
+    archive.start()
+    assert [job["id"] for job in archive.client.get(first.links["next"]["url"]).json()] == names()[3:6]
