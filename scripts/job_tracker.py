@@ -1311,6 +1311,11 @@ def fold(text: str) -> bytes:
     return text.casefold().encode("utf-8", "surrogatepass")
 
 
+def bindable(text: Optional[str]) -> Optional[str]:
+    """Text in a form that SQLite takes: half a character is none."""
+    return None if text is None else without_surrogates(text)
+
+
 class Filter(NamedTuple):
     """Which jobs are wanted; all that is not None must hold."""
 
@@ -1336,6 +1341,11 @@ class Filter(NamedTuple):
             and (self.before is None or job.timestamp < self.before)
             and self.text in fold(job.prompt)
         )
+
+
+def is_locked(error: Exception) -> bool:
+    """Whether another process holds the database for longer than `Index.BUSY`. There is no better sign before 3.11."""
+    return isinstance(error, sqlite3.OperationalError) and "locked" in str(error)
 
 
 class IndexState(NamedTuple):
@@ -1375,7 +1385,8 @@ class Index:
 
     VERSION = 1
     FILES = ("", "-wal", "-shm")  # what SQLite adds to the name
-    BUSY = 5.0  # seconds that another process may hold the database
+    BUSY = 0.5  # seconds that another process may hold the database
+    WAL_PAGES = 250  # in the write-ahead log, after which they go to the database
     FEW = 1000  # jobs that are quickly looked through
     COUNT_OLD = "UPDATE totals SET jobs = jobs - 1, bytes = bytes - old.bytes WHERE status = old.status"
     COUNT_NEW = "UPDATE totals SET jobs = jobs + 1, bytes = bytes + new.bytes WHERE status = new.status"
@@ -1383,13 +1394,12 @@ class Index:
         "CREATE TABLE state (inode, indexed_to, checksum, mtime, entries, needs_rewrite, side, compactor, epoch)",
         "CREATE TABLE damages (offset, length)",
         "CREATE TABLE jobs"
-        " (row INTEGER PRIMARY KEY, id, timestamp, status, type, ip, bytes, key, offset0, offset1, length)",
+        " (row INTEGER PRIMARY KEY, id, timestamp, type, ip, status, bytes, key, offset0, offset1, length)",
         "CREATE TABLE texts (row INTEGER PRIMARY KEY, text)",
         "CREATE TABLE totals (status INTEGER PRIMARY KEY, jobs, bytes)",
         "CREATE INDEX by_id ON jobs (id COLLATE NOCASE)",
         *(f"CREATE INDEX by_{column} ON jobs ({column})" for column in ("timestamp", "status", "type", "ip")),
         "CREATE INDEX by_key ON jobs (key) WHERE key IS NOT NULL",
-        f"CREATE TRIGGER added AFTER INSERT ON jobs BEGIN {COUNT_NEW}; END",
         f"CREATE TRIGGER removed AFTER DELETE ON jobs BEGIN {COUNT_OLD}; END",
         f"CREATE TRIGGER changed AFTER UPDATE OF status, bytes ON jobs BEGIN {COUNT_OLD}; {COUNT_NEW}; END",
     )
@@ -1407,13 +1417,14 @@ class Index:
             except FileExistsError:
                 if not stat.S_ISREG(os.lstat(path).st_mode):  # a link may lead to somebody's file
                     raise OSError(errno.EINVAL, "it is no file", path) from None
-                for ending in self.FILES:
-                    narrow_access(path + ending, like)
+                self.narrow_access(like)
             self._inode = os.stat(path).st_ino
+        self._owner, self._is_awaited = threading.get_ident(), False
         self._free.put(self._connect())
-        with self._transaction("IMMEDIATE") as connection:
-            if connection.execute("PRAGMA user_version").fetchone()[0] != self.VERSION:
-                self._make(connection)
+        with self._transaction() as connection:
+            is_made = connection.execute("PRAGMA user_version").fetchone()[0] == self.VERSION
+        if not is_made:
+            self.begin(0, 0, False)
 
     def _connect(self) -> sqlite3.Connection:
         connection = sqlite3.connect(
@@ -1421,6 +1432,8 @@ class Index:
         )
         connection.execute("PRAGMA synchronous = NORMAL")
         connection.execute("PRAGMA secure_delete = ON")  # a removed prompt is gone from here, too
+        connection.execute(f"PRAGMA wal_autocheckpoint = {self.WAL_PAGES}")
+        connection.execute(f"PRAGMA journal_size_limit = {self.WAL_PAGES << 12}")
         if self.path:
             if connection.execute("PRAGMA journal_mode = WAL").fetchone()[0] != "wal":
                 raise sqlite3.OperationalError("SQLite cannot have a write-ahead log there")
@@ -1428,11 +1441,16 @@ class Index:
                 raise sqlite3.OperationalError("its file was replaced")
         return connection
 
+    def narrow_access(self, like: str) -> None:
+        """Takes the files from those who may not read the file `like`."""
+        for ending in self.FILES if self.path else ():
+            narrow_access(self.path + ending, like)
+
     def is_in_place(self) -> bool:
-        """Whether the name still stands for the file. Raises OSError if that cannot be told."""
+        """Whether the name still stands for the file."""
         try:
             return not self.path or os.stat(self.path).st_ino == self._inode
-        except FileNotFoundError:
+        except OSError:  # of the disk, too, if it is away
             return False
 
     def close(self) -> None:
@@ -1446,11 +1464,8 @@ class Index:
 
     @contextlib.contextmanager
     def _transaction(self, kind: str = "DEFERRED") -> Iterator[sqlite3.Connection]:
-        """Each thread has a connection while it needs one. A database in memory has but one, for one after another."""
-        try:
-            connection = self._free.get(block=not self.path)
-        except queue.Empty:
-            connection = self._connect()
+        """Each thread has a connection while it needs one."""
+        connection = self._borrow_file() if self.path else self._borrow_memory()
         try:
             connection.execute("BEGIN " + kind)
             try:
@@ -1463,6 +1478,26 @@ class Index:
             self._free.put(connection)
             if self._closed:
                 self.close()
+
+    def _borrow_file(self) -> sqlite3.Connection:
+        try:
+            return self._free.get_nowait()
+        except queue.Empty:
+            return self._connect()
+
+    def _borrow_memory(self) -> sqlite3.Connection:
+        """The only connection, for one after another. The thread that made the index, and writes, comes first."""
+        if threading.get_ident() == self._owner:
+            self._is_awaited = True
+            try:
+                return self._free.get()
+            finally:
+                self._is_awaited = False
+        while True:
+            with contextlib.suppress(queue.Empty):
+                if not self._is_awaited:
+                    return self._free.get_nowait()
+            time.sleep(0.001)
 
     @staticmethod
     def _make(connection: sqlite3.Connection) -> None:
@@ -1518,27 +1553,21 @@ class Index:
             for table in ("jobs", "texts") if row is not None else ():
                 connection.execute(f"DELETE FROM {table} WHERE row = ?", (row,))
             return
+        fixed = (job.timestamp, TYPES.index(job.type), bindable(job.ip))
         if row is None:
-            values = (
-                job.id,
-                job.timestamp,
-                STATUSES.index(job.status),
-                TYPES.index(job.type),
-                job.ip,
-                job.bytes,
-                job.key,
-            )
-            places = (entry.offset, entry.offset, entry.length)
-            row = connection.execute(
-                "INSERT INTO jobs VALUES (NULL, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", (*values, *places)
-            ).lastrowid
-        else:
-            values = (STATUSES.index(job.status), job.bytes, job.key, entry.offset, entry.length, row)
-            connection.execute(
-                f"UPDATE jobs SET status = ?, bytes = ?, key = ?, offset{side} = ?, length = ? WHERE row = ?", values
-            )
-        if job.prompt:
-            connection.execute("INSERT OR REPLACE INTO texts VALUES (?, ?)", (row, fold(job.prompt)))
+            statement = "INSERT INTO jobs (id, timestamp, type, ip, offset0, offset1) VALUES (?, ?, ?, ?, ?, ?)"
+            row = connection.execute(statement, (job.id, *fixed, entry.offset, entry.offset)).lastrowid
+        else:  # these differ only where somebody has edited the file, and are left alone otherwise
+            differs = "NOT (timestamp = ?1 AND type = ?2 AND ip IS ?3)"
+            statement = f"UPDATE jobs SET timestamp = ?1, type = ?2, ip = ?3 WHERE row = ?4 AND {differs}"
+            connection.execute(statement, (*fixed, row))
+        statement = f"UPDATE jobs SET status = ?, bytes = ?, key = ?, offset{side} = ?, length = ? WHERE row = ?"
+        changing = (STATUSES.index(job.status), job.bytes, bindable(job.key))
+        connection.execute(statement, (*changing, entry.offset, entry.length, row))
+        text = fold(job.prompt)
+        known = connection.execute("SELECT text FROM texts WHERE row = ?", (row,)).fetchone()
+        if text != (known[0] if known else b""):
+            connection.execute("INSERT OR REPLACE INTO texts VALUES (?, ?)", (row, text))
 
     def note(self, mtime: int) -> None:
         """The file was touched, and holds what it held."""
@@ -1564,6 +1593,11 @@ class Index:
                 [(offset, job_id, job_id) for offset, job_id in offsets],
             )
             return True
+
+    def abandon_move(self, compactor: str) -> None:
+        """A process has ended its work on the other file."""
+        with self._transaction("IMMEDIATE") as connection:
+            connection.execute("UPDATE state SET compactor = '' WHERE compactor = ?", (compactor,))
 
     def end_move(self, state: IndexState) -> None:
         """The other file is in the place of the first."""
@@ -1669,7 +1703,7 @@ class IndexView:
         for column, value in (
             ("type", filter_.type and TYPES.index(filter_.type)),
             ("status", filter_.status and STATUSES.index(filter_.status)),
-            ("ip", filter_.ip),
+            ("ip", bindable(filter_.ip)),
         ):
             if value is not None:
                 # Of several, the address leaves least. Others together are looked for in all jobs, which is quicker.
@@ -1698,7 +1732,7 @@ class IndexView:
             conditions
         )
         if abandoned is not None:
-            self._connection.set_progress_handler(abandoned.is_set, 10_000)
+            self._connection.set_progress_handler(abandoned.is_set, 1000)
         try:
             found = self._connection.execute(
                 f"{statement} ORDER BY {row} DESC LIMIT ? OFFSET ?", (*values, limit, skip)
@@ -1834,6 +1868,7 @@ class OpenJournal:
         self.file = file
         self.inode = 0 if file is None else os.fstat(file).st_ino
         self.needs_reading = False  # somebody changed it where the index knows it
+        self.access: Tuple[int, ...] = ()  # its mode, owner and group
 
     def close(self) -> None:
         file, self.file = self.file, None
@@ -2069,7 +2104,9 @@ class JobStore:
     def idle(self, seconds: float = 60.0) -> bool:
         """Waits until nothing is left to be written, read or compacted. False if that takes too long."""
         with self._work:
-            return self._work.wait_for(lambda: not (self._is_busy or self._has_work()) and not self._retry, seconds)
+            return self._work.wait_for(
+                lambda: self._closed or not (self._is_busy or self._retry or self._has_work()), seconds
+            )
 
     def close(self) -> None:
         """Writes what waits to be written and ends the thread. Other work is given up."""
@@ -2201,17 +2238,24 @@ class JobStore:
                 self._closed = self._closing and not changes
                 if self._syncing is None and self._sync_wanted is not None:
                     self._syncing, self._sync_wanted = (self._catch_up(), self._sync_wanted), None
-            if changes or (self._retry and (self._closed or time.monotonic() >= self._retry_at)):
-                self._write(changes)
-            if self._closed:
-                break
-            began = time.monotonic()
-            if self._syncing is not None:
-                self._step_sync(*self._syncing)
-            elif self._compaction is not None and next(self._compaction, self) is self:
-                self._compaction = None
-            self._yield_cpu(2 * (time.monotonic() - began))
+            try:
+                if changes or (self._retry and (self._closed or time.monotonic() >= self._retry_at)):
+                    self._write(changes)
+                if self._closed:
+                    break
+                self._do_piece()
+            except Exception:  # a fault of ours: everybody waits for this thread, so it goes on
+                log.exception("The store failed")
         self._end()
+
+    def _do_piece(self) -> None:
+        """A small piece of other work than writing."""
+        began = time.monotonic()
+        if self._syncing is not None:
+            self._step_sync(*self._syncing)
+        elif self._compaction is not None and next(self._compaction, self) is self:
+            self._compaction = None
+        self._yield_cpu(2 * (time.monotonic() - began))
 
     def _step_sync(self, work: Iterator[None], done: Future) -> None:
         try:
@@ -2221,8 +2265,9 @@ class JobStore:
             failure = None
         except Exception as error:
             failure = error
-        if isinstance(failure, sqlite3.Error) and self._index_failures < self.INDEX_FAILURES:
-            self._syncing = self._catch_up(), done  # with an index that is opened anew
+        if isinstance(failure, sqlite3.Error) and self._index is not None and self._index.path:
+            self._index.failure = failure
+            self._syncing = self._catch_up(), done  # with an index that is opened anew, or lies in memory at last
             return
         self._syncing = None
         self._report("read", failure)
@@ -2314,18 +2359,19 @@ class JobStore:
             failure = self._index.failure
             self._index.close()
         while self._index_failures < self.INDEX_FAILURES and not is_on_network(self.path):
-            if failure is not None:
-                self._index_failures += 1
-                log.warning("jobs.json.index cannot be used as it is: %s", failure)
+            self._index_failures += failure is not None
             try:
                 if isinstance(failure, sqlite3.DatabaseError) and not isinstance(failure, sqlite3.OperationalError):
-                    self._remove_index(path)  # it is damaged
+                    log.warning("jobs.json.index is damaged, and is made anew: %s", failure)
+                    self._remove_index(path)
                 self._index = Index(path, self.path)
                 return
             except (OSError, sqlite3.Error) as error:
                 failure = error
         if failure is not None:
             log.warning("The index of jobs.json is in memory, since it cannot be a file: %s", failure)
+            if "is full" in str(failure):  # jobs.json needs the room
+                self._remove_index(path)
         self._index = Index()
 
     @staticmethod
@@ -2351,6 +2397,9 @@ class JobStore:
         with index.reading() as view:
             state = view.state
         status = os.fstat(journal.file)
+        if journal.access != (status.st_mode, status.st_uid, status.st_gid):  # somebody may have made it private
+            journal.access = (status.st_mode, status.st_uid, status.st_gid)
+            index.narrow_access(self.path)
         if journal.needs_reading or not self._belongs(state, status):
             is_foreign = read_at(journal.file, 1, 0) != HEAD
             state = index.begin(journal.inode, 0 if is_foreign else len(HEAD), is_foreign)
@@ -2435,6 +2484,7 @@ class JobStore:
             for job_id in [job_id for job_id, change in self._pending.items() if change.is_stored]:
                 del self._pending[job_id]
         self._find_spare_ids()
+        self._index_failures = 0
         self._is_ready, self._is_building = True, False
         if recovered is not None:
             recovered.set_result(None)
@@ -2463,16 +2513,26 @@ class JobStore:
             try:
                 with self._exclusive() as journal:
                     state, end = self._find_end()
-                    if 0 < end - state.indexed_to <= JOURNAL_CHUNK:
-                        sync_file(journal.file)  # as in `_catch_up`
-                        for _ in self._index_up_to(journal, state.indexed_to, end):  # what other processes wrote
-                            state = state._replace(indexed_to=end)
-                    self._append(jobs, end, is_indexed=state.indexed_to == end)
-                    self._is_ready = self._is_ready or (state.indexed_to == end and self._recovery is None)
+                    is_indexed = state.indexed_to == end or self._index_neighbours(journal, state.indexed_to, end)
+                    self._append(jobs, end, is_indexed)
+                    self._is_ready = self._is_ready or (is_indexed and self._recovery is None)
                     return
             except sqlite3.Error:
-                if self._index_failures >= self.INDEX_FAILURES:
+                if not self._index.path:  # otherwise with one that is opened anew, or lies in memory at last
                     raise
+
+    def _index_neighbours(self, journal: OpenJournal, start: int, end: int) -> bool:
+        """Has the index know what other processes wrote, unless that would take long."""
+        if end - start > JOURNAL_CHUNK:
+            return False
+        sync_file(journal.file)  # as in `_catch_up`
+        try:
+            for _ in self._index_up_to(journal, start, end):
+                pass
+        except sqlite3.OperationalError as error:
+            if not is_locked(error):
+                raise
+        return self._indexed_to() == end
 
     def _fail(self, changes: List[Change], error: Exception) -> None:
         """What could not be written is tried again, unless it is new."""
@@ -2537,8 +2597,9 @@ class JobStore:
         file, end = self._journal.file, entries[-1].offset + entries[-1].length
         try:
             return self._index.add(start, entries, end, checksum_before(file, end), os.fstat(file).st_mtime_ns)
-        except sqlite3.Error as error:
-            self._index.failure = error
+        except Exception as error:  # they are read again from the file
+            if not is_locked(error):
+                self._index.failure = error
             return False
 
     def _consider_compacting(self) -> None:
@@ -2584,6 +2645,9 @@ class JobStore:
         finally:
             if copy is not None:
                 copy.discard()
+            if self._index is not None:
+                with contextlib.suppress(sqlite3.Error):  # whoever comes next looks whether we are gone
+                    self._index.abandon_move(self.owner)
 
     def _indexed_to(self) -> int:
         with self._index.reading() as view:
