@@ -752,16 +752,17 @@ class Settings:
                 data = file.read(1 << 20)
             if data == self._data and self._failure is None:
                 return
-            config = json.loads(data.decode("utf-8-sig"))
+            config = json.loads(data.decode("utf-8-sig"), parse_constant=str)
             if not isinstance(config, dict):
                 raise ValueError("it is no JSON object")
+            json.dumps(config, indent=4)  # what is too deep to be written again is broken, too
         except FileNotFoundError as error:
             # A link that leads nowhere is no first start: what it leads to may be on a drive that is not there yet.
             if self._config is NO_CONFIG and not os.path.islink(self.path):
                 self._try_to_write(FIRST_CONFIG, create_file)
             else:
                 self._fail(error)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             self._fail(error)
         else:
             if self._failure is not None:
@@ -1643,9 +1644,8 @@ class IndexView:
 
     def with_key(self, key: str) -> Optional[str]:
         """The ID of the latest job with an idempotency key."""
-        found = self._connection.execute(
-            "SELECT id FROM jobs WHERE key = ? ORDER BY row DESC LIMIT 1", (key,)
-        ).fetchone()
+        statement = "SELECT id FROM jobs WHERE key = ? ORDER BY row DESC LIMIT 1"
+        found = self._connection.execute(statement, (bindable(key),)).fetchone()
         return found and found[0]
 
     def unfinished(self) -> List[Place]:
