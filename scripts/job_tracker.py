@@ -725,7 +725,7 @@ class Settings:
         with self._changing():
             self._read()
             write = write_file
-            if isinstance(self._failure, ValueError):
+            if isinstance(self._failure, (ValueError, RecursionError)):
                 copy = name_aside(self.path)
                 with open(self.path, "rb") as file:
                     replace_file(copy, file.read(), like=self.path)
@@ -1387,6 +1387,7 @@ class Index:
     VERSION = 1
     FILES = ("", "-wal", "-shm")  # what SQLite adds to the name
     BUSY = 0.5  # seconds that another process may hold the database
+    KEPT = 4  # connections that stay open while nobody needs them
     WAL_PAGES = 250  # in the write-ahead log, after which they go to the database
     FEW = 1000  # jobs that are quickly looked through
     COUNT_OLD = "UPDATE totals SET jobs = jobs - 1, bytes = bytes - old.bytes WHERE status = old.status"
@@ -1476,7 +1477,10 @@ class Index:
                 raise
             connection.commit()
         finally:
-            self._free.put(connection)
+            if self.path and self._free.qsize() >= self.KEPT:
+                connection.close()
+            else:
+                self._free.put(connection)
             if self._closed:
                 self.close()
 

@@ -61,27 +61,31 @@ def jobs_of(script: Any) -> Iterator[Any]:
     job = script.Job("", "txt2img", "", int(time.time()), FOREIGN, FOREIGN, error=FOREIGN)
     yield job._replace(id="FAILED01", status="Failed")
     files = ("0.png", "1.txt", "2.png")
-    yield job._replace(id="IMAGES01", status="Completed", images=[f"{job.day}/IMAGES01_{name}" for name in files])
+    folder = script.ImageStore.day_of(job)
+    images = tuple(script.Image(f"{folder}/IMAGES01_{name}", 1, "image/png") for name in files)
+    yield job._replace(id="IMAGES01", status="Completed", images=images)
 
 
 @pytest.fixture
 def shown(tmp_path: Path) -> Iterator[Tab]:
     script = load_script()
     _, done = jobs = list(jobs_of(script))
-    (tmp_path / "jobs.json").write_text(json.dumps({job.id: job._asdict() for job in jobs}))
-    (tmp_path / "images" / done.day).mkdir(parents=True)
-    for name in done.images[:2]:
-        (tmp_path / "images" / name).write_bytes(b"x")
+    (tmp_path / "jobs.json").write_text(
+        json.dumps({job.id: json.loads(script.record_of(job).decode()) for job in jobs})
+    )
+    (tmp_path / "images" / script.ImageStore.day_of(done)).mkdir(parents=True)
+    for image in done.images[:2]:
+        (tmp_path / "images" / image.name).write_bytes(b"x")
     info = {"negative_prompt": FOREIGN, "all_seeds": [FOREIGN], "infotexts": [FOREIGN, FOREIGN]}
     answer = {"images": [], "parameters": {}, "info": json.dumps(info)}
-    (tmp_path / "images" / done.answer).write_text(json.dumps(answer))
+    (tmp_path / "images" / script.ImageStore.answer_name(done)).write_text(json.dumps(answer))
     tracker = make_tracker(script, tmp_path)
     running = [script.Job(name, "img2img", "Pending", done.timestamp, "::1", "") for name in ("RUNNING1", "WAITING1")]
     try:
         for job in running:
             tracker.accept(job, lambda: True).result()
         tracker.start("RUNNING1")
-        yield Tab(script, script.Tab(tracker, None, lambda: FOREIGN))
+        yield Tab(script, script.Tab(tracker, tracker.housekeeper, None, lambda: FOREIGN))
     finally:
         for job in running:
             tracker.fail(job.id, "")
