@@ -1631,6 +1631,9 @@ class IndexView:
         found = self._connection.execute("SELECT jobs, bytes FROM totals ORDER BY status")
         return dict(zip(STATUSES, found.fetchall()))
 
+    def count(self) -> int:
+        return sum(jobs for jobs, _ in self.totals().values())
+
     def row_of(self, job_id: str) -> Optional[int]:
         found = self._connection.execute(
             "SELECT row FROM jobs WHERE id = ? COLLATE NOCASE AND id = ?", (job_id, job_id)
@@ -1969,14 +1972,13 @@ class JobStore:
                 if job_id.lower() not in taken:
                     return job_id
 
-    def _find_spare_ids(self) -> None:
+    def _find_spare_ids(self, view: IndexView) -> None:
         """Looks for free IDs ahead of time: who needs one must not wait for a disk."""
-        with self._index.reading() as view:
-            while len(self._spare_ids) < self.SPARE_IDS:
-                job_id = new_id()
-                if not view.has_spelling(job_id):
-                    with self._lock:
-                        self._spare_ids.append(job_id)
+        while len(self._spare_ids) < self.SPARE_IDS:
+            job_id = new_id()
+            if not view.has_spelling(job_id):
+                with self._lock:
+                    self._spare_ids.append(job_id)
 
     def get(self, job_id: str) -> Optional[Job]:
         """A job, None if there is none. Raises StoreError."""
@@ -2487,7 +2489,8 @@ class JobStore:
         with self._lock:
             for job_id in [job_id for job_id, change in self._pending.items() if change.is_stored]:
                 del self._pending[job_id]
-        self._find_spare_ids()
+        with self._index.reading() as view:
+            self._find_spare_ids(view)
         self._index_failures = 0
         self._is_ready, self._is_building = True, False
         if recovered is not None:
@@ -2608,10 +2611,9 @@ class JobStore:
 
     def _consider_compacting(self) -> None:
         try:
-            self._find_spare_ids()
             with self._index.reading() as view:
-                state = view.state
-            live = self._count()
+                self._find_spare_ids(view)
+                state, live = view.state, view.count()
         except sqlite3.Error as error:
             self._index.failure = error
             return
@@ -2659,7 +2661,7 @@ class JobStore:
 
     def _count(self) -> int:
         with self._index.reading() as view:
-            return sum(jobs for jobs, _ in view.totals().values())
+            return view.count()
 
     def _begin_compaction(self) -> Optional[IndexState]:
         """None if something damaged could not be set aside, and would be gone, or while another process compacts."""
