@@ -8,7 +8,9 @@ The file reads in the order in which a request meets its parts, and every part k
     Platform      what differs between operating systems
     Settings      config.json and the environment's variables
     Job           the record, on disk and as JSON
-    JobStore      jobs.json
+    Journal       the lines of jobs.json
+    Index         a view of them on SQLite, to find jobs by
+    JobStore      the jobs, in both
     ImageStore    images/
     Predecessor   the jobs of API-Job-Tracker-SD-WebUI
     Tracker       a job's life, the only writer of both stores
@@ -99,10 +101,11 @@ except ImportError:  # Windows
 
 BINARY = getattr(os, "O_BINARY", 0)
 NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
-NO_WAIT = getattr(os, "O_NONBLOCK", 0)  # for a pipe where a file should be
+O_NONBLOCK = getattr(os, "O_NONBLOCK", 0)  # for a pipe where a file should be
 
-OPEN_FILES_STAY = os.name == "nt"  # nobody can remove, rename or replace them
-RESET = struct.pack("hh" if os.name == "nt" else "ii", 1, 0)  # SO_LINGER: a close drops what is unsent and resets
+LOCKS_OPEN_FILES = os.name == "nt"  # nobody can remove, rename or replace them
+# The value of SO_LINGER with which a close drops what is unsent and resets the connection.
+LINGER_RESET = struct.pack("hh" if os.name == "nt" else "ii", 1, 0)
 UNSUPPORTED = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK, errno.ENOTTY, errno.EINVAL)  # by a mount
 IRREPLACEABLE = (errno.EBUSY, errno.EXDEV, errno.EACCES, errno.EPERM, errno.EROFS)  # a mounted file
 
@@ -129,13 +132,13 @@ def reason_of(error: BaseException) -> str:
 # Open files
 
 
-def stands_for(path: str, file: int) -> bool:
+def is_same_file(path: str, file: int) -> bool:
     """Whether a name stands for a file that is open. Raises OSError if the name cannot be looked up."""
     with contextlib.suppress(FileNotFoundError):  # then it stands for nothing
         found = os.stat(path)
         # The open file's disk may be gone, though another is in its place by now.
         with contextlib.suppress(OSError):
-            return OPEN_FILES_STAY or os.path.samestat(found, os.fstat(file))
+            return LOCKS_OPEN_FILES or os.path.samestat(found, os.fstat(file))
     return False
 
 
@@ -149,7 +152,7 @@ def close_file(file: Optional[int]) -> None:
 
 def open_regular(path: str) -> int:
     """Opens a file for reading. Raises OSError, also for a folder, and for a pipe without waiting for its other end."""
-    file = os.open(path, os.O_RDONLY | NO_WAIT | BINARY)
+    file = os.open(path, os.O_RDONLY | O_NONBLOCK | BINARY)
     if not stat.S_ISREG(os.fstat(file).st_mode):
         os.close(file)
         raise OSError(errno.EINVAL, "it is no file", path)
@@ -420,14 +423,14 @@ def free_name(path: str) -> str:
     return next(name for name in names if not os.path.lexists(name))
 
 
-def name_aside(path: str) -> str:
+def quarantine_name(path: str) -> str:
     """A new name for what cannot be used: `<path>.damaged-<time>`."""
     return free_name(f"{path}.damaged-{time.strftime('%Y%m%d-%H%M%S')}")
 
 
-def set_aside(path: str) -> str:
+def quarantine(path: str) -> str:
     """Renames what cannot be used, and returns the new name."""
-    name = name_aside(path)
+    name = quarantine_name(path)
     os.rename(path, name)
     return name
 
@@ -492,7 +495,7 @@ class FileLock:
                 self._open()
             try:
                 locked = try_lock(self._file)
-                is_current = stands_for(self.path, self._file)
+                is_current = is_same_file(self.path, self._file)
             except OSError:
                 self.close()  # its disk may be gone, and come back
                 raise
@@ -517,7 +520,7 @@ class FileLock:
         make_folder(os.path.dirname(self.path))
         sources = stats_of(self._guarded)
         # At no moment is it open to more people than it is to be. Of 0o022 the umask leaves those who may write.
-        self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | NO_WAIT | BINARY, 0o600 if sources else 0o622)
+        self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | O_NONBLOCK | BINARY, 0o600 if sources else 0o622)
         self.opened.add(self)
         with contextlib.suppress(OSError):  # it may just be going: `acquire` will see that
             found = os.fstat(self._file)
@@ -701,7 +704,7 @@ class Settings:
             self.locked[setting.name] = setting.variable
 
     @property
-    def is_unsure(self) -> bool:
+    def retention_unknown(self) -> bool:
         """Whether the retention stands in a config.json that cannot be read now."""
         return self._failure is not None and "retention_days" not in self.locked
 
@@ -726,7 +729,7 @@ class Settings:
             self._read()
             write = write_file
             if isinstance(self._failure, (ValueError, RecursionError)):
-                copy = name_aside(self.path)
+                copy = quarantine_name(self.path)
                 with open(self.path, "rb") as file:
                     replace_file(copy, file.read(), like=self.path)
                 log.warning("config.json was broken. It is written anew, what stood in it is in %s", copy)
@@ -842,7 +845,7 @@ MEDIA_TYPES = {
 OTHER_MEDIA_TYPE = "application/octet-stream"
 MEDIA_TYPE_FORM = re.compile(r"[a-z]+/[a-z0-9.+-]{1,100}\Z")
 
-LAST_MOMENT = 1 << 34  # Unix seconds, in the year 2514: Windows knows no day after 3000
+MAX_TIMESTAMP = 1 << 34  # Unix seconds, in the year 2514: Windows knows no day after 3000
 PROMPT_LIMIT = 100_000  # characters kept in jobs.json; `parameters` has the whole prompt
 IP_LIMIT = 100  # characters: a server that trusts a proxy takes what that says for an address
 
@@ -969,13 +972,13 @@ def job_from_record(record: Any) -> Job:
         raise ValueError("id is no job ID")
     if job.status not in STATUSES or job.type not in TYPES:
         raise ValueError("status or type is unknown")
-    for number, end in ((job.timestamp, LAST_MOMENT), (job.bytes, 1 << 50), *((place, 1 << 50) for place in ranges)):
+    for number, end in ((job.timestamp, MAX_TIMESTAMP), (job.bytes, 1 << 50), *((place, 1 << 50) for place in ranges)):
         if type(number) is not int or not 0 <= number < end:
             raise ValueError("timestamp, bytes or a place in ranges is no valid number")
     if any(end != 0 and start >= end for start, end in ((ranges[0:2], ranges[3:5]) if ranges else ())):
         raise ValueError("a range ends before it starts")
     for moment in (job.started, job.finished):
-        if moment is not None and (type(moment) not in (int, float) or not 0 <= moment < LAST_MOMENT):
+        if moment is not None and (type(moment) not in (int, float) or not 0 <= moment < MAX_TIMESTAMP):
             raise ValueError("started or finished is no valid time")
     if not isinstance(job.prompt, str) or not isinstance(job.has_brief, bool):
         raise ValueError("prompt is no text, or has_brief neither true nor false")
@@ -1285,7 +1288,7 @@ class JournalCopy:
 
 def quarantine_damage(path: str, file: int, damages: List[Damage]) -> str:
     """Copies damaged parts to a file of their own, for somebody who may read more in them. Raises OSError."""
-    aside = name_aside(path)
+    aside = quarantine_name(path)
     try:
         with os.fdopen(make_like(aside, path), "wb") as copy:
             for damage in damages:
@@ -1307,7 +1310,7 @@ def quarantine_damage(path: str, file: int, damages: List[Damage]) -> str:
 # ------------------------------------------------------------------------------------------------------------------
 
 
-def fold(text: str) -> bytes:
+def casefold_bytes(text: str) -> bytes:
     """Text in the form in which it is searched, without case."""
     return text.casefold().encode("utf-8", "surrogatepass")
 
@@ -1331,7 +1334,7 @@ class Filter(NamedTuple):
 
     @property
     def text(self) -> bytes:
-        return fold(self.q or "")
+        return casefold_bytes(self.q or "")
 
     def fits(self, job: Job) -> bool:
         return (
@@ -1340,7 +1343,7 @@ class Filter(NamedTuple):
             and self.type in (None, job.type)
             and (self.after is None or job.timestamp > self.after)
             and (self.before is None or job.timestamp < self.before)
-            and self.text in fold(job.prompt)
+            and self.text in casefold_bytes(job.prompt)
         )
 
 
@@ -1569,7 +1572,7 @@ class Index:
         statement = f"UPDATE jobs SET status = ?, bytes = ?, key = ?, offset{side} = ?, length = ? WHERE row = ?"
         changing = (STATUSES.index(job.status), job.bytes, bindable(job.key))
         connection.execute(statement, (*changing, entry.offset, entry.length, row))
-        text = fold(job.prompt)
+        text = casefold_bytes(job.prompt)
         known = connection.execute("SELECT text FROM texts WHERE row = ?", (row,)).fetchone()
         if text != (known[0] if known else b""):
             connection.execute("INSERT OR REPLACE INTO texts VALUES (?, ?)", (row, text))
@@ -1758,7 +1761,7 @@ class IndexView:
             return []
         return [
             -1 if filter_.after is None else filter_.after,
-            LAST_MOMENT if filter_.before is None else filter_.before,
+            MAX_TIMESTAMP if filter_.before is None else filter_.before,
         ]
 
     def _are_few(self, times: List[float]) -> bool:
@@ -2323,7 +2326,7 @@ class JobStore:
         """Holds the lock between processes, with the file open that the name stands for now, and its index."""
         with self._between:
             file, index = self._journal.file, self._index
-            if file is None or not stands_for(self.path, file):
+            if file is None or not is_same_file(self.path, file):
                 self._open()
             elif index is None or index.failure is not None or not index.is_in_place():
                 self._open_index()
@@ -2341,7 +2344,7 @@ class JobStore:
         try:
             file = self._open_file()
         except (IsADirectoryError, PermissionError) as error:
-            aside = set_aside(self.path)
+            aside = quarantine(self.path)
             with contextlib.suppress(OSError):
                 copy_file(aside, self.path)
             log.warning("jobs.json cannot be opened for writing (%s), it was set aside as %s", error, aside)
@@ -2722,7 +2725,7 @@ class JobStore:
         copy_access(self.path, copy.file)  # somebody may have made it private meanwhile
         sync_file(copy.file)
         with self._reading:
-            if OPEN_FILES_STAY:
+            if LOCKS_OPEN_FILES:
                 old.close()
                 copy.close()
             try:
@@ -3207,7 +3210,7 @@ class ImageStore:
     def _make_folder(self, path: str, links: bool = True) -> None:
         """Sets aside what stands where a folder should be."""
         if os.path.lexists(path) and (not os.path.isdir(path) or (os.path.islink(path) and not links)):
-            log.warning("%s is no folder, it was set aside as %s", path, set_aside(path))
+            log.warning("%s is no folder, it was set aside as %s", path, quarantine(path))
         make_folder(path, self._sources[0])
 
     def _save_image(self, base: str, image: Union[bytes, memoryview]) -> Image:
@@ -3277,7 +3280,7 @@ class ImageStore:
         path = self._path(name)
         self._refuse_link(os.path.dirname(path))
         self._refuse_link(path)
-        file = os.open(path, os.O_RDONLY | NO_FOLLOW | NO_WAIT | BINARY)
+        file = os.open(path, os.O_RDONLY | NO_FOLLOW | O_NONBLOCK | BINARY)
         status = os.fstat(file)
         if not stat.S_ISREG(status.st_mode):
             os.close(file)
@@ -3601,7 +3604,7 @@ def legacy_time(value: Any) -> Optional[int]:
         # That is all that these raise for whatever stands in a file.
         with contextlib.suppress(TypeError, ValueError, OverflowError, AttributeError, OSError):
             seconds = int(parse(value))
-            return seconds if 0 < seconds < LAST_MOMENT else None
+            return seconds if 0 < seconds < MAX_TIMESTAMP else None
     return None
 
 
@@ -3674,7 +3677,7 @@ class Predecessor:
 
     # The jobs
 
-    def list_jobs(self) -> None:
+    def merge_jobs(self) -> None:
         """Merges the predecessor's jobs into jobs.json, before those that are there. Copies no image.
 
         Does not raise. What cannot be done now is done later, and until then nobody takes the predecessor's file for
@@ -3734,7 +3737,7 @@ class Predecessor:
             raise ValueError("jobs.json is damaged, and must be mended first")
         known = self._known_ids(ours)
         lines = []
-        last_time = min(max(int(os.stat(source).st_mtime), 0), LAST_MOMENT - 1)
+        last_time = min(max(int(os.stat(source).st_mtime), 0), MAX_TIMESTAMP - 1)
         for job, job_id in zip(legacy.jobs, assign_ids(legacy.jobs, known)):
             last_time = job.timestamp or last_time
             if id_number(job_id) not in known:
@@ -3804,7 +3807,7 @@ class Predecessor:
         while not stop.is_set():
             pause = self.RETRY
             try:
-                self.list_jobs()
+                self.merge_jobs()
                 if self._is_in_the_way():
                     pause = self.LOOK_EVERY
                 with contextlib.closing(FileLock(f"{self.path}.{self.FOUND}.lock", self.path)) as lock:
@@ -4623,7 +4626,7 @@ class Housekeeper:
         with self._purging:
             purged = Purged()
             days, now = self.settings.retention_days, time.time()
-            if self.settings.is_unsure and not asked_for:
+            if self.settings.retention_unknown and not asked_for:
                 days = None
             expired = [] if days is None else self.store.expired(now - days * 86400)
             self.kept_for_clock = 0
@@ -5137,7 +5140,7 @@ class OuterMiddleware:
             return
         if scope.get("http_version") == "1.0":  # to which a closed connection is the clean end: only a reset is not
             with contextlib.suppress(OSError):  # it is closed already
-                transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+                transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, LINGER_RESET)
             transport.abort()  # a close would end TLS in good order, and that is a clean end, too
         else:
             transport.close()
@@ -7459,7 +7462,7 @@ class Extension:
         settings = Settings(EXTENSION_FOLDER, dict(os.environ))
         self.host = host = Host()
         predecessor = Predecessor(settings.folder, settings.data_folder)
-        predecessor.list_jobs()
+        predecessor.merge_jobs()
         store = JobStore(settings.data_folder, predecessor.refuse_to_open)
         images = ImageStore(os.path.join(settings.data_folder, "images"))
         self.tracker = Tracker(settings, host, store, images)

@@ -127,7 +127,7 @@ def make_tracker(script: Any, folder: Path, **environ: str) -> Any:
     """A tracker without a webui, and with a housekeeper."""
     settings = script.Settings(str(folder), environ)
     predecessor = script.Predecessor(settings.folder, settings.data_folder)
-    predecessor.list_jobs()
+    predecessor.merge_jobs()
     store = script.JobStore(settings.data_folder, predecessor.refuse_to_open)
     images = script.ImageStore(str(Path(settings.data_folder) / "images"))
     tracker = script.Tracker(settings, NoHost(), store, images)

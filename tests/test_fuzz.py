@@ -36,7 +36,7 @@ FRAGMENTS += ["\ud800", "\udc00", '\n"Intact01": null,', '"Intact02": {', '",\n"
 TEXT = st.one_of(st.text(max_size=20), st.lists(st.sampled_from(FRAGMENTS), max_size=6).map("".join)).map(
     lambda text: json.loads(json.dumps(text))  # two halves of a character are one
 )
-TIME = st.one_of(st.none(), st.integers(0, SCRIPT.LAST_MOMENT - 1), st.floats(0, SCRIPT.LAST_MOMENT - 1))
+TIME = st.one_of(st.none(), st.integers(0, SCRIPT.MAX_TIMESTAMP - 1), st.floats(0, SCRIPT.MAX_TIMESTAMP - 1))
 VALUE = st.recursive(
     st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False, allow_infinity=False), TEXT),
     lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(TEXT, inner, max_size=3)),
@@ -56,7 +56,7 @@ INTACT_JOB = st.builds(
     st.integers(0, 3),
     type=st.sampled_from(SCRIPT.TYPES),
     status=st.sampled_from(SCRIPT.ENDED),
-    timestamp=st.integers(0, SCRIPT.LAST_MOMENT - 1),
+    timestamp=st.integers(0, SCRIPT.MAX_TIMESTAMP - 1),
     ip=st.one_of(st.none(), TEXT),
     prompt=TEXT,
     started=TIME,

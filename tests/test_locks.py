@@ -156,12 +156,12 @@ def test_nobody_waits_for_a_store_at_its_start(script, tmp_path):
     with held(tmp_path / "jobs.json.lock"):
         began = time.monotonic()
         predecessor = script.Predecessor(str(tmp_path), str(tmp_path))
-        predecessor.list_jobs()
+        predecessor.merge_jobs()
         store = script.JobStore(str(tmp_path), predecessor.refuse_to_open)
         with pytest.raises(script.StoreError, match="another program"):
             store.stats()
         assert time.monotonic() - began < 1 + SLACK
-    predecessor.list_jobs()
+    predecessor.merge_jobs()
     assert store.get("abcdEFGH").status == "Completed"
     store.close()
 

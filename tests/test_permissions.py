@@ -252,7 +252,7 @@ def legacy_file(folder: Path) -> Path:
 
 def take_over(script: Any, folder: Path) -> None:
     predecessor = script.Predecessor(str(folder), str(folder))
-    predecessor.list_jobs()
+    predecessor.merge_jobs()
     with storing(script, folder) as store:
         predecessor.copy_images(store, script.ImageStore(str(folder / "images")), threading.Event())
         assert len(store.get("abcdEFGH").images) == 1

@@ -72,7 +72,7 @@ def ids(script: Any, tracker: Any, **wanted: Any) -> List[str]:
 
 def test_it_is_stood_in_for(script, tmp_path):
     """The stand-in refuses what Windows does: else these tests would show nothing."""
-    assert script.fcntl is None and script.OPEN_FILES_STAY and script.BINARY and not script.NO_FOLLOW
+    assert script.fcntl is None and script.LOCKS_OPEN_FILES and script.BINARY and not script.NO_FOLLOW
     path = str(tmp_path / "one")
     with pytest.raises(AssertionError, match="text"):
         script.os.open(path, os.O_RDWR | os.O_CREAT)

@@ -442,13 +442,13 @@ def test_a_crash_at_any_moment(script, tmp_path, monkeypatch, ours):
         with monkeypatch.context() as patch:
             patch.setattr(script, "os", dying(deaths))
             try:
-                script.Predecessor(str(folder), str(data)).list_jobs()
+                script.Predecessor(str(folder), str(data)).merge_jobs()
             except Dead:
                 deaths += 1
             else:
                 break
         again = script.Predecessor(str(folder), str(data))
-        again.list_jobs()
+        again.merge_jobs()
         jobs = list(alive(data / "jobs.json").values())
         assert [job["id"] for job in (jobs[0], jobs[3])] == ["FIRST001", "LAST0001"] and len(jobs) == 4
         assert ["Its ID was" in job["error"] for job in jobs] == [False, True, True, False]
@@ -610,7 +610,7 @@ def test_copying_stops_when_it_is_told_to(script, tmp_path, monkeypatch):
     paths = write_images(tmp_path / "outputs", 3)
     write_array(tmp_path, [entry(f"JOB{n:05}", output_paths=[str(path)]) for n, path in enumerate(paths)])
     predecessor = script.Predecessor(str(tmp_path), str(tmp_path))
-    predecessor.list_jobs()
+    predecessor.merge_jobs()
     stop, save = threading.Event(), script.ImageStore.save
 
     def save_and_stop(*arguments: Any) -> Any:
