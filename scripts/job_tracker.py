@@ -1437,6 +1437,7 @@ class Index:
         )
         connection.execute("PRAGMA synchronous = NORMAL")
         connection.execute("PRAGMA secure_delete = ON")  # a removed prompt is gone from here, too
+        connection.execute("PRAGMA temp_store = MEMORY")  # no file of its own anywhere else
         connection.execute(f"PRAGMA wal_autocheckpoint = {self.WAL_PAGES}")
         connection.execute(f"PRAGMA journal_size_limit = {self.WAL_PAGES << 12}")
         if self.path:
