@@ -2644,7 +2644,8 @@ class JobStore:
             yield
             with self._exclusive() as now:
                 state, end = self._find_end()
-                if now is not journal or state.compactor != self.owner or state.indexed_to != end:
+                is_indexed = state.indexed_to == end or self._index_neighbours(now, state.indexed_to, end)
+                if now is not journal or state.compactor != self.owner or not is_indexed:
                     raise StoreError("it was changed meanwhile")
                 for _ in self._copy_tail(journal, side, copy, end):
                     pass
