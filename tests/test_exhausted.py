@@ -111,6 +111,7 @@ def test_searches_that_nobody_waits_for(start, archive, mode):
     (known,) = webui.jobs(limit=1)
 
     searches = 120  # more than may wait
+    position = len(webui.log)
     if mode == "api":
         sent = [webui.send_get(path) for _ in range(searches)]
     else:
@@ -137,8 +138,7 @@ def test_searches_that_nobody_waits_for(start, archive, mode):
 
     used = cpu_seconds(webui)
     if mode == "api":
-        refused = webui.client.get(path)
-        assert (refused.status_code, refused.json()["detail"][-21:]) == (503, "too many wait already")
+        assert " 503 " in webui.log[position:], "of those that were more than may wait"
     for one in sent:
         one.socket.close() if mode == "api" else one.close()
     if mode == "tab":

@@ -187,11 +187,14 @@ def test_an_image_that_is_being_fetched_goes_with_a_later_purge(script, tracker)
 
 def test_two_spellings_of_an_id(script, tracker, monkeypatch):
     """They would name the same files."""
+    script.JobStore.SPARE_IDS = 1
     one = tracker()
     first = generate(script, one)
     other = first.id.swapcase()
-    offered = iter([other, first.id, other.lower(), "AnOther0"])
+    offered = iter([other, first.id, other.lower(), "AnOther0", "AnOther1", "AnOther2", "AnOther3"])
+    one.reserve_id()  # which was looked for ahead of time
     monkeypatch.setattr(script, "new_id", lambda: next(offered))
+    one.recover().result()  # another one is looked for
     second = generate(script, one)
     assert second.id == "AnOther0"
     assert one.get(other) is None or other == first.id

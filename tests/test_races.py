@@ -159,5 +159,5 @@ def test_who_waits_for_a_job_that_comes_to_nothing(script, tracker):
         return time.monotonic() - began
 
     assert asyncio.run(wait()) < 15
-    assert isinstance(written.exception(), tracker.script.StoreError)
+    assert isinstance(written.exception(), script.StoreError)
     assert tracker.get(job.id) is None

@@ -132,10 +132,10 @@ def test_what_was_set_aside_cannot_be_read(script, tracker, tmp_path):
     aside = tmp_path / "jobs.json.damaged-20250112-100000"
     aside.write_text("")
 
-    def open_by_rights(path, *arguments):
+    def open_by_rights(path, *arguments, **options):
         if path == str(aside):
             raise PermissionError(errno.EACCES, "Permission denied", path)
-        return open(path, *arguments)
+        return open(path, *arguments, **options)
 
     script.open = open_by_rights
     image = old(tmp_path / "images" / "2025-01-12" / "LOSTJOB0_0.png")
