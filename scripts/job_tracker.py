@@ -1598,7 +1598,7 @@ class Index:
             if IndexView(connection).state.compactor != compactor:
                 return False
             connection.executemany(
-                f"UPDATE jobs SET offset{side} = ? WHERE id = ? COLLATE NOCASE AND id = ?",
+                f"UPDATE jobs SET offset{side} = ? WHERE {IndexView.IS_ID}",
                 [(offset, job_id, job_id) for offset, job_id in offsets],
             )
             return True
@@ -1617,6 +1617,8 @@ class Index:
 
 class IndexView:
     """An index within one transaction, and so at one moment."""
+
+    IS_ID = "id = ? COLLATE NOCASE AND id = ?"  # of which an index finds the first half
 
     def __init__(self, connection: sqlite3.Connection):
         self._connection = connection
@@ -1639,9 +1641,7 @@ class IndexView:
         return sum(jobs for jobs, _ in self.totals().values())
 
     def row_of(self, job_id: str) -> Optional[int]:
-        found = self._connection.execute(
-            "SELECT row FROM jobs WHERE id = ? COLLATE NOCASE AND id = ?", (job_id, job_id)
-        ).fetchone()
+        found = self._connection.execute(f"SELECT row FROM jobs WHERE {self.IS_ID}", (job_id, job_id)).fetchone()
         return found and found[0]
 
     def has_spelling(self, job_id: str) -> bool:
@@ -1650,7 +1650,7 @@ class IndexView:
         return found.fetchone() is not None
 
     def place(self, job_id: str) -> Optional[Place]:
-        found = self._places("WHERE id = ? COLLATE NOCASE AND id = ?", job_id, job_id)
+        found = self._places(f"WHERE {self.IS_ID}", job_id, job_id)
         return found[0] if found else None
 
     def with_key(self, key: str) -> Optional[str]:
@@ -1668,9 +1668,8 @@ class IndexView:
 
     def summary(self, job_id: str) -> Optional[Tuple[str, int]]:
         """A job's status and the bytes of its files."""
-        found = self._connection.execute(
-            "SELECT status, bytes FROM jobs WHERE row = ?", (self.row_of(job_id),)
-        ).fetchone()
+        statement = f"SELECT status, bytes FROM jobs WHERE {self.IS_ID}"
+        found = self._connection.execute(statement, (job_id, job_id)).fetchone()
         return found and (STATUSES[found[0]], found[1])
 
     def _places(self, where: str, *values: Any) -> List[Place]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import signal
 import tempfile
@@ -157,6 +158,12 @@ def every_webui(request: pytest.FixtureRequest, pool: Pool) -> Webui:
 def off(request: pytest.FixtureRequest, pool: Pool) -> Webui:
     """A webui with Job Tracker, that does not track, with --api-auth."""
     return pool.get("off", request.param, auth=True)
+
+
+@pytest.fixture
+def dice() -> random.Random:
+    """The same at each run."""
+    return random.Random(7)
 
 
 @pytest.fixture

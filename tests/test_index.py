@@ -25,11 +25,6 @@ ROOT = hasattr(os, "geteuid") and os.geteuid() == 0
 
 
 @pytest.fixture
-def dice() -> random.Random:
-    return random.Random(7)
-
-
-@pytest.fixture
 def opened(script, tmp_path):
     """`opened()` is a store on the test's folder, or on another."""
     stores = []
@@ -422,7 +417,7 @@ def before() -> Any:
 
 def test_the_version_before_is_a_neighbour(script, opened, before, index, dice):
     """It appends, removes and compacts without the index."""
-    before.JobStore.MIN_DEAD_ENTRIES = 20
+    before.JobStore.SPARE_DEAD = 20  # its name for it
     set_constants(script, MIN_DEAD_ENTRIES=20)
     new, old = opened(), opened(program=before)
     known: Dict[str, Any] = {}

@@ -25,6 +25,7 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from inside import (
+    WrappedOs,
     a_job,
     alive,
     an_answer,
@@ -48,11 +49,6 @@ def script() -> Any:
 
 
 @pytest.fixture
-def dice() -> random.Random:
-    return random.Random(7)
-
-
-@pytest.fixture
 def opened(script, tmp_path):
     """`opened()` is a store on the test's folder."""
     stores = []
@@ -69,16 +65,6 @@ def opened(script, tmp_path):
 @pytest.fixture
 def path(tmp_path):
     return tmp_path / "jobs.json"
-
-
-class WrappedOs:
-    """Stands for the module `os` in the script."""
-
-    def __init__(self, **functions: Any):
-        self.__dict__.update(functions)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(os, name)
 
 
 class WrappedFcntl(WrappedOs):
