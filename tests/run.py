@@ -8,6 +8,8 @@ if sys.version_info < (3, 8):
 import argparse
 import os
 
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "support"))
+
 import environment
 
 HELP = """\
@@ -45,7 +47,7 @@ def test(options, pytest_arguments):
 
 def bench(options, parts):
     python = environment.ensure(options.host, "test")
-    script = str(environment.PROJECT / "tests" / "bench.py")
+    script = str(environment.PROJECT / "tests" / "bench" / "bench.py")
     return environment.call(
         [python, script, str(options.jobs), *parts], cwd=environment.PROJECT, env={"WEBUI_HOST": options.host}
     )

@@ -413,7 +413,7 @@ def test_a_file_that_is_mounted_by_itself(tmp_path):
         or subprocess.run(["unshare", "-m", "sh", "-c", mount], stderr=subprocess.DEVNULL).returncode
     ):
         pytest.skip("a file can be mounted by root on Linux only")
-    python = [sys.executable, "-c", IN_MOUNT, str(folder), str(TESTS)]
+    python = [sys.executable, "-c", IN_MOUNT, str(folder), str(TESTS / "support")]
     command = ["unshare", "-m", "sh", "-c", f'{mount} && exec "$@"', "sh", *python]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
     assert json.loads(done.stdout.decode()) == [True, None]

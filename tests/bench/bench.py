@@ -15,6 +15,8 @@ import time
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Tuple
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
+
 import bench_requests
 import bench_store
 from inside import a_job, load_script

@@ -24,7 +24,7 @@ from pydantic import BaseModel
 
 from harness import until as until
 
-SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "job_tracker.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "job_tracker.py"
 JQ = shutil.which("jq")
 WORDS = (
     "castle river photo lighthouse golden hour intricate portrait forest mist snow Ärger Straße 猫 film grain".split()

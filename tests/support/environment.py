@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Iterator
 
-PROJECT = Path(__file__).resolve().parent.parent
+PROJECT = Path(__file__).resolve().parents[2]
 REQUIREMENTS = PROJECT / "tests" / "requirements"
 FOLDER = PROJECT / ".venv"
 OLDEST = {"a1111": (3, 8), "forge": (3, 8), "neo": (3, 11), "sdnext": (3, 10), "schemathesis": (3, 9)}

@@ -1,7 +1,7 @@
 """Two webuis on one folder under mixed load for a long time: what they hold stays the same, and nothing is lost.
 
-    python3 tests/soak.py --minutes 30
-    python3 tests/soak.py --minutes 30 --picture soak.png
+    python3 tests/crash/soak.py --minutes 30
+    python3 tests/crash/soak.py --minutes 30 --picture soak.png
 
 Clients generate (plain, with gzip, with respond-async, with Idempotency-Key), poll, page through lists, fetch images,
 look at the tab, delete, cancel, and leave at random moments, by FIN or RST. The jobs are kept for half a minute only,
@@ -30,6 +30,8 @@ import threading
 import time
 from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Set, Tuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 
 try:
     import fastapi  # noqa: F401

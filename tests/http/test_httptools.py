@@ -16,14 +16,17 @@ from harness import PROJECT, QUICK, SERVER, TESTS, Sent, body
 pytest.importorskip("httptools")
 pytest.importorskip("uvloop")
 
-FILES = ("requests", "failures", "wait", "async", "cancel", "leaving", "image_route", "proxies")
+FILES = (
+    *(f"http/test_{name}.py" for name in ("requests", "failures", "wait", "async", "cancel", "leaving", "image_route")),
+    "clients/test_proxies.py",
+)
 
 
 @pytest.mark.skipif(SERVER == "httptools", reason="all of this runs on it already")
 def test_all_of_http():
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     done = subprocess.run(
-        [*command, *(str(TESTS / f"test_{name}.py") for name in FILES)],
+        [*command, *(str(TESTS / name) for name in FILES)],
         cwd=str(PROJECT),
         env={**os.environ, "WEBUI_SERVER": "httptools"},
         stdout=subprocess.PIPE,

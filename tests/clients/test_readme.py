@@ -247,7 +247,7 @@ def test_snippet(snippet: Snippet, request: pytest.FixtureRequest) -> None:
 def check_commands(run, snippet, request):
     if Path(sys.prefix) != PROJECT / ".venv" / f"{HOST}-{sys.version_info[0]}.{sys.version_info[1]}":
         pytest.skip("only where run.py has made the environment, which it might make anew otherwise")
-    more = {"demo": ["--once"], "test": ["--collect-only", "-q", "tests/test_readme.py"]}
+    more = {"demo": ["--once"], "test": ["--collect-only", "-q", "tests/clients/test_readme.py"]}
     for line in snippet.text.splitlines():
         program, *words = shlex.split(line)
         assert program == "python3"

@@ -36,7 +36,7 @@ import httpx
 
 import environment
 
-TESTS = Path(__file__).resolve().parent
+TESTS = Path(__file__).resolve().parents[1]
 PROJECT = TESTS.parent
 HOST = os.environ.get("WEBUI_HOST", "a1111")
 SHAPE = environment.SHAPES[HOST]

@@ -215,7 +215,7 @@ def test_schemathesis(programs, start, tmp_path):
             *("--report", "har", "--report-har-path", str(tmp_path / "said.har")),
         ],
         SCHEMATHESIS_HOOKS="fuzz_hooks",
-        PYTHONPATH=str(TESTS),
+        PYTHONPATH=str(TESTS / "support"),
         JOB_IDS=",".join(jobs),
     )
     assert "5 selected" in said and "Tested: 5" in said

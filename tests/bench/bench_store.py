@@ -1,7 +1,7 @@
 """What the store costs, each time beside what it is compared with on the same machine in the same run.
 
-    python3 tests/bench_store.py                     all of it, about three minutes
-    python3 tests/bench_store.py appends --jobs 1000 one of it, with fewer jobs
+    python3 tests/bench/bench_store.py                     all of it, about three minutes
+    python3 tests/bench/bench_store.py appends --jobs 1000 one of it, with fewer jobs
 
 Each function returns its figures as lines of a table: what, measured, compared with.
 """
@@ -22,6 +22,8 @@ import threading
 import time
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Tuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 
 try:
     import fastapi  # noqa: F401

@@ -20,6 +20,8 @@ from typing import Any, Callable, Dict, Iterator, List
 import pytest
 from inside import SCRIPT, a_job, alive, completed, set_constants, until
 
+from harness import TESTS
+
 BEFORE = "9945b77"  # the last commit without an index
 ROOT = hasattr(os, "geteuid") and os.geteuid() == 0
 
@@ -205,7 +207,7 @@ def test_an_index_that_only_its_owner_may_write(script, opened, public, dice):
     for path in folder.glob("jobs.json*"):
         path.chmod(0o666)
     index.chmod(0o644)
-    code = READ_ONLY.format(tests=str(Path(__file__).parent), folder=str(folder))
+    code = READ_ONLY.format(tests=str(TESTS / "support"), folder=str(folder))
     process = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, timeout=30)
     assert process.stdout == b"2\n"
 

@@ -1,7 +1,7 @@
 """Kills processes at random moments, again and again, and checks that nothing was lost.
 
-    python3 tests/crash.py --rounds 500          about a quarter of an hour
-    python3 tests/crash.py trackers --rounds 50  one of the kinds alone
+    python3 tests/crash/crash.py --rounds 500          about a quarter of an hour
+    python3 tests/crash/crash.py trackers --rounds 50  one of the kinds alone
 
 trackers    a process that uses the Tracker itself, under load from several threads; killed, started again on the same
             folder, which it checks first. Some are killed while they check.
@@ -36,6 +36,8 @@ import threading
 import time
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Set
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 
 try:
     import fastapi  # noqa: F401

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from inside import SCRIPT
 
-PROJECT = Path(__file__).resolve().parent.parent
+PROJECT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize("command", [("check",), ("format", "--check")], ids=" ".join)

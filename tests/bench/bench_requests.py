@@ -1,6 +1,6 @@
 """What tracking costs a request. Each measurement returns its figures beside what they are compared with.
 
-    python tests/bench_requests.py
+    python tests/bench/bench_requests.py
 
 Both sides run in turns, since the machine may be busy with other things: so the ratios hold where the seconds do not.
 """
@@ -20,6 +20,8 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 
 import bench_store
 from inside import load_script

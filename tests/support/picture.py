@@ -1,6 +1,6 @@
 """Makes the picture of the tab that the README shows, `.github/tab.png`, with the Python of an environment:
 
-.venv/a1111-3.11/bin/python tests/picture.py
+.venv/a1111-3.11/bin/python tests/support/picture.py
 """
 
 import json
