@@ -13,15 +13,13 @@ from typing import Any, Callable, Dict, Iterator, List, Tuple
 
 import hypothesis
 import pytest
+from clock import Clock
 from inside import load_script, make_tracker
 
 import harness
-from harness import AUTH, MODE_FLAGS, MODES, Webui
+from harness import AUTH, MODE_FLAGS, MODES, ORIGIN, Start, Webui
 
-Start = Callable[..., Webui]
 NewTracker = Callable[..., Any]
-
-ORIGIN = "http://example.org"
 
 if "CI" in os.environ:  # a change is judged by its own faults: elsewhere hypothesis looks for new ones at each run
     hypothesis.settings.register_profile("ci", derandomize=True, database=None)
@@ -85,6 +83,14 @@ def once_each(items: List[pytest.Item]) -> List[pytest.Item]:
         is_own = "mode" in getattr(getattr(group[0], "callspec", None), "params", {})
         kept.append(group[0 if is_own else zlib.crc32(group[0].name.encode()) % len(group)])
     return kept
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Where the mark `one_mode` says that both modes are the same, the shared webuis are of one."""
+    if metafunc.definition.get_closest_marker("one_mode"):
+        for name in {"webui", "guarded"} & set(metafunc.fixturenames):
+            metafunc.definition.add_marker(pytest.mark.parametrize(name, MODES[-1:], indirect=True))
 
 
 @pytest.fixture
@@ -201,6 +207,12 @@ def public() -> Iterator[Path]:
         yield folder / "data"
     finally:
         shutil.rmtree(str(folder))
+
+
+@pytest.fixture
+def clock(tmp_path: Path) -> Clock:
+    """That of webuis which have its script."""
+    return Clock(tmp_path)
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ from harness import Page as Calls
 
 pytest.importorskip("selenium")
 
-from test_proxies import NGINX, find, running
+from proxies import NGINX, find, running
 
 import browser
 from browser import OPEN_JOB, TOP, Page

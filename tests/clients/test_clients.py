@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import itertools
 import json
-import os
 import shutil
 import socket
 import subprocess
@@ -20,6 +19,7 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional
 
 import httpx
 import pytest
+from programs import node, npm_install
 
 from harness import MODE_FLAGS, MODES, PROJECT, RESET, Gate, Proxy, Webui, body, until
 
@@ -369,38 +369,13 @@ def run_node(folder: Any, source: str, case: Case) -> Dict[str, str]:
     return {name: in_words(told) for name, told in json.loads(done.stdout).items()}
 
 
-def need_node() -> None:
-    node = shutil.which("node")
-    if node is None:
-        pytest.skip("node is not on this machine")
-    version = subprocess.run([node, "--version"], stdout=subprocess.PIPE).stdout.decode().strip().lstrip("v")
-    if int(version.split(".")[0]) < 18:
-        pytest.skip(f"node {version} has no fetch")
-
-
 @pytest.fixture(scope="module")
 def npm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return npm_install(tmp_path_factory.mktemp("npm"), PACKAGES)
 
 
-def npm_install(folder: Path, packages: Dict[str, Any]) -> Path:
-    """Makes it a folder with packages from npm."""
-    need_node()
-    npm = shutil.which("npm")
-    if npm is None:
-        pytest.skip("npm is not on this machine")
-    (folder / "package.json").write_text(json.dumps(packages))
-    command = [npm, "install", "--no-audit", "--no-fund", "--ignore-scripts", "--cache", str(folder / "cache")]
-    done = subprocess.run(
-        command, cwd=str(folder), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "CI": "1"}
-    )
-    if done.returncode:
-        pytest.skip(f"npm cannot install the packages: {done.stdout.decode()[-300:]}")
-    return folder
-
-
 def test_fetch(site, cut, case, tmp_path):
-    need_node()
+    node()
     (seen,) = run_node(tmp_path, FETCH, case).values()
     assert seen == SEEN["fetch in Node"][CASES.index(case.name)]
     check_kept(site, cut, case)

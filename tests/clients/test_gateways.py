@@ -19,11 +19,10 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 import pytest
-from conftest import Start
-from test_readme import ADDRESS, snippets
-from test_retry import CLIENTS, node, saved
+from programs import CLIENTS, node
+from readme import ADDRESS, snippets
 
-from harness import QUICK, UNKNOWN, UNKNOWN_STATUS, Proxy, Webui, body
+from harness import QUICK, UNKNOWN, UNKNOWN_STATUS, Proxy, Start, Webui, body, saved
 
 SILENCE = 1  # seconds of silence after which a hasty client asks again, in the place of a minute
 LONGEST = 120  # seconds that a client may take
@@ -307,9 +306,9 @@ def requests_of(name: str) -> Dict[str, Any]:
 
 @contextlib.contextmanager
 def generating_once(webui: Webui) -> Iterator[None]:
-    before = saved(webui)
+    before = len(saved(webui))
     yield
-    assert saved(webui) - before == 1
+    assert len(saved(webui)) - before == 1
 
 
 def test_retry(webui, hasty, request):

@@ -15,54 +15,17 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Set
+from typing import Any, Callable, Dict, Iterator, List, Optional, Set
 
 import httpx
 import pytest
 from inside import load_script
+from programs import need
+from readme import ADDRESS, README, Snippet, names, snippets, table
 
 from harness import HOST, MODE_FLAGS, MODES, PROJECT, RESET, SHAPE, TESTS, Gate, Proxy, Webui, body, free_port, until
 
-README = (PROJECT / "README.md").read_text(encoding="utf-8")
-ADDRESS = "http://127.0.0.1:7860"
 FAILURE = {"seconds": 5, "fail": "OutOfMemoryError", "fail_after": 0.3}
-
-
-class Snippet(NamedTuple):
-    """A block of code in README.md."""
-
-    line: int
-    language: str
-    text: str
-
-
-def snippets() -> List[Snippet]:
-    found = re.finditer(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
-    return [Snippet(README.count("\n", 0, it.start()) + 2, it.group(1), it.group(2)) for it in found]
-
-
-def tables() -> List[List[List[str]]]:
-    """The cells of each table's rows, without its head."""
-    found = re.findall(r"^\|[^\n]*\|\n\|[ |-]+\|\n((?:\|[^\n]*\|\n)+)", README, re.MULTILINE)
-    return [[[cell.strip() for cell in row.strip("|").split(" | ")] for row in it.splitlines()] for it in found]
-
-
-def table(first: str) -> List[List[str]]:
-    """The rows of the table whose first cell has a text."""
-    (rows,) = [it for it in tables() if first in it[0][0]]
-    return rows
-
-
-def names(cell: str) -> List[str]:
-    """What stands in a cell as code."""
-    return re.findall(r"`([^`]+)`", cell)
-
-
-def need(program: str) -> str:
-    path = shutil.which(program)
-    if path is None:
-        pytest.skip(f"{program} is not on this machine")
-    return path
 
 
 # The webui, and a connection to it that breaks

@@ -20,11 +20,12 @@ from types import SimpleNamespace
 from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import pytest
-from conftest import Pool, Start
+from programs import CLIENTS, node
 
-from harness import AUTH, MODES, QUICK, RESET, SECONDS, TESTS, UNKNOWN, UNKNOWN_STATUS, Webui, body
+from harness import AUTH, MODES, QUICK, RESET, SECONDS, UNKNOWN, UNKNOWN_STATUS, Start, Webui, body, saved
 
-CLIENTS = TESTS / "clients"
+# The shared webui that does not track, in one mode.
+OFF = pytest.mark.parametrize("off", MODES[-1:], indirect=True)
 HASTE = 20  # how many times shorter than their own the clients' pauses are here
 
 IN_NODE = """
@@ -115,11 +116,6 @@ def webui(start_shared: Start) -> Webui:
     return start_shared(*QUICK, *AUTH)
 
 
-@pytest.fixture(scope="module")
-def off(pool: Pool) -> Webui:
-    return pool.get("off", MODES[-1], auth=True)
-
-
 @contextlib.contextmanager
 def bad_line(webui: Webui, places: Tuple[str, ...] = BadLine.PLACES) -> Iterator[BadLine]:
     line = BadLine(webui.port, places)
@@ -131,11 +127,6 @@ def bad_line(webui: Webui, places: Tuple[str, ...] = BadLine.PLACES) -> Iterator
 
 def requests_of(client: str, count: int = 40) -> List[Dict[str, Any]]:
     return [body(f"for {client}, {number}", seed=-1, save_images=True) for number in range(count)]
-
-
-def saved(webui: Webui) -> int:
-    """How many images the webui itself has kept, whatever we say."""
-    return len(list((webui.folder / "webui").glob("output*/**/*.png")))
 
 
 def check(webui: Webui, line: BadLine, requests: List[Dict[str, Any]], jobs: List[Dict[str, Any]]) -> None:
@@ -161,11 +152,11 @@ def load_retry() -> Any:
 
 def test_python(webui):
     retry = load_retry()
-    requests, before = requests_of("python"), saved(webui)
+    requests, before = requests_of("python"), len(saved(webui))
     with bad_line(webui) as line, ThreadPoolExecutor(20) as executor:
         jobs = list(executor.map(lambda request: retry.generate(line.url, request, webui.auth), requests))
         check(webui, line, requests, jobs)
-        assert saved(webui) - before == len(requests)
+        assert len(saved(webui)) - before == len(requests)
 
         # What cannot be repaired is said.
         with pytest.raises(retry.requests.HTTPError, match=str(UNKNOWN_STATUS)):
@@ -174,19 +165,10 @@ def test_python(webui):
             retry.generate(line.url, FAILING, webui.auth)
 
 
+@OFF
 def test_python_while_nothing_is_tracked(off):
     with pytest.raises(RuntimeError, match="not tracked"):
         load_retry().generate(off.url, body(), off.auth)
-
-
-def node() -> str:
-    found = shutil.which("node")
-    if not found:
-        pytest.skip("node is not installed")
-    version = subprocess.run([found, "--version"], stdout=subprocess.PIPE, check=True).stdout.decode()
-    if int(version[1:].split(".")[0]) < 18:
-        pytest.skip(f"node {version.strip()} is older than 18")
-    return found
 
 
 def authorization(webui: Webui) -> Dict[str, str]:
@@ -204,6 +186,7 @@ def in_node(
     return subprocess.run(command, capture_output=True, encoding="utf-8", timeout=180)
 
 
+@OFF
 def test_javascript_while_nothing_is_tracked(off, tmp_path):
     done = in_node(tmp_path, off.url, [body()], authorization(off))
     assert done.returncode and "not tracked" in done.stderr
@@ -215,13 +198,13 @@ def test_javascript(webui, tmp_path):
     def generate(*requests: Dict[str, Any]) -> "subprocess.CompletedProcess[str]":
         return in_node(tmp_path, line.url, list(requests), headers)
 
-    requests, before = requests_of("node"), saved(webui)
+    requests, before = requests_of("node"), len(saved(webui))
     # Not "at once": that can leave node's fetch waiting, until the client gives up a minute later.
     with bad_line(webui, BadLine.PLACES[:3]) as line:
         done = generate(*requests)
         assert done.returncode == 0, done.stderr
         check(webui, line, requests, json.loads(done.stdout))
-        assert saved(webui) - before == len(requests)
+        assert len(saved(webui)) - before == len(requests)
 
         done = generate(REFUSED)
         assert done.returncode and str(UNKNOWN_STATUS) in done.stderr
@@ -245,13 +228,14 @@ def in_bash(url: str, request: Dict[str, Any], *options: str) -> "subprocess.Com
     return subprocess.run(command, capture_output=True, encoding="utf-8", timeout=180)
 
 
+@OFF
 def test_bash_while_nothing_is_tracked(off):
     done = in_bash(off.url, body(), "-u", ":".join(off.auth))
     assert done.returncode and "not tracked" in done.stderr and not done.stdout
 
 
 def test_bash(webui):
-    requests, before = requests_of("bash", 12), saved(webui)
+    requests, before = requests_of("bash", 12), len(saved(webui))
     with bad_line(webui) as line, ThreadPoolExecutor(6) as executor:
 
         def generate(request: Dict[str, Any]) -> "subprocess.CompletedProcess[str]":
@@ -260,7 +244,7 @@ def test_bash(webui):
         done = list(executor.map(generate, requests))
         assert not any(it.returncode for it in done), [it.stderr for it in done]
         check(webui, line, requests, [json.loads(it.stdout) for it in done])
-        assert saved(webui) - before == len(requests)
+        assert len(saved(webui)) - before == len(requests)
 
         refused, failed = generate(REFUSED), generate(FAILING)
         assert refused.returncode and str(UNKNOWN_STATUS) in refused.stderr and not refused.stdout

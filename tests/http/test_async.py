@@ -10,21 +10,10 @@ from typing import Any, Dict
 
 import httpx
 import pytest
-from conftest import ORIGIN, Pool
 
-from harness import CLOSE, MODES, QUICK, SHAPE, UNKNOWN, UNKNOWN_STATUS, Sent, Webui, body, until
+from harness import ASYNC, CLOSE, ORIGIN, QUICK, SHAPE, UNKNOWN, UNKNOWN_STATUS, Sent, body, until
 
-ASYNC = {"Prefer": "respond-async"}
-
-
-@pytest.fixture(scope="session")
-def webui(pool: Pool) -> Webui:
-    return pool.get("tracked", MODES[-1])
-
-
-@pytest.fixture(scope="session")
-def guarded(pool: Pool) -> Webui:
-    return pool.get("tracked", MODES[-1], auth=True)
+pytestmark = pytest.mark.one_mode
 
 
 @pytest.fixture

@@ -11,17 +11,11 @@ from typing import Any, Dict, List
 
 import httpx
 import pytest
-from conftest import Pool, Start
 from neighbours import HOLDS, HURRY, UI, FromUi, held_at, reached
 
-from harness import MODES, QUICK, Sent, Webui, body, until
+from harness import ASYNC, MODES, QUICK, Sent, Start, Webui, body, is_cut, saved, until
 
-ASYNC = {"Prefer": "respond-async"}
-
-
-@pytest.fixture(scope="session")
-def webui(pool: Pool) -> Webui:
-    return pool.get("tracked", MODES[-1])
+pytestmark = pytest.mark.one_mode
 
 
 @pytest.fixture(scope="module")
@@ -45,19 +39,6 @@ def hold_the_queue(webui: Webui) -> str:
     job_id = submit(webui, standin={"hold": webui.gate()})
     webui.until_status(job_id, "Processing")
     return job_id
-
-
-def is_cut(sent: Sent) -> bool:
-    try:
-        sent.content()
-    except ConnectionError:
-        return True
-    return False
-
-
-def saved(webui: Webui) -> List[str]:
-    """The images that the webui itself kept, of requests with `save_images`."""
-    return sorted(path.name for path in (webui.folder / "webui").glob("output*/**/*.png"))
 
 
 def test_a_job_that_waits(webui):

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, List
 
 import pytest
-from test_readme import README, need, snippets
+from programs import need
+from readme import README, snippets
 
 from harness import QUICK, Webui, body, until
 

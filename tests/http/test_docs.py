@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, List
 
 import pytest
-from conftest import Pool
 
 import environment
-from harness import MODES, QUICK, TESTS, Webui, body
+from harness import MODES, QUICK, TESTS, body
+
+pytestmark = pytest.mark.one_mode
 
 ROUTES = {
     ("/sdapi/v1/job/{id}", "get"),
@@ -23,13 +24,8 @@ ROUTES = {
 }
 
 
-@pytest.fixture(scope="session")
-def webui(pool: Pool) -> Webui:
-    return pool.get("tracked", MODES[-1])
-
-
 @pytest.fixture(scope="session", params=[False, True], ids=["open", "api-auth"])
-def document(request, pool: Pool) -> Dict[str, Any]:
+def document(request, pool) -> Dict[str, Any]:
     return pool.get("tracked", MODES[-1], auth=request.param).client.get("/openapi.json").json()
 
 

@@ -14,7 +14,7 @@ from typing import Any, Dict, Iterator, List, Tuple
 import httpx
 import pytest
 
-from harness import MODE_FLAGS, MODES, SHAPE, TESTS, Page, Sent, Webui, body
+from harness import MODE_FLAGS, MODES, SHAPE, TESTS, Page, Sent, Webui, body, status_of
 
 SECOND = "pa:ss:word" if SHAPE == "sdnext" else "word"  # the others do not start with a colon in a password
 USERS = f'user:secret,second:{SECOND},third:pässword,fourth:"quoted"'
@@ -97,10 +97,6 @@ def ask(webui: Webui, method: str, path: str, headers: List[Tuple[str, str]]) ->
 
 def with_credentials(values: List[str]) -> List[Tuple[str, str]]:
     return [("Authorization", value) for value in values]
-
-
-def status_of(answer: bytes) -> int:
-    return int(answer.split()[1])
 
 
 def trace(webui: Webui) -> Any:

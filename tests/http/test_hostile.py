@@ -12,12 +12,13 @@ from typing import Any, Dict, Optional, Sequence, Tuple
 
 import httpx
 import pytest
-from conftest import Pool
 from hypothesis import HealthCheck, example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from harness import CLOSE, MODES, QUICK, Page, Sent, Webui, body, until
+from harness import CLOSE, MODES, QUICK, Page, Sent, Webui, body, status_of, until
+
+pytestmark = pytest.mark.one_mode
 
 FORGED = "x\n[Job Tracker] forged\r\n[Job Tracker] forged\x85\u2028\x1b[2J\x1b[31m\u202e\u2066\x00\x07"
 LONG = 60_000  # bytes; uvicorn takes that many of headers if they come in one piece, as they nearly always do here
@@ -25,12 +26,7 @@ SOON = 3.0  # seconds
 
 
 @pytest.fixture(scope="session")
-def webui(pool: Pool) -> Webui:
-    return pool.get("tracked", MODES[-1])
-
-
-@pytest.fixture(scope="session")
-def own(pool: Pool) -> Webui:
+def own(pool) -> Webui:
     """The same webui without Job Tracker."""
     return pool.get("alone", MODES[-1], auth=True)
 
@@ -71,10 +67,6 @@ def send(webui: Webui, method: str, path: str, headers: Sequence[Tuple[str, str]
     host = [] if "Host" in dict(headers) else ["Host: x"]
     lines = [f"{method} {path} HTTP/1.1", *host, "Connection: close", *map(": ".join, headers)]
     return Sent(webui.port, "\r\n".join([*lines, "", ""]).encode("latin-1")).to_end()
-
-
-def status_of(answer: bytes) -> int:
-    return int(answer.split()[1])
 
 
 # All routes

@@ -10,20 +10,11 @@ from typing import Any, Dict, List
 
 import httpx
 import pytest
-from conftest import Pool
 from neighbours import HOLDS, HURRY, held_at, reached
 
-from harness import MODES, QUICK, SHAPE, UNKNOWN, UNKNOWN_STATUS, Sent, Webui, body, until
+from harness import QUICK, SHAPE, UNKNOWN, UNKNOWN_STATUS, Sent, Webui, body, is_cut, until
 
-
-@pytest.fixture(scope="session")
-def webui(pool: Pool) -> Webui:
-    return pool.get("tracked", MODES[-1])
-
-
-@pytest.fixture(scope="session")
-def guarded(pool: Pool) -> Webui:
-    return pool.get("tracked", MODES[-1], auth=True)
+pytestmark = pytest.mark.one_mode
 
 
 @pytest.fixture
@@ -49,14 +40,6 @@ def settled(webui: Webui, request: Dict[str, Any]) -> None:
 
 def jobs_of(webui: Webui, request: Dict[str, Any]) -> List[Dict[str, Any]]:
     return webui.jobs(q=request["prompt"])
-
-
-def is_cut(sent: Sent) -> bool:
-    try:
-        sent.content()
-    except ConnectionError:
-        return True
-    return False
 
 
 def png(webui: Webui) -> str:

@@ -14,17 +14,11 @@ from typing import Any, Dict, Set
 
 import httpx
 import pytest
-from conftest import Pool
 from PIL import Image
 
-from harness import MODES, QUICK, Sent, Webui, body, open_files, until
+from harness import ASYNC, MODES, QUICK, Sent, Webui, body, open_files, until
 
-ASYNC = {"Prefer": "respond-async"}
-
-
-@pytest.fixture(scope="session")
-def webui(pool: Pool) -> Webui:
-    return pool.get("tracked", MODES[-1])
+pytestmark = pytest.mark.one_mode
 
 
 def ended_job(webui: Webui, **fields: Any) -> Dict[str, Any]:

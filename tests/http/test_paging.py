@@ -9,9 +9,10 @@ from typing import Any, Dict, Iterator, List
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
-from conftest import Pool
 
-from harness import MODES, QUICK, Webui, body, until
+from harness import QUICK, Webui, body, until
+
+pytestmark = pytest.mark.one_mode
 
 NOON = 1736683200  # 2025-01-12 12:00:00 UTC
 COUNT = 1300
@@ -37,11 +38,6 @@ def write_jobs(webui: Webui, dead: int = 0) -> None:
 
 def names() -> List[str]:
     return [f"Old{number:05d}" for number in reversed(range(COUNT))]
-
-
-@pytest.fixture(scope="session")
-def webui(pool: Pool) -> Webui:
-    return pool.get("tracked", MODES[-1])
 
 
 @pytest.fixture

@@ -8,13 +8,10 @@ import uuid
 from typing import Any, Dict, List
 
 import pytest
-from conftest import Start
 from inside import an_answer, load_script, make_tracker, when_ended
 from neighbours import HOLDS, UI, FromUi, held_at, reached
 
-from harness import QUICK, SHAPE, Webui, body, until
-
-ASYNC = {"Prefer": "respond-async"}
+from harness import ASYNC, QUICK, SHAPE, Start, Webui, body, until
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,8 @@ from typing import Any, Dict, NamedTuple, Optional, Tuple
 
 import httpx
 import pytest
-from conftest import ORIGIN
 
-from harness import CLOSE, KINDS, PNG, SHAPE, body
+from harness import CLOSE, KINDS, ORIGIN, PNG, SHAPE, body
 
 
 class Refused(NamedTuple):

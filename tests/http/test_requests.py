@@ -15,9 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
-from conftest import ORIGIN
 
-from harness import KINDS, QUICK, SHAPE, body, until, without_time
+from harness import KINDS, ORIGIN, QUICK, SHAPE, body, until, without_time
 
 try:
     import fcntl

@@ -11,10 +11,9 @@ from typing import Any, Callable, Iterator, List
 
 import httpx
 import pytest
-from conftest import Start
 from system import System
 
-from harness import KINDS, MODE_FLAGS, MODES, Page, Webui, body, open_files, until
+from harness import KINDS, MODE_FLAGS, MODES, Page, Start, Webui, body, open_files, until
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells which file a descriptor is of")
 

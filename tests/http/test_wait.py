@@ -9,19 +9,14 @@ import zlib
 from typing import Any, Dict, List
 
 import pytest
-from conftest import Pool
 from system import System
 
-from harness import MODES, QUICK, Sent, Webui, body, until
+from harness import ASYNC, QUICK, Sent, Webui, body, until
 
-ASYNC = {"Prefer": "respond-async"}
+pytestmark = pytest.mark.one_mode
+
 SOON = 0.15  # seconds; it is a few milliseconds where nothing else runs
 TASKS = 3  # at least, of each client that waits: its request, the wait for the job, and that for the client to leave
-
-
-@pytest.fixture(scope="session")
-def webui(pool: Pool) -> Webui:
-    return pool.get("tracked", MODES[-1])
 
 
 def held_job(webui: Webui, **standin: Any) -> str:

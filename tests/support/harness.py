@@ -45,6 +45,8 @@ MODES = ("ui",) if SHAPE == "sdnext" else ("ui", "nowebui")  # SD.Next has no mo
 MODE_FLAGS: Dict[str, Tuple[str, ...]] = {"ui": ("--api",), "nowebui": ("--nowebui",)}
 QUICK = MODE_FLAGS[MODES[-1]]  # for what is the same in both
 AUTH = ("--api-auth", "user:secret")
+ORIGIN = "http://example.org"  # which the webuis that tests share let in
+ASYNC = {"Prefer": "respond-async"}
 TRACKING = ("config", "variable")
 KINDS = ("txt2img", "img2img")
 # What each webui refuses before it asks for its queue lock, and how.
@@ -507,6 +509,27 @@ class Webui:
             return job if job["status"] == status else None
 
         return until(reached, what=f"job {job_id} is {status}")
+
+
+Start = Callable[..., Webui]
+
+
+def saved(webui: Webui) -> List[str]:
+    """The images that the webui itself has kept, whatever we say."""
+    return sorted(path.name for path in (webui.folder / "webui").glob("output*/**/*.png"))
+
+
+def is_cut(sent: Sent) -> bool:
+    try:
+        sent.content()
+    except ConnectionError:
+        return True
+    return False
+
+
+def status_of(answer: bytes) -> int:
+    """That of a response as it came."""
+    return int(answer.split()[1])
 
 
 class Page:

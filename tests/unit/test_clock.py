@@ -8,42 +8,11 @@ from pathlib import Path
 from typing import Any, Callable
 
 import pytest
-from conftest import NewTracker
 from inside import an_answer
 
 from harness import MODES, QUICK, Page, body, until
 
 DAY = 86400
-
-# An extension that sets the clock of its process by as many seconds as a file says.
-CLOCK = """
-import time
-
-real = time.time
-
-def wrong():
-    try:
-        with open({path!r}) as file:
-            return real() + float(file.read() or 0)
-    except OSError:
-        return real()
-
-time.time = wrong
-"""
-
-
-class Clock:
-    def __init__(self, folder: Path):
-        self.path = folder / "clock"
-        self.script = CLOCK.format(path=str(self.path))
-
-    def set(self, seconds: float) -> None:
-        self.path.write_text(str(seconds))
-
-
-@pytest.fixture
-def clock(tmp_path: Path) -> Clock:
-    return Clock(tmp_path)
 
 
 def test_a_start_with_a_clock_ten_years_ahead(start, clock):
@@ -128,7 +97,7 @@ def test_a_job_of_a_webui_that_was_killed_has_no_end(start):
 
 
 @pytest.fixture
-def tracker(new_tracker: NewTracker) -> Callable[..., Any]:
+def tracker(new_tracker: Callable[..., Any]) -> Callable[..., Any]:
     def make(retention: str = "30") -> Any:
         made = new_tracker(TRACKER_RETENTION=retention)
         until(lambda: made.housekeeper.next_purge, what="the purge at the start")

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from inside import a_job, completed, load_script
-from test_store import FOREIGN, MUTATION, damaged, every, lines, mutated
+from journal import FOREIGN, MUTATION, damaged, every, lines, mutated
 
 SCRIPT = load_script()
 SIZE = 150_000  # bytes

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any, Callable, Iterator, List
 
 import pytest
-from conftest import Start
 from inside import WrappedOs, an_answer, files_are_whole, make_tracker, pixels, set_constants
 from system import System
 
-from harness import MODES, QUICK, Page, Webui, body, until
+from harness import MODES, QUICK, Page, Start, Webui, body, until
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells which file a descriptor is of")
 

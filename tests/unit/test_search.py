@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from inside import a_job, load_script
-from test_store import lines
+from journal import lines
 
 WORST = ["a" * 250 + "b" + "a" * 249, "a" * 498 + "ba", "b" + "a" * 499, "a" * 499 + "b", "ab" * 249 + "aa"]
 PROMPTS = ["a" * 990] * 4000

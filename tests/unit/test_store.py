@@ -38,6 +38,7 @@ from inside import (
     until,
     when_ended,
 )
+from journal import FOREIGN, MUTATION, damaged, every, lines, mutated
 
 EMPTY = b"{\n}\n"
 
@@ -72,23 +73,6 @@ class WrappedFcntl(WrappedOs):
 
     def __getattr__(self, name: str) -> Any:
         return getattr(fcntl, name)
-
-
-def lines(script: Any, *jobs: Any) -> bytes:
-    """A jobs.json with a line for each job, or the end of one for an ID."""
-    texts = [
-        f'"{job}": null'.encode() if isinstance(job, str) else f'"{job.id}": '.encode() + script.record_of(job)
-        for job in jobs
-    ]
-    return b"{\n" + b",\n".join(texts) + b"\n}\n"
-
-
-def every(script: Any, store: Any) -> Dict[str, Any]:
-    return {job.id: job for job in store.query(script.Filter(), 10_000).jobs}
-
-
-def damaged(path: Any) -> List[bytes]:
-    return [other.read_bytes() for other in sorted(path.parent.glob("jobs.json.damaged-*")) if other.is_file()]
 
 
 def settled(store: Any) -> bool:
@@ -437,24 +421,6 @@ def test_spoilt(script, opened, path, three, dice, caplog, name):
     assert str(path.parent / "jobs.json.damaged-") in caplog.text
 
 
-FOREIGN = {
-    "byte order mark": lambda data: b"\xef\xbb\xbf" + data,
-    "minified": lambda data: json.dumps(json.loads(data.decode()), separators=(",", ":")).encode(),
-    "minified, with a line end": lambda data: json.dumps(json.loads(data.decode())).encode() + b"\n",
-    "indented": lambda data: json.dumps(json.loads(data.decode()), indent=2).encode(),
-    "indented, in UTF-8": lambda data: json.dumps(json.loads(data.decode()), indent=4, ensure_ascii=False).encode(),
-    "by jq": lambda data: subprocess.run(["jq", "."], input=data, stdout=subprocess.PIPE, check=True).stdout,
-    "by jq -c": lambda data: subprocess.run(["jq", "-c", "."], input=data, stdout=subprocess.PIPE, check=True).stdout,
-    "line ends of Windows": lambda data: data.replace(b"\n", b"\r\n"),
-    "no last line end": lambda data: data[:-1],
-    "empty lines": lambda data: data.replace(b"\n", b"\n\n"),
-    "a comma too many": lambda data: data.replace(b"\n}\n", b",\n}\n"),
-    "a comma missing": lambda data: data.replace(b"},\n", b"}\n"),
-    "no closing brace": lambda data: data[:-3],
-    "keys in another order": lambda data: json.dumps(json.loads(data.decode()), indent=1, sort_keys=True).encode(),
-}
-
-
 @pytest.mark.parametrize("name", FOREIGN)
 def test_laid_out_by_others(script, opened, path, three, dice, name):
     if "jq" in name and not script.shutil.which("jq"):
@@ -735,44 +701,6 @@ def test_removed_or_put_back_while_it_is_used(script, opened, path, three, dice)
     until(lambda: every(script, store) == {three[0].id: three[0]})
     until(lambda: settled(store))
     assert set(alive(path)) == {three[0].id}
-
-
-# Readers of files against random changes of valid ones
-
-GARBAGE = st.sampled_from(
-    [b"\0" * 40, b"\xff\xfe", b"garbage", b"{", b"}", b"\n", b",", b'"', b"\\", b"[]", b"\r\n", b"\xef\xbb\xbf"]
-    + [b'"A1b2C3d4": {', b'"A1b2C3d4": null', b'"finished":null', b"\n\n", b'\n"AAAA', b"{}{}{}"]
-)
-PLACE = st.floats(0, 1, exclude_max=True)
-MUTATION = st.one_of(
-    st.tuples(st.just("cut"), PLACE),
-    st.tuples(st.just("insert"), PLACE, GARBAGE),
-    st.tuples(st.just("drop"), PLACE, st.integers(1, 60)),
-    st.tuples(st.just("byte"), PLACE, st.integers(0, 255)),
-    st.tuples(st.just("zero"), PLACE, st.integers(1, 400)),
-    st.tuples(st.just("double"), PLACE, st.integers(1, 400)),
-    st.tuples(st.just("separator"), st.sampled_from([b"\n", b",", b",\r\n", b",\n\n", b" ,\n", b",,\n"])),
-)
-
-
-def mutated(data: bytes, mutations: List[Any]) -> bytes:
-    for kind, *what in mutations:
-        at = int(what[0] * len(data)) if isinstance(what[0], float) else 0
-        if kind == "cut":
-            data = data[:at]
-        elif kind == "insert":
-            data = data[:at] + what[1] + data[at:]
-        elif kind == "drop":
-            data = data[:at] + data[at + what[1] :]
-        elif kind == "byte":
-            data = data[:at] + bytes([what[1]]) + data[at + 1 :]
-        elif kind == "zero":
-            data = data[:at] + bytes(min(what[1], len(data) - at)) + data[at + what[1] :]
-        elif kind == "double":
-            data = data[:at] + data[at : at + what[1]] + data[at:]
-        elif kind == "separator":
-            data = data.replace(b",\n", what[0], 1)
-    return data
 
 
 def good_lines(script: Any, data: bytes) -> Dict[str, Any]:
