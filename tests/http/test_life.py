@@ -11,15 +11,9 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 
 import pytest
 
-from harness import AUTH, MODE_FLAGS, MODES, QUICK, SHAPE, body, until
+from harness import AUTH, MODE_FLAGS, MODES, QUICK, SHAPE, assert_tracks, body, until
 
 MODE = pytest.mark.parametrize("mode", MODES)
-
-
-def assert_tracks(webui):
-    response = webui.post(body())
-    job = webui.job(response.headers["X-Job-ID"], wait=30)
-    assert (job["status"], job["images"]) == ("Completed", response.json()["images"])
 
 
 def hold_and_queue(webui):

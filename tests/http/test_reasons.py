@@ -7,17 +7,15 @@ import errno
 import os
 import shutil
 import subprocess
-from pathlib import Path
 from typing import Any, Callable, Iterator, List
 
 import httpx
 import pytest
+from disks import ROOT, moved_away
 from inside import load_script
 from system import System
 
 from harness import CLOSE, MODE_FLAGS, MODES, Page, Webui, body, until
-
-ROOT = hasattr(os, "geteuid") and os.geteuid() == 0
 
 
 @pytest.mark.parametrize(
@@ -40,17 +38,6 @@ def test_reasons(make, reason):
 
 
 Trouble = Callable[[Webui], Any]
-
-
-@contextlib.contextmanager
-def moved_away(path: Path) -> Iterator[None]:
-    away = path.with_name(path.name + "-away")
-    path.rename(away)
-    try:
-        yield
-    finally:
-        shutil.rmtree(str(path)) if path.is_dir() else path.unlink()
-        away.rename(path)
 
 
 @contextlib.contextmanager

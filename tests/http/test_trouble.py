@@ -8,15 +8,14 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 import time
 
 import httpx
 import pytest
+from disks import mounted, moved_away
 from system import System
 
-from harness import CLOSE, MODE_FLAGS, MODES, QUICK, SHAPE, Page, body, until, without_time
+from harness import CLOSE, MODE_FLAGS, MODES, QUICK, SHAPE, Page, assert_tracks, body, until, without_time
 
 
 @pytest.fixture(scope="module")
@@ -75,15 +74,6 @@ def until_error(webui, job_id):
         return job if job["error"] else None
 
     return until(has_error, what="the job has an error")
-
-
-def assert_tracks(webui):
-    """It does all that it should."""
-    response = webui.post(body())
-    job = webui.job(response.headers["X-Job-ID"], wait=30)
-    assert (job["status"], job["images"]) == ("Completed", response.json()["images"])
-    until(webui.is_idle)
-    assert job["id"] in webui.records()
 
 
 def test_images_that_cannot_be_opened(mended):
@@ -209,20 +199,6 @@ def elsewhere(start_shared, tmp_path_factory):
     return start_shared(*QUICK, environ={"TRACKER_DATA_DIR": str(folder)})
 
 
-@contextlib.contextmanager
-def moved_away(path):
-    away = path.with_name(path.name + "-away")
-    path.rename(away)
-    try:
-        yield
-    finally:
-        if path.is_dir():
-            shutil.rmtree(str(path))
-        elif path.exists():
-            path.unlink()
-        away.rename(path)
-
-
 def test_data_folder_elsewhere(elsewhere):
     assert_tracks(elsewhere)
     assert not (elsewhere.extension / "images").exists()
@@ -295,17 +271,8 @@ def test_jobs_json_replaced_by_a_folder(elsewhere):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    if sys.platform != "linux":
-        pytest.skip("a small disk is made on Linux only")
-    folder = tmp_path / "small"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
-    if subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("a small disk can be mounted by root only")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
+    with mounted(tmp_path / "small", "size=1m"):
+        yield tmp_path / "small"
 
 
 PAGE = 4096

@@ -527,6 +527,15 @@ def is_cut(sent: Sent) -> bool:
     return False
 
 
+def assert_tracks(webui: Webui) -> None:
+    """It does all that it should."""
+    response = webui.post(body())
+    job = webui.job(response.headers["X-Job-ID"], wait=30)
+    assert (job["status"], job["images"]) == ("Completed", response.json()["images"])
+    until(webui.is_idle)
+    assert job["id"] in webui.records()
+
+
 def status_of(answer: bytes) -> int:
     """That of a response as it came."""
     return int(answer.split()[1])

@@ -12,10 +12,9 @@ from string import Template
 from typing import Iterator, NamedTuple, Tuple
 
 import pytest
+from disks import ROOT
 
 from harness import Webui, free_port, until
-
-IS_ROOT = hasattr(os, "geteuid") and os.geteuid() == 0
 
 
 class ReverseProxy(NamedTuple):
@@ -33,7 +32,7 @@ NGINX = ReverseProxy(
     "nginx-light",
     ("-v",),
     ("-c", "$folder/config"),
-    f"daemon off; pid $folder/pid; error_log stderr; worker_processes 1; {'user root;' if IS_ROOT else ''}\n"
+    f"daemon off; pid $folder/pid; error_log stderr; worker_processes 1; {'user root;' if ROOT else ''}\n"
     "events {}\n"
     "http {\n"
     "  access_log off; client_body_temp_path $folder; proxy_temp_path $folder; fastcgi_temp_path $folder;\n"
@@ -73,7 +72,7 @@ APACHE = ReverseProxy(
         f"LoadModule {it}_module /usr/lib/apache2/modules/mod_{it}.so\n"
         for it in ("mpm_event", "authz_core", "proxy", "proxy_http")
     )
-    + ("User www-data\nGroup www-data\n" if IS_ROOT else "")
+    + ("User www-data\nGroup www-data\n" if ROOT else "")
     + "ProxyPass / http://127.0.0.1:$webui/\n$setting\n",
 )
 

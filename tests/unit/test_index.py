@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List
 
 import pytest
+from disks import ROOT, mounted
 from inside import SCRIPT, a_job, alive, completed, set_constants, until
 
 from harness import TESTS
 
 BEFORE = "9945b77"  # the last commit without an index
-ROOT = hasattr(os, "geteuid") and os.geteuid() == 0
 
 
 @pytest.fixture
@@ -77,18 +77,6 @@ def write_jobs(script: Any, path: Path, jobs: List[Any]) -> None:
 
 def modes(folder: Path) -> Dict[str, int]:
     return {path.name: stat.S_IMODE(path.stat().st_mode) for path in folder.glob("jobs.json*")}
-
-
-@contextlib.contextmanager
-def small_disk(folder: Path, size: str) -> Iterator[None]:
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
-    if not ROOT or subprocess.run(command, stderr=subprocess.DEVNULL).returncode:
-        pytest.skip("needs the right to mount")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 # The index is removed, damaged, or another's
@@ -218,7 +206,7 @@ def test_an_index_that_only_its_owner_may_write(script, opened, public, dice):
 def test_a_disk_with_no_room_for_the_first_index(script, opened, tmp_path, dice):
     """The index is then in memory, and what it took of the disk is given back to the jobs."""
     disk = tmp_path / "disk"
-    with small_disk(disk, "6m"):
+    with mounted(disk, "size=6m"):
         jobs = [completed(a_job(script, dice, prompt="c" * 200)) for _ in range(8000)]
         write_jobs(script, disk / "jobs.json", jobs)
         store = opened(disk)
@@ -231,7 +219,7 @@ def test_a_disk_with_no_room_for_the_first_index(script, opened, tmp_path, dice)
 def test_the_index_leaves_the_disk_to_the_jobs(script, opened, tmp_path, dice):
     """Who fills a disk finds it full of jobs, not of a view of them that is made anew at any time."""
     disk = tmp_path / "disk"
-    with small_disk(disk, "4m"):
+    with mounted(disk, "size=4m"):
         store = opened(disk)
         with pytest.raises(script.StoreError):
             for _ in range(10_000):

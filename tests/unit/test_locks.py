@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import Any, Iterator, List
 
 import pytest
+from disks import NOBODY, ROOT
 from inside import WrappedOs, a_job, until
 
 from harness import MODE_FLAGS, MODES, QUICK, Page, Webui, body, open_files
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="needs flock")
 
-NOBODY = 65534
-ROOT = hasattr(os, "geteuid") and os.geteuid() == 0
+
 LIMIT = 5.0  # LOCK_SECONDS of the script
 SLACK = 4.0  # what a busy machine adds
 

@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator
 
 import pytest
+from disks import NOBODY, ROOT
 from inside import WrappedOs, a_job, an_answer, completed, make_tracker, pixels, until
 
 from harness import QUICK, Webui, body
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="Windows has no such modes")
-ROOT = hasattr(os, "geteuid") and os.geteuid() == 0
-NOBODY = 65534
 
 
 def modes_of(folder: Path) -> Dict[str, int]:

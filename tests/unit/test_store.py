@@ -17,10 +17,11 @@ import threading
 import time
 import tracemalloc
 from concurrent.futures import wait
-from typing import Any, Dict, Iterator, List
+from typing import Any, Dict, List
 
 import bench_store
 import pytest
+from disks import mounted
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -945,19 +946,6 @@ def test_a_disk_that_fails(script, opened, path, dice, what):
     until(lambda: alive(path) and alive(path)[kept.id]["status"] == "Completed" and len(alive(path)) == 1)
     store.close()
     assert every(script, opened()) == {kept.id: completed(kept)}
-
-
-@contextlib.contextmanager
-def mounted(folder: Any, options: str) -> Iterator[None]:
-    """A file system in memory at a folder."""
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
-    if not hasattr(os, "geteuid") or os.geteuid() or subprocess.run(command, stderr=subprocess.DEVNULL).returncode:
-        pytest.skip("needs the right to mount")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def generate(script: Any, tracker: Any, job: Any) -> str:
