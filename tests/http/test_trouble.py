@@ -1,4 +1,4 @@
-"""When our own disk or code fails, or the webui is not supported, generations go on."""
+"""When our own disk or code fails, generations go on, and clients and pages are told why."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import json
 import os
 import re
 import shutil
-import time
+from typing import Any, Callable, Iterator, List
 
 import httpx
 import pytest
-from disks import mounted, moved_away
+from disks import ROOT, mounted, moved_away
 from system import System
 
-from harness import CLOSE, MODE_FLAGS, MODES, QUICK, SHAPE, Page, assert_tracks, body, until, without_time
+from harness import CLOSE, MODE_FLAGS, MODES, QUICK, Page, Webui, assert_tracks, body, until, without_time
 
 
 @pytest.fixture(scope="module")
@@ -342,162 +342,150 @@ def test_disk_that_is_full_at_the_start(start, small_disk):
     assert_tracks(webui)
 
 
-# Webuis that are not as we know them
+# Whatever goes wrong, nobody is told where our files lie. The log may say that
 
 
-def test_ui_without_the_api(start):
-    if SHAPE == "sdnext":
-        pytest.skip("it always has the API")
-    webui = start()
-    assert [line for line in webui.our_log() if "--api" in line] == webui.our_log()[-1:]
-    assert webui.client.get("/").status_code == 200
-    assert webui.client.get("/sdapi/v1/jobs").status_code == 404
-    assert "Traceback" not in webui.log
+Trouble = Callable[[Webui], Any]
 
 
-STRANGE = """
-from modules import script_callbacks
+@contextlib.contextmanager
+def a_file_for(webui: Webui, name: str) -> Iterator[None]:
+    path = webui.data / name if name != "config.json" else webui.extension / name
+    with moved_away(path):
+        path.write_text("in the way") if name != "config.json" else path.mkdir()
+        yield
 
-def find(app, name):
-    return next(route for route in app.routes if getattr(route, "path", "") == "/sdapi/v1/" + name)
 
-def change(_, app):
-    {change}
+@contextlib.contextmanager
+def read_only(webui: Webui) -> Iterator[None]:
+    folders = [webui.data, *(path for path in webui.data.glob("images/**/*") if path.is_dir()), webui.data / "images"]
+    for folder in folders:
+        folder.chmod(0o500)
+    try:
+        yield
+    finally:
+        for folder in folders:
+            folder.chmod(0o700)
 
-script_callbacks.on_app_started(change)
-"""
 
-STRANGERS = {
-    "an endpoint without an object": "find(app, 'txt2img').endpoint = lambda: None",
-    "an object without a lock": "find(app, 'img2img').endpoint = [].append",
-    "a route that is none of FastAPI's": "del find(app, 'txt2img').dependant",
-    "a host without add_api_route": (
-        "import modules.shared\n"
-        "    modules.shared.api = None\n"
-        "    type(find(app, 'txt2img').endpoint.__self__).add_api_route = None"
-    ),
-    "no route of its name": "find(app, 'img2img').path = find(app, 'txt2img').path = '/other'",
+# Calls that fail, and the file that they are for.
+FAILURES = {
+    "images cannot be written": ("replace", "images"),
+    "images cannot be opened": ("open", "images"),
+    "images cannot be listed": ("listdir", "images"),
+    "jobs.json cannot be looked at": ("fstat", "jobs.json"),
+    "jobs.json cannot be read": ("pread read", "jobs.json"),
+    "jobs.json cannot be written": ("pwrite write", "jobs.json"),
+    "jobs.json cannot be synced": ("fsync", "jobs.json"),
+    "config.json cannot be written": ("replace", "config.json"),
+    "the answer cannot be read": ("loads", "images"),
 }
 
 
-@pytest.mark.parametrize("change", STRANGERS)
-def test_unknown_webui(start, change):
-    """One clear line, nothing half done, and the webui runs on."""
-    webui = start(*QUICK, scripts={"a-stranger": STRANGE.format(change=STRANGERS[change])})
-    lines = [line for line in webui.our_log() if "not tracked" in line]
-    assert len(lines) == 1, webui.log
-    assert not [line for line in webui.our_log() if "Ready" in line]
-    for kind in ("txt2img", "img2img"):
-        response = webui.post(body(kind=kind), kind)
-        assert response.status_code == 200
-        assert response.json()["images"]
-        assert "X-Job-ID" not in response.headers
-    assert webui.records() == {}
+def failing(webui: Webui, name: str) -> Any:
+    calls, of = FAILURES[name]
+    return webui.fails(calls, (webui.extension if of == "config.json" else webui.data) / of)
 
 
-LATER = """
-from modules import script_callbacks
-
-PATH = "/sdapi/v1/txt2img"
-
-def answer():
-    return {{"images": []}}
-
-def mounted(endpoint):
-    import fastapi
-    app = fastapi.FastAPI()
-    app.add_api_route("/txt2img", endpoint, methods=["POST"])
-    return app
-
-def change(_, app):
-    routes = app.router.routes
-    before = list(routes)
-    own = next(route for route in routes if getattr(route, "path", "") == PATH)
-    app.add_api_route(PATH, answer, methods=["POST"])
-    {change}
-
-    def put_back():
-        routes[:] = before
-
-    app.add_api_route("/put-back", put_back)
-
-script_callbacks.on_app_started(change)
-"""
+TOLD_TROUBLES = {
+    **{name: lambda webui, name=name: failing(webui, name) for name in FAILURES},
+    "a file for the data folder": lambda webui: a_file_for(webui, "."),
+    "a folder for config.json": lambda webui: a_file_for(webui, "config.json"),
+    "a read-only folder": read_only,
+}
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(
-    "change",
-    [
-        "routes.remove(own)",
-        "routes.insert(0, routes.pop())",
-        "app.add_api_route('/sdapi/v1/{any:path}', answer, methods=['POST']), routes.insert(0, routes.pop())",
-        "app.mount('/sdapi/v1', mounted(answer)), routes.insert(0, routes.pop())",
-    ],
+@pytest.fixture(scope="module")
+def webui(start_shared, tmp_path_factory) -> Webui:
+    """A webui whose data folder has a name that is nowhere else."""
+    data = tmp_path_factory.mktemp("kept") / "somewhere-secret"
+    system = System(tmp_path_factory.mktemp("system"))
+    webui = start_shared(*MODE_FLAGS[MODES[0]], environ={"TRACKER_DATA_DIR": str(data)}, scripts=system.scripts)
+    webui.fails = system.fails
+    return webui
+
+
+TOLD = (
+    *("nput/output error", "ot a directory", "ile exists", "it is no file", "ermission denied", "No space left"),
+    "no longer on disk",
 )
-def test_route_that_is_registered_anew(start, mode, change):
-    """By an extension that is loaded later. It is said within seconds, in the log and in the tab, and once."""
-    scripts = {"z-later": LATER.format(change=change)}
-    webui = start(*MODE_FLAGS[mode], scripts=scripts, constants={"LOOK_EVERY": 0.1})
-    assert webui.post(body()).json() == {"images": []}
-    until(lambda: any("not tracked any more" in line for line in webui.our_log()), what="it is said")
-    assert "/sdapi/v1/txt2img was taken away" in webui.our_log()[-1]
-    if mode == "ui":
-        assert "was taken away" in Page(webui.client).look()
-    webui.client.get("/put-back")
-    until(lambda: "tracked again" in webui.our_log()[-1], what="it is said")
-    assert len(webui.our_log()) == 3, webui.our_log()
-    assert_tracks(webui)
 
 
-def test_route_that_comes_after_ours(start):
-    """It never gets a request."""
-    webui = start(*QUICK, scripts={"z-later": LATER.format(change="pass")}, constants={"LOOK_EVERY": 0.1})
-    assert_tracks(webui)
-    time.sleep(0.5)
-    assert len(webui.our_log()) == 1, webui.our_log()
+def how_it_goes(webui: Webui, job_id: str) -> str:
+    """A job that has ended, or cannot be stored, or cannot be read."""
+
+    def told() -> str:
+        text = webui.client.get(f"/sdapi/v1/job/{job_id}?images=false&wait=1", headers=CLOSE).text
+        return text if '"Processing"' not in text or '"error":null' not in text else ""
+
+    return until(told, what="the job says how it goes")
 
 
-def test_config_that_cannot_be_read_is_said_in_the_tab(start):
-    webui = start(*MODE_FLAGS[MODES[0]])
-    page = Page(webui.client)
-    assert "config.json" not in page.look()
-    (webui.extension / "config.json").write_text('{"enabled": true, "retention_days": 7,}')
-    html = page.look()
-    assert "config.json cannot be read (" in html and "what was known of it holds" in html
-    assert str(webui.folder) not in html
-    (webui.extension / "config.json").write_text('{"enabled": true, "retention_days": "7"}')
-    assert "retention_days is invalid, so retention is off" in page.look()
-    (webui.extension / "config.json").write_text('{"enabled": true, "retention_days": 7}')
-    assert "config.json" not in page.look()
+def everything_said(webui: Webui, known: str) -> List[str]:
+    """What clients and the tab are told, whatever they ask."""
+    client, said = webui.client, []
+    path, keyed = f"/sdapi/v1/job/{known}", {"Idempotency-Key": os.urandom(4).hex()}
+    for ask in (
+        lambda: webui.post(body(), headers=CLOSE),
+        lambda: webui.post(body(), headers={**keyed, **CLOSE}),
+        lambda: webui.post(body(), headers={"Idempotency-Key": "known", **CLOSE}),
+        lambda: webui.post(body(), headers={"Prefer": "respond-async, wait=20", **CLOSE}),
+        lambda: client.get("/sdapi/v1/jobs?images=false", headers=CLOSE),
+        lambda: client.get("/sdapi/v1/jobs?q=cat", headers=CLOSE),
+        lambda: client.get(path, headers=CLOSE),
+        lambda: client.get(f"{path}/images/0", headers=CLOSE),
+        lambda: client.post(f"{path}/cancel", headers=CLOSE),
+    ):
+        with contextlib.suppress(httpx.RemoteProtocolError):  # cut, since the head was out
+            answer = ask()
+            said.append(answer.text)
+            if "X-Job-ID" in answer.headers:
+                said.append(how_it_goes(webui, answer.headers["X-Job-ID"]))
+    page = Page(client)
+    page.call("job_tracker_purge")
+    said += [page.call(f"job_tracker_{name}", value).text for name, value in (("enabled", True), ("retention", "Off"))]
+    until(lambda: "Purging" not in page.look(job=known), what="the purge has ended")
+    return [*said, page.look(), page.look(job=known)]
 
 
-@pytest.mark.every_mode
-@pytest.mark.parametrize("mode", MODES)
-def test_ready_and_off(start, mode):
-    """It says how to turn tracking on, and when somebody did."""
-    webui = start(*MODE_FLAGS[mode], tracking=None, constants={"LOOK_EVERY": 0.1})
-    (line,) = webui.our_log()
-    assert line.startswith(f"[Job Tracker] Ready, tracking is off, jobs are in {webui.data}. To turn it on, ")
-    assert '"enabled": true' in line and "TRACKER_ENABLED=1" in line
-    assert ("the tab" in line) == (mode == "ui")
-    path = webui.extension / "config.json"
-    for enabled, word in ((True, "on"), (False, "off")):
-        path.write_text(json.dumps({"enabled": enabled}))
-        until(lambda word=word: webui.our_log()[-1] == f"[Job Tracker] Tracking is {word} now")
-    webui.kill()
-    webui.environ["TRACKER_ENABLED"] = "off"
-    webui.start()
-    assert webui.our_log()[-1].endswith(f"jobs are in {webui.data}. TRACKER_ENABLED turns it off")
+def check_what_is_told(webui: Webui, trouble: Trouble) -> None:
+    for job in webui.jobs(limit=1000):  # those of the trouble before say what that was
+        webui.client.delete(f"/sdapi/v1/job/{job['id']}")
+    known = webui.post(body(), headers={"Idempotency-Key": "known"}).headers["X-Job-ID"]
+    assert webui.job(known, wait=30)["status"] == "Completed"
+    until(webui.is_idle)
+    assert not [text for text in everything_said(webui, known) if any(word in text for word in TOLD)]
+    gate = webui.gate()
+    accepted = webui.send(body(standin={"hold": gate})).job_id()
+    webui.until_status(accepted, "Processing")
+    until(lambda: webui.records()[accepted]["status"] == "Processing", what="that is on disk")
+    with trouble(webui):
+        gate.open()
+        said = [how_it_goes(webui, accepted), *everything_said(webui, known)]
+    told = [text for text in said if any(word in text for word in TOLD)]
+    assert told
+    for text in said:
+        assert webui.data.name not in text and str(webui.extension) not in text, text[:3000]
+    until(lambda: webui.post(body()).headers.get("X-Job-ID"), what="all is well again")
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_installed_twice(start, mode):
-    webui = start(*MODE_FLAGS[mode], copies=2)
-    lines = [line for line in webui.our_log() if "another copy" in line]
-    assert len(lines) == 1, webui.log
-    assert "Traceback" not in webui.log
-    assert_tracks(webui)
-    assert len(webui.records()) == 1
-    second = webui.extension.with_name("job-tracker-2")
-    assert (second / "jobs.json").read_text().split() == ["{", "}"]
+@pytest.mark.parametrize("name", TOLD_TROUBLES)
+def test_nobody_is_told_where_our_files_lie(webui, name):
+    if name == "a read-only folder" and ROOT:
+        pytest.skip("root may write everywhere")
+    check_what_is_told(webui, TOLD_TROUBLES[name])
+
+
+def test_nobody_is_told_where_our_files_lie_on_a_full_disk(start, tmp_path):
+    folder = tmp_path / "somewhere-secret"
+
+    @contextlib.contextmanager
+    def full(webui: Webui) -> Iterator[None]:
+        filler = fill(folder, but=1)  # room for a record, and none for images
+        try:
+            yield
+        finally:
+            filler.unlink()
+
+    with mounted(folder, "size=2m"):
+        check_what_is_told(start(*MODE_FLAGS[MODES[0]], environ={"TRACKER_DATA_DIR": str(folder)}), full)
