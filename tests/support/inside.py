@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import types
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional
 from unittest import mock
@@ -111,6 +112,15 @@ class WrappedOs:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(os, name)
+
+
+class WrappedFcntl(WrappedOs):
+    """The same for `fcntl`."""
+
+    def __getattr__(self, name: str) -> Any:
+        import fcntl  # which Windows has not
+
+        return getattr(fcntl, name)
 
 
 def set_constants(script: Any, **values: Any) -> None:
@@ -257,3 +267,28 @@ def files_are_whole(tracker: Any, job: Any) -> bool:
         ) and tracker.describe(job, whole=True)["parameters"] == {"prompt": job.id}
     except Exception:  # the StoreError of whichever script it is
         return False
+
+
+def within(seconds: float, function: Callable[..., Any], *args: Any) -> Any:
+    """What a function returns or raises, and a failure if it does neither."""
+    done: Future = Future()
+
+    def call() -> None:
+        try:
+            done.set_result(function(*args))
+        except BaseException as error:
+            done.set_exception(error)
+
+    threading.Thread(target=call, daemon=True).start()
+    return done.result(seconds)
+
+
+def generate(script: Any, tracker: Any, job: Any) -> str:
+    """Takes a job from its acceptance to its end, and returns its status."""
+    if tracker.accept(job, lambda: True).exception() is not None:
+        until(lambda: tracker.get(job.id) is None)
+        return "refused"
+    tracker.start(job.id)
+    tracker.finish(job.id, an_answer(script, job.id, 1))
+    until(lambda: tracker.get(job.id).ended or tracker.store.trouble)
+    return tracker.get(job.id).status

@@ -26,6 +26,15 @@ def damaged(path: Any) -> List[bytes]:
     return [other.read_bytes() for other in sorted(path.parent.glob("jobs.json.damaged-*")) if other.is_file()]
 
 
+def all_pages(store: Any, wanted: Any, limit: int) -> List[Any]:
+    page = store.query(wanted, limit)
+    jobs = page.jobs
+    while page.cursor is not None:
+        page = store.query(wanted, limit, page.cursor)
+        jobs += page.jobs
+    return jobs
+
+
 FOREIGN = {
     "byte order mark": lambda data: b"\xef\xbb\xbf" + data,
     "minified": lambda data: json.dumps(json.loads(data.decode()), separators=(",", ":")).encode(),
@@ -80,3 +89,8 @@ def mutated(data: bytes, mutations: List[Any]) -> bytes:
         elif kind == "separator":
             data = data.replace(b",\n", what[0], 1)
     return data
+
+
+def settled(store: Any) -> bool:
+    """Whether the store has nothing more to do."""
+    return store.idle(0)

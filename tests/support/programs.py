@@ -11,9 +11,7 @@ from typing import Any, Dict
 
 import pytest
 
-from harness import (
-    TESTS,
-)
+from harness import TESTS
 
 CLIENTS = TESTS / "clients"
 

@@ -13,13 +13,13 @@ import subprocess
 import sys
 import threading
 import types
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List
+from typing import Any, Dict, Iterator, List
 
 import pytest
 from disks import ROOT, mounted
-from inside import SCRIPT, a_job, alive, completed, set_constants, until
+from inside import SCRIPT, a_job, alive, completed, set_constants, until, within
 
 from harness import TESTS
 
@@ -27,36 +27,8 @@ BEFORE = "9945b77"  # the last commit without an index
 
 
 @pytest.fixture
-def opened(script, tmp_path):
-    """`opened()` is a store on the test's folder, or on another."""
-    stores = []
-
-    def open_store(folder: Any = tmp_path, program: Any = script) -> Any:
-        stores.append(program.JobStore(str(folder)))
-        return stores[-1]
-
-    yield open_store
-    for store in stores:
-        within(20, store.close)
-
-
-@pytest.fixture
 def index(tmp_path):
     return tmp_path / "jobs.json.index"
-
-
-def within(seconds: float, function: Callable[..., Any], *args: Any) -> Any:
-    """What a function returns or raises, and a failure if it does neither."""
-    done: Future = Future()
-
-    def call() -> None:
-        try:
-            done.set_result(function(*args))
-        except BaseException as error:
-            done.set_exception(error)
-
-    threading.Thread(target=call, daemon=True).start()
-    return done.result(seconds)
 
 
 def filled(script: Any, store: Any, dice: random.Random, count: int = 200, **fields: Any) -> List[Any]:

@@ -69,6 +69,41 @@ def mode_of(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode)
 
 
+# One at a time
+
+
+def test_locks(script, tmp_path):
+    """One at a time, also within the process; whoever does not wait is told."""
+    path = str(tmp_path / "lock")
+    one, two = script.FileLock(path), script.FileLock(path)
+    with one:
+        assert not two.acquire(0)
+    assert two.acquire(0)
+    taken = []
+    thread = threading.Thread(target=lambda: taken.append(one.acquire()))
+    thread.start()
+    time.sleep(0.05)
+    assert not taken
+    two.close()
+    thread.join(10)
+    assert taken == [True]
+    one.close()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="an open file cannot be removed")
+def test_a_lock_that_was_tidied_away_still_locks(script, tmp_path):
+    path = tmp_path / "lock"
+    one, two = script.FileLock(str(path)), script.FileLock(str(path))
+    assert one.acquire()
+    one.release()
+    path.unlink()
+    assert two.acquire()
+    assert not one.acquire(0)
+    two.close()
+    assert one.acquire(0)
+    one.close()
+
+
 # For how long
 
 

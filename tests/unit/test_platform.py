@@ -6,7 +6,6 @@ import contextlib
 import errno
 import ntpath
 import os
-import shutil
 import sys
 import threading
 import time
@@ -423,25 +422,3 @@ def test_half_reads_and_half_writes_of_windows(tmp_path):
         thread.join()
     os.close(file)
     assert not found
-
-
-# What a failure is called
-
-
-@pytest.mark.parametrize(
-    "make, reason",
-    [
-        (lambda: OSError(errno.ENOSPC, "No space left on device", "/data/jobs.json"), "No space left on device"),
-        (lambda: OSError(errno.EXDEV, "Invalid link", "/data/a", None, "/data/b"), "Invalid link"),
-        (lambda: FileNotFoundError(errno.ENOENT, "No such file", b"/data"), "No such file"),
-        (lambda: OSError("the store is closed"), "the store is closed"),
-        (lambda: OSError(), "OSError"),
-        (lambda: OSError(errno.EIO), "OSError"),
-        (lambda: shutil.SameFileError("'/data/a' and '/data/a' are the same file"), "SameFileError"),
-        (lambda: shutil.Error([("/data/a", "/data/b", "why")]), "Error"),
-        (lambda: ValueError("it must be true or false"), "it must be true or false"),
-        (lambda: MemoryError(), "MemoryError"),
-    ],
-)
-def test_reasons(make, reason):
-    assert load_script().reason_of(make()) == reason

@@ -1,5 +1,7 @@
 """config.json and the environment's variables."""
 
+from __future__ import annotations
+
 import errno
 import json
 import logging
@@ -10,7 +12,11 @@ import sys
 import threading
 
 import pytest
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 from inside import load_script
+from journal import MUTATION, mutated
 
 from harness import PROJECT, TESTS, body, until
 
@@ -598,3 +604,34 @@ def test_the_folder_for_the_data(start, tmp_path):
     assert job_id in webui.records()
     assert len(webui.images()) == 2
     assert sorted(os.listdir(str(webui.extension))) == ["config.json", "install.py", "scripts"]
+
+
+# Random changes of valid files
+
+
+LOADED = load_script()
+
+
+@hypothesis_settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    st.sampled_from(
+        [b'{"enabled": true, "retention_days": 7}', b'{\n    "enabled": false,\n    "retention_days": null\n}\n']
+    ),
+    st.lists(MUTATION, min_size=1, max_size=3),
+)
+def test_any_config(tmp_path_factory, data, mutations):
+    """It never raises, and what it cannot read it sets aside, as it was."""
+    folder = tmp_path_factory.mktemp("fuzz")
+    path = folder / "config.json"
+    path.write_bytes(mutated(data, mutations))
+    before = path.read_bytes()
+    made = LOADED.Settings(str(folder), {})
+    assert made.enabled in (True, False)
+    assert made.retention_days is None or made.retention_days >= 0
+    made.save(enabled=True)
+    assert json.loads(path.read_text())["enabled"] is True
+    try:
+        readable = isinstance(json.loads(before.decode("utf-8-sig")), dict)
+    except (ValueError, RecursionError):
+        readable = False
+    assert [other.read_bytes() for other in folder.glob("config.json.damaged-*")] == ([] if readable else [before])

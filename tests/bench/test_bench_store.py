@@ -1,0 +1,12 @@
+"""Each measurement of bench_store.py works, with few jobs."""
+
+from __future__ import annotations
+
+import bench_store
+import pytest
+
+
+@pytest.mark.parametrize("bench", bench_store.BENCHES.values(), ids=bench_store.BENCHES)
+def test_benches(bench):
+    figures = bench(2_000, lambda text, share: None)
+    assert all(figure.measured for figure in figures)

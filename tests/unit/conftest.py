@@ -1,0 +1,27 @@
+"""Stores that tests open, on the folder of the test."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from inside import within
+
+
+@pytest.fixture
+def opened(script, tmp_path):
+    """`opened()` is a store on the test's folder, or on another."""
+    stores = []
+
+    def open_store(folder: Any = tmp_path, program: Any = script) -> Any:
+        stores.append(program.JobStore(str(folder)))
+        return stores[-1]
+
+    yield open_store
+    for store in stores:
+        within(20, store.close)
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "jobs.json"

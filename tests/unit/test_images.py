@@ -1,0 +1,254 @@
+"""images/: what is stored is given back as it was, and nothing else is followed, kept or lost."""
+
+from __future__ import annotations
+
+import base64
+import errno
+import json
+import os
+import subprocess
+import time
+from typing import Any
+
+import pytest
+from disks import mounted
+from inside import WrappedOs, a_job, an_answer, files_are_whole, generate, make_tracker, pixels, when_ended
+
+
+@pytest.fixture
+def images(script, tmp_path):
+    return script.ImageStore(str(tmp_path / "images"))
+
+
+@pytest.fixture
+def today(script, dice):
+    return a_job(script, dice, timestamp=int(time.time()))
+
+
+def test_images(script, images, today, tmp_path):
+    saved = images.save(today, an_answer(script, today.id, 3))
+    content = [pixels(today.id, number) for number in range(3)]
+    assert [b"".join(images.read(image.name)) for image in saved.images] == content
+    assert [image.size for image in saved.images] == [len(data) for data in content]
+    assert {image.media_type for image in saved.images} == {"image/png"}
+    assert saved.bytes == sum(path.stat().st_size for path in tmp_path.glob("images/*/*"))
+    assert images.size(saved.images[1].name) == len(content[1])
+    assert images.remove(images.files_of(saved)) == saved.bytes
+    assert os.listdir(str(tmp_path / "images")) == []
+    assert images.size(saved.images[0].name) is None
+
+
+def test_images_in_records(script, images, today):
+    """An earlier version on the same folder reads the names alone, and would set aside what else it finds there."""
+    strange = [base64.b64encode(data) for data in (b"\xff\xd8\xff", b"no image", b"RIFF....WEBP")]
+    saved = images.save(today, an_answer(script, today.id, 1)._replace(images=[*strange, b"no base64"]))
+    record = json.loads(script.record_of(saved).decode())
+    assert record["images"] == [image.name for image in saved.images]
+    assert script.job_from_record(record) == saved
+    assert [(image.file_name, image.size, image.media_type) for image in saved.images] == [
+        (f"{today.id}_0.jpg", 3, "image/jpeg"),
+        (f"{today.id}_1.bin", 8, "application/octet-stream"),
+        (f"{today.id}_2.webp", 12, "image/webp"),
+        (f"{today.id}_3.txt", 9, "text/plain"),
+    ]
+    unknown = saved._replace(images=tuple(image._replace(size=None) for image in saved.images))
+    assert script.job_from_record(json.loads(script.record_of(unknown).decode())) == unknown
+    for details in (None, {}, [], [[1, "image/png"]] * 5, [None] * 4, [[1]] * 4, [[-1, "a\r\nb: c"], [True, 1], "", 7]):
+        assert script.job_from_record({**record, "image_details": details}) == unknown
+    del record["image_details"]
+    assert script.job_from_record(record) == unknown
+    for names in (None, "a", [1], [None], ["../x_0.png"], ["2025-01-12/AAAAAAAA_0.png"]):
+        with pytest.raises(ValueError):
+            script.job_from_record({**record, "images": names})
+
+
+STRINGS = [
+    "",
+    "A",
+    "AAAA",
+    "data:image/png;base64,iVBORw0KGgo=",
+    "no base64 at all",
+    "AAA=",
+    "AAB=",
+    "AA A",
+    "\ud800",
+    "猫" * 4,
+]
+
+
+@pytest.mark.parametrize("text", STRINGS, ids=ascii)
+def test_strings_that_are_no_images(script, images, today, text):
+    saved = images.save(today, script.Answer([text.encode("utf-8", "surrogatepass")], b"{}"))
+    (image,) = saved.images
+    given = b"".join(images.read_as_json(image.name)).decode()
+    assert json.loads(given) == text.partition(",")[2] if text.startswith("data:") else json.loads(given) == text
+
+
+@pytest.mark.parametrize("kind", ["a file", "a link to nothing"])
+def test_images_is_no_folder(script, today, tmp_path, caplog, kind):
+    place = tmp_path / "images"
+    if kind == "a file":
+        place.write_bytes(b"precious")
+    else:
+        place.symlink_to(tmp_path / "nowhere")
+    images = script.ImageStore(str(place))
+    saved = images.save(today, an_answer(script, today.id, 1))
+    assert b"".join(images.read(saved.images[0].name)) == pixels(today.id, 0)
+    (aside,) = tmp_path.glob("images.damaged-*")
+    assert str(aside) in caplog.text
+    assert kind != "a file" or aside.read_bytes() == b"precious"
+
+
+def test_images_goes_while_it_is_used(script, images, today, tmp_path):
+    script.shutil.rmtree(str(tmp_path / "images"))
+    assert list(images.older_than(time.time() + 9)) == []
+    saved = images.save(today, an_answer(script, today.id, 1))
+    assert images.size(saved.images[0].name)
+
+
+def test_images_may_be_a_link(script, today, tmp_path):
+    """To another disk. Only below it no link is followed."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "images").symlink_to(tmp_path / "elsewhere")
+    images = script.ImageStore(str(tmp_path / "images"))
+    saved = images.save(today, an_answer(script, today.id, 1))
+    assert (tmp_path / "elsewhere" / saved.images[0].name).exists()
+    assert len(list(images.older_than(time.time() + 9))) == 2
+
+
+def test_no_link_below_images_is_followed(script, images, today, tmp_path, caplog):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    name = f"{images.day_of(today)}/{today.id}_0.png"
+    (outside / f"{today.id}_0.png").write_bytes(b"secret")
+    day = tmp_path / "images" / images.day_of(today)
+    # A folder that is a link.
+    day.symlink_to(outside)
+    with pytest.raises(script.StoreError):
+        list(images.read(name))
+    assert images.size(name) is None
+    assert images.remove([name]) == 0
+    assert list(images.older_than(time.time() + 9)) == []
+    saved = images.save(today, an_answer(script, today.id, 1))
+    assert b"".join(images.read(name)) == pixels(today.id, 0)
+    assert os.listdir(str(outside)) == [f"{today.id}_0.png"]
+    assert (outside / f"{today.id}_0.png").read_bytes() == b"secret"
+    assert "set aside" in caplog.text
+    # An image that is a link.
+    (tmp_path / "images" / name).unlink()
+    (tmp_path / "images" / name).symlink_to(outside / f"{today.id}_0.png")
+    with pytest.raises(script.StoreError):
+        list(images.read(name))
+    images.remove(images.files_of(saved))
+    assert not os.path.lexists(str(tmp_path / "images" / name))
+    assert (outside / f"{today.id}_0.png").exists()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no pipes in folders")
+def test_a_pipe_for_an_image_holds_up_nobody(images, today, tmp_path):
+    day = tmp_path / "images" / images.day_of(today)
+    day.mkdir()
+    os.mkfifo(str(day / f"{today.id}_0.png"))
+    assert images.size(f"{images.day_of(today)}/{today.id}_0.png") is None
+
+
+def test_images_gone_or_cut(script, tmp_path, dice):
+    tracker = make_tracker(script, tmp_path, TRACKER_RETENTION="off")
+    job = a_job(script, dice, timestamp=int(time.time()))
+    tracker.accept(job, lambda: True).result()
+    tracker.start(job.id)
+    tracker.finish(job.id, an_answer(script, job.id, 3))
+    done = when_ended(tracker, job.id)
+    (tmp_path / "images" / done.images[0].name).unlink()
+    os.truncate(str(tmp_path / "images" / done.images[1].name), 50)
+    shown = json.loads(b"".join(tracker.as_json(done)).decode())
+    assert (shown["status"], shown["images"][0]) == ("Completed", None)
+    assert shown["images"][2] == an_answer(script, job.id, 3).images[2].decode()
+    assert "no longer on disk" in shown["error"]
+    assert tracker.delete(job.id)
+    assert not list(tmp_path.glob("images/*"))
+    tracker.close()
+
+
+@pytest.mark.parametrize("opened", range(3))
+def test_images_that_cannot_be_read_for_a_moment(script, tmp_path, dice, opened):
+    """Too many files are open: whoever asks is told so, and not that the images are lost."""
+    tracker = make_tracker(script, tmp_path, TRACKER_RETENTION="off")
+    job = a_job(script, dice, timestamp=int(time.time()))
+    assert generate(script, tracker, job) == "Completed"
+    count = [0]
+
+    def fail_once(path: str, *arguments: Any) -> int:
+        if f"{os.sep}images{os.sep}" in str(path):
+            count[0] += 1
+            if count[0] == opened + 1:
+                raise OSError(errno.EMFILE, "Too many open files", path)
+        return os.open(path, *arguments)
+
+    def shown() -> Any:
+        return json.loads(b"".join(tracker.as_json(tracker.get(job.id))))
+
+    whole = shown()
+    assert whole["images"] == [image.decode() for image in an_answer(script, job.id, 1).images]
+    script.os = WrappedOs(open=fail_once)
+    if opened == 1:  # between two looks at the image
+        without = shown()
+        assert without["error"] == "The parameters cannot be read: Too many open files"
+        assert without == {**whole, "parameters": None, "info": None, "error": without["error"]}
+    else:
+        with pytest.raises(script.StoreError, match="Too many open files"):
+            shown()
+    assert shown() == whole
+    script.os = os
+    tracker.close()
+
+
+def test_an_image_that_was_no_image_and_is_damaged(script, images, today, tmp_path):
+    saved = images.save(today, script.Answer([b"no base64"], b"{}"))
+    (tmp_path / "images" / saved.images[0].name).write_bytes(b"\xff\xfe")
+    with pytest.raises(script.StoreError):
+        list(images.read_as_json(saved.images[0].name))
+
+
+def test_a_folder_that_a_purge_takes_away_just_now(script, images, today, tmp_path):
+    """It removes the day's folder with its last file, while another job's first file is being made."""
+    made, real = [], os.open
+
+    def open_late(path: str, flags: int, mode: int = 0o777) -> int:
+        if str(path).endswith(".part") and not made:
+            made.append(os.rmdir(os.path.dirname(path)))
+        return real(path, flags, mode)
+
+    script.os = WrappedOs(open=open_late)
+    saved = images.save(today, an_answer(script, today.id, 1))
+    assert made and images.size(saved.images[0].name)
+
+
+@pytest.mark.parametrize("call", ["pwrite", "fsync", "replace"])
+def test_images_that_cannot_be_stored_leave_nothing(script, images, today, tmp_path, call):
+    count = [0]
+
+    def fail_the_third(*arguments: Any) -> Any:
+        count[0] += 1
+        if count[0] == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return getattr(os, call)(*arguments)
+
+    script.os = WrappedOs(**{call: fail_the_third})
+    with pytest.raises(script.StoreError):
+        images.save(today, an_answer(script, today.id, 3))
+    assert not list(tmp_path.glob("images/*/*"))
+
+
+def test_images_that_are_read_only(script, tmp_path, dice):
+    """The job has failed and says why; as soon as it can be written, others are stored."""
+    with mounted(tmp_path / "images", "ro"):
+        tracker = make_tracker(script, tmp_path, TRACKER_RETENTION="off")
+        failed = a_job(script, dice, timestamp=int(time.time()))
+        assert generate(script, tracker, failed) == "Failed"
+        assert "Read-only file system" in tracker.get(failed.id).error
+        subprocess.run(["mount", "-o", "remount,rw", str(tmp_path / "images")], check=True)
+        done = a_job(script, dice, timestamp=int(time.time()))
+        assert generate(script, tracker, done) == "Completed"
+        assert files_are_whole(tracker, tracker.get(done.id))
+        tracker.close().result(60)
