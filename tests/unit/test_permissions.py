@@ -13,46 +13,10 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator
 
 import pytest
-from disks import NOBODY, ROOT
+from disks import NOBODY, ROOT, modes_of, private_jobs
 from inside import WrappedOs, a_job, an_answer, completed, make_tracker, pixels, until
 
-from harness import QUICK, Webui, body
-
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="Windows has no such modes")
-
-
-def modes_of(folder: Path) -> Dict[str, int]:
-    """Of all that is in a folder, the folder too, but for what was installed."""
-    paths = [folder, *folder.glob("**/*")]
-    ours = [path for path in paths if not {"scripts", "install.py"} & set(path.relative_to(folder).parts)]
-    return {str(path.relative_to(folder)): stat.S_IMODE(path.lstat().st_mode) for path in ours}
-
-
-@pytest.mark.parametrize("umask", [0o077, 0o022], ids=oct)
-def test_the_umask_decides(start, tmp_path, umask):
-    def prepare(webui: Webui) -> None:
-        webui.data.mkdir()
-        (webui.data / "jobs.json").write_text('{"AAAAAAAA": {"id": 5}}')  # is set aside, and written anew
-
-    data = tmp_path / "data"
-    before = os.umask(umask)
-    try:
-        webui = start(*QUICK, tracking="variable", environ={"TRACKER_DATA_DIR": str(data)}, prepare=prepare)
-    finally:
-        os.umask(before)
-    job_id = webui.post(body(batch_size=2)).headers["x-job-id"]
-    assert webui.job(job_id, wait=30)["status"] == "Completed"
-    until(lambda: b'"id":' in (data / "jobs.json").read_bytes() and b"{}" not in (data / "jobs.json").read_bytes())
-
-    modes = modes_of(data)
-    names = " ".join(modes)
-    assert all(name in names for name in ("jobs.json.lock", "jobs.json.owner-", "jobs.json.damaged-", "images/"))
-    assert sum(job_id in name for name in modes) == 3
-    for name, mode in modes.items():
-        lock = name.endswith(".lock") or ".owner-" in name  # for those who may write, see test_locks.py
-        expected = 0o600 if lock else (0o777 if (data / name).is_dir() else 0o666) & ~umask
-        assert mode == expected, (name, oct(mode))
-    assert stat.S_IMODE((webui.extension / "config.json").stat().st_mode) == 0o666 & ~umask
 
 
 @pytest.mark.parametrize("mode", [0o600, 0o640, 0o660], ids=oct)
@@ -187,14 +151,6 @@ def settings_are_taken_over(script: Any, folder: Path) -> None:
     (folder / "config.json").chmod(0o600)
     script.Settings(str(folder), {})
     assert '"enabled": true' in (folder / "config.json").read_text()
-
-
-def private_jobs(folder: Path, text: str = "{\n}\n", mode: int = 0o600) -> Path:
-    path = folder / "jobs.json"
-    path.touch(mode=0o600)
-    path.write_text(text)
-    path.chmod(mode)
-    return path
 
 
 def jobs_are_stored(script: Any, folder: Path) -> None:
@@ -452,21 +408,3 @@ def test_jobs_that_are_made_private_during_a_compaction(script, tmp_path):
             store.put(job).result()
         until(lambda: path.read_bytes().count(b"\n") < 10, what="the compaction")
         assert begun.is_set() and stat.S_IMODE(path.stat().st_mode) == 0o600
-
-
-def test_a_webui_whose_jobs_are_private(start, tmp_path):
-    def prepare(webui: Webui) -> None:
-        webui.data.mkdir()
-        private_jobs(webui.data)
-
-    before = os.umask(0o022)
-    try:
-        webui = start(*QUICK, environ={"TRACKER_DATA_DIR": str(tmp_path / "data")}, prepare=prepare)
-    finally:
-        os.umask(before)
-    job_id = webui.post(body(batch_size=2)).headers["x-job-id"]
-    assert webui.job(job_id, wait=30)["status"] == "Completed"
-    modes = modes_of(webui.data)
-    assert sum(job_id in name for name in modes) == 3
-    readable = {name: oct(mode) for name, mode in modes.items() if mode & 0o077 and name not in (".", "images")}
-    assert not readable, "the images lie in a folder of the day"
