@@ -1,14 +1,18 @@
-"""What is removed by itself, and what never is."""
+"""What is removed by itself, and what never is, whatever the clock says."""
+
+from __future__ import annotations
 
 import errno
-import logging
+import json
 import os
 import time
+from pathlib import Path
+from typing import Any, Callable
 
 import pytest
-from inside import WrappedOs, set_constants
+from inside import WrappedOs, an_answer, set_constants
 
-from harness import body, until
+from harness import until
 
 DAY = 86400
 
@@ -247,51 +251,116 @@ def test_nothing_goes_while_config_json_cannot_be_read(script, tracker, add, tmp
     assert one.housekeeper.purge().jobs == 1
 
 
-def test_over_a_restart(start, clock):
-    webui = start("--nowebui", scripts={"a-clock": clock.script})
-    clock.set(-31 * DAY)
-    done = webui.post(body()).headers["x-job-id"]
-    webui.job(done, wait=30)
-    clock.set(0)
-    gate = webui.gate()
-    sent = webui.send(body(standin={"hold": gate}))
-    running = sent.head()[1]["x-job-id"]
-    until(lambda: running in webui.records())
-    webui.kill()
-    webui.start()
-    purges = until(lambda: [line for line in webui.our_log() if "Purge: removed" in line], what="the purge")
-    assert len(purges) == 1
-    assert done not in webui.records()
-    assert not [path for path in webui.images() if path.name.startswith(done)]
-    assert webui.job(running)["status"] == "Failed"
+# By clocks that are wrong
 
 
-def test_a_retention_that_is_none_removes_nothing(start, caplog):
-    with caplog.at_level(logging.WARNING):
-        webui = start("--nowebui", environ={"TRACKER_RETENTION": "a while"})
-    assert any("TRACKER_RETENTION" in line for line in webui.our_log())
-    job_id = webui.post(body()).headers["x-job-id"]
-    assert webui.job(job_id, wait=30)["status"] == "Completed"
+@pytest.fixture
+def tracker_for(new_tracker: Callable[..., Any]) -> Callable[..., Any]:
+    def make(retention: str = "30") -> Any:
+        made = new_tracker(TRACKER_RETENTION=retention)
+        until(lambda: made.housekeeper.next_purge, what="the purge at the start")
+        return made
+
+    return make
 
 
-LISTER = """
-import threading
-from modules import script_callbacks
+def purge(script: Any, tracker: Any, ahead: float = 0.0, running: float = 0.0) -> Any:
+    """A purge that nobody asked for, by a clock that is ahead by so many days, and after so many days of running."""
 
-def add(_, app):
-    app.add_api_route("/threads", lambda: [thread.name for thread in threading.enumerate()])
+    class Time:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(time, name)
 
-script_callbacks.on_app_started(add)
-"""
+        def time(self) -> float:
+            return time.time() + ahead * DAY
+
+        def monotonic(self) -> float:
+            return time.monotonic() + running * DAY
+
+    script.time = Time()
+    try:
+        return tracker.housekeeper.purge(asked_for=False)
+    finally:
+        script.time = time
 
 
-def test_one_housekeeper_after_reloads(start):
-    webui = start("--api", scripts={"lister": LISTER})
-    for _ in range(3):
-        webui.reload_ui()
+def test_a_clock_that_was_never_set(script, tracker_for, add, caplog):
+    one = tracker_for()
+    add(one, "OLDER000", 40)
+    add(one, "YOUNGER0", 1)
+    orphan = one.images.save(script.Job("ORPHAN00", "txt2img", "Failed", 0, None, ""), an_answer(script, "ORPHAN00", 1))
+    now = time.time() / DAY
+    for day in (0.5, 18261):  # 1970, and the last of 2019
+        assert purge(script, one, day - now) == script.Purged()
+    assert "nothing is purged" in caplog.text
+    assert ids(one, script) == {"OLDER000", "YOUNGER0"} and one.image_size(orphan, 0)
+    assert purge(script, one).jobs == 1
+    assert ids(one, script) == {"YOUNGER0"}
 
-    def ours():
-        names = webui.client.get("/threads").json()
-        return sorted(name for name in names if name in ("job-tracker-housekeeping", "job-tracker-store"))
 
-    until(lambda: ours() == ["job-tracker-housekeeping", "job-tracker-store"], 15, "the old threads have ended")
+def test_all_are_too_old_at_the_start(script, tracker_for, add, tmp_path):
+    """Either the clock is ahead, or nobody has generated for so long. Only a younger one tells."""
+    first = tracker_for("off")
+    add(first, "OLDER000", 50)
+    add(first, "OLDER001", 40)
+    first.close()
+    second = tracker_for()
+    assert ids(second, script) == {"OLDER000", "OLDER001"} and second.housekeeper.kept_for_clock == 2
+    add(second, "YOUNGER0", 0)
+    assert purge(script, second) == script.Purged(), "the young one may be of the same wrong clock"
+    assert purge(script, second, 40).jobs == 0, "so it is when the clock jumps"
+    second.close().result(60)
+    time.sleep(1.1)  # the times of jobs are whole seconds
+    third = tracker_for()
+    assert ids(third, script) == {"YOUNGER0"}, "a start that finds a younger one believes the clock"
+    assert third.housekeeper.kept_for_clock == 0
+
+
+def test_a_webui_that_is_started_now_and_then(script, tracker_for, add):
+    """Its pauses are longer than its retention. What was too old by the time of the last job goes all the same."""
+    for number in range(4):
+        one = tracker_for("1")
+        kept = ids(one, script)
+        assert kept == ({f"J{number - 1:07}"} if number else set())
+        one.close().result(60)
+        age(one, 2)  # as if two days had passed
+        one = tracker_for("off")
+        add(one, f"J{number:07}", 2)
+        one.close().result(60)
+
+
+def age(tracker: Any, days: float) -> None:
+    """Makes all jobs older."""
+    path = Path(tracker.settings.data_folder) / "jobs.json"
+    records = json.loads(path.read_text())
+    for record in records.values():
+        if record:
+            record["timestamp"] -= int(days * DAY)
+    path.write_text(json.dumps(records))
+
+
+def test_what_grows_too_old_while_the_webui_runs(script, tracker_for, add):
+    """All of them may go: time has passed by a clock that nobody sets."""
+    one = tracker_for()
+    add(one, "OLDER000", 29.9)
+    assert purge(script, one, ahead=1, running=2).jobs == 1
+    assert ids(one, script) == set()
+
+
+def test_asked_for_all_that_is_old_goes(script, tracker_for, add):
+    first = tracker_for("off")
+    add(first, "OLDER000", 40)
+    first.settings.retention_days = 30.0
+    assert purge(script, first).jobs == 0
+    assert first.housekeeper.purge().jobs == 1
+
+
+def test_times_on_disk(script, tracker_for, tmp_path):
+    one = tracker_for("off")
+    job = script.Job(one.reserve_id(), "txt2img", script.PENDING, int(time.time()), None, "")
+    one.accept(job, lambda: True).result()
+    one.start(job.id)
+    one.fail(job.id, "no")
+    until(lambda: one.get(job.id).ended)
+    record = json.loads((tmp_path / "jobs.json").read_text())[job.id]
+    assert record["timestamp"] <= record["started"] <= record["finished"] <= time.time() + 1
