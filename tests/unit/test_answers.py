@@ -1,4 +1,4 @@
-"""Answers that are large without their images, as of a request with 40 MB of text, cost who looks at them little."""
+"""Answers that are large without their images: they are kept as they are, and shown in brief."""
 
 from __future__ import annotations
 
@@ -8,12 +8,8 @@ import contextlib
 import json
 import os
 import random
-import statistics
-import sys
-import threading
 import time
 import tracemalloc
-import uuid
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List
 
@@ -21,9 +17,9 @@ import pytest
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from inside import SmallWebui, a_job, load_script, make_tracker, pixels, when_ended
+from inside import SmallWebui, a_job, an_answer, load_script, make_tracker, pixels, when_ended
 
-from harness import QUICK, Sent, Webui, body, until
+from harness import until
 
 SCRIPT = load_script()
 PIECE = 1 << 20  # bytes: at most so much is made at once
@@ -317,59 +313,6 @@ def test_a_large_answer_that_is_gone(tracker, harm):
         assert "no longer on disk" in whole["error"]
 
 
-HARMS = {
-    "cut by a byte": lambda data, ranges: data[:-1],
-    "cut in parameters": lambda data, ranges: data[: (ranges[0] + ranges[1]) // 2],
-    "cut in info": lambda data, ranges: data[: (ranges[3] + ranges[4]) // 2],
-    "a byte of parameters": lambda data, ranges: data[: ranges[0] + 9] + b"~" + data[ranges[0] + 10 :],
-    "laid out anew": lambda data, ranges: json.dumps(json.loads(data.decode()), indent=2).encode(),
-    "zeros": lambda data, ranges: bytes(len(data)),
-    "gone": None,
-}
-
-
-def content(webui: Webui, path: str, **headers: str) -> Any:
-    response = webui.client.get(path, headers=headers)
-    assert response.status_code == 200, response.text[:300]
-    return response.json()
-
-
-@pytest.mark.parametrize("harm", HARMS)
-def test_a_large_answer_that_was_harmed(harmed, harm):
-    """Whatever is left of it: JSON that is whole, with the images, and no other job is missed for it."""
-    webui, request = harmed
-    key = {"Idempotency-Key": harm}
-    job_id = webui.post(request, headers=key).headers["x-job-id"]
-    before = webui.job(job_id, wait=60)
-    path = next(path for path in webui.images() if path.name == f"{job_id}.json")
-    data, change = path.read_bytes(), HARMS[harm]
-    if change is None:
-        path.unlink()
-    else:
-        path.write_bytes(change(data, webui.records()[job_id]["ranges"]))
-    for coding in ("gzip", "identity"):
-        whole = content(webui, f"/sdapi/v1/job/{job_id}", **{"Accept-Encoding": coding})
-        assert whole["images"] == before["images"]
-        said = {name: whole[name] for name in ("parameters", "info")}
-        assert said == {name: before[name] for name in said} or (
-            set(said.values()) == {None} and "no longer on disk" in whole["error"]
-        )
-        assert said["parameters"] is None or harm == "cut by a byte"
-        brief = content(webui, f"/sdapi/v1/job/{job_id}?images=false", **{"Accept-Encoding": coding})
-        assert brief["info"] in (None, before["info"])
-        listed = content(webui, "/sdapi/v1/jobs", **{"Accept-Encoding": coding})
-        assert job_id in [job["id"] for job in listed] and len(listed) == len(webui.records())
-        replay = webui.post(request, headers={**key, "Accept-Encoding": coding})
-        assert (replay.status_code, str(webui.data) in replay.text) == (503, False), replay.text[:300]
-    path.write_bytes(data)
-    assert webui.post(request, headers=key).json()["images"] == before["images"]
-
-
-@pytest.fixture(scope="module")
-def harmed(start_shared):
-    return start_shared(*QUICK), body(styles=["x" * 999] * 700, prompt="a " * 200_000)
-
-
 def test_a_large_answer_of_an_earlier_version(script, tracker):
     """Its record has no places."""
     job = a_job(script, random.Random(), status="Processing")
@@ -391,115 +334,59 @@ def test_the_tab_says_so(script, tracker):
     assert "too long" not in on_the_page(stored(tracker, an_answer_of({}, "{}")))
 
 
-# In a webui
+@pytest.mark.parametrize(
+    "parameters, brief",
+    [
+        ({"a": "x" * 1000}, {"a": "x" * 1000}),
+        ({"a": "x" * 1001}, {"a": "(1,001 characters)"}),
+        ({"a": ["x" * 2000, {"b": ["x" * 3000]}]}, {"a": ["(2,000 characters)", {"b": ["(3,000 characters)"]}]}),
+        ({"x" * 2000: 1}, {"(2,000 characters)": 1}),
+        ({"a": None, "b": [1, 2.5, True], "c": {}, "d": []}, {"a": None, "b": [1, 2.5, True], "c": {}, "d": []}),
+        (None, None),
+        ("x" * 2000, "(2,000 characters)"),
+        (["\ud800" * 1001, "\U0001f3a8" * 1001], ["(1,001 characters)"] * 2),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_brief_parameters(script, parameters, brief):
+    before = json.dumps(parameters)
+    assert script.brief_parameters(parameters) == (brief, parameters != brief)
+    assert json.dumps(parameters) == before, "the original is as it was"
 
 
-@pytest.fixture(scope="module")
-def webui(start_shared: Any) -> Webui:
-    return start_shared(*QUICK)
+def test_brief_parameters_however_deep(script):
+    parameters: Any = {"seed": 7}
+    for _ in range(5000):
+        parameters = [parameters]
+    brief, found = script.brief_parameters({"seed": 7, "deep": parameters})
+    assert found and brief["seed"] == 7
+    assert json.dumps(brief).endswith('"(1 entries)"' + "]" * (script.BRIEF_DEPTH) + "}")
 
 
-LARGE_REQUEST = body(styles=["x" * 999] * 20_000)  # its answer has 20 MB twice
-READERS = 20
+def test_parameters_too_deep_for_a_brief_answer_cost_no_image(tmp_path, monkeypatch):
+    """Python may read what it cannot write again."""
+    script = load_script()
+    images = script.ImageStore(str(tmp_path))
+    job = script.Job("AAAAAAAA", "txt2img", script.COMPLETED, 1736712000, None, "")
+    rest = json.dumps({"images": [], "parameters": {"mask": "x" * 2000}, "info": "{}"}).encode()
+
+    def too_deep(data: Any) -> bytes:
+        raise RecursionError
+
+    monkeypatch.setattr(script, "as_host_json", too_deep)
+    saved = images.save(job, an_answer(script, job.id, 1)._replace(rest=rest))
+    assert len(saved.images) == 1 and not saved.has_brief and images.size(images.answer_name(saved)) == len(rest)
 
 
-def memory(webui: Webui) -> int:
-    """Bytes of the process."""
-    fields = dict(line.split(":") for line in Path(f"/proc/{webui.pid}/status").read_text().splitlines())
-    return int(fields["VmRSS"].split()[0]) << 10
-
-
-class Polls:
-    """Polls for a small job, one after the other, and how long each took."""
-
-    def __init__(self, webui: Webui, job_id: str):
-        self.webui, self.path, self.took = webui, f"/sdapi/v1/job/{job_id}?images=false", []
-        self._stop = threading.Event()
-
-    def __enter__(self) -> Polls:
-        self._thread = threading.Thread(target=self._poll)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _poll(self) -> None:
-        while not self._stop.wait(0.01):
-            began = time.monotonic()
-            assert self.webui.client.get(self.path).status_code == 200
-            self.took.append(time.monotonic() - began)
-
-
-@pytest.fixture(scope="module")
-def jobs(webui) -> Dict[str, str]:
-    key = str(uuid.uuid4())
-    found = {"key": key, "large": webui.post(LARGE_REQUEST, headers={"Idempotency-Key": key}).headers["x-job-id"]}
-    found["small"] = webui.post(body()).headers["x-job-id"]
-    for name in ("large", "small"):
-        assert webui.job(found[name], wait=60, images=False)["status"] == "Completed"
-    return found
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells how much memory a process has")
-@pytest.mark.parametrize("look", ["images=false", "images=true", "list", "wait"])
-def test_slow_readers(webui, jobs, look):
-    """They got 1.9 GB, and all others nothing for 17 s."""
-    path = {
-        "images=false": f"/sdapi/v1/job/{jobs['large']}?images=false",
-        "images=true": f"/sdapi/v1/job/{jobs['large']}",
-        "list": "/sdapi/v1/jobs",
-        "wait": f"/sdapi/v1/job/{jobs['large']}?images=false&wait=1",
-    }[look]
-    assert len(webui.client.get(path).content) > 20_000_000 or look != "images=true"
-    with Polls(webui, jobs["small"]) as alone:
-        until(lambda: len(alone.took) > 50)
-    before = memory(webui)
-    readers: List[Sent] = []
-    try:
-        with Polls(webui, jobs["small"]) as polls:
-            readers += (webui.send_get(path) for _ in range(READERS))
-            for reader in readers:
-                assert reader.head()[0] == 200
-            held = len(polls.took)
-            until(lambda: len(polls.took) > held + 50)
-        assert memory(webui) - before < 100_000_000 + READERS * PIECE
-        assert max(polls.took) < 5
-        assert statistics.median(polls.took) < 10 * statistics.median(alone.took) + 0.1
-    finally:
-        for reader in readers:
-            reader.leave()
-
-
-def test_a_replay_is_the_same_to_the_byte(webui, jobs):
-    first = webui.post(LARGE_REQUEST, headers={"Idempotency-Key": jobs["key"]})
-    assert first.headers["idempotent-replayed"] == "true" and first.headers["x-job-id"] == jobs["large"]
-    image = webui.data / "images" / webui.records()[jobs["large"]]["images"][0]
-    assert base64.b64decode(first.json()["images"][0]) == image.read_bytes()
-    assert first.json()["parameters"]["styles"] == LARGE_REQUEST["styles"]
-    (path,) = [path for path in webui.images() if path.name == f"{jobs['large']}.json"]
-    assert SCRIPT.split_answer(first.content.lstrip()).rest == path.read_bytes()
-
-
-def test_other_answers_are_brief(webui, jobs):
-    headers = {"Idempotency-Key": jobs["key"], "Prefer": "respond-async"}
-    repeat = webui.post(LARGE_REQUEST, headers=headers)
-    assert repeat.status_code == 202 and repeat.json()["parameters"]["styles"] == "(20,000 entries)"
-    listed = webui.client.get("/sdapi/v1/jobs")
-    (one,) = [job for job in listed.json() if job["id"] == jobs["large"]]
-    brief = webui.job(jobs["large"], images=False)
-    assert one == brief == repeat.json()
-    assert brief["parameters"]["seed"] == 7 and brief["parameters"]["prompt"] == "a lighthouse"
-    assert brief["info"] == webui.job(jobs["large"])["info"]
-
-
-def test_send_images_false(webui):
-    headers = {"Idempotency-Key": str(uuid.uuid4())}
-    request = {**LARGE_REQUEST, "send_images": False}
-    first = webui.post(request, headers=headers)
-    assert first.json()["images"] == [] and first.json()["parameters"]["send_images"] is False
-    job = webui.job(first.headers["x-job-id"], wait=60)
-    assert len(job["images"]) == 1 and job["parameters"] == first.json()["parameters"]
-    again = webui.post(request, headers=headers)
-    assert again.headers["idempotent-replayed"] == "true" and again.content.lstrip() == first.content.lstrip()
+def test_jobs_of_earlier_versions(script, tmp_path):
+    """Their answer lies there whole only."""
+    tracker = make_tracker(script, tmp_path)
+    job = script.Job("AAAAAAAA", "txt2img", script.COMPLETED, 1736712000, None, "", finished=1736712001.0)
+    rest = json.dumps({"images": [], "parameters": {"mask": "x" * 2000}, "info": "{}"}).encode()
+    saved = tracker.images.save(job, an_answer(script, job.id, 1)._replace(rest=rest))
+    tracker.images.remove([tracker.images.brief_answer_name(saved)])
+    tracker.store.put(saved._replace(has_brief=False), new=True).result()
+    job = tracker.get(job.id)
+    assert tracker.describe(job)["parameters"] == {"mask": "(2,000 characters)"}
+    assert tracker.describe(job, whole=True)["parameters"] == {"mask": "x" * 2000}
+    tracker.close()
