@@ -13,20 +13,14 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, NamedTuple, Optional
 
 import pytest
-
-from harness import MODE_FLAGS, MODES, OLD_ID, SHAPE, Webui, body, until, with_old_job
-from harness import Page as Calls
-
-pytest.importorskip("selenium")
-
 from proxies import NGINX, find, running
 
 import browser
 from browser import OPEN_JOB, TOP, Page
+from harness import MODE_FLAGS, MODES, OLD_ID, SHAPE, Webui, body, until, with_old_job
+from harness import Page as Calls
 
-pytestmark = pytest.mark.skipif(
-    not (browser.BROWSER and browser.DRIVER), reason="this needs a browser: install chromium and chromedriver"
-)
+pytestmark = browser.NEEDED
 
 NAMES = "--host-resolver-rules=MAP *.lan 127.0.0.1"
 LOOPBACK, PLAIN = "127.0.0.1", "box.lan"  # what the webui is called in the browser

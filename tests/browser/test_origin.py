@@ -10,12 +10,10 @@ from typing import Any, Dict, Iterator, Optional
 import httpx
 import pytest
 
+import browser
 from harness import AUTH, MODE_FLAGS, MODES, SHAPE, Webui, body, until
 
-pytest.importorskip("selenium")
-
-import browser
-from browser import BROWSER, DRIVER, opened
+pytestmark = browser.NEEDED
 
 PAGE = """<!doctype html><meta charset="utf-8"><title>a page from elsewhere</title><link rel="icon" href="data:,">
 <script>
@@ -56,14 +54,6 @@ def served() -> Iterator[str]:
     """The page, at an origin of its own."""
     with browser.served(PAGE) as port:
         yield f"http://127.0.0.1:{port}"
-
-
-@pytest.fixture(scope="module")
-def driver() -> Iterator[Any]:
-    if BROWSER is None or DRIVER is None:
-        pytest.skip("no chromium and chromedriver on this machine (on Debian: apt install chromium chromium-driver)")
-    with opened() as it:
-        yield it
 
 
 class Page:

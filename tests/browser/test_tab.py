@@ -7,11 +7,9 @@ import pytest
 
 import browser
 from browser import MAIN, NARROW, OPEN_JOB, TOP, WIDE, Page
-from harness import SHAPE, body, until
+from harness import SHAPE, body, config_of, until
 
-pytestmark = pytest.mark.skipif(
-    not (browser.BROWSER and browser.DRIVER), reason="the tab needs a browser: install chromium and chromedriver"
-)
+pytestmark = browser.NEEDED
 
 SOON = 3  # seconds in which the page shows a new job
 HOSTILE = {
@@ -24,12 +22,6 @@ HOSTILE = {
     "template": "{{7*7}} ${7*7} {html} %s %(x)s {0}",
     "arabic": "مرحبا بالعالم",
 }
-
-
-@pytest.fixture(scope="module")
-def driver():
-    with browser.opened() as driver:
-        yield driver
 
 
 @pytest.fixture(scope="module")
@@ -69,10 +61,6 @@ def stored(records, retention_days=30):
         (webui.extension / "config.json").write_text(json.dumps(config))
 
     return prepare
-
-
-def config_of(webui):
-    return json.loads((webui.extension / "config.json").read_text())
 
 
 def test_from_the_first_click_to_the_image(start, driver):

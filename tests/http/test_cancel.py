@@ -13,7 +13,7 @@ import httpx
 import pytest
 from neighbours import HOLDS, HURRY, UI, FromUi, held_at, reached
 
-from harness import ASYNC, MODES, QUICK, Sent, Start, Webui, body, is_cut, saved, until
+from harness import ASYNC, MODES, QUICK, Sent, Start, Webui, body, hold_the_queue, is_cut, saved, submit, until
 
 pytestmark = pytest.mark.one_mode
 
@@ -26,19 +26,6 @@ def crowded(start_shared: Start) -> Webui:
 
 def cancel(webui: Webui, job_id: str) -> httpx.Response:
     return webui.client.post(f"/sdapi/v1/job/{job_id}/cancel")
-
-
-def submit(webui: Webui, **fields: Any) -> str:
-    answer = webui.post(body(**fields), headers=ASYNC)
-    assert answer.status_code == 202, answer.text
-    return answer.headers["x-job-id"]
-
-
-def hold_the_queue(webui: Webui) -> str:
-    """A job that runs until the latest gate is opened."""
-    job_id = submit(webui, standin={"hold": webui.gate()})
-    webui.until_status(job_id, "Processing")
-    return job_id
 
 
 def test_a_job_that_waits(webui):

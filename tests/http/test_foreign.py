@@ -11,7 +11,7 @@ import httpx
 import pytest
 from inside import load_script
 
-from harness import AUTH, CLOSE, MODE_FLAGS, MODES, OLD_ID, SHAPE, Page, Webui, body, until, with_old_job
+from harness import AUTH, CLOSE, MODE_FLAGS, MODES, OLD_ID, SHAPE, Page, Webui, body, config_of, until, with_old_job
 
 Headers = List[Tuple[str, str]]
 
@@ -258,10 +258,6 @@ CALLS: Dict[str, List[Any]] = {
     "job_tracker_purge": [],
 }
 SPOILT = ("two origins", "Latin-1", "controls", "a long origin", "a long list of hosts")  # no page says this
-
-
-def config_of(webui: Webui) -> Any:
-    return json.loads((webui.extension / "config.json").read_text())
 
 
 @pytest.fixture

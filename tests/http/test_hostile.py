@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from harness import CLOSE, MODES, QUICK, Page, Sent, Webui, body, status_of, until
+from harness import CLOSE, MODES, QUICK, Page, Sent, Webui, body, status_of, strictly, until
 
 pytestmark = pytest.mark.one_mode
 
@@ -51,15 +51,6 @@ def quiet(webui: Webui) -> Any:
     position = webui.log_path.stat().st_size
     yield
     assert "Traceback" not in webui.log_since(position)
-
-
-def refuse(constant: str) -> None:
-    raise AssertionError(f"{constant} is not JSON")
-
-
-def strictly(text: Any) -> Any:
-    """JSON that every parser takes."""
-    return json.loads(text, parse_constant=refuse)
 
 
 def send(webui: Webui, method: str, path: str, headers: Sequence[Tuple[str, str]] = ()) -> bytes:

@@ -16,13 +16,13 @@ import httpx
 import pytest
 from PIL import Image
 
-from harness import ASYNC, MODES, QUICK, Sent, Webui, body, open_files, until
+from harness import MODES, QUICK, Sent, Webui, body, open_files, submit, until
 
 pytestmark = pytest.mark.one_mode
 
 
 def ended_job(webui: Webui, **fields: Any) -> Dict[str, Any]:
-    job_id = webui.post(body(**fields), headers=ASYNC).headers["x-job-id"]
+    job_id = submit(webui, **fields)
     return webui.job(job_id, wait=30)
 
 
@@ -167,7 +167,7 @@ def test_no_such_job(webui, job_id):
 
 def test_a_job_without_images(webui):
     gate = webui.gate()
-    job_id = webui.post(body(standin={"hold": gate}), headers=ASYNC).headers["x-job-id"]
+    job_id = submit(webui, standin={"hold": gate})
     answer = image_of(webui, {"id": job_id})
     assert answer.status_code == 404
     assert answer.json()["detail"] in ("The job is still Pending", "The job is still Processing")
@@ -247,7 +247,7 @@ def test_delete(webui, status):
     prompt = f"of {uuid.uuid4()}"
     gate = webui.gate()
     standin = {"hold": gate, **({"fail": "RuntimeError"} if status == "Failed" else {})}
-    job_id = webui.post(body(prompt, batch_size=2, standin=standin), headers=ASYNC).headers["x-job-id"]
+    job_id = submit(webui, prompt, batch_size=2, standin=standin)
     gate.open()
     job = webui.job(job_id, wait=30)
     assert job["status"] == status
@@ -282,7 +282,7 @@ def test_delete_survives_a_restart(start):
 
 def test_delete_while_it_waits_or_runs(webui):
     gate = webui.gate()
-    running, waiting = (webui.post(body(standin={"hold": gate}), headers=ASYNC).headers["x-job-id"] for _ in range(2))
+    running, waiting = (submit(webui, standin={"hold": gate}) for _ in range(2))
     webui.until_status(running, "Processing")
     for job_id, status in ((running, "Processing"), (waiting, "Pending")):
         answer = delete(webui, job_id)
@@ -331,7 +331,7 @@ def test_delete_of_a_job_of_another_process(pair):
     one, two = pair
     ended = ended_job(one)["id"]
     gate = one.gate()
-    running = one.post(body(standin={"hold": gate}), headers=ASYNC).headers["x-job-id"]
+    running = submit(one, standin={"hold": gate})
     one.until_status(running, "Processing")
     assert delete(two, running).status_code == 409
     assert delete(two, ended).status_code == 204

@@ -11,17 +11,13 @@ import pytest
 from inside import an_answer, load_script, make_tracker, when_ended
 from neighbours import HOLDS, UI, FromUi, held_at, reached
 
-from harness import ASYNC, QUICK, SHAPE, Start, Webui, body, until
+from harness import QUICK, SHAPE, Start, Webui, body, submit, until
 
 
 @pytest.fixture(scope="module")
 def webui(start_shared: Start) -> Webui:
     """One whose UI generates as well."""
     return start_shared(*QUICK, scripts={"ui": UI, "holds": HOLDS})
-
-
-def submit(webui: Webui, **fields: Any) -> str:
-    return webui.post(body(**fields), headers=ASYNC).headers["x-job-id"]
 
 
 def held_job(webui: Webui, **fields: Any) -> Dict[str, Any]:

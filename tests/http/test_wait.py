@@ -11,19 +11,12 @@ from typing import Any, Dict, List
 import pytest
 from system import System
 
-from harness import ASYNC, QUICK, Sent, Webui, body, until
+from harness import QUICK, Sent, Webui, body, hold_the_queue, submit, until
 
 pytestmark = pytest.mark.one_mode
 
 SOON = 0.15  # seconds; it is a few milliseconds where nothing else runs
 TASKS = 3  # at least, of each client that waits: its request, the wait for the job, and that for the client to leave
-
-
-def held_job(webui: Webui, **standin: Any) -> str:
-    """A job that runs until its gate, the latest, is opened."""
-    answer = webui.post(body(standin={"hold": webui.gate(), **standin}), headers=ASYNC)
-    webui.until_status(answer.headers["x-job-id"], "Processing")
-    return answer.headers["x-job-id"]
 
 
 def wait_for(webui: Webui, job_id: str, seconds: float) -> Sent:
@@ -38,7 +31,7 @@ def threads(webui: Webui) -> Dict[str, Any]:
 def test_answers_when_the_job_ends(webui):
     delays = []
     for _ in range(9):
-        job_id = held_job(webui)
+        job_id = hold_the_queue(webui)
         sent = wait_for(webui, job_id, 30)
         webui.gates[-1].open()
         sent.read_until(b"\r\n\r\n")
@@ -53,7 +46,7 @@ def test_answers_when_the_job_ends(webui):
 def test_answers_when_the_job_fails(webui):
     delays = []
     for _ in range(5):
-        job_id = held_job(webui, fail="RuntimeError")
+        job_id = hold_the_queue(webui, fail="RuntimeError")
         sent = wait_for(webui, job_id, 30)
         webui.gates[-1].open()
         job = json.loads(sent.content())
@@ -63,8 +56,8 @@ def test_answers_when_the_job_fails(webui):
 
 
 def test_answers_when_a_waiting_job_is_cancelled(webui):
-    held_job(webui)
-    job_id = webui.post(body(), headers=ASYNC).headers["x-job-id"]
+    hold_the_queue(webui)
+    job_id = submit(webui)
     sent = wait_for(webui, job_id, 30)
     began = time.monotonic()
     assert webui.client.post(f"/sdapi/v1/job/{job_id}/cancel").status_code == 200
@@ -73,7 +66,7 @@ def test_answers_when_a_waiting_job_is_cancelled(webui):
 
 
 def test_answers_after_the_time(webui):
-    job_id = held_job(webui)
+    job_id = hold_the_queue(webui)
     began = time.monotonic()
     assert webui.job(job_id, wait=0.4)["status"] == "Processing"
     assert 0.4 <= time.monotonic() - began < 5
@@ -127,7 +120,7 @@ def often(start_shared: Any, tmp_path_factory: pytest.TempPathFactory) -> Webui:
 @pytest.mark.parametrize("encoding", ["identity", "gzip"])
 @pytest.mark.parametrize("images", ["true", "false"])
 def test_white_space_while_it_waits(often, images, encoding):
-    job_id = held_job(often)
+    job_id = hold_the_queue(often)
     path = f"/sdapi/v1/job/{job_id}?images={images}&wait=60"
     sent = often.send_get(path, {"Accept-Encoding": encoding})
     status, headers = sent.head()
@@ -150,7 +143,7 @@ def test_white_space_while_it_waits(often, images, encoding):
 
 
 def test_white_space_until_the_time_is_over(often):
-    job_id = held_job(often)
+    job_id = hold_the_queue(often)
     began = time.monotonic()
     content = often.send_get(f"/sdapi/v1/job/{job_id}?wait=1.1").content()
     assert 1.1 <= time.monotonic() - began < 5
@@ -161,7 +154,7 @@ def test_status_is_true_while_it_can_be(often):
     """What is known before the first byte of white space keeps its status."""
     answer = often.client.get("/sdapi/v1/job/AAAAAAAA?wait=60")
     assert answer.status_code == 404
-    job_id = held_job(often)
+    job_id = hold_the_queue(often)
     sent = often.send_get(f"/sdapi/v1/job/{job_id}?wait=60")
     often.gates[-1].open()
     assert sent.head()[0] == 200
@@ -171,7 +164,7 @@ def test_status_is_true_while_it_can_be(often):
 @pytest.mark.parametrize("version", ["1.0", "1.1"])
 def test_trouble_after_white_space_is_no_clean_end(often, version):
     """Its images cannot be opened just now, say: what has begun as 200 is cut, and who asks again is told why."""
-    job_id = held_job(often)
+    job_id = hold_the_queue(often)
     request = f"GET /sdapi/v1/job/{job_id}?wait=60 HTTP/{version}\r\nHost: localhost\r\n\r\n"
     sent = Sent(often.port, request.encode())
     assert sent.head()[0] == 200
@@ -200,7 +193,7 @@ def polls(webui: Webui, job_id: str) -> List[float]:
 
 
 def test_a_thousand_wait_and_hold_nobody_up(webui):
-    job_id = held_job(webui)
+    job_id = hold_the_queue(webui)
     polls(webui, job_id)
     before = threads(webui)
     clients = [wait_for(webui, job_id, 300) for _ in range(1000)]
@@ -225,7 +218,7 @@ def test_a_thousand_wait_and_hold_nobody_up(webui):
 
 def test_a_job_of_another_process(pair):
     one, two = pair
-    job_id = held_job(one)
+    job_id = hold_the_queue(one)
     assert two.job(job_id)["status"] == "Processing"
     before = threads(two)
     clients = [wait_for(two, job_id, 300) for _ in range(200)]
@@ -237,7 +230,7 @@ def test_a_job_of_another_process(pair):
     assert time.time() - one.job(job_id)["finished"] < 10
 
     # It is killed: its job fails as soon as that is noticed, at the latest when a webui starts again.
-    job_id = held_job(one)
+    job_id = hold_the_queue(one)
     sent = wait_for(two, job_id, 300)
     one.kill()
     one.start()

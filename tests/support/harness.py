@@ -514,6 +514,33 @@ class Webui:
 Start = Callable[..., Webui]
 
 
+def submit(webui: Webui, *prompt: str, **fields: Any) -> str:
+    """A request that does not wait for its job. Gives the ID."""
+    answer = webui.post(body(*prompt, **fields), headers=ASYNC)
+    assert answer.status_code == 202, answer.text
+    return answer.headers["x-job-id"]
+
+
+def hold_the_queue(webui: Webui, **standin: Any) -> str:
+    """A job that runs until the latest gate is opened."""
+    job_id = submit(webui, standin={"hold": webui.gate(), **standin})
+    webui.until_status(job_id, "Processing")
+    return job_id
+
+
+def config_of(webui: Webui) -> Any:
+    return json.loads((webui.extension / "config.json").read_text())
+
+
+def strictly(text: Any) -> Any:
+    """JSON that every parser takes."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
 def saved(webui: Webui) -> List[str]:
     """The images that the webui itself has kept, whatever we say."""
     return sorted(path.name for path in (webui.folder / "webui").glob("output*/**/*.png"))

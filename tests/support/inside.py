@@ -292,3 +292,8 @@ def generate(script: Any, tracker: Any, job: Any) -> str:
     tracker.finish(job.id, an_answer(script, job.id, 1))
     until(lambda: tracker.get(job.id).ended or tracker.store.trouble)
     return tracker.get(job.id).status
+
+
+def ids(script: Any, tracker: Any, **wanted: Any) -> List[str]:
+    """Those of all jobs that match, newest first."""
+    return [job.id for job in tracker.store.query(script.Filter(**wanted), 1000).jobs]

@@ -15,19 +15,12 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from inside import load_script, make_tracker
 
+from harness import strictly
+
 SCRIPT = load_script()
 FUZZ = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 INTACT = ["Intact01", "Intact02", "Intact03", "Intact04"]
 HOSTILE = ["Broken01", "Broken02", "Broken03"]
-
-
-def refuse(constant: str) -> None:
-    raise AssertionError(f"{constant} is not JSON")
-
-
-def strictly(text: Any) -> Any:
-    """JSON that every parser takes."""
-    return json.loads(text, parse_constant=refuse)
 
 
 # What would end a string, a line or a record, or begin another, if it were not escaped.

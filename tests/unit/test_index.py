@@ -20,6 +20,7 @@ from typing import Any, Dict, Iterator, List
 import pytest
 from disks import ROOT, mounted
 from inside import SCRIPT, a_job, alive, completed, set_constants, until, within
+from journal import lines
 
 from harness import TESTS
 
@@ -40,11 +41,6 @@ def filled(script: Any, store: Any, dice: random.Random, count: int = 200, **fie
 
 def every(script: Any, store: Any) -> Dict[str, Any]:
     return {job.id: job for job in within(20, store.query, script.Filter(), 100_000).jobs}
-
-
-def write_jobs(script: Any, path: Path, jobs: List[Any]) -> None:
-    lines = [f'"{job.id}": '.encode() + script.record_of(job) for job in jobs]
-    path.write_bytes(b"{\n" + b",\n".join(lines) + b"\n}\n")
 
 
 def modes(folder: Path) -> Dict[str, int]:
@@ -180,7 +176,7 @@ def test_a_disk_with_no_room_for_the_first_index(script, opened, tmp_path, dice)
     disk = tmp_path / "disk"
     with mounted(disk, "size=6m"):
         jobs = [completed(a_job(script, dice, prompt="c" * 200)) for _ in range(8000)]
-        write_jobs(script, disk / "jobs.json", jobs)
+        (disk / "jobs.json").write_bytes(lines(script, *jobs))
         store = opened(disk)
         assert len(within(30, store.query, script.Filter(), 50).jobs) == 50
         within(20, store.put(a_job(script, dice), new=True).result)
@@ -405,7 +401,7 @@ def test_the_version_before_is_a_neighbour(script, opened, before, index, dice):
 
 def test_the_first_build_keeps_nobody_waiting(script, opened, index, dice):
     jobs = [completed(a_job(script, dice)) for _ in range(20_000)]
-    write_jobs(script, index.parent / "jobs.json", jobs)
+    (index.parent / "jobs.json").write_bytes(lines(script, *jobs))
     store = opened()
     assert within(20, store.get, jobs[7].id) == jobs[7]
     new = a_job(script, dice)
@@ -418,7 +414,7 @@ def test_the_first_build_keeps_nobody_waiting(script, opened, index, dice):
 def test_the_first_build_shows_no_job_that_a_dead_process_left_as_if_it_ran(script, opened, index, dice):
     left = a_job(script, dice, status="Processing", owner="deadbeef")
     jobs = [completed(a_job(script, dice)) for _ in range(20_000)]
-    write_jobs(script, index.parent / "jobs.json", [*jobs, left])
+    (index.parent / "jobs.json").write_bytes(lines(script, *jobs, left))
     store = opened()
     store.recover(lambda job: job._replace(status="Failed", error="gone"))
     seen = {within(60, store.get, left.id).status}

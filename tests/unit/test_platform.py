@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Dict, List
 
 import pytest
-from inside import alive, an_answer, files_are_whole, load_script, make_tracker, read_jobs, until, when_ended
+from inside import alive, an_answer, files_are_whole, ids, load_script, make_tracker, read_jobs, until, when_ended
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="stands in for Windows on Linux")
 if sys.platform == "linux":
@@ -64,10 +64,6 @@ def generate(script: Any, tracker: Any, images: int = 2, age: float = 0, fails: 
     else:
         tracker.finish(job.id, an_answer(script, job.id, images))
     return when_ended(tracker, job.id)
-
-
-def ids(script: Any, tracker: Any, **wanted: Any) -> List[str]:
-    return [job.id for job in tracker.store.query(script.Filter(**wanted), 1000).jobs]
 
 
 def test_it_is_stood_in_for(script, tmp_path):

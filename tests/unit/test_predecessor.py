@@ -10,11 +10,12 @@ import stat
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable, List, Union
 
 import pytest
-from inside import WrappedOs, a_job, alive, completed, load_script, make_tracker, pixels
+from inside import WrappedOs, a_job, alive, completed, load_script, pixels
 from predecessor import INFOTEXT, NOW, entry, png, write_array, write_images
 
 from harness import until
@@ -30,17 +31,9 @@ def script() -> Any:
 
 
 @pytest.fixture
-def tracker(script, tmp_path):
+def tracker(new_tracker) -> Callable[..., Any]:
     """`tracker()` is one without a webui, on the test's folder."""
-    made = []
-
-    def make(**environ: str) -> Any:
-        made.append(make_tracker(script, tmp_path, TRACKER_RETENTION="off", **environ))
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.close()
+    return partial(new_tracker, TRACKER_RETENTION="off")
 
 
 def names(folder: Path) -> List[str]:
