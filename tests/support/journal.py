@@ -53,7 +53,7 @@ FOREIGN = {
 }
 
 
-# Readers of files against random changes of valid ones
+# Random changes of valid files
 
 GARBAGE = st.sampled_from(
     [b"\0" * 40, b"\xff\xfe", b"garbage", b"{", b"}", b"\n", b",", b'"', b"\\", b"[]", b"\r\n", b"\xef\xbb\xbf"]
