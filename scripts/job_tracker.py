@@ -205,86 +205,6 @@ def sync_folder(path: str) -> None:
         os.close(folder)
 
 
-# Access. What takes the place of a file, or is made from one, is for the same people. A new file is private until it
-# has its true owner and group: whoever opens it in its first moment can read all that is written into it later.
-# Without a file to follow, the umask decides. Windows has no such modes.
-
-
-def give_access(file: int, source: os.stat_result, mode: int) -> None:
-    """Gives an open file of ours the owner and group of another, as far as that is allowed, and a mode. Never raises.
-
-    If the group cannot be the other's, it may do no more than everybody.
-    """
-    if not hasattr(os, "fchown"):
-        return
-    for owner in (source.st_uid, -1):  # -1: as it is, for only root can give files away
-        with contextlib.suppress(OSError):
-            os.fchown(file, owner, source.st_gid)
-            break
-    # A drive may have no modes, or be gone. The file stays as it was made, which is private.
-    with contextlib.suppress(OSError):
-        if os.fstat(file).st_gid != source.st_gid:
-            mode = mode & ~0o070 | (mode & 0o007) << 3
-        os.fchmod(file, mode)
-
-
-def copy_access(path: str, file: int) -> None:
-    """Gives an open file of ours the owner, the group and the mode of another. Raises OSError if it cannot be found."""
-    source = os.stat(path)
-    give_access(file, source, source.st_mode & 0o666)
-
-
-def stats_of(*paths: str) -> List[os.stat_result]:
-    """Of those of some files that are there. Raises OSError if that cannot be told."""
-    found = []
-    for path in paths:
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            found.append(os.stat(path))
-    return found
-
-
-def common_mode(sources: List[os.stat_result]) -> int:
-    """The mode of a file for those who may read all of some others. Its owner and group are those of the first."""
-    mode = 0o666
-    for source in sources:
-        own = source.st_mode & 0o666
-        if source.st_gid != sources[0].st_gid:
-            own = own & 0o606 | (own & 0o006) << 3
-        mode &= own
-    return mode | 0o600
-
-
-NEW = os.O_CREAT | os.O_EXCL | BINARY
-
-
-def make_like(path: str, other: str, flags: int = os.O_WRONLY, within: str = "") -> int:
-    """Opens a new file for those who may read another, and `within` if that is there."""
-    sources = stats_of(other, within)
-    if not sources:
-        return os.open(path, flags | NEW, 0o666)
-    file = os.open(path, flags | NEW, 0o600)
-    give_access(file, sources[0], common_mode(sources))
-    return file
-
-
-def make_within(path: str, *others: str) -> int:
-    """Opens a new file for those who may read all of some others, if these are there, but no more than the umask says.
-
-    It belongs to the owner of the first.
-    """
-    sources = stats_of(*others)
-    file = os.open(path, os.O_WRONLY | NEW, common_mode(sources))
-    if not sources:
-        return file
-    found = os.fstat(file)
-    if found.st_gid != sources[0].st_gid:  # another group may have opened it
-        os.close(file)
-        os.unlink(path)
-        file = os.open(path, os.O_WRONLY | NEW, 0o600)
-    give_access(file, sources[0], stat.S_IMODE(found.st_mode))  # which is what the umask has left
-    return file
-
-
 NETWORK_DRIVES = re.compile(
     r"nfs|cifs|smb|9p|afs|ceph|lustre|vboxsf|virtiofs|prl_fs|fuse\.(sshfs|rclone|s3fs|gluster|grpc)"
 )
@@ -295,25 +215,85 @@ def is_on_network(path: str) -> bool:
     if hasattr(ctypes, "windll"):
         drive = os.path.splitdrive(os.path.abspath(path))[0] + "\\"
         return ctypes.windll.kernel32.GetDriveTypeW(drive) == 4  # DRIVE_REMOTE
-    kind, longest = "", -1
-    with contextlib.suppress(OSError), open(
-        "/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape"
-    ) as mounts:
-        for line in mounts:
-            mounted, _, source = line.partition(" - ")
-            folder = re.sub(r"\\([0-7]{3})", lambda form: chr(int(form.group(1), 8)), mounted.split()[4]).rstrip("/")
-            if len(folder) > longest and (path + "/").startswith(folder + "/"):
-                kind, longest = source.split()[0], len(folder)
-    return NETWORK_DRIVES.match(kind) is not None
+    with contextlib.suppress(OSError), open("/proc/self/mountinfo", errors="replace") as mounts:
+        device = os.stat(path).st_dev
+        number = f"{os.major(device)}:{os.minor(device)}"
+        for mount, _, kind in (line.partition(" - ") for line in mounts):
+            if mount.split()[2] == number:
+                return NETWORK_DRIVES.match(kind) is not None
+    return False
+
+
+# Access. What takes the place of a file, or is made from one, is for the same people. A new file is private until it
+# has its true owner and group: whoever opens it in its first moment can read all that is written into it later.
+# Without a file to follow, the umask decides. Windows has no such modes.
+
+# The umask can only be read by setting it. What another thread makes at that moment is private.
+UMASK = os.umask(0o077)
+os.umask(UMASK)
+
+NEW = os.O_CREAT | os.O_EXCL | BINARY
+
+
+class Access(NamedTuple):
+    """Whom a file is for."""
+
+    owner: int  # -1: whoever made it
+    group: int
+    mode: int
+
+
+def group_as_others(mode: int) -> int:
+    """A mode by which the group may do what everybody may."""
+    return mode & ~0o070 | (mode & 0o007) << 3
+
+
+def access_of(*paths: str) -> Access:
+    """The access of those who may read all of some files that are there. The owner and the group are the first one's.
+
+    If none is there, the umask decides. Raises OSError if that cannot be told.
+    """
+    found = []
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            found.append(os.stat(path))
+    if not found:
+        return Access(-1, -1, 0o666 & ~UMASK)
+    owner, group, mode = found[0].st_uid, found[0].st_gid, 0o666
+    for status in found:
+        mode &= status.st_mode if status.st_gid == group else group_as_others(status.st_mode)
+    return Access(owner, group, mode | 0o600)
+
+
+def give_access(file: int, access: Access) -> None:
+    """Gives an open file of ours an owner and a group, as far as that is allowed, and a mode. Never raises.
+
+    If the group cannot be the wanted one, it may do no more than everybody.
+    """
+    if not hasattr(os, "fchown"):
+        return
+    for owner in (access.owner, -1):  # only root can give files away
+        with contextlib.suppress(OSError):
+            os.fchown(file, owner, access.group)
+            break
+    # A drive may have no modes, or be gone. The file stays as it was made, which is private.
+    with contextlib.suppress(OSError):
+        has_group = access.group in (-1, os.fstat(file).st_gid)
+        os.fchmod(file, access.mode if has_group else group_as_others(access.mode))
+
+
+def create_like(path: str, *others: str, flags: int = os.O_WRONLY, mask: int = 0) -> int:
+    """Opens a new file for those who may read all of some others, if these are there, without the bits of `mask`."""
+    access = access_of(*others)
+    file = os.open(path, flags | NEW, 0o600)
+    give_access(file, access._replace(mode=access.mode & ~mask))
+    return file
 
 
 def narrow_access(path: str, other: str) -> None:
     """Takes a file of ours, if it is there, from those who may not read another. Does not open it. Never raises."""
     with contextlib.suppress(OSError):  # it is not there, or somebody else's
-        found = stats_of(path, other)
-        mode = stat.S_IMODE(found[0].st_mode)
-        if len(found) == 2 and mode & ~common_mode(found):
-            os.chmod(path, mode & common_mode(found))
+        os.chmod(path, access_of(path, other).mode)
 
 
 def make_folder(path: str, records: str = "") -> None:
@@ -326,13 +306,12 @@ def make_folder(path: str, records: str = "") -> None:
     above = os.path.dirname(path)
     if above != path:  # as of a drive that is not there
         make_folder(above)
-    sources = stats_of(records)
-    mode = common_mode(sources)
-    os.makedirs(path, mode=mode | (mode & 0o444) >> 2, exist_ok=True)
-    if sources and hasattr(os, "fchown"):
+    access = access_of(records)
+    os.makedirs(path, mode=access.mode | (access.mode & 0o444) >> 2, exist_ok=True)
+    if records and hasattr(os, "fchown"):
         folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | NO_FOLLOW)
         try:
-            give_access(folder, sources[0], stat.S_IMODE(os.fstat(folder).st_mode))
+            give_access(folder, access._replace(mode=stat.S_IMODE(os.fstat(folder).st_mode)))
         finally:
             os.close(folder)
     sync_folder(above)
@@ -376,7 +355,7 @@ def replace_file(path: str, data: bytes, like: str = "") -> None:
     It is for those who may read the old one, and the file `like`, as far as these are there.
     """
     part = f"{path}.{secrets.token_hex(4)}.part"
-    fill_file(make_like(part, path, within=like), part, [data], path)
+    fill_file(create_like(part, path, like), part, [data], path)
     sync_folder(os.path.dirname(path))
 
 
@@ -413,7 +392,7 @@ def write_file(path: str, data: bytes) -> None:
 
 def copy_file(source: str, target: str) -> None:
     """Copies a file to a new name, for the same people. Raises OSError."""
-    with os.fdopen(open_regular(source), "rb") as original, os.fdopen(make_like(target, source), "wb") as copied:
+    with os.fdopen(open_regular(source), "rb") as original, os.fdopen(create_like(target, source), "wb") as copied:
         shutil.copyfileobj(original, copied)
 
 
@@ -486,7 +465,18 @@ class FileLock:
         self._patience = LOCK_SECONDS
         self._turn_began = self._released_at = -math.inf  # a turn is a row of holds without a pause between them
 
-    def acquire(self, seconds: float = LOCK_SECONDS) -> bool:
+    def acquire(self) -> None:
+        """Takes the lock. Raises TimeoutError, an OSError, if another holds it.
+
+        After that it is only asked for a moment, until it can be had again: who waits for us has waited once already.
+        """
+        locked = self.try_acquire(self._patience)
+        self._patience = LOCK_SECONDS if locked else LOCK_MOMENT
+        if not locked:
+            name = os.path.basename(self.path)
+            raise TimeoutError(errno.ETIMEDOUT, f"another program holds the lock {name}", self.path)
+
+    def try_acquire(self, seconds: float = 0) -> bool:
         """Takes the lock. False when another still holds it after some seconds; 0 is one try. Raises OSError."""
         self._let_others_in()
         until, pause = time.monotonic() + seconds, LOCK_PAUSE / 8
@@ -518,28 +508,15 @@ class FileLock:
 
     def _open(self) -> None:
         make_folder(os.path.dirname(self.path))
-        sources = stats_of(self._guarded)
-        # At no moment is it open to more people than it is to be. Of 0o022 the umask leaves those who may write.
-        self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | O_NONBLOCK | BINARY, 0o600 if sources else 0o622)
+        access = access_of(self._guarded)
+        self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | O_NONBLOCK | BINARY, 0o600)
         self.opened.add(self)
-        with contextlib.suppress(OSError):  # it may just be going: `acquire` will see that
+        with contextlib.suppress(OSError):  # it may just be going: `try_acquire` will see that
             found = os.fstat(self._file)
-            if found.st_size or not os.path.samestat(os.lstat(self.path), found):
-                return  # it is a link to somebody's file, whose mode is not ours to change
-            source = sources[0] if sources else found
-            writers = source.st_mode & 0o022
-            give_access(self._file, source, 0o600 | writers | writers << 1)
-
-    def hold(self) -> None:
-        """Takes the lock. Raises TimeoutError, an OSError, if another holds it.
-
-        After that it is only asked for a moment, until it can be had again: who waits for us has waited once already.
-        """
-        locked = self.acquire(self._patience)
-        self._patience = LOCK_SECONDS if locked else LOCK_MOMENT
-        if not locked:
-            name = os.path.basename(self.path)
-            raise TimeoutError(errno.ETIMEDOUT, f"another program holds the lock {name}", self.path)
+            # A link leads to somebody's file, whose mode is not ours to change.
+            if not found.st_size and os.path.samestat(os.lstat(self.path), found):
+                writers = access.mode & 0o022
+                give_access(self._file, access._replace(mode=0o600 | writers | writers << 1))
 
     def release(self) -> None:
         self._released_at = time.monotonic()
@@ -549,24 +526,24 @@ class FileLock:
         """Gives the lock and the file back."""
         if self._file is not None:
             unlock(self._file)  # a child that is being forked just now may have a copy of the file
-            self._forget()
+            self._close_file()
 
-    def _forget(self) -> None:
+    def _close_file(self) -> None:
         file, self._file = self._file, None
         close_file(file)
         self.opened.discard(self)
 
     @classmethod
-    def let_go(cls) -> None:
+    def close_copies(cls) -> None:
         """In a forked child: closes its copies, by which it would hold the locks after its parent's end.
 
         Does not unlock them: a copy is the same open file, and the parent would lose its lock.
         """
         for lock in list(cls.opened):
-            lock._forget()
+            lock._close_file()
 
     def __enter__(self) -> "FileLock":
-        self.hold()
+        self.acquire()
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -574,7 +551,7 @@ class FileLock:
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=FileLock.let_go)
+    os.register_at_fork(after_in_child=FileLock.close_copies)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -1257,7 +1234,7 @@ class JournalCopy:
         self.entries = 0
         self.end = self._synced = 0
         self._data = bytearray(HEAD)
-        self.file: Optional[int] = make_like(path, like, os.O_RDWR)
+        self.file: Optional[int] = create_like(path, like, flags=os.O_RDWR)
 
     def add(self, job_id: str, record: bytes) -> int:
         """Returns the offset of the record. It is in the file only after `flush`."""
@@ -1290,7 +1267,7 @@ def quarantine_damage(path: str, file: int, damages: List[Damage]) -> str:
     """Copies damaged parts to a file of their own, for somebody who may read more in them. Raises OSError."""
     aside = quarantine_name(path)
     try:
-        with os.fdopen(make_like(aside, path), "wb") as copy:
+        with os.fdopen(create_like(aside, path), "wb") as copy:
             for damage in damages:
                 end = damage.offset + damage.length
                 for offset in range(damage.offset, end, JOURNAL_CHUNK):
@@ -1418,7 +1395,7 @@ class Index:
         self.failure: Optional[Exception] = None  # for which it is to be opened anew
         if path:
             try:
-                close_file(make_like(path, like))
+                close_file(create_like(path, like))
             except FileExistsError:
                 if not stat.S_ISREG(os.lstat(path).st_mode):  # a link may lead to somebody's file
                     raise OSError(errno.EINVAL, "it is no file", path) from None
@@ -2340,7 +2317,7 @@ class JobStore:
         self._let_go()
         self._check()
         self._alive.close()  # the data folder may be another one; nobody looks for this lock while we hold the other
-        self._alive.hold()
+        self._alive.acquire()
         try:
             file = self._open_file()
         except (IsADirectoryError, PermissionError) as error:
@@ -2723,7 +2700,7 @@ class JobStore:
         """Puts the new file in the place of the old, and has the index know it."""
         old = self._journal
         copy.flush(is_end=True)
-        copy_access(self.path, copy.file)  # somebody may have made it private meanwhile
+        give_access(copy.file, access_of(self.path))  # somebody may have made it private meanwhile
         sync_file(copy.file)
         with self._reading:
             if LOCKS_OPEN_FILES:
@@ -2821,7 +2798,7 @@ class JobStore:
             return True
         lock, failure = FileLock(path, self.path), None
         try:
-            return lock.acquire(0)
+            return lock.try_acquire()
         except OSError as error:
             failure = error
             return False
@@ -3262,10 +3239,10 @@ class ImageStore:
 
     def _create(self, path: str) -> int:
         try:
-            return make_within(path, *self._sources)
+            return create_like(path, *self._sources, mask=UMASK)
         except FileNotFoundError:  # a purge took the folder together with its last file
             make_folder(os.path.dirname(path), self._sources[0])
-            return make_within(path, *self._sources)
+            return create_like(path, *self._sources, mask=UMASK)
 
     def _path(self, name: str) -> str:
         return os.path.join(self.folder, *name.split("/"))
@@ -3812,7 +3789,7 @@ class Predecessor:
                 if self._is_in_the_way():
                     pause = self.LOOK_EVERY
                 with contextlib.closing(FileLock(f"{self.path}.{self.FOUND}.lock", self.path)) as lock:
-                    if lock.acquire(0):
+                    if lock.try_acquire():
                         for path, source in self._files(self.LISTED):
                             self._copy_file(path, source, store, images, stop)
                     else:

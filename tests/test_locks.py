@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Iterator, List
 
 import pytest
-from inside import WrappedOs, a_job, until
+from inside import WrappedOs, a_job, load_script, until
 
 from harness import MODE_FLAGS, MODES, QUICK, Page, Webui, body, open_files
 
@@ -208,8 +208,9 @@ def test_who_may_write_jobs_json_may_lock_it(script, tmp_path, umask, mode, lock
 
 
 @pytest.mark.parametrize("umask, mode", [(0o022, 0o600), (0o002, 0o660), (0o000, 0o666), (0o077, 0o600)], ids=oct)
-def test_a_lock_before_there_is_a_jobs_json(script, tmp_path, umask, mode):
+def test_a_lock_before_there_is_a_jobs_json(tmp_path, umask, mode):
     with umask_of(umask):
+        script = load_script()
         store = script.JobStore(str(tmp_path))
         store.put(a_job(script, random.Random(7)), new=True).result()
         locks = [path for path in tmp_path.iterdir() if re.search(r"\.(lock|owner-\w+)$", path.name)]
@@ -275,7 +276,7 @@ def test_two_users_of_a_group(script, public):
                 os.setgid(user)  # a group of its own, as on Debian
                 os.setuid(user)
                 lock = script.FileLock(str(path), str(jobs))
-                result = 0 if lock.acquire(0) else 2
+                result = 0 if lock.try_acquire() else 2
             os._exit(result)
         return os.WEXITSTATUS(os.waitpid(child, 0)[1])
 
@@ -316,7 +317,7 @@ def test_a_child_lets_go(script, tmp_path, ends):
     parent = os.fork()
     if parent == 0:
         with contextlib.suppress(BaseException):
-            assert lock.acquire()
+            assert lock.try_acquire()
             os.write(says, b"%d\n" % forked(script))
             if ends == "closes":
                 until(lambda: (tmp_path / "close").exists())
@@ -329,13 +330,13 @@ def test_a_child_lets_go(script, tmp_path, ends):
         child = int(lines.readline())
     try:
         until(lambda: str(tmp_path / "lock") not in open_files(child), 10, "the child has let go")
-        assert not other.acquire(0), "the parent has it"
+        assert not other.try_acquire(), "the parent has it"
         if ends == "closes":
             (tmp_path / "close").touch()
             until(lambda: (tmp_path / "closed").exists(), 10, "it has closed")
         else:
             end(parent)
-        assert other.acquire(0)
+        assert other.try_acquire()
     finally:
         os.kill(child, signal.SIGKILL)
         if ends == "closes":
@@ -354,10 +355,10 @@ def test_a_lock_that_is_closed_is_free_whoever_has_a_copy(script, tmp_path):
 
     lock, other = (script.FileLock(str(tmp_path / "lock")) for _ in range(2))
     script.os = WrappedOs(open=open_and_copy)
-    assert lock.acquire()
+    assert lock.try_acquire()
     (copy,) = copies
     lock.close()
-    assert other.acquire(0)
+    assert other.try_acquire()
     other.close()
     os.close(copy)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator
 
 import pytest
-from inside import WrappedOs, a_job, an_answer, completed, make_tracker, pixels, until
+from inside import WrappedOs, a_job, an_answer, completed, load_script, make_tracker, pixels, until
 
 from harness import QUICK, Webui, body
 
@@ -332,12 +332,13 @@ def test_images_of_the_predecessor_that_were_private(script, tmp_path):
     ],
     ids=lambda it: it if it is None else oct(it),
 )
-def test_images_are_for_those_who_may_read_jobs_json(script, tmp_path, umask, mode, expected):
+def test_images_are_for_those_who_may_read_jobs_json(tmp_path, umask, mode, expected):
     """And never for more than the umask says."""
     if mode is not None:
         private_jobs(tmp_path, mode=mode)
     before = os.umask(umask)
     try:
+        script = load_script()
         images = script.ImageStore(str(tmp_path / "images"))
         job = completed(a_job(script, random.Random(7)))
         kept = images.save(job, an_answer(script, job.id, 1))
