@@ -31,6 +31,7 @@ import ctypes
 import enum
 import errno
 import functools
+import glob
 import hashlib
 import itertools
 import json
@@ -391,9 +392,10 @@ def write_file(path: str, data: bytes) -> None:
 
 
 def copy_file(source: str, target: str) -> None:
-    """Copies a file to a new name, for the same people. Raises OSError."""
-    with os.fdopen(open_regular(source), "rb") as original, os.fdopen(create_like(target, source), "wb") as copied:
-        shutil.copyfileobj(original, copied)
+    """Copies a file to a new name, for the same people, whole or not at all. Raises OSError."""
+    with os.fdopen(open_regular(source), "rb") as original:
+        fill_file(create_like(target, source), target, iter(lambda: original.read(1 << 20), b""), target)
+    sync_folder(os.path.dirname(target))
 
 
 def free_name(path: str) -> str:
@@ -707,8 +709,7 @@ class Settings:
             write = write_file
             if isinstance(self._failure, (ValueError, RecursionError)):
                 copy = quarantine_name(self.path)
-                with open(self.path, "rb") as file:
-                    replace_file(copy, file.read(), like=self.path)
+                copy_file(self.path, copy)
                 log.warning("config.json was broken. It is written anew, what stood in it is in %s", copy)
                 # It may be half of an upload, whose rest is not to go into a file that has lost its name.
                 write = overwrite_file
@@ -3497,11 +3498,7 @@ class StoredAnswer:
 class LegacyJob(NamedTuple):
     """An entry of the predecessor's jobs.json."""
 
-    id: str
-    prompt: str
-    ip: Optional[str]
-    timestamp: Optional[int]  # Unix seconds; None if it cannot be understood
-    status: str
+    job: Job  # with the predecessor's ID, its whole prompt, and the time 0 if that cannot be understood
     paths: List[str]  # of the images, in the webui's output folder
 
 
@@ -3515,6 +3512,7 @@ class LegacyFile(NamedTuple):
 LEGACY_ENTRY_START = re.compile(r'\{\s*"id"\s*:')
 LEGACY_DECODER = json.JSONDecoder(parse_int=parse_int)
 SEED = re.compile(r"\bSeed: (\d{1,100})")
+NO_IMAGES = "No images of it were kept"
 
 
 def is_ours(path: str) -> bool:
@@ -3557,23 +3555,34 @@ def read_legacy_entries(text: str) -> Tuple[List[Any], int]:
 
 
 def legacy_job(entry: Any) -> Optional[LegacyJob]:
-    """An entry as a job, None if it is none. A field that cannot be understood does not cost the others."""
+    """An entry as a job whose images are still to be copied, None if it is none.
+
+    A field that cannot be understood does not cost the others.
+    """
     if not isinstance(entry, dict) or "status" not in entry:
         return None
     job_id, prompt, ip, status = (entry.get(name) for name in ("id", "prompt", "ip", "status"))
     if not (isinstance(job_id, str) and job_id):
         return None
     paths = entry.get("output_paths") or entry.get("output_path") or []  # the latter is of its first version
-    if not isinstance(paths, list):
-        paths = [paths]
-    return LegacyJob(
-        job_id,
-        without_surrogates(prompt) if isinstance(prompt, str) else "",
-        without_surrogates(ip)[:IP_LIMIT] if isinstance(ip, str) else None,
-        legacy_time(entry.get("timestamp")),
-        status if isinstance(status, str) else "",
-        [path for path in paths if isinstance(path, str) and path],
+    paths = [path for path in (paths if isinstance(paths, list) else [paths]) if isinstance(path, str) and path]
+    is_completed = str(status).casefold() == COMPLETED.casefold()
+    if is_completed:
+        error = "Its images are still to be copied" if paths else NO_IMAGES
+    elif str(status).casefold() == FAILED.casefold():
+        error = "The generation failed, and it was not kept why"
+    else:
+        error = "The webui ended before the generation did"
+    job = Job(
+        id=job_id,
+        type=TYPES[0],  # the predecessor did not keep which
+        status=COMPLETED if is_completed else FAILED,
+        timestamp=legacy_time(entry.get("timestamp")) or 0,
+        ip=without_surrogates(ip)[:IP_LIMIT] if isinstance(ip, str) else None,
+        prompt=without_surrogates(prompt) if isinstance(prompt, str) else "",
+        error=error,
     )
+    return LegacyJob(job, paths)
 
 
 def legacy_time(value: Any) -> Optional[int]:
@@ -3586,28 +3595,36 @@ def legacy_time(value: Any) -> Optional[int]:
     return None
 
 
-def assign_ids(jobs: List[LegacyJob], known: Dict[int, str]) -> List[str]:
+def assign_ids(old_ids: Iterable[str], known: Dict[int, str]) -> List[str]:
     """An ID for each of the predecessor's jobs: its own, where that is an ID of ours and differs from every other.
 
     `known` has the IDs in jobs.json by their number. An ID that is known already belongs to the same job, taken over
     before a crash: so the answer must be, and is, the same each time.
     """
-    ids: List[str] = []
-    used: Set[int] = set()
-
-    def is_free(job_id: str) -> bool:
-        number = id_number(job_id)
-        return number not in used and known.get(number, job_id) == job_id
-
-    for job in jobs:
-        job_id, attempt = job.id, 0
-        while not (ID_FORM.match(job_id) and is_free(job_id)):
-            digest = hashlib.sha256(f"{job.id} {attempt}".encode("utf-8", "surrogatepass")).digest()
+    ids: Dict[int, str] = {}
+    for old_id in old_ids:
+        job_id, attempt = old_id, 0
+        while not ID_FORM.match(job_id) or id_number(job_id) in ids or known.get(id_number(job_id), job_id) != job_id:
+            digest = hashlib.sha256(f"{old_id} {attempt}".encode("utf-8", "surrogatepass")).digest()
             job_id = "".join(ID_ALPHABET[byte % len(ID_ALPHABET)] for byte in digest[:8])
             attempt += 1
-        ids.append(job_id)
-        used.add(id_number(job_id))
-    return ids
+        ids[id_number(job_id)] = job_id
+    return list(ids.values())
+
+
+def error_with_id(note: Optional[str], job_id: str, legacy: LegacyJob) -> Optional[str]:
+    """What a job says of itself, with its old ID if it has got another."""
+    renamed = "" if job_id == legacy.job.id else f"Its ID was {without_surrogates(legacy.job.id[:100])}"
+    return ". ".join(filter(None, (note, renamed))) or None
+
+
+def legacy_answer(legacy: LegacyJob, pictures: List[bytes]) -> Answer:
+    """What the host may have answered, as far as the predecessor's entry and the images tell."""
+    infotexts = [text for text in map(infotext_of, pictures) if text is not None]
+    seeds = [int(match.group(1)) for match in map(SEED.search, infotexts) if match]
+    info = {"prompt": legacy.job.prompt, **({"seed": seeds[0]} if seeds else {}), "infotexts": infotexts}
+    rest = {"images": [], "parameters": {"prompt": legacy.job.prompt}, "info": json.dumps(info)}
+    return Answer(list(map(base64.b64encode, pictures)), as_host_json(rest))
 
 
 def infotext_of(image: bytes) -> Optional[str]:
@@ -3637,12 +3654,11 @@ class Predecessor:
     """
 
     FOUND, LISTED, DONE = "predecessor", "predecessor-listed", "predecessor-done"
-    RETRY = 600.0  # seconds until what could not be done is tried again
-    LOOK_EVERY = 5.0  # seconds between two looks whether the process that copies is gone
+    RETRY = 600.0  # seconds until images that could not be copied are tried again
+    LOOK_EVERY = 5.0  # seconds between two tries of all else
     SPARE = 1 << 30  # bytes that copies leave free on the disk, or a twentieth of a smaller one
     # What says that there is no such file. Everything else may be different later, as with a drive that is not ready.
     GONE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL, errno.ENXIO)
-    NO_IMAGES = "No images of it were kept"
 
     def __init__(self, extension_folder: str, data_folder: str):
         paths = (os.path.realpath(os.path.join(folder, "jobs.json")) for folder in (data_folder, extension_folder))
@@ -3653,6 +3669,39 @@ class Predecessor:
         self.changing = threading.Lock()  # around a change to a job that must not meet the job's removal
         self._trouble = ""
 
+    def is_unfinished(self) -> bool:
+        """Whether something is still to be found, merged or copied. Raises OSError."""
+        return any(map(self._find, self.paths)) or bool(self._files(self.FOUND) or self._files(self.LISTED))
+
+    def refuse_to_open(self) -> None:
+        """Raises OSError while jobs.json is the predecessor's: the store would take it for a damaged one of ours."""
+        if read_legacy_file(self.path) is not None:
+            raise OSError(errno.EBUSY, "The predecessor's jobs.json cannot be taken over yet", self.path)
+
+    def _find(self, path: str) -> Optional[str]:
+        """The file that the predecessor would read: jobs.json, or the copy beside it if a power cut cost it that."""
+        if is_ours(path):
+            return None
+        if read_legacy_file(path) is not None:
+            return path
+        # Once it has been taken over, so has the copy.
+        began = any(map(self._files, (self.FOUND, self.LISTED, self.DONE)))
+        return f"{path}.bak" if not began and read_legacy_file(f"{path}.bak") is not None else None
+
+    def _files(self, stage: str) -> List[Tuple[str, str]]:
+        """The predecessor's files that have come to a stage, each with the path of the jobs.json that it was."""
+        found = []
+        for path in self.paths:
+            name = glob.escape(f"{path}.{stage}")
+            found += [(path, source) for source in glob.glob(name) + sorted(glob.glob(f"{name}-[0-9]*"))]
+        return found
+
+    @staticmethod
+    def _rename(source: str, path: str, stage: str) -> None:
+        """Gives the predecessor's file the name of its next stage."""
+        os.rename(source, free_name(f"{path}.{stage}"))
+        sync_folder(os.path.dirname(path))
+
     # The jobs
 
     def merge_jobs(self) -> None:
@@ -3662,12 +3711,10 @@ class Predecessor:
         a damaged one of ours. To be called before the JobStore opens its file.
         """
         try:
-            found = [path for path in self.paths if not is_ours(path)]
-            found = [path for path in found if os.path.isfile(path) or os.path.isfile(f"{path}.bak")]
-            if not (found or self._files(self.FOUND)):
+            if not any(map(self._find, self.paths)) and not self._files(self.FOUND):
                 return  # and so never waits for the lock
             with contextlib.closing(FileLock(self.path + ".lock", self.path)) as lock, lock:
-                for path in found:
+                for path in self.paths:
                     source = self._find(path)
                     if source is not None:
                         self._rename(source, path, self.FOUND)
@@ -3676,171 +3723,108 @@ class Predecessor:
         except Exception as error:
             self._log_once(f"The predecessor's jobs cannot be taken over yet: {type(error).__name__}: {error}")
 
-    def _find(self, path: str) -> Optional[str]:
-        """The file that the predecessor would read: jobs.json, or the copy beside it if a power cut cost it that."""
-        if read_legacy_file(path) is not None:
-            return path
-        copy = f"{path}.bak"
-        began = any(map(self._files, (self.FOUND, self.LISTED, self.DONE)))  # then the copy has been taken over, too
-        return copy if not (began or is_ours(path)) and read_legacy_file(copy) is not None else None
-
-    @staticmethod
-    def _read(source: str) -> LegacyFile:
-        legacy = read_legacy_file(source)
-        if legacy is None:
-            raise ValueError(f"{source} is not as it was")
-        return legacy
-
-    def _files(self, stage: str) -> List[Tuple[str, str]]:
-        """The predecessor's files that have come to a stage, each with the path of the jobs.json that it was."""
-        found = []
-        for path in self.paths:
-            folder, name = os.path.split(path)
-            form = re.compile(re.escape(f"{name}.{stage}") + r"(-\d+)?\Z")
-            # A folder that is not there, or that nobody lets us see, has nothing to take over.
-            with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
-                found += [(path, os.path.join(folder, entry)) for entry in os.listdir(folder) if form.match(entry)]
-        return sorted(found)
-
-    @staticmethod
-    def _rename(source: str, path: str, stage: str) -> None:
-        """Gives the predecessor's file the name of its next stage."""
-        os.rename(source, free_name(f"{path}.{stage}"))
-        sync_folder(os.path.dirname(path))
-
     def _merge(self, path: str, source: str) -> None:
         """Writes the jobs of the predecessor's file, if they are not there yet, before our own."""
-        legacy, ours = self._read(source), self._read_ours()
+        ours = self._read_ours()
         if ours.strip() and not (ours.startswith(EMPTY[:2]) and ours.endswith(TAIL)):
             raise ValueError("jobs.json is damaged, and must be mended first")
-        known = self._known_ids(ours)
+        legacy, ids, known = self._read(source, ours)
         lines = []
-        last_time = min(max(int(os.stat(source).st_mtime), 0), MAX_TIMESTAMP - 1)
-        for job, job_id in zip(legacy.jobs, assign_ids(legacy.jobs, known)):
-            last_time = job.timestamp or last_time
+        timestamp = min(max(int(os.stat(source).st_mtime), 0), MAX_TIMESTAMP - 1)
+        for one, job_id in zip(legacy.jobs, ids):
+            timestamp = one.job.timestamp or timestamp  # that of the job before
             if id_number(job_id) not in known:
-                lines.append(b'\n"%s": %s' % (job_id.encode(), record_of(self._listed(job, job_id, last_time))))
-            if job_id != job.id:
-                log.warning("Job %r of the predecessor has got the ID %s", job.id[:100], job_id)
+                error = error_with_id(one.job.error, job_id, one)
+                prompt = one.job.prompt[:PROMPT_LIMIT]
+                job = one.job._replace(id=job_id, timestamp=timestamp, prompt=prompt, error=error)
+                lines.append(b'\n"%s": %s' % (job_id.encode(), record_of(job)))
+            if job_id != one.job.id:
+                log.warning("Job %r of the predecessor has got the ID %s", one.job.id[:100], job_id)
         if lines:
             rest = ours[len(HEAD) : -len(TAIL)]
-            lines += [rest] if rest else []
-            replace_file(self.path, HEAD + b",".join(lines) + TAIL, like=source)
+            replace_file(self.path, HEAD + b",".join([*lines, rest] if rest else lines) + TAIL, like=source)
         self._rename(source, path, self.LISTED)
         log.info("Taken over from the predecessor: %d jobs, whose images are being copied", len(legacy.jobs))
 
     def _read_ours(self) -> bytes:
-        try:
-            with open(self.path, "rb") as file:
-                return file.read()
-        except FileNotFoundError:
-            return b""
+        with contextlib.suppress(FileNotFoundError), open(self.path, "rb") as file:
+            return file.read()
+        return b""
 
     @staticmethod
-    def _known_ids(ours: bytes) -> Dict[int, str]:
-        """The IDs in our jobs.json by their number, those of removed jobs too."""
-        ids = (match.group(2).decode() for match in ENTRY.finditer(ours))
-        return {id_number(job_id): job_id for job_id in ids}
-
-    def _listed(self, legacy: LegacyJob, job_id: str, timestamp: int) -> Job:
-        """A job of the predecessor before its images are copied."""
-        status, note = FAILED, "The webui ended before the generation did"
-        if legacy.status.casefold() == COMPLETED.casefold():
-            status = COMPLETED
-            note = "Its images are still to be copied" if legacy.paths else self.NO_IMAGES
-        elif legacy.status.casefold() == FAILED.casefold():
-            note = "The generation failed, and it was not kept why"
-        return Job(
-            id=job_id,
-            type=TYPES[0],  # the predecessor did not keep which
-            status=status,
-            timestamp=timestamp,
-            ip=legacy.ip,
-            prompt=legacy.prompt[:PROMPT_LIMIT],
-            error=self._error(legacy, job_id, note),
-        )
-
-    @staticmethod
-    def _error(legacy: LegacyJob, job_id: str, note: str) -> Optional[str]:
-        renamed = "" if job_id == legacy.id else f"Its ID was {without_surrogates(legacy.id[:100])}"
-        return ". ".join(filter(None, (note, renamed))) or None
+    def _read(source: str, ours: bytes) -> Tuple[LegacyFile, List[str], Dict[int, str]]:
+        """The predecessor's file, the IDs of its jobs, and those in our jobs.json by number, of removed jobs too."""
+        legacy = read_legacy_file(source)
+        if legacy is None:
+            raise ValueError(f"{source} is not as it was")
+        known = {id_number(job_id): job_id for job_id in (match.group(2).decode() for match in ENTRY.finditer(ours))}
+        return legacy, assign_ids((one.job.id for one in legacy.jobs), known), known
 
     # Their images
-
-    def is_unfinished(self) -> bool:
-        """Whether something is still to be found, merged or copied. Raises OSError."""
-        return bool(self._is_in_the_way() or self._files(self.FOUND) or self._files(self.LISTED))
-
-    def _is_in_the_way(self) -> bool:
-        """Whether a jobs.json is still the predecessor's, which could not be given another name."""
-        return any(read_legacy_file(path) is not None for path in self.paths)
-
-    def refuse_to_open(self) -> None:
-        """Raises OSError while jobs.json is the predecessor's: the store would take it for a damaged one of ours."""
-        if read_legacy_file(self.path) is not None:
-            raise OSError(errno.EBUSY, "The predecessor's jobs.json cannot be taken over yet", self.path)
 
     def copy_images(self, store: JobStore, images: ImageStore, stop: threading.Event) -> None:
         """Copies the images of all jobs of the predecessor. Returns when that is done, or `stop` is set."""
         while not stop.is_set():
-            pause = self.RETRY
+            pause = self.LOOK_EVERY
             try:
                 self.merge_jobs()
-                if self._is_in_the_way():
-                    pause = self.LOOK_EVERY
                 with contextlib.closing(FileLock(f"{self.path}.{self.FOUND}.lock", self.path)) as lock:
                     if lock.try_acquire():
                         for path, source in self._files(self.LISTED):
                             self._copy_file(path, source, store, images, stop)
-                    else:
-                        pause = self.LOOK_EVERY
                 if not self.is_unfinished():
                     with contextlib.suppress(OSError):
                         os.unlink(lock.path)
                     return
             except Exception as error:
+                pause = self.RETRY
                 if not stop.is_set():  # the store may be closed then
                     self._log_once(f"Images of the predecessor's jobs cannot be copied yet: {error}")
             stop.wait(pause)
 
     def _copy_file(self, path: str, source: str, store: JobStore, images: ImageStore, stop: threading.Event) -> None:
         """Copies the images of one file's jobs, newest first. Raises OSError if some cannot be copied now."""
-        legacy = self._read(source)
-        count = copied = size = missing = 0
+        legacy, ids, _ = self._read(source, self._read_ours())
         failure: Optional[OSError] = None
-        ids = assign_ids(legacy.jobs, self._known_ids(self._read_ours()))
         for one, job_id in zip(reversed(legacy.jobs), reversed(ids)):
             if stop.is_set():
                 return
             began = time.monotonic()
-            job = store.get(job_id)
-            if job is not None and job.status == COMPLETED and not self._is_copied(one, job):
-                try:
-                    found = [image for image in map(self._read_image, one.paths) if image is not None]
-                except OSError as error:  # the job says so, and the others need not wait for its images
-                    failure = error
-                    note = self._error(one, job_id, f"Its images cannot be copied yet: {reason_of(error)}")
-                    if job.error != note:
-                        self._put(store, job._replace(error=note))
-                    continue
-                job = self._save(one, job, found, store, images)
-                stop.wait(2 * (time.monotonic() - began))  # generations, and a webui that starts, come first
-            if job is not None:
-                count, copied, size = count + 1, copied + len(job.images), size + job.bytes
-                missing += len(one.paths) - len(job.images) if job.status == COMPLETED else 0
+            failure = self._copy_job(one, job_id, store, images) or failure
+            stop.wait(2 * (time.monotonic() - began))  # generations, and a webui that starts, come first
         if failure is not None:
             raise failure
         self._rename(source, path, self.DONE)
+        kept = [(job, one.paths) for job, one in zip(map(store.get, ids), legacy.jobs) if job is not None]
+        copied = sum(len(job.images) for job, _ in kept)
         log.info(
             "The predecessor's jobs are complete: %d jobs, %d images, %s bytes; %d images were no longer on disk, "
             "%d entries could not be read",
-            *(count, copied, f"{size:,}", missing, legacy.unreadable),
+            len(kept),
+            copied,
+            f"{sum(job.bytes for job, _ in kept):,}",
+            sum(len(paths) for job, paths in kept if job.status == COMPLETED) - copied,
+            legacy.unreadable,
         )
 
-    @staticmethod
-    def _is_copied(legacy: LegacyJob, job: Job) -> bool:
-        """Whether nothing is left to do: a job of which no image was found may have some by now."""
-        return bool(job.images) or (job.bytes > 0 and not legacy.paths)
+    def _copy_job(self, legacy: LegacyJob, job_id: str, store: JobStore, images: ImageStore) -> Optional[OSError]:
+        """Copies the images of a job. Returns why they cannot be read now: the others need not wait for them.
+
+        Raises OSError and StoreError if they cannot be written.
+        """
+        job = store.get(job_id)
+        if job is None or job.status != COMPLETED or job.images or (job.bytes and not legacy.paths):
+            return None
+        try:
+            found = list(filter(None, map(self._read_image, legacy.paths)))
+        except OSError as error:
+            note = error_with_id(f"Its images cannot be copied yet: {reason_of(error)}", job_id, legacy)
+            if job.error != note:
+                self._put(store, job._replace(error=note))
+            return error
+        if found or not job.bytes:  # otherwise this was known already
+            self._save(legacy, job, found, store, images)
+        return None
 
     def _read_image(self, path: str) -> Optional[Tuple[str, bytes]]:
         """An image of the predecessor's, and where it lies; None if it is no longer there.
@@ -3863,47 +3847,29 @@ class Predecessor:
 
     def _save(
         self, legacy: LegacyJob, job: Job, found: List[Tuple[str, bytes]], store: JobStore, images: ImageStore
-    ) -> Optional[Job]:
-        """Stores the images that were found, and returns the job as it is then. None if it was removed meanwhile.
-
-        Raises OSError.
-        """
-        if job.bytes and not found:
-            return job
-        places, pictures = [place for place, _ in found], [data for _, data in found]
+    ) -> None:
+        """Stores the images that were found, unless the job was removed meanwhile. Raises OSError and StoreError."""
+        pictures = [data for _, data in found]
         make_folder(images.folder)
         disk = shutil.disk_usage(images.folder)
         if disk.free - sum(map(len, pictures)) < min(self.SPARE, disk.total // 20):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        infotexts = [text for text in map(infotext_of, pictures) if text is not None]
-        seeds = [int(match.group(1)) for match in map(SEED.search, infotexts) if match]
-        info = {"prompt": legacy.prompt, **({"seed": seeds[0]} if seeds else {}), "infotexts": infotexts}
-        rest = {"images": [], "parameters": {"prompt": legacy.prompt}, "info": json.dumps(info)}
-        answer = Answer(list(map(self._as_base64, pictures)), as_host_json(rest))
-        kept = images.as_private_as(places).save(job, answer)
-        lost, note = len(legacy.paths) - len(found), ""
+        answer = legacy_answer(legacy, pictures)
+        kept = images.as_private_as(place for place, _ in found).save(job, answer)
+        lost, note = len(legacy.paths) - len(found), "" if found else NO_IMAGES
         if lost:
             note = f"{lost} of {len(legacy.paths)} images were no longer on disk when the job was taken over"
-        elif not found:
-            note = self.NO_IMAGES
-        kept = kept._replace(error=self._error(legacy, job.id, note))
+        kept = kept._replace(error=error_with_id(note, job.id, legacy))
         written = self._put(store, kept)
         if written is None:
             images.remove(images.files_of(kept))
-            return None
-        written.result()
-        return kept
+        else:
+            written.result()
 
     def _put(self, store: JobStore, job: Job) -> Optional[Future]:
         """Changes a job, unless it was removed meanwhile. None then."""
         with self.changing:
             return None if store.get(job.id) is None else store.put(job)
-
-    @staticmethod
-    def _as_base64(data: bytes) -> bytes:
-        """Encodes piece by piece, since it holds the interpreter."""
-        step = ImageStore.CHUNK
-        return b"".join(base64.b64encode(data[start : start + step]) for start in range(0, len(data), step))
 
     def _log_once(self, trouble: str) -> None:
         """Logs a trouble when it begins, not each time that it shows."""
