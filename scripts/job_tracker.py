@@ -33,6 +33,7 @@ import errno
 import functools
 import glob
 import hashlib
+import io
 import itertools
 import json
 import logging
@@ -76,6 +77,7 @@ from typing import (
 from weakref import WeakSet
 
 import anyio.to_thread
+import PIL.Image
 from fastapi import HTTPException, Path, Query, Request, Response
 from fastapi.responses import StreamingResponse
 from jinja2 import Environment, StrictUndefined
@@ -137,7 +139,7 @@ def is_same_file(path: str, file: int) -> bool:
     """Whether a name stands for a file that is open. Raises OSError if the name cannot be looked up."""
     with contextlib.suppress(FileNotFoundError):  # then it stands for nothing
         found = os.stat(path)
-        # The open file's disk may be gone, though another is in its place by now.
+        # The open file's disk may have been unmounted, with another in its place by now.
         with contextlib.suppress(OSError):
             return LOCKS_OPEN_FILES or os.path.samestat(found, os.fstat(file))
     return False
@@ -146,7 +148,7 @@ def is_same_file(path: str, file: int) -> bool:
 def close_file(file: Optional[int]) -> None:
     """Closes a file, if there is one."""
     if file is not None:
-        # Also when this fails, the number is free and may be another file's: it must not be closed again.
+        # Even when this fails, the descriptor is free and may be another file's: it must never be closed twice.
         with contextlib.suppress(OSError):
             os.close(file)
 
@@ -160,7 +162,7 @@ def open_regular(path: str) -> int:
     return file
 
 
-seek_lock = threading.Lock()  # where a file has only one position, Windows
+seek_lock = threading.Lock()  # for Windows, where an open file has only one position, which all threads share
 
 
 def read_at(file: int, length: int, position: int) -> bytes:
@@ -229,28 +231,28 @@ def is_on_network(path: str) -> bool:
 # has its true owner and group: whoever opens it in its first moment can read all that is written into it later.
 # Without a file to follow, the umask decides. Windows has no such modes.
 
-# The umask can only be read by setting it. What another thread makes at that moment is private.
+# The umask can only be read by setting it. A file that another thread makes in that moment is private, no more.
 UMASK = os.umask(0o077)
 os.umask(UMASK)
 
-NEW = os.O_CREAT | os.O_EXCL | BINARY
+CREATE_NEW = os.O_CREAT | os.O_EXCL | BINARY
 
 
 class Access(NamedTuple):
-    """Whom a file is for."""
+    """Who may use a file."""
 
-    owner: int  # -1: whoever made it
-    group: int
+    owner: int  # as the system numbers them; -1 stands for whoever makes the file
+    group: int  # the same
     mode: int
 
 
 def group_as_others(mode: int) -> int:
-    """A mode by which the group may do what everybody may."""
+    """The mode in which the group may do what everybody may."""
     return mode & ~0o070 | (mode & 0o007) << 3
 
 
 def access_of(*paths: str) -> Access:
-    """The access of those who may read all of some files that are there. The owner and the group are the first one's.
+    """Access for those who may read all of some files, as far as these are there, by the owner and group of the first.
 
     If none is there, the umask decides. Raises OSError if that cannot be told.
     """
@@ -273,7 +275,8 @@ def give_access(file: int, access: Access) -> None:
     """
     if not hasattr(os, "fchown"):
         return
-    for owner in (access.owner, -1):  # only root can give files away
+    # Only root can give a file to another owner. For others it is the group alone.
+    for owner in (access.owner, -1):
         with contextlib.suppress(OSError):
             os.fchown(file, owner, access.group)
             break
@@ -286,7 +289,7 @@ def give_access(file: int, access: Access) -> None:
 def create_like(path: str, *others: str, flags: int = os.O_WRONLY, mask: int = 0) -> int:
     """Opens a new file for those who may read all of some others, if these are there, without the bits of `mask`."""
     access = access_of(*others)
-    file = os.open(path, flags | NEW, 0o600)
+    file = os.open(path, flags | CREATE_NEW, 0o600)
     give_access(file, access._replace(mode=access.mode & ~mask))
     return file
 
@@ -305,7 +308,7 @@ def make_folder(path: str, records: str = "") -> None:
     if os.path.isdir(path):
         return
     above = os.path.dirname(path)
-    if above != path:  # as of a drive that is not there
+    if above != path:  # they are the same for the root of a drive that is not there
         make_folder(above)
     access = access_of(records)
     os.makedirs(path, mode=access.mode | (access.mode & 0o444) >> 2, exist_ok=True)
@@ -321,7 +324,7 @@ def make_folder(path: str, records: str = "") -> None:
 # Whole files
 
 
-def fill_file(file: int, path: str, pieces: Iterable[bytes], name: str) -> int:
+def fill_file(file: int, path: str, chunks: Iterable[bytes], name: str) -> int:
     """Writes a new file, which is open, renames it if it has not its true name yet, and returns its size in bytes.
 
     Removes it if that fails. The name is not safe from a power cut before the folder is synced.
@@ -329,9 +332,9 @@ def fill_file(file: int, path: str, pieces: Iterable[bytes], name: str) -> int:
     size = 0
     try:
         try:
-            for piece in pieces:
-                write_at(file, piece, size)
-                size += len(piece)
+            for chunk in chunks:
+                write_at(file, chunk, size)
+                size += len(chunk)
             sync_file(file)
         finally:
             os.close(file)
@@ -346,7 +349,7 @@ def fill_file(file: int, path: str, pieces: Iterable[bytes], name: str) -> int:
 
 def create_file(path: str, data: bytes) -> None:
     """Makes a file that is not there, whole or not at all. Raises FileExistsError if somebody else has just made it."""
-    fill_file(os.open(path, os.O_WRONLY | NEW, 0o666), path, [data], path)
+    fill_file(os.open(path, os.O_WRONLY | CREATE_NEW, 0o666), path, [data], path)
     sync_folder(os.path.dirname(path))
 
 
@@ -419,10 +422,10 @@ def quarantine(path: str) -> str:
 # The lock between processes
 
 
-LOCK_SECONDS = 5.0  # how long it is waited for: nobody who is well holds one for so long
-LOCK_MOMENT = 0.1  # the same once that was in vain
+LOCK_SECONDS = 5.0  # how long a lock is waited for: no process that works as it should holds one for so long
+LOCK_MOMENT = 0.1  # the same after a wait that failed
 LOCK_PAUSE = 0.001  # seconds, at most, between two tries
-LOCK_TURN = 0.05  # seconds for which one process may take it again and again, and no other meets it free
+LOCK_TURN = 0.05  # seconds for which one process may take a lock again and again before it lets others try
 
 
 def try_lock(file: int) -> bool:
@@ -465,12 +468,13 @@ class FileLock:
         self._guarded = guarded
         self._file: Optional[int] = None
         self._patience = LOCK_SECONDS
-        self._turn_began = self._released_at = -math.inf  # a turn is a row of holds without a pause between them
+        # A turn is as long as the lock is taken again at once after each release.
+        self._turn_began = self._released_at = -math.inf
 
     def acquire(self) -> None:
         """Takes the lock. Raises TimeoutError, an OSError, if another holds it.
 
-        After that it is only asked for a moment, until it can be had again: who waits for us has waited once already.
+        After such a failure it is waited for only a moment, until it can be had again. So callers wait long only once.
         """
         locked = self.try_acquire(self._patience)
         self._patience = LOCK_SECONDS if locked else LOCK_MOMENT
@@ -480,7 +484,7 @@ class FileLock:
 
     def try_acquire(self, seconds: float = 0) -> bool:
         """Takes the lock. False when another still holds it after some seconds; 0 is one try. Raises OSError."""
-        self._let_others_in()
+        self._yield_turn()
         until, pause = time.monotonic() + seconds, LOCK_PAUSE / 8
         while True:
             if self._file is None:
@@ -489,18 +493,20 @@ class FileLock:
                 locked = try_lock(self._file)
                 is_current = is_same_file(self.path, self._file)
             except OSError:
-                self.close()  # its disk may be gone, and come back
+                # Its disk may have been unmounted. The next try opens the file again.
+                self.close()
                 raise
             if not is_current:
-                self.close()  # its folder was removed, or mounted anew: others lock another file by this name
+                # Its folder was removed, or mounted anew: others lock another file of this name.
+                self.close()
             elif locked or time.monotonic() >= until:
                 return locked
             else:
                 time.sleep(pause)
                 pause = min(2 * pause, LOCK_PAUSE)
 
-    def _let_others_in(self) -> None:
-        """Pauses after a long turn: others only try now and then, and would otherwise meet the lock free by chance."""
+    def _yield_turn(self) -> None:
+        """Pauses after a long turn. Others try only now and then, and would else find the lock free by chance alone."""
         now = time.monotonic()
         if now - self._released_at >= 2 * LOCK_PAUSE:
             self._turn_began = now
@@ -513,7 +519,7 @@ class FileLock:
         access = access_of(self._guarded)
         self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | O_NONBLOCK | BINARY, 0o600)
         self.opened.add(self)
-        with contextlib.suppress(OSError):  # it may just be going: `try_acquire` will see that
+        with contextlib.suppress(OSError):  # it may just have been removed: `try_acquire` will see that
             found = os.fstat(self._file)
             # A link leads to somebody's file, whose mode is not ours to change.
             if not found.st_size and os.path.samestat(os.lstat(self.path), found):
@@ -525,9 +531,10 @@ class FileLock:
         unlock(self._file)
 
     def close(self) -> None:
-        """Gives the lock and the file back."""
+        """Releases the lock, and closes the file."""
         if self._file is not None:
-            unlock(self._file)  # a child that is being forked just now may have a copy of the file
+            # Closing alone is not enough: a child that is being forked just now may have a copy of the file.
+            unlock(self._file)
             self._close_file()
 
     def _close_file(self) -> None:
@@ -562,7 +569,7 @@ if hasattr(os, "register_at_fork"):
 
 BOOLEANS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 NUMBER = re.compile(r"[0-9]*\.?[0-9]+([eE][+-]?[0-9]+)?\Z")  # Python's `float` takes more: 1_0
-IGNORED = object()  # of an invalid value: what was in force stays so
+UNCHANGED = object()  # of an invalid value: what was in force stays so
 
 
 def parse_boolean(text: str) -> bool:
@@ -608,7 +615,7 @@ class Setting(NamedTuple):
     parse: Callable[[str], Any]  # the variable's text; raises ValueError
     check: Optional[Callable[[Any], Any]] = None  # the same for a value in config.json; None: it has no place there
     until_read: Any = None  # in force until config.json can be read
-    when_invalid: Tuple[Any, str] = IGNORED, "it is ignored"  # what is in force then, and how the log says it
+    when_invalid: Tuple[Any, str] = UNCHANGED, "it is ignored"  # what is in force then, and how the log says it
 
 
 SETTINGS = (
@@ -618,7 +625,7 @@ SETTINGS = (
     Setting("data_folder", "", "TRACKER_DATA_DIR", parse_folder),
 )
 IN_CONFIG = {setting.name: setting for setting in SETTINGS if setting.check}
-FIRST_CONFIG = {name: setting.default for name, setting in IN_CONFIG.items()}
+DEFAULT_CONFIG = {name: setting.default for name, setting in IN_CONFIG.items()}
 NO_CONFIG = {name: setting.until_read for name, setting in IN_CONFIG.items()}
 
 
@@ -627,12 +634,12 @@ def value_in(config: Dict[str, Any], setting: Setting) -> Any:
     if setting.name in config:
         return setting.check(config[setting.name])
     unknown = [name for name in config if name not in IN_CONFIG]
-    if unknown and setting.when_invalid[0] is not IGNORED:  # a slip of the pen may be meant by it
+    if unknown and setting.when_invalid[0] is not UNCHANGED:  # a slip of the pen may be meant by it
         raise ValueError(f"it is missing, and {unknown[0][:80]!a} is no setting")
     return setting.default
 
 
-def with_own_names(config: Dict[str, Any]) -> Dict[str, Any]:
+def with_our_names(config: Dict[str, Any]) -> Dict[str, Any]:
     """The settings of our predecessor, API-Job-Tracker-SD-WebUI, by our own names."""
     rest = dict(config)
     enabled = rest.pop("tracking_enabled", None)
@@ -663,12 +670,14 @@ class Settings:
         self._config = NO_CONFIG  # what config.json said when it was last understood, or written here
         self._data: Optional[bytes] = None  # the same as it stood there
         self._failure: Optional[Exception] = None  # why it cannot be read now
+        self._is_started = False  # once it is, changes are logged
         for setting in SETTINGS:
             setattr(self, setting.name, setting.default)
             self._read_variable(setting, environ.get(setting.variable, "").strip())
         self.data_folder = self.data_folder or os.path.abspath(folder)
         self._apply(NO_CONFIG)
         self._read()
+        self._is_started = True
 
     def _read_variable(self, setting: Setting, text: str) -> None:
         if not text:
@@ -678,7 +687,7 @@ class Settings:
         except ValueError as error:
             value, consequence = setting.when_invalid
             log.warning("%s=%r is invalid, so %s: %s", setting.variable, text[:80], consequence, error)
-        if value is not IGNORED:
+        if value is not UNCHANGED:
             setattr(self, setting.name, value)
             self.locked[setting.name] = setting.variable
 
@@ -689,7 +698,7 @@ class Settings:
 
     def refresh(self) -> None:
         """Reads config.json again, and makes it if there never was one."""
-        with self._changing():
+        with self._lock:
             self._read()
 
     def save(self, **changes: Any) -> None:
@@ -704,7 +713,7 @@ class Settings:
             if name in self.locked:
                 raise ValueError(f"{name} is set by {self.locked[name]}")
             IN_CONFIG[name].check(value)
-        with self._changing():
+        with self._lock:
             self._read()
             write = write_file
             if isinstance(self._failure, (ValueError, RecursionError)):
@@ -716,16 +725,6 @@ class Settings:
             elif isinstance(self._failure, OSError) and not isinstance(self._failure, FileNotFoundError):
                 raise self._failure
             self._write({**self._config, **changes}, write)
-
-    @contextlib.contextmanager
-    def _changing(self) -> Iterator[None]:
-        with self._lock:
-            was = self.enabled
-            try:
-                yield
-            finally:
-                if self.enabled != was:
-                    log.info("Tracking is %s now", "on" if self.enabled else "off")
 
     def _read(self) -> None:
         try:
@@ -740,59 +739,61 @@ class Settings:
         except FileNotFoundError as error:
             # A link that leads nowhere is no first start: what it leads to may be on a drive that is not there yet.
             if self._config is NO_CONFIG and not os.path.islink(self.path):
-                self._try_to_write(FIRST_CONFIG, create_file)
+                self._try_to_write(DEFAULT_CONFIG, create_file)
             else:
-                self._fail(error)
+                self._set_failure(error)
         except (OSError, ValueError, RecursionError) as error:
-            self._fail(error)
+            self._set_failure(error)
         else:
             if self._failure is not None:
                 log.info("config.json can be read again")
-            own_names = with_own_names(config)
-            self._take(own_names, data)
-            if own_names != config:
+            renamed = with_our_names(config)
+            self._set_config(renamed, data)
+            if renamed != config:
                 log.info("config.json of API-Job-Tracker-SD-WebUI is taken over")
-                self._try_to_write(own_names, write_file)
+                self._try_to_write(renamed, write_file)
 
-    def _fail(self, error: Exception) -> None:
+    def _set_failure(self, error: Exception) -> None:
         """The file cannot be read, or is no valid JSON."""
         self._failure = error
         state = "tracking and retention are off" if self._config is NO_CONFIG else "what was known of it holds"
-        self._say(f"config.json cannot be read ({reason_of(error)}). Until it can be, {state}")
+        self._set_trouble(f"config.json cannot be read ({reason_of(error)}). Until it can be, {state}")
 
-    def _take(self, config: Dict[str, Any], data: bytes) -> None:
+    def _set_config(self, config: Dict[str, Any], data: bytes) -> None:
         """What config.json holds is known now."""
         self._config, self._data, self._failure = config, data, None
-        self._say(self._apply(config))
+        self._set_trouble(self._apply(config))
 
     def _apply(self, config: Dict[str, Any]) -> Optional[str]:
         """Puts in force what no variable locks. Returns what is invalid, in words."""
-        troubles = []
+        troubles, was_enabled = [], self.enabled
         for name, setting in IN_CONFIG.items():
             try:
                 value = value_in(config, setting)
             except ValueError as error:
                 value, consequence = setting.when_invalid
                 troubles.append(f"{name} is invalid, so {consequence}: {error}")
-            if value is not IGNORED and name not in self.locked:
+            if value is not UNCHANGED and name not in self.locked:
                 setattr(self, name, value)
+        if self._is_started and self.enabled != was_enabled:
+            log.info("Tracking is %s now", "on" if self.enabled else "off")
         return f"config.json: {'. '.join(troubles)}" if troubles else None
 
     def _write(self, config: Dict[str, Any], write: Callable[[str, bytes], None]) -> None:
         data = json.dumps(config, indent=4).encode() + b"\n"
         write(os.path.realpath(self.path), data)
-        self._take(config, data)
+        self._set_config(config, data)
 
     def _try_to_write(self, config: Dict[str, Any], write: Callable[[str, bytes], None]) -> None:
         try:
             self._write(config, write)
         except FileExistsError as error:  # somebody has just made it: it is read at the next look
-            self._fail(error)
+            self._set_failure(error)
         except OSError as error:
             self._apply(config)
-            self._say(f"config.json cannot be written, settings will not be kept: {reason_of(error)}")
+            self._set_trouble(f"config.json cannot be written, settings will not be kept: {reason_of(error)}")
 
-    def _say(self, trouble: Optional[str]) -> None:
+    def _set_trouble(self, trouble: Optional[str]) -> None:
         if trouble and trouble != self.trouble:
             log.warning("%s", trouble)
         self.trouble = trouble
@@ -3532,7 +3533,7 @@ def read_legacy_file(path: str) -> Optional[LegacyFile]:
     if not text.startswith("["):
         return None
     entries, damaged = read_legacy_entries(text)
-    jobs = [job for job in map(legacy_job, entries) if job is not None]
+    jobs = [job for job in map(parse_legacy_job, entries) if job is not None]
     unreadable = damaged + len(entries) - len(jobs)
     return LegacyFile(jobs, unreadable) if jobs or not unreadable else None
 
@@ -3554,7 +3555,7 @@ def read_legacy_entries(text: str) -> Tuple[List[Any], int]:
     return entries, max(failed, 1)
 
 
-def legacy_job(entry: Any) -> Optional[LegacyJob]:
+def parse_legacy_job(entry: Any) -> Optional[LegacyJob]:
     """An entry as a job whose images are still to be copied, None if it is none.
 
     A field that cannot be understood does not cost the others.
@@ -3629,16 +3630,9 @@ def legacy_answer(legacy: LegacyJob, pictures: List[bytes]) -> Answer:
 
 def infotext_of(image: bytes) -> Optional[str]:
     """The text that the host writes into a PNG, None if there is none."""
-    position = 8 if ending_of(image) == "png" else len(image)
-    while image[position + 4 : position + 8] not in (b"IDAT", b""):
-        length = int.from_bytes(image[position : position + 4], "big")
-        kind, chunk = image[position + 4 : position + 8], image[position + 8 : position + 8 + length]
-        if chunk.startswith(b"parameters\0"):
-            if kind == b"tEXt":
-                return chunk[11:].decode("latin-1")
-            if kind == b"iTXt" and chunk[11:12] == b"\0":  # it is not compressed
-                return chunk[13:].split(b"\0", 2)[-1].decode("utf-8", "replace")
-        position += 12 + length
+    with contextlib.suppress(Exception):  # Pillow raises much for a file that is cut or damaged
+        text = PIL.Image.open(io.BytesIO(image), formats=["PNG"]).info.get("parameters")
+        return text if isinstance(text, str) else None
     return None
 
 
@@ -3656,9 +3650,9 @@ class Predecessor:
     FOUND, LISTED, DONE = "predecessor", "predecessor-listed", "predecessor-done"
     RETRY = 600.0  # seconds until images that could not be copied are tried again
     LOOK_EVERY = 5.0  # seconds between two tries of all else
-    SPARE = 1 << 30  # bytes that copies leave free on the disk, or a twentieth of a smaller one
+    MIN_FREE = 1 << 30  # bytes that copies leave free on the disk, or a twentieth of a smaller one
     # What says that there is no such file. Everything else may be different later, as with a drive that is not ready.
-    GONE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL, errno.ENXIO)
+    MISSING = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL, errno.ENXIO)
 
     def __init__(self, extension_folder: str, data_folder: str):
         paths = (os.path.realpath(os.path.join(folder, "jobs.json")) for folder in (data_folder, extension_folder))
@@ -3728,23 +3722,23 @@ class Predecessor:
         ours = self._read_ours()
         if ours.strip() and not (ours.startswith(EMPTY[:2]) and ours.endswith(TAIL)):
             raise ValueError("jobs.json is damaged, and must be mended first")
-        legacy, ids, known = self._read(source, ours)
+        legacy_file, ids, known = self._read(source, ours)
         lines = []
         timestamp = min(max(int(os.stat(source).st_mtime), 0), MAX_TIMESTAMP - 1)
-        for one, job_id in zip(legacy.jobs, ids):
-            timestamp = one.job.timestamp or timestamp  # that of the job before
+        for legacy, job_id in zip(legacy_file.jobs, ids):
+            timestamp = legacy.job.timestamp or timestamp  # that of the job before
             if id_number(job_id) not in known:
-                error = error_with_id(one.job.error, job_id, one)
-                prompt = one.job.prompt[:PROMPT_LIMIT]
-                job = one.job._replace(id=job_id, timestamp=timestamp, prompt=prompt, error=error)
+                error = error_with_id(legacy.job.error, job_id, legacy)
+                prompt = legacy.job.prompt[:PROMPT_LIMIT]
+                job = legacy.job._replace(id=job_id, timestamp=timestamp, prompt=prompt, error=error)
                 lines.append(b'\n"%s": %s' % (job_id.encode(), record_of(job)))
-            if job_id != one.job.id:
-                log.warning("Job %r of the predecessor has got the ID %s", one.job.id[:100], job_id)
+            if job_id != legacy.job.id:
+                log.warning("Job %r of the predecessor has got the ID %s", legacy.job.id[:100], job_id)
         if lines:
             rest = ours[len(HEAD) : -len(TAIL)]
             replace_file(self.path, HEAD + b",".join([*lines, rest] if rest else lines) + TAIL, like=source)
         self._rename(source, path, self.LISTED)
-        log.info("Taken over from the predecessor: %d jobs, whose images are being copied", len(legacy.jobs))
+        log.info("Taken over from the predecessor: %d jobs, whose images are being copied", len(legacy_file.jobs))
 
     def _read_ours(self) -> bytes:
         with contextlib.suppress(FileNotFoundError), open(self.path, "rb") as file:
@@ -3754,11 +3748,11 @@ class Predecessor:
     @staticmethod
     def _read(source: str, ours: bytes) -> Tuple[LegacyFile, List[str], Dict[int, str]]:
         """The predecessor's file, the IDs of its jobs, and those in our jobs.json by number, of removed jobs too."""
-        legacy = read_legacy_file(source)
-        if legacy is None:
+        legacy_file = read_legacy_file(source)
+        if legacy_file is None:
             raise ValueError(f"{source} is not as it was")
         known = {id_number(job_id): job_id for job_id in (match.group(2).decode() for match in ENTRY.finditer(ours))}
-        return legacy, assign_ids((one.job.id for one in legacy.jobs), known), known
+        return legacy_file, assign_ids((legacy.job.id for legacy in legacy_file.jobs), known), known
 
     # Their images
 
@@ -3784,18 +3778,18 @@ class Predecessor:
 
     def _copy_file(self, path: str, source: str, store: JobStore, images: ImageStore, stop: threading.Event) -> None:
         """Copies the images of one file's jobs, newest first. Raises OSError if some cannot be copied now."""
-        legacy, ids, _ = self._read(source, self._read_ours())
+        legacy_file, ids, _ = self._read(source, self._read_ours())
         failure: Optional[OSError] = None
-        for one, job_id in zip(reversed(legacy.jobs), reversed(ids)):
+        for legacy, job_id in zip(reversed(legacy_file.jobs), reversed(ids)):
             if stop.is_set():
                 return
             began = time.monotonic()
-            failure = self._copy_job(one, job_id, store, images) or failure
+            failure = self._copy_job(legacy, job_id, store, images) or failure
             stop.wait(2 * (time.monotonic() - began))  # generations, and a webui that starts, come first
         if failure is not None:
             raise failure
         self._rename(source, path, self.DONE)
-        kept = [(job, one.paths) for job, one in zip(map(store.get, ids), legacy.jobs) if job is not None]
+        kept = [(job, legacy.paths) for job, legacy in zip(map(store.get, ids), legacy_file.jobs) if job is not None]
         copied = sum(len(job.images) for job, _ in kept)
         log.info(
             "The predecessor's jobs are complete: %d jobs, %d images, %s bytes; %d images were no longer on disk, "
@@ -3804,7 +3798,7 @@ class Predecessor:
             copied,
             f"{sum(job.bytes for job, _ in kept):,}",
             sum(len(paths) for job, paths in kept if job.status == COMPLETED) - copied,
-            legacy.unreadable,
+            legacy_file.unreadable,
         )
 
     def _copy_job(self, legacy: LegacyJob, job_id: str, store: JobStore, images: ImageStore) -> Optional[OSError]:
@@ -3838,7 +3832,7 @@ class Predecessor:
             except ValueError:  # it is no path
                 continue
             except OSError as error:
-                if error.errno in self.GONE or os.path.isdir(place):
+                if error.errno in self.MISSING or os.path.isdir(place):
                     continue
                 raise
             if ending_of(data):
@@ -3852,7 +3846,7 @@ class Predecessor:
         pictures = [data for _, data in found]
         make_folder(images.folder)
         disk = shutil.disk_usage(images.folder)
-        if disk.free - sum(map(len, pictures)) < min(self.SPARE, disk.total // 20):
+        if disk.free - sum(map(len, pictures)) < min(self.MIN_FREE, disk.total // 20):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         answer = legacy_answer(legacy, pictures)
         kept = images.as_private_as(place for place, _ in found).save(job, answer)
