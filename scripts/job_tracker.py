@@ -300,19 +300,19 @@ def narrow_access(path: str, other: str) -> None:
         os.chmod(path, access_of(path, other).mode)
 
 
-def make_folder(path: str, records: str = "") -> None:
+def make_folder(path: str, like: str = "") -> None:
     """Makes a folder, and those above it, so that they survive a power cut.
 
-    It is for those who may read the file `records`, if that is there, but no more than the umask says.
+    It is for those who may read the file `like`, if that is there, but no more than the umask says.
     """
     if os.path.isdir(path):
         return
     above = os.path.dirname(path)
     if above != path:  # they are the same for the root of a drive that is not there
         make_folder(above)
-    access = access_of(records)
+    access = access_of(like)
     os.makedirs(path, mode=access.mode | (access.mode & 0o444) >> 2, exist_ok=True)
-    if records and hasattr(os, "fchown"):
+    if like and hasattr(os, "fchown"):
         folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | NO_FOLLOW)
         try:
             give_access(folder, access._replace(mode=stat.S_IMODE(os.fstat(folder).st_mode)))
