@@ -31,7 +31,9 @@ import ctypes
 import enum
 import errno
 import functools
+import glob
 import hashlib
+import io
 import itertools
 import json
 import logging
@@ -75,6 +77,7 @@ from typing import (
 from weakref import WeakSet
 
 import anyio.to_thread
+import PIL.Image
 from fastapi import HTTPException, Path, Query, Request, Response
 from fastapi.responses import StreamingResponse
 from jinja2 import Environment, StrictUndefined
@@ -136,7 +139,7 @@ def is_same_file(path: str, file: int) -> bool:
     """Whether a name stands for a file that is open. Raises OSError if the name cannot be looked up."""
     with contextlib.suppress(FileNotFoundError):  # then it stands for nothing
         found = os.stat(path)
-        # The open file's disk may be gone, though another is in its place by now.
+        # The open file's disk may have been unmounted, with another in its place by now.
         with contextlib.suppress(OSError):
             return LOCKS_OPEN_FILES or os.path.samestat(found, os.fstat(file))
     return False
@@ -145,7 +148,7 @@ def is_same_file(path: str, file: int) -> bool:
 def close_file(file: Optional[int]) -> None:
     """Closes a file, if there is one."""
     if file is not None:
-        # Also when this fails, the number is free and may be another file's: it must not be closed again.
+        # Even when this fails, the descriptor is free and may be another file's: it must never be closed twice.
         with contextlib.suppress(OSError):
             os.close(file)
 
@@ -159,7 +162,7 @@ def open_regular(path: str) -> int:
     return file
 
 
-seek_lock = threading.Lock()  # where a file has only one position, Windows
+seek_lock = threading.Lock()  # for Windows, where an open file has only one position, which all threads share
 
 
 def read_at(file: int, length: int, position: int) -> bytes:
@@ -205,86 +208,6 @@ def sync_folder(path: str) -> None:
         os.close(folder)
 
 
-# Access. What takes the place of a file, or is made from one, is for the same people. A new file is private until it
-# has its true owner and group: whoever opens it in its first moment can read all that is written into it later.
-# Without a file to follow, the umask decides. Windows has no such modes.
-
-
-def give_access(file: int, source: os.stat_result, mode: int) -> None:
-    """Gives an open file of ours the owner and group of another, as far as that is allowed, and a mode. Never raises.
-
-    If the group cannot be the other's, it may do no more than everybody.
-    """
-    if not hasattr(os, "fchown"):
-        return
-    for owner in (source.st_uid, -1):  # -1: as it is, for only root can give files away
-        with contextlib.suppress(OSError):
-            os.fchown(file, owner, source.st_gid)
-            break
-    # A drive may have no modes, or be gone. The file stays as it was made, which is private.
-    with contextlib.suppress(OSError):
-        if os.fstat(file).st_gid != source.st_gid:
-            mode = mode & ~0o070 | (mode & 0o007) << 3
-        os.fchmod(file, mode)
-
-
-def copy_access(path: str, file: int) -> None:
-    """Gives an open file of ours the owner, the group and the mode of another. Raises OSError if it cannot be found."""
-    source = os.stat(path)
-    give_access(file, source, source.st_mode & 0o666)
-
-
-def stats_of(*paths: str) -> List[os.stat_result]:
-    """Of those of some files that are there. Raises OSError if that cannot be told."""
-    found = []
-    for path in paths:
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            found.append(os.stat(path))
-    return found
-
-
-def common_mode(sources: List[os.stat_result]) -> int:
-    """The mode of a file for those who may read all of some others. Its owner and group are those of the first."""
-    mode = 0o666
-    for source in sources:
-        own = source.st_mode & 0o666
-        if source.st_gid != sources[0].st_gid:
-            own = own & 0o606 | (own & 0o006) << 3
-        mode &= own
-    return mode | 0o600
-
-
-NEW = os.O_CREAT | os.O_EXCL | BINARY
-
-
-def make_like(path: str, other: str, flags: int = os.O_WRONLY, within: str = "") -> int:
-    """Opens a new file for those who may read another, and `within` if that is there."""
-    sources = stats_of(other, within)
-    if not sources:
-        return os.open(path, flags | NEW, 0o666)
-    file = os.open(path, flags | NEW, 0o600)
-    give_access(file, sources[0], common_mode(sources))
-    return file
-
-
-def make_within(path: str, *others: str) -> int:
-    """Opens a new file for those who may read all of some others, if these are there, but no more than the umask says.
-
-    It belongs to the owner of the first.
-    """
-    sources = stats_of(*others)
-    file = os.open(path, os.O_WRONLY | NEW, common_mode(sources))
-    if not sources:
-        return file
-    found = os.fstat(file)
-    if found.st_gid != sources[0].st_gid:  # another group may have opened it
-        os.close(file)
-        os.unlink(path)
-        file = os.open(path, os.O_WRONLY | NEW, 0o600)
-    give_access(file, sources[0], stat.S_IMODE(found.st_mode))  # which is what the umask has left
-    return file
-
-
 NETWORK_DRIVES = re.compile(
     r"nfs|cifs|smb|9p|afs|ceph|lustre|vboxsf|virtiofs|prl_fs|fuse\.(sshfs|rclone|s3fs|gluster|grpc)"
 )
@@ -295,44 +218,104 @@ def is_on_network(path: str) -> bool:
     if hasattr(ctypes, "windll"):
         drive = os.path.splitdrive(os.path.abspath(path))[0] + "\\"
         return ctypes.windll.kernel32.GetDriveTypeW(drive) == 4  # DRIVE_REMOTE
-    kind, longest = "", -1
-    with contextlib.suppress(OSError), open(
-        "/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape"
-    ) as mounts:
-        for line in mounts:
-            mounted, _, source = line.partition(" - ")
-            folder = re.sub(r"\\([0-7]{3})", lambda form: chr(int(form.group(1), 8)), mounted.split()[4]).rstrip("/")
-            if len(folder) > longest and (path + "/").startswith(folder + "/"):
-                kind, longest = source.split()[0], len(folder)
-    return NETWORK_DRIVES.match(kind) is not None
+    with contextlib.suppress(OSError), open("/proc/self/mountinfo", errors="replace") as mounts:
+        device = os.stat(path).st_dev
+        number = f"{os.major(device)}:{os.minor(device)}"
+        for mount, _, kind in (line.partition(" - ") for line in mounts):
+            if mount.split()[2] == number:
+                return NETWORK_DRIVES.match(kind) is not None
+    return False
+
+
+# Access. What takes the place of a file, or is made from one, is for the same people. A new file is private until it
+# has its true owner and group: whoever opens it in its first moment can read all that is written into it later.
+# Without a file to follow, the umask decides. Windows has no such modes.
+
+# The umask can only be read by setting it. A file that another thread makes in that moment is private, no more.
+UMASK = os.umask(0o077)
+os.umask(UMASK)
+
+CREATE_NEW = os.O_CREAT | os.O_EXCL | BINARY
+
+
+class Access(NamedTuple):
+    """Who may use a file."""
+
+    owner: int  # as the system numbers them; -1 stands for whoever makes the file
+    group: int  # the same
+    mode: int
+
+
+def group_as_others(mode: int) -> int:
+    """The mode in which the group may do what everybody may."""
+    return mode & ~0o070 | (mode & 0o007) << 3
+
+
+def access_of(*paths: str) -> Access:
+    """Access for those who may read all of some files, as far as these are there, by the owner and group of the first.
+
+    If none is there, the umask decides. Raises OSError if that cannot be told.
+    """
+    found = []
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            found.append(os.stat(path))
+    if not found:
+        return Access(-1, -1, 0o666 & ~UMASK)
+    owner, group, mode = found[0].st_uid, found[0].st_gid, 0o666
+    for status in found:
+        mode &= status.st_mode if status.st_gid == group else group_as_others(status.st_mode)
+    return Access(owner, group, mode | 0o600)
+
+
+def give_access(file: int, access: Access) -> None:
+    """Gives an open file of ours an owner and a group, as far as that is allowed, and a mode. Never raises.
+
+    If the group cannot be the wanted one, it may do no more than everybody.
+    """
+    if not hasattr(os, "fchown"):
+        return
+    # Only root can give a file to another owner. For others it is the group alone.
+    for owner in (access.owner, -1):
+        with contextlib.suppress(OSError):
+            os.fchown(file, owner, access.group)
+            break
+    # A drive may have no modes, or be gone. The file stays as it was made, which is private.
+    with contextlib.suppress(OSError):
+        has_group = access.group in (-1, os.fstat(file).st_gid)
+        os.fchmod(file, access.mode if has_group else group_as_others(access.mode))
+
+
+def create_like(path: str, *others: str, flags: int = os.O_WRONLY, mask: int = 0) -> int:
+    """Opens a new file for those who may read all of some others, if these are there, without the bits of `mask`."""
+    access = access_of(*others)
+    file = os.open(path, flags | CREATE_NEW, 0o600)
+    give_access(file, access._replace(mode=access.mode & ~mask))
+    return file
 
 
 def narrow_access(path: str, other: str) -> None:
     """Takes a file of ours, if it is there, from those who may not read another. Does not open it. Never raises."""
     with contextlib.suppress(OSError):  # it is not there, or somebody else's
-        found = stats_of(path, other)
-        mode = stat.S_IMODE(found[0].st_mode)
-        if len(found) == 2 and mode & ~common_mode(found):
-            os.chmod(path, mode & common_mode(found))
+        os.chmod(path, access_of(path, other).mode)
 
 
-def make_folder(path: str, records: str = "") -> None:
+def make_folder(path: str, like: str = "") -> None:
     """Makes a folder, and those above it, so that they survive a power cut.
 
-    It is for those who may read the file `records`, if that is there, but no more than the umask says.
+    It is for those who may read the file `like`, if that is there, but no more than the umask says.
     """
     if os.path.isdir(path):
         return
     above = os.path.dirname(path)
-    if above != path:  # as of a drive that is not there
+    if above != path:  # they are the same for the root of a drive that is not there
         make_folder(above)
-    sources = stats_of(records)
-    mode = common_mode(sources)
-    os.makedirs(path, mode=mode | (mode & 0o444) >> 2, exist_ok=True)
-    if sources and hasattr(os, "fchown"):
+    access = access_of(like)
+    os.makedirs(path, mode=access.mode | (access.mode & 0o444) >> 2, exist_ok=True)
+    if like and hasattr(os, "fchown"):
         folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | NO_FOLLOW)
         try:
-            give_access(folder, sources[0], stat.S_IMODE(os.fstat(folder).st_mode))
+            give_access(folder, access._replace(mode=stat.S_IMODE(os.fstat(folder).st_mode)))
         finally:
             os.close(folder)
     sync_folder(above)
@@ -341,7 +324,7 @@ def make_folder(path: str, records: str = "") -> None:
 # Whole files
 
 
-def fill_file(file: int, path: str, pieces: Iterable[bytes], name: str) -> int:
+def fill_file(file: int, path: str, chunks: Iterable[bytes], name: str) -> int:
     """Writes a new file, which is open, renames it if it has not its true name yet, and returns its size in bytes.
 
     Removes it if that fails. The name is not safe from a power cut before the folder is synced.
@@ -349,9 +332,9 @@ def fill_file(file: int, path: str, pieces: Iterable[bytes], name: str) -> int:
     size = 0
     try:
         try:
-            for piece in pieces:
-                write_at(file, piece, size)
-                size += len(piece)
+            for chunk in chunks:
+                write_at(file, chunk, size)
+                size += len(chunk)
             sync_file(file)
         finally:
             os.close(file)
@@ -366,7 +349,7 @@ def fill_file(file: int, path: str, pieces: Iterable[bytes], name: str) -> int:
 
 def create_file(path: str, data: bytes) -> None:
     """Makes a file that is not there, whole or not at all. Raises FileExistsError if somebody else has just made it."""
-    fill_file(os.open(path, os.O_WRONLY | NEW, 0o666), path, [data], path)
+    fill_file(os.open(path, os.O_WRONLY | CREATE_NEW, 0o666), path, [data], path)
     sync_folder(os.path.dirname(path))
 
 
@@ -376,7 +359,7 @@ def replace_file(path: str, data: bytes, like: str = "") -> None:
     It is for those who may read the old one, and the file `like`, as far as these are there.
     """
     part = f"{path}.{secrets.token_hex(4)}.part"
-    fill_file(make_like(part, path, within=like), part, [data], path)
+    fill_file(create_like(part, path, like), part, [data], path)
     sync_folder(os.path.dirname(path))
 
 
@@ -412,9 +395,10 @@ def write_file(path: str, data: bytes) -> None:
 
 
 def copy_file(source: str, target: str) -> None:
-    """Copies a file to a new name, for the same people. Raises OSError."""
-    with os.fdopen(open_regular(source), "rb") as original, os.fdopen(make_like(target, source), "wb") as copied:
-        shutil.copyfileobj(original, copied)
+    """Copies a file to a new name, for the same people, whole or not at all. Raises OSError."""
+    with os.fdopen(open_regular(source), "rb") as original:
+        fill_file(create_like(target, source), target, iter(lambda: original.read(1 << 20), b""), target)
+    sync_folder(os.path.dirname(target))
 
 
 def free_name(path: str) -> str:
@@ -438,10 +422,10 @@ def quarantine(path: str) -> str:
 # The lock between processes
 
 
-LOCK_SECONDS = 5.0  # how long it is waited for: nobody who is well holds one for so long
-LOCK_MOMENT = 0.1  # the same once that was in vain
+LOCK_SECONDS = 5.0  # how long a lock is waited for: no process that works as it should holds one for so long
+LOCK_MOMENT = 0.1  # the same after a wait that failed
 LOCK_PAUSE = 0.001  # seconds, at most, between two tries
-LOCK_TURN = 0.05  # seconds for which one process may take it again and again, and no other meets it free
+LOCK_TURN = 0.05  # seconds for which one process may take a lock again and again before it lets others try
 
 
 def try_lock(file: int) -> bool:
@@ -484,11 +468,23 @@ class FileLock:
         self._guarded = guarded
         self._file: Optional[int] = None
         self._patience = LOCK_SECONDS
-        self._turn_began = self._released_at = -math.inf  # a turn is a row of holds without a pause between them
+        # A turn is as long as the lock is taken again at once after each release.
+        self._turn_began = self._released_at = -math.inf
 
-    def acquire(self, seconds: float = LOCK_SECONDS) -> bool:
+    def acquire(self) -> None:
+        """Takes the lock. Raises TimeoutError, an OSError, if another holds it.
+
+        After such a failure it is waited for only a moment, until it can be had again. So callers wait long only once.
+        """
+        locked = self.try_acquire(self._patience)
+        self._patience = LOCK_SECONDS if locked else LOCK_MOMENT
+        if not locked:
+            name = os.path.basename(self.path)
+            raise TimeoutError(errno.ETIMEDOUT, f"another program holds the lock {name}", self.path)
+
+    def try_acquire(self, seconds: float = 0) -> bool:
         """Takes the lock. False when another still holds it after some seconds; 0 is one try. Raises OSError."""
-        self._let_others_in()
+        self._yield_turn()
         until, pause = time.monotonic() + seconds, LOCK_PAUSE / 8
         while True:
             if self._file is None:
@@ -497,18 +493,20 @@ class FileLock:
                 locked = try_lock(self._file)
                 is_current = is_same_file(self.path, self._file)
             except OSError:
-                self.close()  # its disk may be gone, and come back
+                # Its disk may have been unmounted. The next try opens the file again.
+                self.close()
                 raise
             if not is_current:
-                self.close()  # its folder was removed, or mounted anew: others lock another file by this name
+                # Its folder was removed, or mounted anew: others lock another file of this name.
+                self.close()
             elif locked or time.monotonic() >= until:
                 return locked
             else:
                 time.sleep(pause)
                 pause = min(2 * pause, LOCK_PAUSE)
 
-    def _let_others_in(self) -> None:
-        """Pauses after a long turn: others only try now and then, and would otherwise meet the lock free by chance."""
+    def _yield_turn(self) -> None:
+        """Pauses after a long turn. Others try only now and then, and would else find the lock free by chance alone."""
         now = time.monotonic()
         if now - self._released_at >= 2 * LOCK_PAUSE:
             self._turn_began = now
@@ -518,55 +516,43 @@ class FileLock:
 
     def _open(self) -> None:
         make_folder(os.path.dirname(self.path))
-        sources = stats_of(self._guarded)
-        # At no moment is it open to more people than it is to be. Of 0o022 the umask leaves those who may write.
-        self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | O_NONBLOCK | BINARY, 0o600 if sources else 0o622)
+        access = access_of(self._guarded)
+        self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | O_NONBLOCK | BINARY, 0o600)
         self.opened.add(self)
-        with contextlib.suppress(OSError):  # it may just be going: `acquire` will see that
+        with contextlib.suppress(OSError):  # it may just have been removed: `try_acquire` will see that
             found = os.fstat(self._file)
-            if found.st_size or not os.path.samestat(os.lstat(self.path), found):
-                return  # it is a link to somebody's file, whose mode is not ours to change
-            source = sources[0] if sources else found
-            writers = source.st_mode & 0o022
-            give_access(self._file, source, 0o600 | writers | writers << 1)
-
-    def hold(self) -> None:
-        """Takes the lock. Raises TimeoutError, an OSError, if another holds it.
-
-        After that it is only asked for a moment, until it can be had again: who waits for us has waited once already.
-        """
-        locked = self.acquire(self._patience)
-        self._patience = LOCK_SECONDS if locked else LOCK_MOMENT
-        if not locked:
-            name = os.path.basename(self.path)
-            raise TimeoutError(errno.ETIMEDOUT, f"another program holds the lock {name}", self.path)
+            # A link leads to somebody's file, whose mode is not ours to change.
+            if not found.st_size and os.path.samestat(os.lstat(self.path), found):
+                writers = access.mode & 0o022
+                give_access(self._file, access._replace(mode=0o600 | writers | writers << 1))
 
     def release(self) -> None:
         self._released_at = time.monotonic()
         unlock(self._file)
 
     def close(self) -> None:
-        """Gives the lock and the file back."""
+        """Releases the lock, and closes the file."""
         if self._file is not None:
-            unlock(self._file)  # a child that is being forked just now may have a copy of the file
-            self._forget()
+            # Closing alone is not enough: a child that is being forked just now may have a copy of the file.
+            unlock(self._file)
+            self._close_file()
 
-    def _forget(self) -> None:
+    def _close_file(self) -> None:
         file, self._file = self._file, None
         close_file(file)
         self.opened.discard(self)
 
     @classmethod
-    def let_go(cls) -> None:
+    def close_copies(cls) -> None:
         """In a forked child: closes its copies, by which it would hold the locks after its parent's end.
 
         Does not unlock them: a copy is the same open file, and the parent would lose its lock.
         """
         for lock in list(cls.opened):
-            lock._forget()
+            lock._close_file()
 
     def __enter__(self) -> "FileLock":
-        self.hold()
+        self.acquire()
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -574,7 +560,7 @@ class FileLock:
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=FileLock.let_go)
+    os.register_at_fork(after_in_child=FileLock.close_copies)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -583,7 +569,7 @@ if hasattr(os, "register_at_fork"):
 
 BOOLEANS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 NUMBER = re.compile(r"[0-9]*\.?[0-9]+([eE][+-]?[0-9]+)?\Z")  # Python's `float` takes more: 1_0
-IGNORED = object()  # of an invalid value: what was in force stays so
+UNCHANGED = object()  # of an invalid value: what was in force stays so
 
 
 def parse_boolean(text: str) -> bool:
@@ -629,7 +615,7 @@ class Setting(NamedTuple):
     parse: Callable[[str], Any]  # the variable's text; raises ValueError
     check: Optional[Callable[[Any], Any]] = None  # the same for a value in config.json; None: it has no place there
     until_read: Any = None  # in force until config.json can be read
-    when_invalid: Tuple[Any, str] = IGNORED, "it is ignored"  # what is in force then, and how the log says it
+    when_invalid: Tuple[Any, str] = UNCHANGED, "it is ignored"  # what is in force then, and how the log says it
 
 
 SETTINGS = (
@@ -639,7 +625,7 @@ SETTINGS = (
     Setting("data_folder", "", "TRACKER_DATA_DIR", parse_folder),
 )
 IN_CONFIG = {setting.name: setting for setting in SETTINGS if setting.check}
-FIRST_CONFIG = {name: setting.default for name, setting in IN_CONFIG.items()}
+DEFAULT_CONFIG = {name: setting.default for name, setting in IN_CONFIG.items()}
 NO_CONFIG = {name: setting.until_read for name, setting in IN_CONFIG.items()}
 
 
@@ -648,12 +634,12 @@ def value_in(config: Dict[str, Any], setting: Setting) -> Any:
     if setting.name in config:
         return setting.check(config[setting.name])
     unknown = [name for name in config if name not in IN_CONFIG]
-    if unknown and setting.when_invalid[0] is not IGNORED:  # a slip of the pen may be meant by it
+    if unknown and setting.when_invalid[0] is not UNCHANGED:  # a slip of the pen may be meant by it
         raise ValueError(f"it is missing, and {unknown[0][:80]!a} is no setting")
     return setting.default
 
 
-def with_own_names(config: Dict[str, Any]) -> Dict[str, Any]:
+def with_our_names(config: Dict[str, Any]) -> Dict[str, Any]:
     """The settings of our predecessor, API-Job-Tracker-SD-WebUI, by our own names."""
     rest = dict(config)
     enabled = rest.pop("tracking_enabled", None)
@@ -684,12 +670,14 @@ class Settings:
         self._config = NO_CONFIG  # what config.json said when it was last understood, or written here
         self._data: Optional[bytes] = None  # the same as it stood there
         self._failure: Optional[Exception] = None  # why it cannot be read now
+        self._is_started = False  # once it is, changes are logged
         for setting in SETTINGS:
             setattr(self, setting.name, setting.default)
             self._read_variable(setting, environ.get(setting.variable, "").strip())
         self.data_folder = self.data_folder or os.path.abspath(folder)
         self._apply(NO_CONFIG)
         self._read()
+        self._is_started = True
 
     def _read_variable(self, setting: Setting, text: str) -> None:
         if not text:
@@ -699,7 +687,7 @@ class Settings:
         except ValueError as error:
             value, consequence = setting.when_invalid
             log.warning("%s=%r is invalid, so %s: %s", setting.variable, text[:80], consequence, error)
-        if value is not IGNORED:
+        if value is not UNCHANGED:
             setattr(self, setting.name, value)
             self.locked[setting.name] = setting.variable
 
@@ -710,7 +698,7 @@ class Settings:
 
     def refresh(self) -> None:
         """Reads config.json again, and makes it if there never was one."""
-        with self._changing():
+        with self._lock:
             self._read()
 
     def save(self, **changes: Any) -> None:
@@ -725,29 +713,18 @@ class Settings:
             if name in self.locked:
                 raise ValueError(f"{name} is set by {self.locked[name]}")
             IN_CONFIG[name].check(value)
-        with self._changing():
+        with self._lock:
             self._read()
             write = write_file
             if isinstance(self._failure, (ValueError, RecursionError)):
                 copy = quarantine_name(self.path)
-                with open(self.path, "rb") as file:
-                    replace_file(copy, file.read(), like=self.path)
+                copy_file(self.path, copy)
                 log.warning("config.json was broken. It is written anew, what stood in it is in %s", copy)
                 # It may be half of an upload, whose rest is not to go into a file that has lost its name.
                 write = overwrite_file
             elif isinstance(self._failure, OSError) and not isinstance(self._failure, FileNotFoundError):
                 raise self._failure
             self._write({**self._config, **changes}, write)
-
-    @contextlib.contextmanager
-    def _changing(self) -> Iterator[None]:
-        with self._lock:
-            was = self.enabled
-            try:
-                yield
-            finally:
-                if self.enabled != was:
-                    log.info("Tracking is %s now", "on" if self.enabled else "off")
 
     def _read(self) -> None:
         try:
@@ -762,59 +739,61 @@ class Settings:
         except FileNotFoundError as error:
             # A link that leads nowhere is no first start: what it leads to may be on a drive that is not there yet.
             if self._config is NO_CONFIG and not os.path.islink(self.path):
-                self._try_to_write(FIRST_CONFIG, create_file)
+                self._try_to_write(DEFAULT_CONFIG, create_file)
             else:
-                self._fail(error)
+                self._set_failure(error)
         except (OSError, ValueError, RecursionError) as error:
-            self._fail(error)
+            self._set_failure(error)
         else:
             if self._failure is not None:
                 log.info("config.json can be read again")
-            own_names = with_own_names(config)
-            self._take(own_names, data)
-            if own_names != config:
+            renamed = with_our_names(config)
+            self._set_config(renamed, data)
+            if renamed != config:
                 log.info("config.json of API-Job-Tracker-SD-WebUI is taken over")
-                self._try_to_write(own_names, write_file)
+                self._try_to_write(renamed, write_file)
 
-    def _fail(self, error: Exception) -> None:
+    def _set_failure(self, error: Exception) -> None:
         """The file cannot be read, or is no valid JSON."""
         self._failure = error
         state = "tracking and retention are off" if self._config is NO_CONFIG else "what was known of it holds"
-        self._say(f"config.json cannot be read ({reason_of(error)}). Until it can be, {state}")
+        self._set_trouble(f"config.json cannot be read ({reason_of(error)}). Until it can be, {state}")
 
-    def _take(self, config: Dict[str, Any], data: bytes) -> None:
+    def _set_config(self, config: Dict[str, Any], data: bytes) -> None:
         """What config.json holds is known now."""
         self._config, self._data, self._failure = config, data, None
-        self._say(self._apply(config))
+        self._set_trouble(self._apply(config))
 
     def _apply(self, config: Dict[str, Any]) -> Optional[str]:
         """Puts in force what no variable locks. Returns what is invalid, in words."""
-        troubles = []
+        troubles, was_enabled = [], self.enabled
         for name, setting in IN_CONFIG.items():
             try:
                 value = value_in(config, setting)
             except ValueError as error:
                 value, consequence = setting.when_invalid
                 troubles.append(f"{name} is invalid, so {consequence}: {error}")
-            if value is not IGNORED and name not in self.locked:
+            if value is not UNCHANGED and name not in self.locked:
                 setattr(self, name, value)
+        if self._is_started and self.enabled != was_enabled:
+            log.info("Tracking is %s now", "on" if self.enabled else "off")
         return f"config.json: {'. '.join(troubles)}" if troubles else None
 
     def _write(self, config: Dict[str, Any], write: Callable[[str, bytes], None]) -> None:
         data = json.dumps(config, indent=4).encode() + b"\n"
         write(os.path.realpath(self.path), data)
-        self._take(config, data)
+        self._set_config(config, data)
 
     def _try_to_write(self, config: Dict[str, Any], write: Callable[[str, bytes], None]) -> None:
         try:
             self._write(config, write)
         except FileExistsError as error:  # somebody has just made it: it is read at the next look
-            self._fail(error)
+            self._set_failure(error)
         except OSError as error:
             self._apply(config)
-            self._say(f"config.json cannot be written, settings will not be kept: {reason_of(error)}")
+            self._set_trouble(f"config.json cannot be written, settings will not be kept: {reason_of(error)}")
 
-    def _say(self, trouble: Optional[str]) -> None:
+    def _set_trouble(self, trouble: Optional[str]) -> None:
         if trouble and trouble != self.trouble:
             log.warning("%s", trouble)
         self.trouble = trouble
@@ -1257,7 +1236,7 @@ class JournalCopy:
         self.entries = 0
         self.end = self._synced = 0
         self._data = bytearray(HEAD)
-        self.file: Optional[int] = make_like(path, like, os.O_RDWR)
+        self.file: Optional[int] = create_like(path, like, flags=os.O_RDWR)
 
     def add(self, job_id: str, record: bytes) -> int:
         """Returns the offset of the record. It is in the file only after `flush`."""
@@ -1290,7 +1269,7 @@ def quarantine_damage(path: str, file: int, damages: List[Damage]) -> str:
     """Copies damaged parts to a file of their own, for somebody who may read more in them. Raises OSError."""
     aside = quarantine_name(path)
     try:
-        with os.fdopen(make_like(aside, path), "wb") as copy:
+        with os.fdopen(create_like(aside, path), "wb") as copy:
             for damage in damages:
                 end = damage.offset + damage.length
                 for offset in range(damage.offset, end, JOURNAL_CHUNK):
@@ -1418,7 +1397,7 @@ class Index:
         self.failure: Optional[Exception] = None  # for which it is to be opened anew
         if path:
             try:
-                close_file(make_like(path, like))
+                close_file(create_like(path, like))
             except FileExistsError:
                 if not stat.S_ISREG(os.lstat(path).st_mode):  # a link may lead to somebody's file
                     raise OSError(errno.EINVAL, "it is no file", path) from None
@@ -2340,7 +2319,7 @@ class JobStore:
         self._let_go()
         self._check()
         self._alive.close()  # the data folder may be another one; nobody looks for this lock while we hold the other
-        self._alive.hold()
+        self._alive.acquire()
         try:
             file = self._open_file()
         except (IsADirectoryError, PermissionError) as error:
@@ -2723,7 +2702,7 @@ class JobStore:
         """Puts the new file in the place of the old, and has the index know it."""
         old = self._journal
         copy.flush(is_end=True)
-        copy_access(self.path, copy.file)  # somebody may have made it private meanwhile
+        give_access(copy.file, access_of(self.path))  # somebody may have made it private meanwhile
         sync_file(copy.file)
         with self._reading:
             if LOCKS_OPEN_FILES:
@@ -2821,7 +2800,7 @@ class JobStore:
             return True
         lock, failure = FileLock(path, self.path), None
         try:
-            return lock.acquire(0)
+            return lock.try_acquire()
         except OSError as error:
             failure = error
             return False
@@ -3262,10 +3241,10 @@ class ImageStore:
 
     def _create(self, path: str) -> int:
         try:
-            return make_within(path, *self._sources)
+            return create_like(path, *self._sources, mask=UMASK)
         except FileNotFoundError:  # a purge took the folder together with its last file
             make_folder(os.path.dirname(path), self._sources[0])
-            return make_within(path, *self._sources)
+            return create_like(path, *self._sources, mask=UMASK)
 
     def _path(self, name: str) -> str:
         return os.path.join(self.folder, *name.split("/"))
@@ -3520,11 +3499,7 @@ class StoredAnswer:
 class LegacyJob(NamedTuple):
     """An entry of the predecessor's jobs.json."""
 
-    id: str
-    prompt: str
-    ip: Optional[str]
-    timestamp: Optional[int]  # Unix seconds; None if it cannot be understood
-    status: str
+    job: Job  # with the predecessor's ID, its whole prompt, and the time 0 if that cannot be understood
     paths: List[str]  # of the images, in the webui's output folder
 
 
@@ -3538,6 +3513,7 @@ class LegacyFile(NamedTuple):
 LEGACY_ENTRY_START = re.compile(r'\{\s*"id"\s*:')
 LEGACY_DECODER = json.JSONDecoder(parse_int=parse_int)
 SEED = re.compile(r"\bSeed: (\d{1,100})")
+NO_IMAGES = "No images of it were kept"
 
 
 def is_ours(path: str) -> bool:
@@ -3557,7 +3533,7 @@ def read_legacy_file(path: str) -> Optional[LegacyFile]:
     if not text.startswith("["):
         return None
     entries, damaged = read_legacy_entries(text)
-    jobs = [job for job in map(legacy_job, entries) if job is not None]
+    jobs = [job for job in map(parse_legacy_job, entries) if job is not None]
     unreadable = damaged + len(entries) - len(jobs)
     return LegacyFile(jobs, unreadable) if jobs or not unreadable else None
 
@@ -3579,24 +3555,35 @@ def read_legacy_entries(text: str) -> Tuple[List[Any], int]:
     return entries, max(failed, 1)
 
 
-def legacy_job(entry: Any) -> Optional[LegacyJob]:
-    """An entry as a job, None if it is none. A field that cannot be understood does not cost the others."""
+def parse_legacy_job(entry: Any) -> Optional[LegacyJob]:
+    """An entry as a job whose images are still to be copied, None if it is none.
+
+    A field that cannot be understood does not cost the others.
+    """
     if not isinstance(entry, dict) or "status" not in entry:
         return None
     job_id, prompt, ip, status = (entry.get(name) for name in ("id", "prompt", "ip", "status"))
     if not (isinstance(job_id, str) and job_id):
         return None
     paths = entry.get("output_paths") or entry.get("output_path") or []  # the latter is of its first version
-    if not isinstance(paths, list):
-        paths = [paths]
-    return LegacyJob(
-        job_id,
-        without_surrogates(prompt) if isinstance(prompt, str) else "",
-        without_surrogates(ip)[:IP_LIMIT] if isinstance(ip, str) else None,
-        legacy_time(entry.get("timestamp")),
-        status if isinstance(status, str) else "",
-        [path for path in paths if isinstance(path, str) and path],
+    paths = [path for path in (paths if isinstance(paths, list) else [paths]) if isinstance(path, str) and path]
+    is_completed = str(status).casefold() == COMPLETED.casefold()
+    if is_completed:
+        error = "Its images are still to be copied" if paths else NO_IMAGES
+    elif str(status).casefold() == FAILED.casefold():
+        error = "The generation failed, and it was not kept why"
+    else:
+        error = "The webui ended before the generation did"
+    job = Job(
+        id=job_id,
+        type=TYPES[0],  # the predecessor did not keep which
+        status=COMPLETED if is_completed else FAILED,
+        timestamp=legacy_time(entry.get("timestamp")) or 0,
+        ip=without_surrogates(ip)[:IP_LIMIT] if isinstance(ip, str) else None,
+        prompt=without_surrogates(prompt) if isinstance(prompt, str) else "",
+        error=error,
     )
+    return LegacyJob(job, paths)
 
 
 def legacy_time(value: Any) -> Optional[int]:
@@ -3609,42 +3596,43 @@ def legacy_time(value: Any) -> Optional[int]:
     return None
 
 
-def assign_ids(jobs: List[LegacyJob], known: Dict[int, str]) -> List[str]:
+def assign_ids(old_ids: Iterable[str], known: Dict[int, str]) -> List[str]:
     """An ID for each of the predecessor's jobs: its own, where that is an ID of ours and differs from every other.
 
     `known` has the IDs in jobs.json by their number. An ID that is known already belongs to the same job, taken over
     before a crash: so the answer must be, and is, the same each time.
     """
-    ids: List[str] = []
-    used: Set[int] = set()
-
-    def is_free(job_id: str) -> bool:
-        number = id_number(job_id)
-        return number not in used and known.get(number, job_id) == job_id
-
-    for job in jobs:
-        job_id, attempt = job.id, 0
-        while not (ID_FORM.match(job_id) and is_free(job_id)):
-            digest = hashlib.sha256(f"{job.id} {attempt}".encode("utf-8", "surrogatepass")).digest()
+    ids: Dict[int, str] = {}
+    for old_id in old_ids:
+        job_id, attempt = old_id, 0
+        while not ID_FORM.match(job_id) or id_number(job_id) in ids or known.get(id_number(job_id), job_id) != job_id:
+            digest = hashlib.sha256(f"{old_id} {attempt}".encode("utf-8", "surrogatepass")).digest()
             job_id = "".join(ID_ALPHABET[byte % len(ID_ALPHABET)] for byte in digest[:8])
             attempt += 1
-        ids.append(job_id)
-        used.add(id_number(job_id))
-    return ids
+        ids[id_number(job_id)] = job_id
+    return list(ids.values())
+
+
+def error_with_id(note: Optional[str], job_id: str, legacy: LegacyJob) -> Optional[str]:
+    """What a job says of itself, with its old ID if it has got another."""
+    renamed = "" if job_id == legacy.job.id else f"Its ID was {without_surrogates(legacy.job.id[:100])}"
+    return ". ".join(filter(None, (note, renamed))) or None
+
+
+def legacy_answer(legacy: LegacyJob, pictures: List[bytes]) -> Answer:
+    """What the host may have answered, as far as the predecessor's entry and the images tell."""
+    infotexts = [text for text in map(infotext_of, pictures) if text is not None]
+    seeds = [int(match.group(1)) for match in map(SEED.search, infotexts) if match]
+    info = {"prompt": legacy.job.prompt, **({"seed": seeds[0]} if seeds else {}), "infotexts": infotexts}
+    rest = {"images": [], "parameters": {"prompt": legacy.job.prompt}, "info": json.dumps(info)}
+    return Answer(list(map(base64.b64encode, pictures)), as_host_json(rest))
 
 
 def infotext_of(image: bytes) -> Optional[str]:
     """The text that the host writes into a PNG, None if there is none."""
-    position = 8 if ending_of(image) == "png" else len(image)
-    while image[position + 4 : position + 8] not in (b"IDAT", b""):
-        length = int.from_bytes(image[position : position + 4], "big")
-        kind, chunk = image[position + 4 : position + 8], image[position + 8 : position + 8 + length]
-        if chunk.startswith(b"parameters\0"):
-            if kind == b"tEXt":
-                return chunk[11:].decode("latin-1")
-            if kind == b"iTXt" and chunk[11:12] == b"\0":  # it is not compressed
-                return chunk[13:].split(b"\0", 2)[-1].decode("utf-8", "replace")
-        position += 12 + length
+    with contextlib.suppress(Exception):  # Pillow raises much for a file that is cut or damaged
+        text = PIL.Image.open(io.BytesIO(image), formats=["PNG"]).info.get("parameters")
+        return text if isinstance(text, str) else None
     return None
 
 
@@ -3660,12 +3648,11 @@ class Predecessor:
     """
 
     FOUND, LISTED, DONE = "predecessor", "predecessor-listed", "predecessor-done"
-    RETRY = 600.0  # seconds until what could not be done is tried again
-    LOOK_EVERY = 5.0  # seconds between two looks whether the process that copies is gone
-    SPARE = 1 << 30  # bytes that copies leave free on the disk, or a twentieth of a smaller one
+    RETRY = 600.0  # seconds until images that could not be copied are tried again
+    LOOK_EVERY = 5.0  # seconds between two tries of all else
+    MIN_FREE = 1 << 30  # bytes that copies leave free on the disk, or a twentieth of a smaller one
     # What says that there is no such file. Everything else may be different later, as with a drive that is not ready.
-    GONE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL, errno.ENXIO)
-    NO_IMAGES = "No images of it were kept"
+    MISSING = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL, errno.ENXIO)
 
     def __init__(self, extension_folder: str, data_folder: str):
         paths = (os.path.realpath(os.path.join(folder, "jobs.json")) for folder in (data_folder, extension_folder))
@@ -3676,6 +3663,39 @@ class Predecessor:
         self.changing = threading.Lock()  # around a change to a job that must not meet the job's removal
         self._trouble = ""
 
+    def is_unfinished(self) -> bool:
+        """Whether something is still to be found, merged or copied. Raises OSError."""
+        return any(map(self._find, self.paths)) or bool(self._files(self.FOUND) or self._files(self.LISTED))
+
+    def refuse_to_open(self) -> None:
+        """Raises OSError while jobs.json is the predecessor's: the store would take it for a damaged one of ours."""
+        if read_legacy_file(self.path) is not None:
+            raise OSError(errno.EBUSY, "The predecessor's jobs.json cannot be taken over yet", self.path)
+
+    def _find(self, path: str) -> Optional[str]:
+        """The file that the predecessor would read: jobs.json, or the copy beside it if a power cut cost it that."""
+        if is_ours(path):
+            return None
+        if read_legacy_file(path) is not None:
+            return path
+        # Once it has been taken over, so has the copy.
+        began = any(map(self._files, (self.FOUND, self.LISTED, self.DONE)))
+        return f"{path}.bak" if not began and read_legacy_file(f"{path}.bak") is not None else None
+
+    def _files(self, stage: str) -> List[Tuple[str, str]]:
+        """The predecessor's files that have come to a stage, each with the path of the jobs.json that it was."""
+        found = []
+        for path in self.paths:
+            name = glob.escape(f"{path}.{stage}")
+            found += [(path, source) for source in glob.glob(name) + sorted(glob.glob(f"{name}-[0-9]*"))]
+        return found
+
+    @staticmethod
+    def _rename(source: str, path: str, stage: str) -> None:
+        """Gives the predecessor's file the name of its next stage."""
+        os.rename(source, free_name(f"{path}.{stage}"))
+        sync_folder(os.path.dirname(path))
+
     # The jobs
 
     def merge_jobs(self) -> None:
@@ -3685,12 +3705,10 @@ class Predecessor:
         a damaged one of ours. To be called before the JobStore opens its file.
         """
         try:
-            found = [path for path in self.paths if not is_ours(path)]
-            found = [path for path in found if os.path.isfile(path) or os.path.isfile(f"{path}.bak")]
-            if not (found or self._files(self.FOUND)):
+            if not any(map(self._find, self.paths)) and not self._files(self.FOUND):
                 return  # and so never waits for the lock
             with contextlib.closing(FileLock(self.path + ".lock", self.path)) as lock, lock:
-                for path in found:
+                for path in self.paths:
                     source = self._find(path)
                     if source is not None:
                         self._rename(source, path, self.FOUND)
@@ -3699,171 +3717,108 @@ class Predecessor:
         except Exception as error:
             self._log_once(f"The predecessor's jobs cannot be taken over yet: {type(error).__name__}: {error}")
 
-    def _find(self, path: str) -> Optional[str]:
-        """The file that the predecessor would read: jobs.json, or the copy beside it if a power cut cost it that."""
-        if read_legacy_file(path) is not None:
-            return path
-        copy = f"{path}.bak"
-        began = any(map(self._files, (self.FOUND, self.LISTED, self.DONE)))  # then the copy has been taken over, too
-        return copy if not (began or is_ours(path)) and read_legacy_file(copy) is not None else None
-
-    @staticmethod
-    def _read(source: str) -> LegacyFile:
-        legacy = read_legacy_file(source)
-        if legacy is None:
-            raise ValueError(f"{source} is not as it was")
-        return legacy
-
-    def _files(self, stage: str) -> List[Tuple[str, str]]:
-        """The predecessor's files that have come to a stage, each with the path of the jobs.json that it was."""
-        found = []
-        for path in self.paths:
-            folder, name = os.path.split(path)
-            form = re.compile(re.escape(f"{name}.{stage}") + r"(-\d+)?\Z")
-            # A folder that is not there, or that nobody lets us see, has nothing to take over.
-            with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
-                found += [(path, os.path.join(folder, entry)) for entry in os.listdir(folder) if form.match(entry)]
-        return sorted(found)
-
-    @staticmethod
-    def _rename(source: str, path: str, stage: str) -> None:
-        """Gives the predecessor's file the name of its next stage."""
-        os.rename(source, free_name(f"{path}.{stage}"))
-        sync_folder(os.path.dirname(path))
-
     def _merge(self, path: str, source: str) -> None:
         """Writes the jobs of the predecessor's file, if they are not there yet, before our own."""
-        legacy, ours = self._read(source), self._read_ours()
+        ours = self._read_ours()
         if ours.strip() and not (ours.startswith(EMPTY[:2]) and ours.endswith(TAIL)):
             raise ValueError("jobs.json is damaged, and must be mended first")
-        known = self._known_ids(ours)
+        legacy_file, ids, known = self._read(source, ours)
         lines = []
-        last_time = min(max(int(os.stat(source).st_mtime), 0), MAX_TIMESTAMP - 1)
-        for job, job_id in zip(legacy.jobs, assign_ids(legacy.jobs, known)):
-            last_time = job.timestamp or last_time
+        timestamp = min(max(int(os.stat(source).st_mtime), 0), MAX_TIMESTAMP - 1)
+        for legacy, job_id in zip(legacy_file.jobs, ids):
+            timestamp = legacy.job.timestamp or timestamp  # that of the job before
             if id_number(job_id) not in known:
-                lines.append(b'\n"%s": %s' % (job_id.encode(), record_of(self._listed(job, job_id, last_time))))
-            if job_id != job.id:
-                log.warning("Job %r of the predecessor has got the ID %s", job.id[:100], job_id)
+                error = error_with_id(legacy.job.error, job_id, legacy)
+                prompt = legacy.job.prompt[:PROMPT_LIMIT]
+                job = legacy.job._replace(id=job_id, timestamp=timestamp, prompt=prompt, error=error)
+                lines.append(b'\n"%s": %s' % (job_id.encode(), record_of(job)))
+            if job_id != legacy.job.id:
+                log.warning("Job %r of the predecessor has got the ID %s", legacy.job.id[:100], job_id)
         if lines:
             rest = ours[len(HEAD) : -len(TAIL)]
-            lines += [rest] if rest else []
-            replace_file(self.path, HEAD + b",".join(lines) + TAIL, like=source)
+            replace_file(self.path, HEAD + b",".join([*lines, rest] if rest else lines) + TAIL, like=source)
         self._rename(source, path, self.LISTED)
-        log.info("Taken over from the predecessor: %d jobs, whose images are being copied", len(legacy.jobs))
+        log.info("Taken over from the predecessor: %d jobs, whose images are being copied", len(legacy_file.jobs))
 
     def _read_ours(self) -> bytes:
-        try:
-            with open(self.path, "rb") as file:
-                return file.read()
-        except FileNotFoundError:
-            return b""
+        with contextlib.suppress(FileNotFoundError), open(self.path, "rb") as file:
+            return file.read()
+        return b""
 
     @staticmethod
-    def _known_ids(ours: bytes) -> Dict[int, str]:
-        """The IDs in our jobs.json by their number, those of removed jobs too."""
-        ids = (match.group(2).decode() for match in ENTRY.finditer(ours))
-        return {id_number(job_id): job_id for job_id in ids}
-
-    def _listed(self, legacy: LegacyJob, job_id: str, timestamp: int) -> Job:
-        """A job of the predecessor before its images are copied."""
-        status, note = FAILED, "The webui ended before the generation did"
-        if legacy.status.casefold() == COMPLETED.casefold():
-            status = COMPLETED
-            note = "Its images are still to be copied" if legacy.paths else self.NO_IMAGES
-        elif legacy.status.casefold() == FAILED.casefold():
-            note = "The generation failed, and it was not kept why"
-        return Job(
-            id=job_id,
-            type=TYPES[0],  # the predecessor did not keep which
-            status=status,
-            timestamp=timestamp,
-            ip=legacy.ip,
-            prompt=legacy.prompt[:PROMPT_LIMIT],
-            error=self._error(legacy, job_id, note),
-        )
-
-    @staticmethod
-    def _error(legacy: LegacyJob, job_id: str, note: str) -> Optional[str]:
-        renamed = "" if job_id == legacy.id else f"Its ID was {without_surrogates(legacy.id[:100])}"
-        return ". ".join(filter(None, (note, renamed))) or None
+    def _read(source: str, ours: bytes) -> Tuple[LegacyFile, List[str], Dict[int, str]]:
+        """The predecessor's file, the IDs of its jobs, and those in our jobs.json by number, of removed jobs too."""
+        legacy_file = read_legacy_file(source)
+        if legacy_file is None:
+            raise ValueError(f"{source} is not as it was")
+        known = {id_number(job_id): job_id for job_id in (match.group(2).decode() for match in ENTRY.finditer(ours))}
+        return legacy_file, assign_ids((legacy.job.id for legacy in legacy_file.jobs), known), known
 
     # Their images
-
-    def is_unfinished(self) -> bool:
-        """Whether something is still to be found, merged or copied. Raises OSError."""
-        return bool(self._is_in_the_way() or self._files(self.FOUND) or self._files(self.LISTED))
-
-    def _is_in_the_way(self) -> bool:
-        """Whether a jobs.json is still the predecessor's, which could not be given another name."""
-        return any(read_legacy_file(path) is not None for path in self.paths)
-
-    def refuse_to_open(self) -> None:
-        """Raises OSError while jobs.json is the predecessor's: the store would take it for a damaged one of ours."""
-        if read_legacy_file(self.path) is not None:
-            raise OSError(errno.EBUSY, "The predecessor's jobs.json cannot be taken over yet", self.path)
 
     def copy_images(self, store: JobStore, images: ImageStore, stop: threading.Event) -> None:
         """Copies the images of all jobs of the predecessor. Returns when that is done, or `stop` is set."""
         while not stop.is_set():
-            pause = self.RETRY
+            pause = self.LOOK_EVERY
             try:
                 self.merge_jobs()
-                if self._is_in_the_way():
-                    pause = self.LOOK_EVERY
                 with contextlib.closing(FileLock(f"{self.path}.{self.FOUND}.lock", self.path)) as lock:
-                    if lock.acquire(0):
+                    if lock.try_acquire():
                         for path, source in self._files(self.LISTED):
                             self._copy_file(path, source, store, images, stop)
-                    else:
-                        pause = self.LOOK_EVERY
                 if not self.is_unfinished():
                     with contextlib.suppress(OSError):
                         os.unlink(lock.path)
                     return
             except Exception as error:
+                pause = self.RETRY
                 if not stop.is_set():  # the store may be closed then
                     self._log_once(f"Images of the predecessor's jobs cannot be copied yet: {error}")
             stop.wait(pause)
 
     def _copy_file(self, path: str, source: str, store: JobStore, images: ImageStore, stop: threading.Event) -> None:
         """Copies the images of one file's jobs, newest first. Raises OSError if some cannot be copied now."""
-        legacy = self._read(source)
-        count = copied = size = missing = 0
+        legacy_file, ids, _ = self._read(source, self._read_ours())
         failure: Optional[OSError] = None
-        ids = assign_ids(legacy.jobs, self._known_ids(self._read_ours()))
-        for one, job_id in zip(reversed(legacy.jobs), reversed(ids)):
+        for legacy, job_id in zip(reversed(legacy_file.jobs), reversed(ids)):
             if stop.is_set():
                 return
             began = time.monotonic()
-            job = store.get(job_id)
-            if job is not None and job.status == COMPLETED and not self._is_copied(one, job):
-                try:
-                    found = [image for image in map(self._read_image, one.paths) if image is not None]
-                except OSError as error:  # the job says so, and the others need not wait for its images
-                    failure = error
-                    note = self._error(one, job_id, f"Its images cannot be copied yet: {reason_of(error)}")
-                    if job.error != note:
-                        self._put(store, job._replace(error=note))
-                    continue
-                job = self._save(one, job, found, store, images)
-                stop.wait(2 * (time.monotonic() - began))  # generations, and a webui that starts, come first
-            if job is not None:
-                count, copied, size = count + 1, copied + len(job.images), size + job.bytes
-                missing += len(one.paths) - len(job.images) if job.status == COMPLETED else 0
+            failure = self._copy_job(legacy, job_id, store, images) or failure
+            stop.wait(2 * (time.monotonic() - began))  # generations, and a webui that starts, come first
         if failure is not None:
             raise failure
         self._rename(source, path, self.DONE)
+        kept = [(job, legacy.paths) for job, legacy in zip(map(store.get, ids), legacy_file.jobs) if job is not None]
+        copied = sum(len(job.images) for job, _ in kept)
         log.info(
             "The predecessor's jobs are complete: %d jobs, %d images, %s bytes; %d images were no longer on disk, "
             "%d entries could not be read",
-            *(count, copied, f"{size:,}", missing, legacy.unreadable),
+            len(kept),
+            copied,
+            f"{sum(job.bytes for job, _ in kept):,}",
+            sum(len(paths) for job, paths in kept if job.status == COMPLETED) - copied,
+            legacy_file.unreadable,
         )
 
-    @staticmethod
-    def _is_copied(legacy: LegacyJob, job: Job) -> bool:
-        """Whether nothing is left to do: a job of which no image was found may have some by now."""
-        return bool(job.images) or (job.bytes > 0 and not legacy.paths)
+    def _copy_job(self, legacy: LegacyJob, job_id: str, store: JobStore, images: ImageStore) -> Optional[OSError]:
+        """Copies the images of a job. Returns why they cannot be read now: the others need not wait for them.
+
+        Raises OSError and StoreError if they cannot be written.
+        """
+        job = store.get(job_id)
+        if job is None or job.status != COMPLETED or job.images or (job.bytes and not legacy.paths):
+            return None
+        try:
+            found = list(filter(None, map(self._read_image, legacy.paths)))
+        except OSError as error:
+            note = error_with_id(f"Its images cannot be copied yet: {reason_of(error)}", job_id, legacy)
+            if job.error != note:
+                self._put(store, job._replace(error=note))
+            return error
+        if found or not job.bytes:  # otherwise this was known already
+            self._save(legacy, job, found, store, images)
+        return None
 
     def _read_image(self, path: str) -> Optional[Tuple[str, bytes]]:
         """An image of the predecessor's, and where it lies; None if it is no longer there.
@@ -3877,7 +3832,7 @@ class Predecessor:
             except ValueError:  # it is no path
                 continue
             except OSError as error:
-                if error.errno in self.GONE or os.path.isdir(place):
+                if error.errno in self.MISSING or os.path.isdir(place):
                     continue
                 raise
             if ending_of(data):
@@ -3886,47 +3841,29 @@ class Predecessor:
 
     def _save(
         self, legacy: LegacyJob, job: Job, found: List[Tuple[str, bytes]], store: JobStore, images: ImageStore
-    ) -> Optional[Job]:
-        """Stores the images that were found, and returns the job as it is then. None if it was removed meanwhile.
-
-        Raises OSError.
-        """
-        if job.bytes and not found:
-            return job
-        places, pictures = [place for place, _ in found], [data for _, data in found]
+    ) -> None:
+        """Stores the images that were found, unless the job was removed meanwhile. Raises OSError and StoreError."""
+        pictures = [data for _, data in found]
         make_folder(images.folder)
         disk = shutil.disk_usage(images.folder)
-        if disk.free - sum(map(len, pictures)) < min(self.SPARE, disk.total // 20):
+        if disk.free - sum(map(len, pictures)) < min(self.MIN_FREE, disk.total // 20):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        infotexts = [text for text in map(infotext_of, pictures) if text is not None]
-        seeds = [int(match.group(1)) for match in map(SEED.search, infotexts) if match]
-        info = {"prompt": legacy.prompt, **({"seed": seeds[0]} if seeds else {}), "infotexts": infotexts}
-        rest = {"images": [], "parameters": {"prompt": legacy.prompt}, "info": json.dumps(info)}
-        answer = Answer(list(map(self._as_base64, pictures)), as_host_json(rest))
-        kept = images.as_private_as(places).save(job, answer)
-        lost, note = len(legacy.paths) - len(found), ""
+        answer = legacy_answer(legacy, pictures)
+        kept = images.as_private_as(place for place, _ in found).save(job, answer)
+        lost, note = len(legacy.paths) - len(found), "" if found else NO_IMAGES
         if lost:
             note = f"{lost} of {len(legacy.paths)} images were no longer on disk when the job was taken over"
-        elif not found:
-            note = self.NO_IMAGES
-        kept = kept._replace(error=self._error(legacy, job.id, note))
+        kept = kept._replace(error=error_with_id(note, job.id, legacy))
         written = self._put(store, kept)
         if written is None:
             images.remove(images.files_of(kept))
-            return None
-        written.result()
-        return kept
+        else:
+            written.result()
 
     def _put(self, store: JobStore, job: Job) -> Optional[Future]:
         """Changes a job, unless it was removed meanwhile. None then."""
         with self.changing:
             return None if store.get(job.id) is None else store.put(job)
-
-    @staticmethod
-    def _as_base64(data: bytes) -> bytes:
-        """Encodes piece by piece, since it holds the interpreter."""
-        step = ImageStore.CHUNK
-        return b"".join(base64.b64encode(data[start : start + step]) for start in range(0, len(data), step))
 
     def _log_once(self, trouble: str) -> None:
         """Logs a trouble when it begins, not each time that it shows."""

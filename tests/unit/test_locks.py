@@ -16,7 +16,7 @@ from typing import Any, Iterator, List
 
 import pytest
 from disks import NOBODY, ROOT, held
-from inside import WrappedOs, a_job, until
+from inside import WrappedOs, a_job, load_script, until
 
 from harness import open_files
 
@@ -45,10 +45,10 @@ def test_locks(script, tmp_path):
     path = str(tmp_path / "lock")
     one, two = script.FileLock(path), script.FileLock(path)
     with one:
-        assert not two.acquire(0)
-    assert two.acquire(0)
+        assert not two.try_acquire()
+    assert two.try_acquire()
     taken = []
-    thread = threading.Thread(target=lambda: taken.append(one.acquire()))
+    thread = threading.Thread(target=lambda: taken.append(one.try_acquire(5)))
     thread.start()
     time.sleep(0.05)
     assert not taken
@@ -62,13 +62,13 @@ def test_locks(script, tmp_path):
 def test_a_lock_that_was_tidied_away_still_locks(script, tmp_path):
     path = tmp_path / "lock"
     one, two = script.FileLock(str(path)), script.FileLock(str(path))
-    assert one.acquire()
+    assert one.try_acquire()
     one.release()
     path.unlink()
-    assert two.acquire()
-    assert not one.acquire(0)
+    assert two.try_acquire()
+    assert not one.try_acquire()
     two.close()
-    assert one.acquire(0)
+    assert one.try_acquire()
     one.close()
 
 
@@ -211,8 +211,9 @@ def test_who_may_write_jobs_json_may_lock_it(script, tmp_path, umask, mode, lock
 
 
 @pytest.mark.parametrize("umask, mode", [(0o022, 0o600), (0o002, 0o660), (0o000, 0o666), (0o077, 0o600)], ids=oct)
-def test_a_lock_before_there_is_a_jobs_json(script, tmp_path, umask, mode):
+def test_a_lock_before_there_is_a_jobs_json(tmp_path, umask, mode):
     with umask_of(umask):
+        script = load_script()
         store = script.JobStore(str(tmp_path))
         store.put(a_job(script, random.Random(7)), new=True).result()
         locks = [path for path in tmp_path.iterdir() if re.search(r"\.(lock|owner-\w+)$", path.name)]
@@ -278,7 +279,7 @@ def test_two_users_of_a_group(script, public):
                 os.setgid(user)  # a group of its own, as on Debian
                 os.setuid(user)
                 lock = script.FileLock(str(path), str(jobs))
-                result = 0 if lock.acquire(0) else 2
+                result = 0 if lock.try_acquire() else 2
             os._exit(result)
         return os.WEXITSTATUS(os.waitpid(child, 0)[1])
 
@@ -319,7 +320,7 @@ def test_a_child_lets_go(script, tmp_path, ends):
     parent = os.fork()
     if parent == 0:
         with contextlib.suppress(BaseException):
-            assert lock.acquire()
+            assert lock.try_acquire()
             os.write(says, b"%d\n" % forked(script))
             if ends == "closes":
                 until(lambda: (tmp_path / "close").exists())
@@ -332,13 +333,13 @@ def test_a_child_lets_go(script, tmp_path, ends):
         child = int(lines.readline())
     try:
         until(lambda: str(tmp_path / "lock") not in open_files(child), 10, "the child has let go")
-        assert not other.acquire(0), "the parent has it"
+        assert not other.try_acquire(), "the parent has it"
         if ends == "closes":
             (tmp_path / "close").touch()
             until(lambda: (tmp_path / "closed").exists(), 10, "it has closed")
         else:
             end(parent)
-        assert other.acquire(0)
+        assert other.try_acquire()
     finally:
         os.kill(child, signal.SIGKILL)
         if ends == "closes":
@@ -357,9 +358,9 @@ def test_a_lock_that_is_closed_is_free_whoever_has_a_copy(script, tmp_path):
 
     lock, other = (script.FileLock(str(tmp_path / "lock")) for _ in range(2))
     script.os = WrappedOs(open=open_and_copy)
-    assert lock.acquire()
+    assert lock.try_acquire()
     (copy,) = copies
     lock.close()
-    assert other.acquire(0)
+    assert other.try_acquire()
     other.close()
     os.close(copy)

@@ -14,7 +14,7 @@ from typing import Any, Callable, Dict, Iterator
 
 import pytest
 from disks import NOBODY, ROOT, modes_of, private_jobs
-from inside import WrappedOs, a_job, an_answer, completed, make_tracker, pixels, until
+from inside import WrappedOs, a_job, an_answer, completed, load_script, make_tracker, pixels, until
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="Windows has no such modes")
 
@@ -287,12 +287,13 @@ def test_images_of_the_predecessor_that_were_private(script, tmp_path):
     ],
     ids=lambda it: it if it is None else oct(it),
 )
-def test_images_are_for_those_who_may_read_jobs_json(script, tmp_path, umask, mode, expected):
+def test_images_are_for_those_who_may_read_jobs_json(tmp_path, umask, mode, expected):
     """And never for more than the umask says."""
     if mode is not None:
         private_jobs(tmp_path, mode=mode)
     before = os.umask(umask)
     try:
+        script = load_script()
         images = script.ImageStore(str(tmp_path / "images"))
         job = completed(a_job(script, random.Random(7)))
         kept = images.save(job, an_answer(script, job.id, 1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import ntpath
 import os
 import sys
@@ -287,6 +288,18 @@ def test_a_drive_that_is_not_there(script):
 # macOS, and disks of others
 
 
+@pytest.mark.parametrize("kind, expected", [("ext4", False), ("overlay", False), ("nfs4", True), ("fuse.sshfs", True)])
+def test_a_network_drive_is_known_by_its_mount(tmp_path, kind, expected):
+    """Where SQLite's shared memory would not be shared with the other machines."""
+    script = load_script()
+    device = os.stat(str(tmp_path)).st_dev
+    number = f"{os.major(device)}:{os.minor(device)}"
+    lines = ["1 0 0:0 / /none rw - tmpfs none rw", f"2 1 {number} /a\\040b /c rw,noatime shared:1 - {kind} host:/a rw"]
+    script.open = lambda path, **_: io.StringIO("\n".join(lines)) if path == "/proc/self/mountinfo" else None
+    assert script.is_on_network(str(tmp_path)) is expected
+    assert script.is_on_network(str(tmp_path / "none")) is False
+
+
 class Fcntl:
     """`fcntl`, as macOS has it, or one that fails."""
 
@@ -362,7 +375,7 @@ def test_a_mount_without_locks(tmp_path, error):
     script = load_script()
     script.fcntl = Fcntl(getattr(errno, error))
     lock = script.FileLock(str(tmp_path / "lock"))
-    assert lock.acquire() and lock.acquire(0)
+    assert lock.try_acquire() and lock.try_acquire()
     lock.release()
     lock.close()
 
@@ -372,9 +385,9 @@ def test_a_lock_that_another_holds(tmp_path, error):
     script = load_script()
     script.fcntl = Fcntl(getattr(errno, error))
     lock = script.FileLock(str(tmp_path / "lock"))
-    assert lock.acquire(0) is False
+    assert lock.try_acquire() is False
     assert script.fcntl.calls == [6], "one try"
-    assert lock.acquire(0.05) is False
+    assert lock.try_acquire(0.05) is False
     assert set(script.fcntl.calls) == {6} and len(script.fcntl.calls) > 5, "many tries, none that would hang"
     lock.close()
 
@@ -385,7 +398,7 @@ def test_a_lock_that_fails(tmp_path, seconds):
     script.fcntl = Fcntl(errno.EIO)
     lock = script.FileLock(str(tmp_path / "lock"))
     with pytest.raises(OSError, match="Input/output"):
-        lock.acquire(seconds)
+        lock.try_acquire(seconds)
     lock.close()
 
 
