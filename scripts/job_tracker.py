@@ -2889,8 +2889,8 @@ IMAGE_END = re.compile(rb"\s*([,\]])")
 def split_answer(body: bytes) -> Answer:
     """Takes the images out of the host's answer. Raises ValueError if it is no JSON object.
 
-    The JSON reader would hold the interpreter for as long as it needs for all images together. So they are found by
-    their quotes, where they come first and have no escapes, as base64 has none.
+    The JSON reader would copy all images twice and hold the interpreter meanwhile, for 50 ms where they have 40 MB. So
+    they are found by their quotes, where they come first and have no escapes, as base64 has none.
     """
     start = IMAGES_START.match(body)
     images: List[Union[bytes, memoryview]] = []
@@ -2916,86 +2916,47 @@ def split_answer(body: bytes) -> Answer:
 
 
 LARGE = 1 << 18  # bytes of an answer without its images: what is larger is never again read as a whole
-SPACE = re.compile(rb"[ \t\r\n]*")
-SCALAR = re.compile(rb"[-+.0-9A-Za-z]+")
-BRACKET = re.compile(rb"[\[\]{}]")
+JSON_GAP = re.compile(r"[ \t\r\n]*([{:,}])[ \t\r\n]*")
 
 
-def end_of_string(data: bytes, position: int) -> int:
-    """The end of a JSON string that begins before `position`, found in steps that hold the interpreter shortly."""
-    step = 256  # most are short
-    while position < len(data):
-        piece = data[position : position + step]
-        if b"\\" in piece:
-            piece = piece.replace(b"\\\\", b"__").replace(b'\\"', b"__")
-        quote = piece.find(b'"')
-        if quote >= 0:
-            return position + quote + 1
-        if position + step >= len(data):
-            break
-        position += len(piece) - piece.endswith(b"\\")  # which belongs to what comes next
-        step = min(4 * step, 1 << 16)
-    raise ValueError("a string has no end")
+def members(data: bytes) -> Iterator[Tuple[str, Any, int, int]]:
+    """The members of a JSON object: each one's name and value, and where the bytes of its value start and end.
 
+    Raises ValueError, RecursionError.
+    """
+    text, decode = data.decode(), json.JSONDecoder().raw_decode
+    passed = size = 0  # characters, and their bytes
 
-def end_of_value(data: bytes, position: int) -> int:
-    """The same for any JSON value, of which only the brackets and the quotes are looked at."""
-    first, depth, step = data[position : position + 1], 0, 1 << 16
-    if first == b'"':
-        return end_of_string(data, position + 1)
-    if first not in (b"{", b"["):
-        scalar = SCALAR.match(data, position)
-        if scalar is None:
-            raise ValueError("a value is missing")
-        return scalar.end()
-    while position < len(data):
-        quote = data.find(b'"', position, position + step)
-        end = quote if quote >= 0 else min(position + step, len(data))
-        for bracket in BRACKET.finditer(data, position, end):
-            depth += 1 if bracket.group() in b"[{" else -1
-            if depth == 0:
-                return bracket.end()
-        position = end if quote < 0 else end_of_string(data, quote + 1)
-    raise ValueError("a list or an object has no end")
+    def offset(position: int) -> int:
+        nonlocal passed, size
+        size += len(text[passed:position].encode())
+        passed = position
+        return size
 
-
-def members(data: bytes, position: int = 0) -> Iterator[Tuple[str, int, int]]:
-    """The members of a JSON object: each one's name, and where its value starts and ends. Raises ValueError."""
-
-    def skip(position: int, *expected: bytes) -> int:
-        """The place after some space, one of the expected signs and some space again."""
-        position = SPACE.match(data, position).end()
-        if data[position : position + 1] not in expected:
+    def skip(position: int, expected: str) -> "re.Match[str]":
+        gap = JSON_GAP.match(text, position)
+        if gap is None or gap.group(1) not in expected:
             raise ValueError("it is no JSON object")
-        return SPACE.match(data, position + 1).end()
+        return gap
 
-    position = skip(position, b"{")
-    if data[position : position + 1] == b"}":
+    gap = skip(0, "{")
+    if text.startswith("}", gap.end()):
         return
-    while True:
-        if data[position : position + 1] != b'"':
+    while gap.group(1) != "}":
+        name, end = decode(text, gap.end())
+        if not isinstance(name, str):
             raise ValueError("a name is missing")
-        end = end_of_string(data, position + 1)
-        name = json.loads(data[position:end].decode())
-        start = skip(end, b":")
-        end = end_of_value(data, start)
-        yield name, start, end
-        position = skip(end, b",", b"}")
-        if data[end:position].strip() == b"}":
-            return
+        start = skip(end, ":").end()
+        value, end = decode(text, start)
+        yield name, value, offset(start), offset(end)
+        gap = skip(end, ",}")
 
 
 def contents_of(rest: bytes) -> Contents:
-    """Reads an answer without its images. Raises ValueError, RecursionError.
-
-    Of a large one, only `parameters` are read, and the rest is passed by.
-    """
-    places = {name: (start, end) for name, start, end in members(rest)}
-    (start, end), info = (places.get(name, (0, 0)) for name in ("parameters", "info"))
-    if len(rest) < LARGE:
-        parameters = json.loads(rest.decode()).get("parameters")
-    else:
-        parameters = json.loads(rest[start:end].decode()) if end else None
+    """Reads an answer without its images. Raises ValueError, RecursionError."""
+    found = {name: member for name, *member in members(rest)}
+    parameters, start, end = found.get("parameters", (None, 0, 0))
+    _, *info = found.get("info", (None, 0, 0))
     return Contents(parameters, (start, end, *info))
 
 
@@ -3010,16 +2971,16 @@ def ranges_of(rest: bytes, contents: Contents) -> Tuple[int, ...]:
 
 
 def with_images_hidden(answer: Answer) -> Answer:
-    """An answer whose parameters say that the client does not want the images, and else the same to the byte."""
-    contents = answer.contents
-    if not isinstance(contents.parameters, dict) or "send_images" not in contents.parameters:
+    """An answer whose parameters say that the client does not want the images."""
+    parameters, ranges = answer.contents
+    if not isinstance(parameters, dict) or "send_images" not in parameters:
         return answer
-    places = {name: (start, end) for name, start, end in members(answer.rest, contents.ranges[0])}
-    start, end = places["send_images"]
-    rest = b"".join((answer.rest[:start], b"false", answer.rest[end:]))
+    parameters = {**parameters, "send_images": False}
+    start, end = ranges[:2]
+    rest = b"".join((answer.rest[:start], as_host_json(parameters), answer.rest[end:]))
     moved = len(rest) - len(answer.rest)
-    ranges = tuple(place + moved if place >= end else place for place in contents.ranges)
-    return answer._replace(rest=rest, contents=Contents({**contents.parameters, "send_images": False}, ranges))
+    ranges = tuple(place + moved if place >= end else place for place in ranges)
+    return answer._replace(rest=rest, contents=Contents(parameters, ranges))
 
 
 BRIEF_TEXT = 1000  # characters that a text in `parameters` may have in a list
@@ -3027,75 +2988,68 @@ BRIEF_SIZE = 1 << 16  # bytes that they may have there together, about
 BRIEF_DEPTH = 100  # lists and objects within one another
 
 
-def brief_parameters(parameters: Any) -> Tuple[Any, bool]:
-    """A copy of `parameters` with a note in the place of what is large, and whether there was something large.
+def brief_parameters(parameters: Any) -> Any:
+    """A copy of `parameters` with a note in the place of what is large.
 
-    That is each long text, and, where there is too much in sum, what lies deepest: a list or an object as a whole.
-    What lies at the top and is no text, list or object always stays. The host gives a request's own pictures back in
-    there, wherever its scripts take them.
+    That is each long text, and a list or an object that has no room even without those. What lies at the top and is no
+    text, list or object always stays. The host gives a request's own pictures back in there, wherever its scripts take
+    them.
     """
-    found, left, note = False, BRIEF_SIZE, 30  # bytes that are left, and those of a note
+    return shorten(parameters, BRIEF_SIZE)[0]
 
-    def shorten(value: Any, room: float = math.inf) -> Any:
-        """A scalar, or a note in its place. Takes what it costs from what is left."""
-        nonlocal found, left
-        if isinstance(value, str) and (len(value) > BRIEF_TEXT or len(as_json(value)) > room):
-            found = True
-            value = f"({len(value):,} characters)"
-        left -= len(as_json(value)) + 1
-        return value
 
-    def fits(value: Any) -> bool:
-        """Whether there is room for all that a list or an object has, with a note for each list or object in it."""
-        size, entries = 0, [value] if isinstance(value, list) else [value, value.values()]
-        if sum(map(len, entries)) * 2 > left:
-            return False
-        for entry in itertools.chain(*entries):
-            long = isinstance(entry, str) and len(entry) > BRIEF_TEXT
-            size += note if long or isinstance(entry, (dict, list)) else len(as_json(entry)) + 1
-            if size > left:
-                return False
-        return True
-
-    result: List[Any] = [None]
-    waiting = deque([(parameters, result, 0, 0)])  # level by level, and however deep
-    while waiting:
-        value, parent, key, depth = waiting.popleft()
-        left += note
-        if not isinstance(value, (dict, list)):
-            parent[key] = shorten(value)
-            continue
-        is_top = depth == 0 and isinstance(value, dict) and len(value) <= BRIEF_TEXT
-        if not is_top and (depth > BRIEF_DEPTH or not fits(value)):
-            found = True
-            parent[key] = shorten(f"({len(value):,} entries)")
-            continue
-        copy = parent[key] = [None] * len(value) if isinstance(value, list) else {}
-        left -= 2
-        for name, entry in enumerate(value) if isinstance(value, list) else value.items():
-            name = shorten(name) if isinstance(name, str) else name
-            if isinstance(entry, (dict, list)):
-                copy[name] = None  # keeps the order
-                left -= note  # for that it costs at least
-                waiting.append((entry, copy, name, depth + 1))
-            else:
-                copy[name] = shorten(entry, left if is_top else math.inf)
-    return result[0], found
+def shorten(value: Any, room: float, depth: int = 0) -> Tuple[Any, int]:
+    """A copy of a value for so many bytes, see `brief_parameters`, and the bytes that it has as JSON."""
+    if isinstance(value, str) and (len(value) > BRIEF_TEXT or len(as_json(value)) > room):
+        value = f"({len(value):,} characters)"
+    if not isinstance(value, (dict, list)):
+        return value, len(as_json(value))
+    note = f"({len(value):,} entries)"
+    is_top = depth == 0 and isinstance(value, dict) and len(value) <= BRIEF_TEXT
+    if not is_top and (depth > BRIEF_DEPTH or 2 * len(value) > room):
+        return note, len(note) + 2
+    if isinstance(value, dict):
+        names = {name: shorten(name, math.inf)[0] for name in value}
+        size = len(as_json(list(names.values()))) + len(names)
+    else:
+        names, size = dict(enumerate(range(len(value)))), len(value) + 1
+    copy = dict.fromkeys(names.values())
+    # Lists and objects come last: they have the room that all else leaves.
+    for name in sorted(names, key=lambda name: isinstance(value[name], (dict, list))):
+        copy[names[name]], length = shorten(value[name], room - size, depth + 1)
+        size += length
+        if size > room and not is_top:
+            return note, len(note) + 2
+    return copy if isinstance(value, dict) else list(copy.values()), size
 
 
 def brief_answer_of(rest: bytes, contents: Contents) -> Optional[bytes]:
     """An answer with brief parameters, or None if its own are. Of a large one, nothing else is in it."""
-    if len(rest) <= BRIEF_TEXT:
-        return None
     try:
-        parameters, found = brief_parameters(contents.parameters)
-        data = as_host_json(parameters) if found else b""
+        parameters = brief_parameters(contents.parameters)
+        data = as_host_json(parameters)
     except RecursionError:  # Pythons differ in how deep they read and write, and that is not to cost the images
         return None
-    if not found:
-        return None
+    if len(rest) >= LARGE:
+        return b'{"images":[],"parameters":%s}' % data
     start, end = contents.ranges[:2]
-    return b'{"images":[],"parameters":%s}' % data if len(rest) >= LARGE else rest[:start] + data + rest[end:]
+    return None if parameters == contents.parameters else rest[:start] + data + rest[end:]
+
+
+class Part(NamedTuple):
+    """A value within a large answer. It is passed on in pieces, and never read as a whole."""
+
+    images: "ImageStore"
+    name: str
+    start: int
+    end: int
+
+    @property
+    def size(self) -> int:
+        return self.end - self.start
+
+    def pieces(self) -> Iterator[bytes]:
+        return self.images.read(self.name, self.start, self.end)
 
 
 class ImageStore:
@@ -3121,6 +3075,8 @@ class ImageStore:
         store._sources = (*self._sources, *paths)
         return store
 
+    # Names
+
     @staticmethod
     def day_of(job: Job) -> str:
         """The folder of a job's files, in UTC: it must not move with the machine's time zone."""
@@ -3142,6 +3098,11 @@ class ImageStore:
         names = [*(image.name for image in job.images), cls.answer_name(job), cls.brief_answer_name(job)]
         return list(dict.fromkeys(names))
 
+    def _path(self, name: str) -> str:
+        return os.path.join(self.folder, *name.split("/"))
+
+    # Storing
+
     @raising_store_error()
     def save(self, job: Job, answer: Answer) -> Job:
         """Stores an answer, safe from a power cut, and returns the job with the names and the size of its files.
@@ -3154,59 +3115,21 @@ class ImageStore:
         contents = answer.contents or contents_of(answer.rest)
         brief = brief_answer_of(answer.rest, contents)
         ranges = ranges_of(answer.rest, contents) if len(answer.rest) >= LARGE else ()
-        job = job._replace(has_brief=brief is not None, ranges=ranges)
-        images: List[Image] = []
-        size = 0
+        job = job._replace(has_brief=brief is not None, ranges=ranges, images=(), bytes=0)
         try:
             for number, data in enumerate(answer.images):
-                images.append(self._save_image(f"{self.day_of(job)}/{job.id}_{number}", data))
-                size += images[-1].size
+                image = self._save_image(f"{self.day_of(job)}/{job.id}_{number}", data)
+                job = job._replace(images=(*job.images, image), bytes=job.bytes + image.size)
             if brief is not None:
-                size += self._write(self.brief_answer_name(job), [brief])
-            if size:
-                sync_folder(folder)
-            size += self._write(self.answer_name(job), [answer.rest])
+                job = job._replace(bytes=job.bytes + self._write(self.brief_answer_name(job), [brief]))
+            sync_folder(folder)
+            job = job._replace(bytes=job.bytes + self._write(self.answer_name(job), [answer.rest]))
             sync_folder(folder)
             sync_folder(self.folder)
         except BaseException:
-            self.remove(self.files_of(job._replace(images=tuple(images))))
+            self.remove(self.files_of(job))
             raise
-        return job._replace(images=tuple(images), bytes=size)
-
-    @raising_store_error()
-    def find(self, job: Job) -> Optional[Job]:
-        """A job that a crash left between `save` and its record, with its files, as `save` returned it.
-
-        If it has no prompt, it gets the one that the host used. None if `save` did not come to its end. Raises
-        StoreError if that cannot be told.
-        """
-        day, answer = self.day_of(job), self.answer_name(job)
-        folder = os.path.join(self.folder, day)
-        if os.path.islink(folder):  # which is never followed
-            return None
-        try:
-            size = os.lstat(self._path(answer)).st_size  # most jobs have none, and a folder takes long to list
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        entries = {f"{day}/{entry}" for entry in os.listdir(folder) if entry.startswith(job.id)}
-        forms = {int(form.group(2)): form for form in map(IMAGE_FORM.match, entries) if form}
-        if sorted(forms) != list(range(len(forms))):
-            return None
-        images = tuple(self._look_at(forms[number]) for number in range(len(forms)))
-        job = job._replace(images=images, has_brief=True)
-        job = job._replace(has_brief=self.brief_answer_name(job) in entries)
-        if size >= LARGE or not job.prompt:
-            with contextlib.suppress(ValueError, RecursionError):
-                rest = b"".join(self.read(answer))
-                contents = contents_of(rest)
-                prompt = contents.parameters.get("prompt", "") if isinstance(contents.parameters, dict) else ""
-                ranges = ranges_of(rest, contents) if size >= LARGE else ()
-                job = job._replace(ranges=ranges, prompt=job.prompt or str(prompt)[:PROMPT_LIMIT])
-        return job._replace(bytes=sum(os.lstat(self._path(name)).st_size for name in self.files_of(job)))
-
-    def _look_at(self, form: "re.Match[str]") -> Image:
-        name = form.group(0)
-        return Image(name, os.lstat(self._path(name)).st_size, MEDIA_TYPES.get(form.group(3), OTHER_MEDIA_TYPE))
+        return job
 
     def _make_folder(self, path: str, links: bool = True) -> None:
         """Sets aside what stands where a folder should be."""
@@ -3226,125 +3149,127 @@ class ImageStore:
         return Image(f"{base}.{ending}", size, MEDIA_TYPES.get(ending, OTHER_MEDIA_TYPE))
 
     def _decode(self, image: Union[bytes, memoryview]) -> Iterator[bytes]:
-        """Decodes so that encoding gives the same text again, piece by piece, since it holds the interpreter."""
-        if not image or len(image) % 4:
+        """Decodes piece by piece, since it holds the interpreter. Raises ValueError if encoding would not undo it."""
+        if not image:
             raise ValueError("no base64")
         step = self.CHUNK // 3 * 4
         for position in range(0, len(image), step):
             piece = bytes(image[position : position + step])
             data = base64.b64decode(piece, validate=True)
-            if position + step >= len(image):
-                if base64.b64encode(data) != piece:
-                    raise ValueError("not canonical")
-            elif len(data) != self.CHUNK:
-                raise ValueError("padding inside")
+            is_last = position + step >= len(image)
+            if base64.b64encode(data) != piece or not (is_last or len(data) == self.CHUNK):
+                raise ValueError("not canonical")
             yield data
 
-    def _write(self, name: str, pieces: Any) -> int:
+    def _write(self, name: str, pieces: Iterable[bytes]) -> int:
+        """Makes a file, safe from a power cut once its folder is synced, and returns its size in bytes."""
         path = self._path(name)
         part = f"{os.path.splitext(path)[0]}.{secrets.token_hex(4)}.part"
-        size = 0
         try:
-            file = self._create(part)
-            try:
-                for piece in pieces:
-                    write_at(file, piece, size)
-                    size += len(piece)
-                sync_file(file)
-            finally:
-                os.close(file)
-            os.replace(part, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(part)
-            raise
-        return size
-
-    def _create(self, path: str) -> int:
-        try:
-            return make_within(path, *self._sources)
+            file = make_within(part, *self._sources)
         except FileNotFoundError:  # a purge took the folder together with its last file
-            make_folder(os.path.dirname(path), self._sources[0])
-            return make_within(path, *self._sources)
-
-    def _path(self, name: str) -> str:
-        return os.path.join(self.folder, *name.split("/"))
-
-    @staticmethod
-    def _refuse_link(path: str) -> None:
-        if os.path.islink(path):
-            raise OSError(errno.ELOOP, "a symbolic link is not followed", path)
+            make_folder(os.path.dirname(part), self._sources[0])
+            file = make_within(part, *self._sources)
+        return fill_file(file, part, pieces, path)
 
     @raising_store_error()
-    def open(self, name: str) -> Tuple[int, int]:
-        """A descriptor for reading, to be closed by the caller, and the size in bytes."""
+    def find(self, job: Job) -> Optional[Job]:
+        """A job that a crash left between `save` and its record, with its files, as `save` returned it.
+
+        If it has no prompt, it gets the one that the host used. None if `save` did not come to its end. Raises
+        StoreError if that cannot be told.
+        """
+        day, answer = self.day_of(job), self.answer_name(job)
+        folder = os.path.join(self.folder, day)
+        # Most jobs have none, and a folder takes long to list.
+        if os.path.islink(folder) or not stats_of(self._path(answer)):
+            return None
+        sizes = {f"{day}/{entry}": 0 for entry in os.listdir(folder) if entry.startswith(job.id)}
+        for name in sizes:
+            sizes[name] = os.lstat(self._path(name)).st_size
+        forms = {int(form.group(2)): form for form in map(IMAGE_FORM.match, sizes) if form}
+        if answer not in sizes or sorted(forms) != list(range(len(forms))):
+            return None
+        images = []
+        for _, form in sorted(forms.items()):
+            media_type = MEDIA_TYPES.get(form.group(3), OTHER_MEDIA_TYPE)
+            images.append(Image(form.group(), sizes[form.group()], media_type))
+        job = job._replace(images=tuple(images), has_brief=f"{day}/{job.id}.brief.json" in sizes)
+        if sizes[answer] >= LARGE or not job.prompt:
+            with contextlib.suppress(ValueError, RecursionError):
+                rest = b"".join(self.read(answer))
+                contents = contents_of(rest)
+                prompt = contents.parameters.get("prompt", "") if isinstance(contents.parameters, dict) else ""
+                ranges = ranges_of(rest, contents) if len(rest) >= LARGE else ()
+                job = job._replace(ranges=ranges, prompt=job.prompt or str(prompt)[:PROMPT_LIMIT])
+        return job._replace(bytes=sum(sizes[name] for name in self.files_of(job)))
+
+    # Reading
+
+    @contextlib.contextmanager
+    def _opened(self, name: str) -> Iterator[int]:
+        """A file, open for reading. Raises StoreError for all that fails meanwhile."""
         path = self._path(name)
-        self._refuse_link(os.path.dirname(path))
-        self._refuse_link(path)
-        file = os.open(path, os.O_RDONLY | NO_FOLLOW | O_NONBLOCK | BINARY)
-        status = os.fstat(file)
-        if not stat.S_ISREG(status.st_mode):
-            os.close(file)
-            raise OSError(errno.EINVAL, "no regular file", path)
-        return file, status.st_size
+        with raising_store_error():
+            if os.path.islink(os.path.dirname(path)) or os.path.islink(path):
+                raise OSError(errno.ELOOP, "a symbolic link is not followed", path)
+            file = os.open(path, os.O_RDONLY | NO_FOLLOW | BINARY)
+            try:
+                yield file
+            finally:
+                os.close(file)
 
     def size(self, name: str) -> Optional[int]:
         """In bytes; None if the file is not there or cannot be read. Raises only a temporary StoreError."""
         try:
-            file, size = self.open(name)
+            with self._opened(name) as file:
+                return os.fstat(file).st_size
         except StoreError as error:
             if error.temporary:
                 raise
             return None
-        os.close(file)
-        return size
 
     def read(self, name: str, start: int = 0, end: Optional[int] = None) -> Iterator[bytes]:
-        """A file's bytes, or a part of them, `CHUNK` at a time."""
-        file, _ = self.open(name)
-        try:
-            position = start
-            while end is None or position < end:
-                with raising_store_error():
-                    data = read_at(file, self.CHUNK if end is None else min(self.CHUNK, end - position), position)
-                if not data and end is not None:
-                    raise self.damaged(name)
+        """A file's bytes, or a part of them, `CHUNK` at a time. The file is open from the first one on."""
+        with self._opened(name) as file:
+            end = os.fstat(file).st_size if end is None else end
+            while start < end:
+                data = read_at(file, min(self.CHUNK, end - start), start)
                 if not data:
-                    return
+                    raise self._damaged(name)
                 yield data
-                position += len(data)
-        finally:
-            os.close(file)
+                start += len(data)
 
     @staticmethod
-    def damaged(name: str) -> StoreError:
+    def _damaged(name: str) -> StoreError:
         """What is raised for a file that is not as it was stored."""
         return StoreError.of(OSError(errno.EIO, "it is damaged", name))
 
-    def check(self, name: str, crc: int, start: int = 0, end: Optional[int] = None) -> None:
+    def _check(self, name: str, crc: int, start: int = 0, end: Optional[int] = None) -> None:
         """Reads a file, or a part of it. Raises StoreError if it is not as it was stored."""
         found = 0
         for data in self.read(name, start, end):
             found = zlib.crc32(data, found)
         if found != crc:
-            raise self.damaged(name)
+            raise self._damaged(name)
 
-    @classmethod
-    def decode(cls, name: str, data: bytes) -> Any:
-        """What a file with JSON says, or a part of it. Raises StoreError if that is no JSON."""
+    @contextlib.contextmanager
+    def _decoding(self, name: str) -> Iterator[None]:
+        """Around what is made of a file's bytes. Raises StoreError if nothing can be made of them."""
         try:
-            return HOST_DECODER.decode(data.decode())
+            yield
         except (ValueError, RecursionError):
-            raise cls.damaged(name) from None
+            raise self._damaged(name) from None
+
+    def _read_json(self, name: str, start: int = 0, end: Optional[int] = None) -> Any:
+        with self._decoding(name):
+            return HOST_DECODER.decode(b"".join(self.read(name, start, end)).decode())
 
     def read_as_json(self, name: str) -> Iterator[bytes]:
         """The JSON string that the host answered for this file, a piece at a time."""
         if name.endswith(".txt"):
-            try:
-                text = b"".join(self.read(name)).decode("utf-8", "surrogatepass")
-            except UnicodeDecodeError:
-                raise self.damaged(name) from None
-            yield as_host_json(text)
+            with self._decoding(name):
+                yield as_host_json(b"".join(self.read(name)).decode("utf-8", "surrogatepass"))
             return
         pieces = self.read(name)
         yield b'"' + base64.b64encode(next(pieces, b""))  # the file is open from now on, and may be deleted
@@ -3370,45 +3295,79 @@ class ImageStore:
             yield first
             yield from pieces
 
-    def answer(self, job: Job) -> "StoredAnswer":
-        """What the host answered for a Completed job. Does not raise."""
-        return StoredAnswer(self, job)
+    def read_values(self, job: Job, whole: bool) -> Tuple[Any, Any]:
+        """`parameters`, which are brief unless they are to be `whole`, and `info`, of a Completed job's answer.
 
-    def remove(self, names: Any) -> int:
+        What is large is a Part, which is as it was stored. Raises StoreError for what is not.
+        """
+        if not job.ranges:
+            answer = self._read_answer(self.answer_name(job) if whole else self.brief_answer_name(job))
+            parameters = answer.get("parameters")
+            return parameters if whole else brief_parameters(parameters), answer.get("info")
+        info = self._part(job, *job.ranges[3:6])
+        if info is not None and info.size <= LARGE:
+            info = self._read_json(info.name, info.start, info.end)
+        if whole:
+            return self._part(job, *job.ranges[:3]), info
+        return self._read_answer(self.brief_answer_name(job)).get("parameters"), info
+
+    def _read_answer(self, name: str) -> Dict[str, Any]:
+        answer = self._read_json(name)
+        if not isinstance(answer, dict):
+            raise self._damaged(name)
+        return answer
+
+    def _part(self, job: Job, start: int, end: int, crc: int) -> Optional[Part]:
+        """A value within a large answer. None if that has no such value."""
+        if start == end:
+            return None
+        name = self.answer_name(job)
+        self._check(name, crc, start, end)
+        return Part(self, name, start, end)
+
+    def replay(self, job: Job) -> Iterator[bytes]:
+        """The answer of a Completed job once more, with the images if the client wanted them, a piece at a time."""
+        name = self.answer_name(job)
+        if job.ranges:
+            self._check(name, job.ranges[6])
+        # All that lies at the top of parameters is in the brief ones, too.
+        parameters = self._read_answer(self.brief_answer_name(job) if job.ranges else name).get("parameters")
+        wants_images = not isinstance(parameters, dict) or parameters.get("send_images", True)
+        with contextlib.closing(self.read(name)) as pieces:
+            rest = next(pieces, b"")
+            start = IMAGES_START.match(rest)
+            if start is None:
+                raise self._damaged(name)
+            yield rest[: start.end()]
+            if wants_images:
+                yield from self.images_as_json(job, needed=True)
+            yield rest[start.end() :]
+            yield from pieces
+
+    # Removing
+
+    def remove(self, names: Iterable[str]) -> int:
         """Removes files, and folders that are empty then. Returns the bytes that it freed. Does not raise."""
-        freed, folders = 0, set()
+        freed = 0
         for name in names:
             path = self._path(name)
             folder = os.path.dirname(path)
-            with contextlib.suppress(OSError):
-                self._refuse_link(folder)
-                size = os.lstat(path).st_size
-                os.unlink(path)
-                freed += size
-                folders.add(folder)
-        for folder in folders:
-            with contextlib.suppress(OSError):
-                os.rmdir(folder)
+            with contextlib.suppress(OSError):  # it is not there, or cannot be removed, or its folder is not empty
+                if not os.path.islink(folder):
+                    size = os.lstat(path).st_size
+                    os.unlink(path)
+                    freed += size
+                    os.rmdir(folder)
         return freed
 
     def older_than(self, before: float) -> Iterator[Tuple[str, str]]:
         """All files that this program made and last changed before a time (Unix seconds): the job's ID, the name."""
-        try:
-            days = sorted(os.listdir(self.folder))
-        except (FileNotFoundError, NotADirectoryError):
-            return
-        except OSError as error:
-            raise StoreError.of(error) from error
-        for day in days:
+        for day in sorted(filter(DAY_FORM.match, self._list(self.folder))):
             folder = os.path.join(self.folder, day)
-            if not DAY_FORM.match(day) or os.path.islink(folder) or not os.path.isdir(folder):
-                continue
             try:
-                entries = os.listdir(folder)
-            except FileNotFoundError:  # it went with its last file
-                continue
-            except OSError as error:
-                log.warning("%s cannot be searched for what no job names: %s", folder, error)
+                entries = [] if os.path.islink(folder) else self._list(folder)
+            except StoreError as error:
+                log.warning("%s cannot be searched for what no job names: %s", folder, error.details)
                 continue
             for entry in entries:
                 name = f"{day}/{entry}"
@@ -3416,100 +3375,13 @@ class ImageStore:
                     if OWN_FILE_FORM.match(name) and os.lstat(self._path(name)).st_mtime < before:
                         yield entry[:8], name
 
-
-class Part:
-    """A value within a large answer. It is passed on in pieces, and never read as a whole."""
-
-    def __init__(self, images: ImageStore, name: str, start: int, end: int, crc: int):
-        self.size = end - start
-        self._images = images
-        self._where = name, start, end
-        self._crc = crc
-
-    def checked(self) -> "Optional[Part]":
-        """Itself, if it is as it was stored. None if the answer has no such value. Raises StoreError."""
-        if not self.size:
-            return None
-        name, start, end = self._where
-        self._images.check(name, self._crc, start, end)
-        return self
-
-    def pieces(self) -> Iterator[bytes]:
-        return self._images.read(*self._where)
-
-    def value(self) -> Any:
-        """It is read as a whole all the same, if it is not large. Raises StoreError."""
-        if not self.size:
-            return None
-        data = b"".join(self.pieces())
-        if zlib.crc32(data) != self._crc:
-            raise self._images.damaged(self._where[0])
-        return self._images.decode(self._where[0], data)
-
-
-class StoredAnswer:
-    """What the host answered, as it lies beside a job's images. Raises StoreError where it is not as it was stored.
-
-    Of a large one, all is in pieces: its record says where `parameters` and `info` are, see `ranges_of`.
-    """
-
-    def __init__(self, images: ImageStore, job: Job):
-        self._images = images
-        self._job = job
-        self._name = images.answer_name(job)
-        if job.ranges:
-            self._parameters = Part(images, self._name, *job.ranges[:3])
-            self._info = Part(images, self._name, *job.ranges[3:6])
-
-    def values(self, whole: bool) -> Tuple[Any, Any]:
-        """`parameters`, which are brief unless they are to be `whole`, and `info`. What is large is a Part."""
-        if self._job.ranges:
-            parameters = self._parameters.checked() if whole else self._brief_parameters()
-            return parameters, self._info.checked() if self._info.size > LARGE else self._info.value()
-        answer = self._read(self._name if whole else self._images.brief_answer_name(self._job))
-        parameters = answer.get("parameters")
-        return parameters if whole else brief_parameters(parameters)[0], answer.get("info")
-
-    def _read(self, name: str, data: Optional[bytes] = None) -> Dict[str, Any]:
-        answer = self._images.decode(name, b"".join(self._images.read(name)) if data is None else data)
-        if not isinstance(answer, dict):
-            raise self._images.damaged(name)
-        return answer
-
-    def _brief_parameters(self) -> Any:
-        """Those of a large answer."""
-        if self._job.has_brief:
-            return self._read(self._images.brief_answer_name(self._job)).get("parameters")
-        return self._parameters.value()
-
-    def replay(self) -> Iterator[bytes]:
-        """All of it once more, with the images if the client wanted them, a piece at a time."""
-        is_large = bool(self._job.ranges)
-        if is_large:
-            self._images.check(self._name, self._job.ranges[6])
-        with contextlib.closing(self._images.read(self._name)) as pieces:
-            rest = next(pieces, b"") if is_large else b"".join(pieces)
-            start = IMAGES_START.match(rest)
-            if start is None:
-                raise self._images.damaged(self._name)
-            wants_images = self._wants_images(rest)
-            yield rest[: start.end()]
-            if wants_images:
-                yield from self._images.images_as_json(self._job, needed=True)
-            yield rest[start.end() :]
-            yield from pieces
-
-    def _wants_images(self, rest: bytes) -> bool:
-        """Whether the request asked for images. All that lies at the top of parameters is in the brief ones, too."""
-        parameters: Any = None
-        if not self._job.ranges:
-            parameters = self._read(self._name, rest).get("parameters")
-        else:
-            with contextlib.suppress(StoreError):
-                parameters = self._brief_parameters()
-            if not isinstance(parameters, dict):
-                parameters = self._parameters.value()
-        return not isinstance(parameters, dict) or bool(parameters.get("send_images", True))
+    @staticmethod
+    @raising_store_error()
+    def _list(folder: str) -> List[str]:
+        """The names in a folder, of which there are none if it is gone."""
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            return os.listdir(folder)
+        return []
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -4374,7 +4246,7 @@ class Tracker:
             error = f"The job has ended, but that could not be stored yet: {self.store.trouble}"
         if job.status == COMPLETED:
             try:
-                parameters, info = self.images.answer(job).values(whole)
+                parameters, info = self.images.read_values(job, whole)
             except StoreError as failure:
                 why = f"cannot be read: {failure}" if failure.temporary else "are no longer on disk"
                 error = error or f"The parameters {why}"
@@ -4418,7 +4290,7 @@ class Tracker:
 
     def answer_as_json(self, job: Job) -> Iterator[bytes]:
         """What the host answered, once more, a piece at a time. Raises StoreError."""
-        return self.images.answer(job).replay()
+        return self.images.replay(job)
 
     # Idempotency
 
