@@ -3868,7 +3868,7 @@ class LiveJob:
         self.accepted_at = time.monotonic()
         self.cancel = cancel
         self.answered = False  # its client may have the answer, which is being stored
-        self.waiters: List[Callable[[], None]] = []  # called when it has left
+        self.left = uncancellable_future()  # done when it is no longer one
 
 
 class Threads(ThreadPoolExecutor):
@@ -3876,29 +3876,22 @@ class Threads(ThreadPoolExecutor):
 
     def __init__(self, count: int, name: str, limit: int = 2_000):
         super().__init__(count, f"job-tracker-{name}")
-        self._limit = limit
-        self._unfinished = 0
-        self._counting = threading.Lock()
+        self._room = threading.Semaphore(limit)
 
     def submit(self, function: Callable[..., Any], *args: Any) -> Future:
         """The result of a function that may block.
 
         Raises StoreError if too much waits, or the webui is being reloaded.
         """
-        with self._counting:
-            if self._unfinished >= self._limit:
-                raise StoreError("too many wait already", temporary=True)
-            try:
-                work = super().submit(function, *args)
-            except RuntimeError:
-                raise StoreError("the webui is being reloaded", temporary=True) from None
-            self._unfinished += 1
-        work.add_done_callback(self._finished)
+        if not self._room.acquire(blocking=False):
+            raise StoreError("too many wait already", temporary=True)
+        try:
+            work = super().submit(function, *args)
+        except RuntimeError:
+            self._room.release()
+            raise StoreError("the webui is being reloaded", temporary=True) from None
+        work.add_done_callback(lambda _: self._room.release())
         return work
-
-    def _finished(self, _: Future) -> None:
-        with self._counting:
-            self._unfinished -= 1
 
 
 class Tracker:
@@ -3946,8 +3939,7 @@ class Tracker:
         self._holder: Optional[str] = None  # the job that has the host's queue lock
         self._begun: Any = None  # what the host said when it got that
         self._reservations: Dict[str, KeyReservation] = {}  # by idempotency key
-        self._reserving = threading.Lock()
-        self._hung_look: Optional[Future] = None  # the last look for a key that took too long
+        self._hung_reserving: Optional[Future] = None  # the last of a key that took too long
         self.recover()  # before anything else, so that nobody sees a job that was left behind
 
     # A job's way
@@ -3975,9 +3967,10 @@ class Tracker:
         """Seconds that a request waits for the disk now: a moment only where another has waited in vain."""
         with self._lock:
             since = [live.accepted_at for live in self._live.values() if not live.accepted.done()]
-            look = self._hung_look
-        has_hung = (since and time.monotonic() - min(since) >= self.PATIENCE) or (look is not None and not look.done())
-        return self.MOMENT if has_hung else self.PATIENCE
+        has_hung = since and time.monotonic() - min(since) >= self.PATIENCE
+        if has_hung or (self._hung_reserving is not None and not self._hung_reserving.done()):
+            return self.MOMENT
+        return self.PATIENCE
 
     def _forget(self, live: LiveJob) -> None:
         log.error("A generation is not tracked, since its job could not be stored")
@@ -3986,12 +3979,7 @@ class Tracker:
     def start(self, job_id: str) -> None:
         """The job has the queue lock: generation begins."""
         self._holder, self._begun = job_id, self.host.begun()
-        with self._lock:
-            live = self._live.get(job_id)
-            if live is None or live.end is not None:
-                return
-            live.job = live.job._replace(status=PROCESSING, started=live.clock())
-        self._write_when_accepted(live)
+        self._change(job_id, "started", status=PROCESSING)
 
     def generated(self) -> None:
         """The job that has the queue lock is about to give it back."""
@@ -4003,14 +3991,14 @@ class Tracker:
             if job_id in self._live:
                 self._live[job_id].answered = True
 
-    def hold(self, size: int) -> bool:
+    def reserve_memory(self, size: int) -> bool:
         """Counts an answer of a size in bytes that waits to be stored. False if there is no room for it yet."""
         with self._lock:
             has_room = not self._unstored or self._unstored + size <= self.UNSTORED_LIMIT
             self._unstored += size if has_room else 0
         return has_room
 
-    def let_go(self, size: int) -> None:
+    def free_memory(self, size: int) -> None:
         """An answer for which there was room has been stored, or given up."""
         with self._lock:
             self._unstored -= size
@@ -4042,43 +4030,39 @@ class Tracker:
         if job is None:
             return True
         try:
-            job = self.images.save(job, answer)
+            stored = self.images.save(job, answer)
         except Exception as error:
             if isinstance(error, StoreError) and error.temporary and not is_last:
-                self._note(job_id, f"Generated, but the images cannot be stored yet: {error}")
+                note = f"Generated, but the images cannot be stored yet: {error}"
+                if note != job.error:
+                    log.warning("Job %s: %s", job_id, note)
+                    self._change(job_id, error=note)
                 return False
             details = getattr(error, "details", error)
             log.error("Job %s was generated, but its images could not be stored: %s", job_id, details)
             self.fail(job_id, f"Generated, but the images could not be stored: {reason_of(error)}")
             return True
         self.stored_at = time.monotonic()
-        stored = {name: getattr(job, name) for name in ("images", "bytes", "has_brief", "ranges")}
-        self._conclude(job_id, status=COMPLETED, prompt=job.prompt or prompt[:PROMPT_LIMIT], error=None, **stored)
+        changes = {name: getattr(stored, name) for name in ("images", "bytes", "has_brief", "ranges")}
+        prompt = job.prompt or prompt[:PROMPT_LIMIT]
+        self._change(job_id, "finished", status=COMPLETED, prompt=prompt, error=None, **changes)
         return True
-
-    def _note(self, job_id: str, error: str) -> None:
-        """Says in a job that has not ended what it waits for."""
-        with self._lock:
-            live = self._live.get(job_id)
-            if live is None or live.job.error == error:
-                return
-            live.job = live.job._replace(error=error)
-        log.warning("Job %s: %s", job_id, error)
-        self._write_when_accepted(live)
 
     def fail(self, job_id: str, error: str) -> None:
         """The job ends without images. `error` is for its user."""
-        self._conclude(job_id, status=FAILED, error=error[:2000])
+        self._change(job_id, "finished", status=FAILED, error=error[:2000])
 
-    def _conclude(self, job_id: str, **changes: Any) -> None:
+    def _change(self, job_id: str, moment: str = "", **changes: Any) -> None:
+        """Changes a job that has not ended, and stores it. `moment` is the field that is to say when that was."""
         with self._lock:
             live = self._live.get(job_id)
             if live is None or live.end is not None:
                 return
-            live.end = live.job._replace(finished=live.clock(), **changes)
-        self._write_when_accepted(live)
-
-    def _write_when_accepted(self, live: LiveJob) -> None:
+            changed = live.job._replace(**{moment: live.clock()} if moment else {}, **changes)
+            if changed.ended:
+                live.end = changed
+            else:
+                live.job = changed
         # The callback runs here and now if the job is accepted already.
         live.accepted.add_done_callback(lambda _: self._write(live))
 
@@ -4111,9 +4095,8 @@ class Tracker:
     def _leave(self, job: Job) -> None:
         with self._lock:
             live = self._live.pop(job.id, None)
-            waiters = [] if live is None else list(live.waiters)
-        for wake in waiters:
-            wake()
+        if live is not None:
+            live.left.set_result(None)
 
     # Looking at jobs
 
@@ -4148,32 +4131,9 @@ class Tracker:
             return self.store.get(job_id)
         return live.job
 
-    def list(
-        self,
-        filter_: Filter,
-        limit: int,
-        cursor: Optional[str] = None,
-        skip: int = 0,
-        abandoned: Optional[threading.Event] = None,
-    ) -> Page:
-        """The newest jobs that match, see `JobStore.query`. Raises StoreError, InvalidCursor."""
-        return self.store.query(filter_, limit, cursor, skip, abandoned)
-
-    def stats(self) -> Tuple[Dict[str, int], int]:
-        """Jobs by status, and the bytes of all their files. Raises StoreError."""
-        return self.store.stats()
-
     def missing(self, job: Job) -> Set[int]:
         """The numbers of a job's images that are no longer on disk. Raises a temporary StoreError."""
-        return {number for number in range(len(job.images)) if self.image_size(job, number) is None}
-
-    def image_size(self, job: Job, number: int) -> Optional[int]:
-        """In bytes; None if the image is no longer on disk. Raises a temporary StoreError."""
-        return self.images.size(job.images[number].name)
-
-    def read_image(self, job: Job, number: int) -> Iterator[bytes]:
-        """An image as it was stored, a piece at a time. Raises StoreError."""
-        return self.images.read(job.images[number].name)
+        return {number for number, image in enumerate(job.images) if self.images.size(image.name) is None}
 
     def position(self, job_id: str) -> Optional[int]:
         """Where a Pending job stands in the queue, 1 is next. None for any other, or one of another process."""
@@ -4199,31 +4159,20 @@ class Tracker:
 
     async def wait(self, job_id: str, seconds: float) -> None:
         """Returns when a job has ended or is unknown, or after some seconds. Holds no thread."""
-        loop = asyncio.get_running_loop()
-        ended = asyncio.Event()
-
-        def wake() -> None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed
-                loop.call_soon_threadsafe(ended.set)
-
-        with self._lock:
-            live = self._live.get(job_id)
-            if live is not None:
-                live.waiters.append(wake)
-        until = loop.time() + seconds
-        try:
-            while not ended.is_set() and loop.time() < until:
-                if live is None:  # another process on the same folder may have it
-                    job = await self.in_pool(self.get, job_id)
-                    if job is None or job.ended:
-                        return
-                left = until - loop.time()
-                with contextlib.suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(ended.wait(), left if live is not None else min(left, 0.5))
-        finally:
-            if live is not None:
-                with self._lock:
-                    live.waiters.remove(wake)
+        live = self._live_job(job_id)
+        if live is not None:
+            left = asyncio.wrap_future(live.left)
+            try:
+                await asyncio.wait({left}, timeout=seconds)
+            finally:
+                left.cancel()  # the event loop may be closed by the time that the job leaves
+            return
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:  # another process on the same folder may have it
+            job = await self.in_pool(self.get, job_id)
+            if job is None or job.ended:
+                return
+            await asyncio.sleep(min(until - time.monotonic(), 0.5))
 
     async def wait_until_stored(self, job_id: str) -> None:
         """Waits a moment for a job whose end is being stored. Does not raise.
@@ -4274,9 +4223,7 @@ class Tracker:
         parts = {name: value for name, value in description.items() if isinstance(value, Part)}
 
         def pieces() -> Iterator[bytes]:
-            known = as_json({name: value for name, value in description.items() if name not in parts})[:-1]
-            for start in range(0, len(known), self.images.CHUNK):
-                yield known[start : start + self.images.CHUNK]
+            yield as_json({name: value for name, value in description.items() if name not in parts})[:-1]
             for name, part in parts.items():
                 yield b',"%s":' % name.encode()
                 yield from part.pieces()
@@ -4288,54 +4235,44 @@ class Tracker:
 
         return pieces()
 
-    def answer_as_json(self, job: Job) -> Iterator[bytes]:
-        """What the host answered, once more, a piece at a time. Raises StoreError."""
-        return self.images.replay(job)
-
     # Idempotency
 
     def reserve_key(self, key: str, digest: str) -> Tuple[KeyReservation, bool]:
         """Who was first with a key, and whether that is the caller, who then must `free_key` at the request's end.
 
         A Failed job frees its key, also while its generation still waits in the queue. Raises StoreError, also when
-        the disk says nothing for `PATIENCE` seconds.
+        the disk does nothing for `PATIENCE` seconds.
         """
-        self._wait_for_disk(lambda seconds: self._reserving.acquire(timeout=seconds))
-        try:
-            own = self._reservations.get(key)
-            if own is not None and not own.outcome.done():
-                return own, False
-            looking = self.key_readers.submit(self._find_reservation, key, own)
-            try:
-                self._wait_for_disk(lambda seconds: bool(wait_for_futures([looking], timeout=seconds).done))
-            except StoreError:
-                if not looking.cancel():
-                    self._hung_look = looking
-                raise
-            kept = looking.result()
-            if kept is not None:
-                return kept, False
-            reservation = self._reservations[key] = KeyReservation(digest)
-            return reservation, True
-        finally:
-            self._reserving.release()
-
-    def _wait_for_disk(self, succeeds_within: Callable[[float], bool]) -> None:
-        """Waits for something. Raises StoreError if the disk does nothing meanwhile: a long jobs.json is being read."""
-        seen = self.store.progress
-        while not succeeds_within(self.patience()):
-            before, seen = seen, self.store.progress
-            if seen == before:
+        own = self._reservations.get(key)
+        if own is not None and not own.outcome.done():  # which needs no disk
+            return own, False
+        progress, reserving = self.store.progress, self.key_readers.submit(self._reserve_key, key, digest)
+        while not wait_for_futures([reserving], timeout=self.patience()).done:
+            before, progress = progress, self.store.progress
+            if progress == before:  # otherwise a long jobs.json is being read
+                if not reserving.cancel():
+                    self._hung_reserving = reserving
+                    reserving.add_done_callback(lambda _: self._free_late_key(key, reserving))
                 raise StoreError("the disk does not answer", temporary=True)
+        return reserving.result()
 
-    def _find_reservation(self, key: str, own: Optional[KeyReservation]) -> Optional[KeyReservation]:
-        """What a job that is kept reserves; `own` is that of this process, whose request has come to its outcome."""
-        if own is not None and not self._is_free(own.outcome.result()):
-            return own
+    def _free_late_key(self, key: str, reserving: Future) -> None:
+        """Whoever wanted a key did not wait for it so long."""
+        if reserving.exception() is None and reserving.result()[1]:
+            self.free_key(key, reserving.result()[0])
+
+    def _reserve_key(self, key: str, digest: str) -> Tuple[KeyReservation, bool]:
+        """In the only thread that does so."""
+        own = self._reservations.get(key)
+        if own is not None and not (own.outcome.done() and self._is_free(own.outcome.result())):
+            return own, False
         job = self.store.with_key(key)
         if job is not None and not job.ended and job.owner != self.store.owner:
             self.recover().result()  # the webui that had it may be gone
-        return None if job is None or self._is_free(job.id) else KeyReservation(job.digest or "", job.id)
+        if job is not None and not self._is_free(job.id):
+            return KeyReservation(job.digest or "", job.id), False
+        reservation = self._reservations[key] = KeyReservation(digest)
+        return reservation, True
 
     def _is_free(self, job_id: Optional[str]) -> bool:
         """Whether the key of a job can be used anew."""
@@ -5455,12 +5392,12 @@ class Generation:
                 self.tracker.answered(self.job.id)
                 await self._store_when_told()
         finally:
-            self.tracker.let_go(size)
+            self.tracker.free_memory(size)
 
     async def _hold_memory(self, size: int) -> bool:
         """Waits until the answer may wait for the disk. False if nothing was stored for long: it does not answer."""
         began = time.monotonic()
-        while not self.tracker.hold(size):
+        while not self.tracker.reserve_memory(size):
             if time.monotonic() - max(began, self.tracker.stored_at) > GIVE_UP_AFTER:
                 return False
             await asyncio.sleep(0.2)
@@ -5677,7 +5614,7 @@ class ClientResponse:
 
         async def result() -> Optional[Iterator[bytes]]:
             job = await self.tracker.in_pool(self.tracker.get, job_id)
-            return self.tracker.answer_as_json(job) if job is not None and job.status == COMPLETED else None
+            return self.tracker.images.replay(job) if job is not None and job.status == COMPLETED else None
 
         ended = asyncio.get_running_loop().create_task(self.tracker.wait(job_id, math.inf))
         ended.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # `result` meets the same
@@ -6121,7 +6058,7 @@ class Api:
         )
 
         def look(abandoned: threading.Event) -> Page:
-            return self.tracker.list(filter_, limit, cursor, abandoned=abandoned)
+            return self.tracker.store.query(filter_, limit, cursor, abandoned=abandoned)
 
         pool = self.tracker.searchers if filter_.text else self.tracker.pool
         try:
@@ -6167,7 +6104,7 @@ class Api:
         if n >= len(job.images):
             raise HTTPException(404, "The job has no such image" if job.ended else f"The job is still {job.status}")
         image = job.images[n]
-        size = await self._run(self.tracker.image_size, job, n)
+        size = await self._run(self.tracker.images.size, image.name)
         lost = "The image is no longer on disk"
         if size is None:
             raise HTTPException(404, lost)
@@ -6184,7 +6121,7 @@ class Api:
         known = [tag.strip() for tag in request.headers.get("If-None-Match", "").replace("W/", "").split(",")]
         if headers["ETag"] in known or known == ["*"]:
             return Response(None, 304, headers)
-        pieces = self.tracker.read_image(job, n)
+        pieces = self.tracker.images.read(image.name)
         first = await self._run(next, pieces, b"", lost=lost)
         pieces = chain(first, pieces)  # its file is open, and may be deleted from now on
         if gzip:
@@ -6600,7 +6537,7 @@ class TabHtml:
         """The whole page. What cannot be read is left out, and a note says so."""
         parts: Dict[str, Any] = {"notes": [*notes], "figures": None, "table": None, "open": None}
         try:
-            counts, size = self.tracker.stats()
+            counts, size = self.tracker.store.stats()
             parts["figures"] = {"counts": counts, "size": size, "next_purge": self._next_purge()}
             parts["table"] = self._table(state, filter_, counts)
             parts["open"] = self._open(state.job) if state.job else None
@@ -6623,9 +6560,9 @@ class TabHtml:
         if filter_ == Filter(status=filter_.status):  # all others would have to be counted
             total = sum(counts.values()) if filter_.status is None else counts[filter_.status]
         page = state.page if total is None else min(state.page, max(total - 1, 0) // self.ROWS)
-        found = self.tracker.list(filter_, self.ROWS, skip=page * self.ROWS)
+        found = self.tracker.store.query(filter_, self.ROWS, skip=page * self.ROWS)
         if page and not found.jobs:
-            page, found = 0, self.tracker.list(filter_, self.ROWS)
+            page, found = 0, self.tracker.store.query(filter_, self.ROWS)
         first = page * self.ROWS + 1
         where = Texts.ROWS if total is None else Texts.ROWS_OF_ALL
         return {
@@ -6669,7 +6606,7 @@ class TabHtml:
         ending = name.rpartition(".")[2]
         return {
             "name": name,
-            "size": self.tracker.image_size(job, number) or 0,  # it may have gone just now
+            "size": self.tracker.images.size(job.images[number].name) or 0,  # it may have gone just now
             "ending": ending,
             "is_shown": ending in self.BROWSER_FORMATS,
             "url": "." + self.IMAGE.format(id=job.id, n=number),

@@ -175,7 +175,7 @@ def test_a_clock_that_was_never_set(script, tracker, caplog):
     for day in (0.5, 18261):  # 1970, and the last of 2019
         assert purge(script, one, day - now) == script.Purged()
     assert "nothing is purged" in caplog.text
-    assert ids(script, one) == {"OLDER000", "YOUNGER0"} and one.image_size(orphan, 0)
+    assert ids(script, one) == {"OLDER000", "YOUNGER0"} and one.images.size(orphan.images[0].name)
     assert purge(script, one).jobs == 1
     assert ids(script, one) == {"YOUNGER0"}
 

@@ -257,7 +257,7 @@ def test_images_that_cannot_be_looked_at_now(script, tmp_path):
     assert tracker.get(job.id).status == "Processing"
     failing.clear()
     until(lambda: tracker.get(job.id).status == "Completed", what="it is looked at again")
-    assert b"".join(tracker.read_image(tracker.get(job.id), 0)) == pixels(job.id, 0)
+    assert b"".join(tracker.images.read(tracker.get(job.id).images[0].name)) == pixels(job.id, 0)
     tracker.close()
 
 

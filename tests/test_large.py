@@ -186,9 +186,9 @@ def test_all_looks_at_a_large_answer(tracker, name):
     assert brief["parameters"] == SCRIPT.brief_parameters(answer.get("parameters"))
     assert brief.keys() == whole.keys() - {"images"}
     if name != "another order":
-        assert pieces_of(tracker.answer_as_json(job)) == body
+        assert pieces_of(tracker.images.replay(job)) == body
     else:
-        assert json.loads(pieces_of(tracker.answer_as_json(job)).decode()) == answer
+        assert json.loads(pieces_of(tracker.images.replay(job)).decode()) == answer
 
 
 def test_a_small_answer_is_as_before(tracker):
@@ -199,7 +199,7 @@ def test_a_small_answer_is_as_before(tracker):
     brief = json.loads(pieces_of(tracker.as_json(job, images=False)).decode())
     assert brief["parameters"] == {"prompt": "é", "mask": "(2,000 characters)", "styles": "(100 entries)"}
     assert brief["info"] == "{}"
-    assert pieces_of(tracker.answer_as_json(job)) == body
+    assert pieces_of(tracker.images.replay(job)) == body
 
 
 @pytest.mark.parametrize("name", ["large both", "large info"])
@@ -211,7 +211,7 @@ def test_a_look_holds_little(script, tracker, name, look):
     looks = {
         "whole": lambda: tracker.as_json(job),
         "brief": lambda: tracker.as_json(job, images=False),
-        "replay": lambda: tracker.answer_as_json(job),
+        "replay": lambda: tracker.images.replay(job),
         "tab": lambda: iter([on_the_page(job).encode()]),
     }
     tracemalloc.start()
@@ -379,7 +379,7 @@ def test_a_large_answer_of_an_earlier_version(script, tracker):
     assert json.loads(b"".join(tracker.as_json(old)).decode())["parameters"] == answer["parameters"]
     brief = json.loads(b"".join(tracker.as_json(old, images=False)).decode())
     assert brief["info"] == answer["info"] and brief["parameters"]["styles"] == "(10,000 entries)"
-    assert b"".join(tracker.answer_as_json(old)) == ANSWERS["large both"]
+    assert b"".join(tracker.images.replay(old)) == ANSWERS["large both"]
 
 
 def test_the_tab_says_so(script, tracker):

@@ -175,14 +175,14 @@ def test_purge_and_recovery(script, tracker, tmp_path):
 def test_an_image_that_is_being_fetched_goes_with_a_later_purge(script, tracker):
     one = tracker()
     job = generate(script, one, images=1)
-    pieces = one.read_image(job, 0)
+    pieces = one.images.read(job.images[0].name)
     next(pieces)
     assert one.delete(job.id)
-    assert one.image_size(job, 0) and one.get(job.id) is None
+    assert one.images.size(job.images[0].name) and one.get(job.id) is None
     pieces.close()
     script.Housekeeper.ORPHAN_AGE = -1
     assert one.housekeeper.purge().images == 1
-    assert one.image_size(job, 0) is None
+    assert one.images.size(job.images[0].name) is None
 
 
 def test_two_spellings_of_an_id(script, tracker, monkeypatch):

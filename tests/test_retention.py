@@ -61,7 +61,7 @@ def test_purge(script, tracker, add):
     one.settings.retention_days = 30.0
     assert one.housekeeper.purge() == script.Purged(2, 1, 122)
     assert ids(one, script) == {"PENDING0", "PROCESS0", "YOUNGER0"}
-    assert one.image_size(young, 0) == 102
+    assert one.images.size(young.images[0].name) == 102
     one.settings.retention_days = 0.5
     assert one.housekeeper.purge() == script.Purged(1, 1, 122)
     assert one.housekeeper.purge() == script.Purged(0, 0, 0)
@@ -90,7 +90,7 @@ def test_orphans(script, tracker, add, tmp_path):
     assert one.housekeeper.purge() == script.Purged(0, 2, 40)
     assert not any(path.exists() for path in gone)
     assert all(path.exists() for path in kept)
-    assert one.image_size(job, 0) == 100
+    assert one.images.size(job.images[0].name) == 100
 
 
 def test_many_images_that_jobs_json_does_not_know_are_kept(script, tracker, add, tmp_path, caplog):
