@@ -1911,6 +1911,7 @@ class JobStore:
         self.path = os.path.realpath(os.path.join(folder, "jobs.json"))
         self._check = check
         self.owner = secrets.token_hex(4)
+        self.removing = threading.Lock()  # for others, around a removal, and a change that must not meet it
         self._lock = threading.Lock()  # guards these two; held for a moment, never for the disk
         self._pending: Dict[str, Pending] = {}
         self._spare_ids: List[str] = []
@@ -2872,6 +2873,12 @@ class Contents(NamedTuple):
     parameters: Any
     ranges: Tuple[int, ...]  # where the values of `parameters` and `info` start and end in it; 0 for what is not there
 
+    @property
+    def prompt(self) -> str:
+        """The one that the host used, also where the request named none."""
+        prompt = self.parameters.get("prompt") if isinstance(self.parameters, dict) else None
+        return prompt[:PROMPT_LIMIT] if isinstance(prompt, str) else ""
+
 
 class Answer(NamedTuple):
     """What the host answered: its images as base64, and its JSON with an empty list in their place."""
@@ -3105,9 +3112,10 @@ class ImageStore:
 
     @raising_store_error()
     def save(self, job: Job, answer: Answer) -> Job:
-        """Stores an answer, safe from a power cut, and returns the job with the names and the size of its files.
+        """Stores an answer, safe from a power cut, and returns the job with what is to be known of its files.
 
-        The host's answer comes last, when all else is safe: where it is, all is, see `find`.
+        A job without a prompt gets the one that the host used. The host's answer comes last, when all else is safe:
+        where it is, all is, see `find`.
         """
         folder = os.path.join(self.folder, self.day_of(job))
         self._make_folder(self.folder)
@@ -3115,7 +3123,8 @@ class ImageStore:
         contents = answer.contents or contents_of(answer.rest)
         brief = brief_answer_of(answer.rest, contents)
         ranges = ranges_of(answer.rest, contents) if len(answer.rest) >= LARGE else ()
-        job = job._replace(has_brief=brief is not None, ranges=ranges, images=(), bytes=0)
+        known = {"prompt": job.prompt or contents.prompt, "has_brief": brief is not None, "ranges": ranges}
+        job = job._replace(images=(), bytes=0, **known)
         try:
             for number, data in enumerate(answer.images):
                 image = self._save_image(f"{self.day_of(job)}/{job.id}_{number}", data)
@@ -3141,12 +3150,15 @@ class ImageStore:
         if bytes(image[:5]) == b"data:":
             image = image[bytes(image[:100]).find(b",") + 1 :]
         try:
-            ending = ending_of(next(self._decode(image[:64]))) or "bin"
-            size = self._write(f"{base}.{ending}", self._decode(image))
+            name = f"{base}.{ending_of(next(self._decode(image[:64]))) or 'bin'}"
+            return self._image(name, self._write(name, self._decode(image)))
         except ValueError:  # no base64: kept as it is
-            ending = "txt"
-            size = self._write(f"{base}.{ending}", [bytes(image)])
-        return Image(f"{base}.{ending}", size, MEDIA_TYPES.get(ending, OTHER_MEDIA_TYPE))
+            name = f"{base}.txt"
+            return self._image(name, self._write(name, [bytes(image)]))
+
+    @staticmethod
+    def _image(name: str, size: int) -> Image:
+        return Image(name, size, MEDIA_TYPES.get(name.rpartition(".")[2], OTHER_MEDIA_TYPE))
 
     def _decode(self, image: Union[bytes, memoryview]) -> Iterator[bytes]:
         """Decodes piece by piece, since it holds the interpreter. Raises ValueError if encoding would not undo it."""
@@ -3174,34 +3186,28 @@ class ImageStore:
 
     @raising_store_error()
     def find(self, job: Job) -> Optional[Job]:
-        """A job that a crash left between `save` and its record, with its files, as `save` returned it.
+        """A job that a crash left between `save` and its record, as `save` returned it.
 
-        If it has no prompt, it gets the one that the host used. None if `save` did not come to its end. Raises
-        StoreError if that cannot be told.
+        None if `save` did not come to its end. Raises StoreError if that cannot be told.
         """
         day, answer = self.day_of(job), self.answer_name(job)
         folder = os.path.join(self.folder, day)
-        # Most jobs have none, and a folder takes long to list.
+        # Most jobs have no answer, and a folder takes long to list.
         if os.path.islink(folder) or not stats_of(self._path(answer)):
             return None
-        sizes = {f"{day}/{entry}": 0 for entry in os.listdir(folder) if entry.startswith(job.id)}
-        for name in sizes:
-            sizes[name] = os.lstat(self._path(name)).st_size
-        forms = {int(form.group(2)): form for form in map(IMAGE_FORM.match, sizes) if form}
-        if answer not in sizes or sorted(forms) != list(range(len(forms))):
+        names = [f"{day}/{entry}" for entry in os.listdir(folder) if entry.startswith(job.id)]
+        sizes = {name: os.lstat(self._path(name)).st_size for name in names}
+        numbers = {int(form.group(2)): form.group() for form in map(IMAGE_FORM.match, names) if form}
+        if answer not in sizes or sorted(numbers) != list(range(len(numbers))):
             return None
-        images = []
-        for _, form in sorted(forms.items()):
-            media_type = MEDIA_TYPES.get(form.group(3), OTHER_MEDIA_TYPE)
-            images.append(Image(form.group(), sizes[form.group()], media_type))
-        job = job._replace(images=tuple(images), has_brief=f"{day}/{job.id}.brief.json" in sizes)
+        images = tuple(self._image(name, sizes[name]) for _, name in sorted(numbers.items()))
+        job = job._replace(images=images, has_brief=f"{day}/{job.id}.brief.json" in sizes)
         if sizes[answer] >= LARGE or not job.prompt:
             with contextlib.suppress(ValueError, RecursionError):
                 rest = b"".join(self.read(answer))
                 contents = contents_of(rest)
-                prompt = contents.parameters.get("prompt", "") if isinstance(contents.parameters, dict) else ""
                 ranges = ranges_of(rest, contents) if len(rest) >= LARGE else ()
-                job = job._replace(ranges=ranges, prompt=job.prompt or str(prompt)[:PROMPT_LIMIT])
+                job = job._replace(prompt=job.prompt or contents.prompt, ranges=ranges)
         return job._replace(bytes=sum(sizes[name] for name in self.files_of(job)))
 
     # Reading
@@ -3545,7 +3551,6 @@ class Predecessor:
         self.path = self.paths[0]  # ours
         # A1111 shortens the path of an image in its own folder: it starts there, or where the extensions' folder lies.
         self.bases = (os.curdir, os.path.dirname(os.path.dirname(os.path.realpath(extension_folder))))
-        self.changing = threading.Lock()  # around a change to a job that must not meet the job's removal
         self._trouble = ""
 
     # The jobs
@@ -3791,7 +3796,7 @@ class Predecessor:
 
     def _put(self, store: JobStore, job: Job) -> Optional[Future]:
         """Changes a job, unless it was removed meanwhile. None then."""
-        with self.changing:
+        with store.removing:
             return None if store.get(job.id) is None else store.put(job)
 
     @staticmethod
@@ -3930,7 +3935,6 @@ class Tracker:
         self.sending: "WeakSet[Any]" = WeakSet()  # what is on its way to clients, and needs the pool for its rest
         self.closing = threading.Event()  # set when the webui unloads its scripts
         self.helpers: List[threading.Thread] = []  # which use the stores, and end soon after that
-        self.removing = threading.Lock()  # around a removal, and a change to an ended job that must not meet it
         self._storing = threading.Lock()  # around this lock: jobs go to the store in the order of their changes
         self._lock = threading.Lock()  # held for a moment, never while the store is asked: the event loop takes it
         self._live: Dict[str, LiveJob] = {}  # in order of acceptance
@@ -4003,50 +4007,32 @@ class Tracker:
         with self._lock:
             self._unstored -= size
 
-    def finish(self, job_id: str, answer: Answer, prompt: str = "") -> Future:
+    def finish(self, job_id: str, answer: Answer) -> None:
         """The host answered with success. Stores the images; a job whose images cannot be stored has failed.
 
-        `prompt` is the one that the host used, for a request that named none. A trouble that may pass is waited for,
-        for minutes, in which the job is shown Processing and says so. The Future ends when that is over.
+        A trouble that may pass is waited for, for minutes, in which the job is shown Processing and says so.
         """
-        done = uncancellable_future()
-
-        def store_again() -> None:
-            for tries, pause in enumerate(self.STORE_AGAIN, 1):
-                time.sleep(pause)
-                if self._try_to_finish(job_id, answer, prompt, is_last=tries == len(self.STORE_AGAIN)):
-                    break
-            done.set_result(None)
-
-        if self._try_to_finish(job_id, answer, prompt, is_last=False):
-            done.set_result(None)
-        else:  # in a thread of its own, for there may be many
-            threading.Thread(target=store_again, name="job-tracker-again", daemon=True).start()
-        return done
-
-    def _try_to_finish(self, job_id: str, answer: Answer, prompt: str, is_last: bool) -> bool:
-        """False if it is worth another try."""
-        job = self.running(job_id)
-        if job is None:
-            return True
-        try:
-            stored = self.images.save(job, answer)
-        except Exception as error:
-            if isinstance(error, StoreError) and error.temporary and not is_last:
+        for pause in (*self.STORE_AGAIN, None):
+            job = self.running(job_id)
+            if job is None:
+                return
+            try:
+                stored = self.images.save(job, answer)
+                break
+            except Exception as error:
+                if pause is None or not getattr(error, "temporary", False):
+                    details = getattr(error, "details", error)
+                    log.error("Job %s was generated, but its images could not be stored: %s", job_id, details)
+                    self.fail(job_id, f"Generated, but the images could not be stored: {reason_of(error)}")
+                    return
                 note = f"Generated, but the images cannot be stored yet: {error}"
-                if note != job.error:
-                    log.warning("Job %s: %s", job_id, note)
-                    self._change(job_id, error=note)
-                return False
-            details = getattr(error, "details", error)
-            log.error("Job %s was generated, but its images could not be stored: %s", job_id, details)
-            self.fail(job_id, f"Generated, but the images could not be stored: {reason_of(error)}")
-            return True
+            if note != job.error:
+                log.warning("Job %s: %s", job_id, note)
+                self._change(job_id, error=note)
+            time.sleep(pause)
         self.stored_at = time.monotonic()
-        changes = {name: getattr(stored, name) for name in ("images", "bytes", "has_brief", "ranges")}
-        prompt = job.prompt or prompt[:PROMPT_LIMIT]
-        self._change(job_id, "finished", status=COMPLETED, prompt=prompt, error=None, **changes)
-        return True
+        changes = {name: getattr(stored, name) for name in ("prompt", "images", "bytes", "has_brief", "ranges")}
+        self._change(job_id, "finished", status=COMPLETED, error=None, **changes)
 
     def fail(self, job_id: str, error: str) -> None:
         """The job ends without images. `error` is for its user."""
@@ -4319,7 +4305,7 @@ class Tracker:
         """Removes jobs that have ended, and their files. Raises StoreError."""
         if not jobs:
             return Purged()
-        with self.removing:  # an image of these may have been copied since
+        with self.store.removing:  # an image of these may have been copied since
             jobs = [self.store.get(job.id) or job for job in jobs]
             removed = self.store.remove([job.id for job in jobs])
         removed.result()
@@ -4386,20 +4372,13 @@ class Housekeeper:
         self._started, self._started_by_clock = time.monotonic(), int(time.time())
         self._purging = threading.Lock()
         self._stop = tracker.closing
-        thread = threading.Thread(target=self._keep_house, name="job-tracker-housekeeping", daemon=True)
-        tracker.helpers.append(thread)
-        thread.start()
-        self._take_over_images(predecessor)
-
-    def _take_over_images(self, predecessor: Predecessor) -> None:
-        """Copies the images of the predecessor's jobs, if some are still to be copied."""
-        predecessor.changing = self.tracker.removing  # a job that is removed meanwhile must not come back
-        with contextlib.suppress(OSError):
+        helper = threading.Thread(target=self._keep_house, name="job-tracker-housekeeping", daemon=True)
+        tracker.helpers.append(helper)
+        helper.start()
+        with contextlib.suppress(OSError):  # what cannot be looked at now is looked at by the next start
             if predecessor.is_unfinished():
-                arguments = (self.store, self.images, self._stop)
-                threading.Thread(
-                    target=predecessor.copy_images, args=arguments, name="job-tracker-predecessor", daemon=True
-                ).start()
+                copying, arguments = predecessor.copy_images, (self.store, self.images, self._stop)
+                threading.Thread(target=copying, args=arguments, name="job-tracker-predecessor", daemon=True).start()
 
     def _keep_house(self) -> None:
         purge_at = time.monotonic()
@@ -4434,16 +4413,15 @@ class Housekeeper:
         removes nothing by a clock that may be wrong. One purge at a time; a second caller waits. Raises StoreError.
         """
         with self._purging:
-            purged = Purged()
             days, now = self.settings.retention_days, time.time()
+            self.kept_for_clock = 0
+            if now < CLOCKS_START and not asked_for:
+                log.warning("The clock says %s, so nothing is purged", time.strftime("%Y-%m-%d", time.gmtime(now)))
+                return Purged()
             if self.settings.retention_unknown and not asked_for:
                 days = None
-            expired = [] if days is None else self.store.expired(now - days * 86400)
-            self.kept_for_clock = 0
+            purged, expired = Purged(), [] if days is None else self.store.expired(now - days * 86400)
             if not asked_for:
-                if now < CLOCKS_START:
-                    log.warning("The clock says %s, so nothing is purged", time.strftime("%Y-%m-%d", time.gmtime(now)))
-                    return purged
                 expired = self._without_doubtful(expired, now, days)
             for start in range(0, len(expired), self.REMOVED_AT_ONCE):
                 if self._stop.is_set():
@@ -5439,23 +5417,17 @@ class Generation:
         finally:  # also if the server is stopped
             pool = self.tracker.senders if self.failed else self.tracker.storers  # a failure needs no disk of ours
             storing = pool.submit(self._store)
-        stored = await asyncio.shield(asyncio.wrap_future(storing))
-        if stored is not None:  # or will be, once a trouble has passed
-            await asyncio.shield(asyncio.wrap_future(stored))
+        await asyncio.shield(asyncio.wrap_future(storing))
 
-    def _store(self) -> Optional[Future]:
+    def _store(self) -> None:
         if self.failed:
             self.tracker.fail(self.job.id, self.reason())
-            return None
+            return
         try:
-            answer = self.response.answer()
-            parameters = answer.contents.parameters
-            prompt = parameters.get("prompt") if isinstance(parameters, dict) else None
-            return self.tracker.finish(self.job.id, answer, prompt if isinstance(prompt, str) else "")
+            self.tracker.finish(self.job.id, self.response.answer())
         except Exception as error:  # the job is to say whatever it was, and the client has its images
             log.error("Job %s was generated, but could not be stored: %s", self.job.id, escape_for_log(repr(error)))
             self.tracker.fail(self.job.id, f"Generated, but it could not be stored: {reason_of(error)}")
-            return None
 
 
 class ObservedLock:

@@ -151,7 +151,7 @@ def stored(tracker: Any, answer: bytes) -> Any:
     job = a_job(SCRIPT, random.Random(), status="Processing", prompt="")
     tracker.accept(job, lambda: True).result()
     tracker.start(job.id)
-    tracker.finish(job.id, SCRIPT.split_answer(answer), "a")
+    tracker.finish(job.id, SCRIPT.split_answer(answer))
     return until(lambda: (lambda done: done if done.ended else None)(tracker.get(job.id)))
 
 
