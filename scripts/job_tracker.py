@@ -3044,7 +3044,7 @@ def brief_answer_of(rest: bytes, contents: Contents) -> Optional[bytes]:
 
 
 class Part(NamedTuple):
-    """A value within a large answer. It is passed on in pieces, and never read as a whole."""
+    """A value within a large answer. It is passed on in chunks, and never read as a whole."""
 
     images: "ImageStore"
     name: str
@@ -3055,7 +3055,7 @@ class Part(NamedTuple):
     def size(self) -> int:
         return self.end - self.start
 
-    def pieces(self) -> Iterator[bytes]:
+    def chunks(self) -> Iterator[bytes]:
         return self.images.read(self.name, self.start, self.end)
 
 
@@ -3161,19 +3161,19 @@ class ImageStore:
         return Image(name, size, MEDIA_TYPES.get(name.rpartition(".")[2], OTHER_MEDIA_TYPE))
 
     def _decode(self, image: Union[bytes, memoryview]) -> Iterator[bytes]:
-        """Decodes piece by piece, since it holds the interpreter. Raises ValueError if encoding would not undo it."""
+        """Decodes chunk by chunk, since it holds the interpreter. Raises ValueError if encoding would not undo it."""
         if not image:
             raise ValueError("no base64")
         step = self.CHUNK // 3 * 4
         for position in range(0, len(image), step):
-            piece = bytes(image[position : position + step])
-            data = base64.b64decode(piece, validate=True)
+            chunk = bytes(image[position : position + step])
+            data = base64.b64decode(chunk, validate=True)
             is_last = position + step >= len(image)
-            if base64.b64encode(data) != piece or not (is_last or len(data) == self.CHUNK):
+            if base64.b64encode(data) != chunk or not (is_last or len(data) == self.CHUNK):
                 raise ValueError("not canonical")
             yield data
 
-    def _write(self, name: str, pieces: Iterable[bytes]) -> int:
+    def _write(self, name: str, chunks: Iterable[bytes]) -> int:
         """Makes a file, safe from a power cut once its folder is synced, and returns its size in bytes."""
         path = self._path(name)
         part = f"{os.path.splitext(path)[0]}.{secrets.token_hex(4)}.part"
@@ -3182,7 +3182,7 @@ class ImageStore:
         except FileNotFoundError:  # a purge took the folder together with its last file
             make_folder(os.path.dirname(part), self._sources[0])
             file = make_within(part, *self._sources)
-        return fill_file(file, part, pieces, path)
+        return fill_file(file, part, chunks, path)
 
     @raising_store_error()
     def find(self, job: Job) -> Optional[Job]:
@@ -3272,14 +3272,14 @@ class ImageStore:
             return HOST_DECODER.decode(b"".join(self.read(name, start, end)).decode())
 
     def read_as_json(self, name: str) -> Iterator[bytes]:
-        """The JSON string that the host answered for this file, a piece at a time."""
+        """The JSON string that the host answered for this file, a chunk at a time."""
         if name.endswith(".txt"):
             with self._decoding(name):
                 yield as_host_json(b"".join(self.read(name)).decode("utf-8", "surrogatepass"))
             return
-        pieces = self.read(name)
-        yield b'"' + base64.b64encode(next(pieces, b""))  # the file is open from now on, and may be deleted
-        for data in pieces:
+        chunks = self.read(name)
+        yield b'"' + base64.b64encode(next(chunks, b""))  # the file is open from now on, and may be deleted
+        for data in chunks:
             yield base64.b64encode(data)
         yield b'"'
 
@@ -3291,15 +3291,15 @@ class ImageStore:
         for number, image in enumerate(job.images):
             if number:
                 yield b","
-            pieces = self.read_as_json(image.name)
+            chunks = self.read_as_json(image.name)
             try:
-                first = next(pieces)
+                first = next(chunks)
             except StoreError as error:
                 if needed or error.temporary:
                     raise
                 first = b"null"
             yield first
-            yield from pieces
+            yield from chunks
 
     def read_values(self, job: Job, whole: bool) -> Tuple[Any, Any]:
         """`parameters`, which are brief unless they are to be `whole`, and `info`, of a Completed job's answer.
@@ -3332,15 +3332,15 @@ class ImageStore:
         return Part(self, name, start, end)
 
     def replay(self, job: Job) -> Iterator[bytes]:
-        """The answer of a Completed job once more, with the images if the client wanted them, a piece at a time."""
+        """The answer of a Completed job once more, with the images if the client wanted them, a chunk at a time."""
         name = self.answer_name(job)
         if job.ranges:
             self._check(name, job.ranges[6])
         # All that lies at the top of parameters is in the brief ones, too.
         parameters = self._read_answer(self.brief_answer_name(job) if job.ranges else name).get("parameters")
         wants_images = not isinstance(parameters, dict) or parameters.get("send_images", True)
-        with contextlib.closing(self.read(name)) as pieces:
-            rest = next(pieces, b"")
+        with contextlib.closing(self.read(name)) as chunks:
+            rest = next(chunks, b"")
             start = IMAGES_START.match(rest)
             if start is None:
                 raise self._damaged(name)
@@ -3348,7 +3348,7 @@ class ImageStore:
             if wants_images:
                 yield from self.images_as_json(job, needed=True)
             yield rest[start.end() :]
-            yield from pieces
+            yield from chunks
 
     # Removing
 
@@ -3873,11 +3873,11 @@ class LiveJob:
         self.accepted_at = time.monotonic()
         self.cancel = cancel
         self.answered = False  # its client may have the answer, which is being stored
-        self.left = uncancellable_future()  # done when it is no longer one
+        self.left = uncancellable_future()  # done once it is no longer in the tracker
 
 
 class Threads(ThreadPoolExecutor):
-    """Threads for one kind of work, which so keeps back no other, and a limit to how much of it may wait."""
+    """Threads for one kind of work, so that it holds up no other kind. They refuse work once too much of it waits."""
 
     def __init__(self, count: int, name: str, limit: int = 2_000):
         super().__init__(count, f"job-tracker-{name}")
@@ -3926,7 +3926,7 @@ class Tracker:
         self.host = host
         self.store = store
         self.images = images
-        # Threads by what they may have to wait for: who looks at jobs keeps back no answer, whatever the disk does.
+        # Threads by what they may have to wait for, so that no look at jobs holds up an answer, whatever the disk does.
         self.pool = Threads(4, "look")  # the disk, for whoever looks at jobs
         self.searchers = Threads(2, "search", limit=100)  # all prompts to be searched, which can take long
         self.key_readers = Threads(1, "key")  # the disk, for requests with an idempotency key, one after another
@@ -3948,10 +3948,6 @@ class Tracker:
 
     # A job's way
 
-    def reserve_id(self) -> str:
-        """An ID that no job has, in any spelling."""
-        return self.store.reserve_id()
-
     def accept(self, job: Job, cancel: Callable[[], bool]) -> Future:
         """A new job. The Future ends when it is on disk, or with StoreError: then there is no job.
 
@@ -3961,10 +3957,15 @@ class Tracker:
         job = job._replace(owner=self.store.owner)
         with self._storing:
             written = self.store.put(job, new=True)
-            live = LiveJob(job, written, cancel)
             with self._lock:
-                self._live[job.id] = live
-        written.add_done_callback(lambda written: written.exception() and self._forget(live))
+                self._live[job.id] = LiveJob(job, written, cancel)
+
+        def forget_if_lost(written: Future) -> None:
+            if written.exception() is not None:
+                log.error("A generation is not tracked, since its job could not be stored")
+                self._leave(job)
+
+        written.add_done_callback(forget_if_lost)
         return written
 
     def patience(self) -> float:
@@ -3975,10 +3976,6 @@ class Tracker:
         if has_hung or (self._hung_reserving is not None and not self._hung_reserving.done()):
             return self.MOMENT
         return self.PATIENCE
-
-    def _forget(self, live: LiveJob) -> None:
-        log.error("A generation is not tracked, since its job could not be stored")
-        self._leave(live.job)
 
     def start(self, job_id: str) -> None:
         """The job has the queue lock: generation begins."""
@@ -4198,7 +4195,7 @@ class Tracker:
         }
 
     def as_json(self, job: Job, images: bool = True) -> Iterator[bytes]:
-        """A job as the API shows it, a piece at a time. Raises StoreError, before a piece or at one.
+        """A job as the API shows it, a chunk at a time. Raises StoreError.
 
         Without its images, its `parameters` are brief.
         """
@@ -4207,27 +4204,23 @@ class Tracker:
         if missing:
             description["error"] = f"{len(missing)} of {len(job.images)} images are no longer on disk"
         parts = {name: value for name, value in description.items() if isinstance(value, Part)}
-
-        def pieces() -> Iterator[bytes]:
-            yield as_json({name: value for name, value in description.items() if name not in parts})[:-1]
-            for name, part in parts.items():
-                yield b',"%s":' % name.encode()
-                yield from part.pieces()
-            if images:
-                yield b',"images":['
-                yield from self.images.images_as_json(job)
-                yield b"]"
-            yield b"}"
-
-        return pieces()
+        yield as_json({name: value for name, value in description.items() if name not in parts})[:-1]
+        for name, part in parts.items():
+            yield b',"%s":' % name.encode()
+            yield from part.chunks()
+        if images:
+            yield b',"images":['
+            yield from self.images.images_as_json(job)
+            yield b"]"
+        yield b"}"
 
     # Idempotency
 
     def reserve_key(self, key: str, digest: str) -> Tuple[KeyReservation, bool]:
-        """Who was first with a key, and whether that is the caller, who then must `free_key` at the request's end.
+        """Reserves a key, or finds the reservation of the first who did. True for the caller's own.
 
-        A Failed job frees its key, also while its generation still waits in the queue. Raises StoreError, also when
-        the disk does nothing for `PATIENCE` seconds.
+        The caller must `free_key` its own at the request's end. A Failed job frees its key, also while its generation
+        still waits in the queue. Raises StoreError, also when the disk does nothing for `PATIENCE` seconds.
         """
         own = self._reservations.get(key)
         if own is not None and not own.outcome.done():  # which needs no disk
@@ -4243,12 +4236,12 @@ class Tracker:
         return reserving.result()
 
     def _free_late_key(self, key: str, reserving: Future) -> None:
-        """Whoever wanted a key did not wait for it so long."""
+        """Frees a key that was reserved after its request had given up."""
         if reserving.exception() is None and reserving.result()[1]:
             self.free_key(key, reserving.result()[0])
 
     def _reserve_key(self, key: str, digest: str) -> Tuple[KeyReservation, bool]:
-        """In the only thread that does so."""
+        """Called in one thread only, so that two requests never look for the same key at once."""
         own = self._reservations.get(key)
         if own is not None and not (own.outcome.done() and self._is_free(own.outcome.result())):
             return own, False
@@ -4324,9 +4317,10 @@ class Tracker:
         return found._replace(status=COMPLETED, error=None)
 
     def close(self) -> Future:
-        """Lets go of all when the last running job has ended and the last answer is sent. The Future ends then.
+        """Closes the store and the threads once the last running job has ended and the last answer is sent.
 
-        Does not wait for that: where Reload UI does not wait for clients either, as on Forge, they get their answers.
+        The Future ends then. Nobody else waits for it: on Forge, Reload UI does not wait for clients, and they are to
+        get their answers.
         """
         closed = uncancellable_future()
         self.closing.set()
@@ -5267,7 +5261,7 @@ class Generation:
 
     @log_errors
     def _adapt_request(self, arguments: Dict[str, Any]) -> None:
-        self.reserved_id = self.tracker.reserve_id()
+        self.reserved_id = self.tracker.store.reserve_id()
         self.request = self.host.adapt_request(arguments, self.reserved_id)
         self.response.hide_images = self.request.hide_images
 
@@ -5293,7 +5287,7 @@ class Generation:
     def _new_job(self) -> Job:
         client = self.scope.get("client")
         return Job(
-            id=self.reserved_id or self.tracker.reserve_id(),
+            id=self.reserved_id or self.tracker.store.reserve_id(),
             type=self.type,
             status=PENDING,
             timestamp=int(time.time()),

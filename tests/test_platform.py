@@ -56,7 +56,7 @@ def look_for_left(tracker: Any) -> None:
 
 def generate(script: Any, tracker: Any, images: int = 2, age: float = 0, fails: bool = False) -> Any:
     """A job's whole way; returns the job as it ended."""
-    job = script.Job(tracker.reserve_id(), "txt2img", script.PENDING, int(time.time() - age), None, "a cat")
+    job = script.Job(tracker.store.reserve_id(), "txt2img", script.PENDING, int(time.time() - age), None, "a cat")
     tracker.accept(job, lambda: True).result()
     tracker.start(job.id)
     if fails:
