@@ -2871,7 +2871,7 @@ class Contents(NamedTuple):
     """What an answer without its images says, which is read once."""
 
     parameters: Any
-    ranges: Tuple[int, ...]  # where the values of `parameters` and `info` start and end in it; 0 for what is not there
+    places: Tuple[int, ...]  # where the values of `parameters` and `info` start and end in it; 0 for what is not there
 
     @property
     def prompt(self) -> str:
@@ -2972,22 +2972,22 @@ def ranges_of(rest: bytes, contents: Contents) -> Tuple[int, ...]:
 
     The last is the CRC of all of it. So what is passed on without being read is known to be what was stored.
     """
-    view, (start, end, info_start, info_end) = memoryview(rest), contents.ranges
+    view, (start, end, info_start, info_end) = memoryview(rest), contents.places
     info = info_start, info_end, zlib.crc32(view[info_start:info_end])
     return (start, end, zlib.crc32(view[start:end]), *info, zlib.crc32(view))
 
 
 def with_images_hidden(answer: Answer) -> Answer:
     """An answer whose parameters say that the client does not want the images."""
-    parameters, ranges = answer.contents
+    parameters, places = answer.contents
     if not isinstance(parameters, dict) or "send_images" not in parameters:
         return answer
     parameters = {**parameters, "send_images": False}
-    start, end = ranges[:2]
+    start, end = places[:2]
     rest = b"".join((answer.rest[:start], as_host_json(parameters), answer.rest[end:]))
     moved = len(rest) - len(answer.rest)
-    ranges = tuple(place + moved if place >= end else place for place in ranges)
-    return answer._replace(rest=rest, contents=Contents(parameters, ranges))
+    places = tuple(place + moved if place >= end else place for place in places)
+    return answer._replace(rest=rest, contents=Contents(parameters, places))
 
 
 BRIEF_TEXT = 1000  # characters that a text in `parameters` may have in a list
@@ -3015,19 +3015,18 @@ def shorten(value: Any, room: float, depth: int = 0) -> Tuple[Any, int]:
     is_top = depth == 0 and isinstance(value, dict) and len(value) <= BRIEF_TEXT
     if not is_top and (depth > BRIEF_DEPTH or 2 * len(value) > room):
         return note, len(note) + 2
-    if isinstance(value, dict):
-        names = {name: shorten(name, math.inf)[0] for name in value}
-        size = len(as_json(list(names.values()))) + len(names)
-    else:
-        names, size = dict(enumerate(range(len(value)))), len(value) + 1
-    copy = dict.fromkeys(names.values())
+    is_dict = isinstance(value, dict)
+    entries = value if is_dict else dict(enumerate(value))
+    names = {name: shorten(name, math.inf) if is_dict else (name, 0) for name in entries}
+    size = 2 + sum(length + 2 for _, length in names.values())
+    short = {name: None for name, _ in names.values()}
     # Lists and objects come last: they have the room that all else leaves.
-    for name in sorted(names, key=lambda name: isinstance(value[name], (dict, list))):
-        copy[names[name]], length = shorten(value[name], room - size, depth + 1)
+    for name in sorted(entries, key=lambda name: isinstance(entries[name], (dict, list))):
+        short[names[name][0]], length = shorten(entries[name], room - size, depth + 1)
         size += length
         if size > room and not is_top:
             return note, len(note) + 2
-    return copy if isinstance(value, dict) else list(copy.values()), size
+    return short if is_dict else list(short.values()), size
 
 
 def brief_answer_of(rest: bytes, contents: Contents) -> Optional[bytes]:
@@ -3039,7 +3038,7 @@ def brief_answer_of(rest: bytes, contents: Contents) -> Optional[bytes]:
         return None
     if len(rest) >= LARGE:
         return b'{"images":[],"parameters":%s}' % data
-    start, end = contents.ranges[:2]
+    start, end = contents.places[:2]
     return None if parameters == contents.parameters else rest[:start] + data + rest[end:]
 
 
@@ -3131,7 +3130,8 @@ class ImageStore:
                 job = job._replace(images=(*job.images, image), bytes=job.bytes + image.size)
             if brief is not None:
                 job = job._replace(bytes=job.bytes + self._write(self.brief_answer_name(job), [brief]))
-            sync_folder(folder)
+            if job.bytes:
+                sync_folder(folder)
             job = job._replace(bytes=job.bytes + self._write(self.answer_name(job), [answer.rest]))
             sync_folder(folder)
             sync_folder(self.folder)
