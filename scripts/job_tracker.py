@@ -3192,8 +3192,11 @@ class ImageStore:
         """
         day, answer = self.day_of(job), self.answer_name(job)
         folder = os.path.join(self.folder, day)
-        # Most jobs have no answer, and a folder takes long to list.
-        if os.path.islink(folder) or not stats_of(self._path(answer)):
+        if os.path.islink(folder):
+            return None
+        try:
+            os.lstat(self._path(answer))  # most jobs have none, and a folder takes long to list
+        except (FileNotFoundError, NotADirectoryError):
             return None
         names = [f"{day}/{entry}" for entry in os.listdir(folder) if entry.startswith(job.id)]
         sizes = {name: os.lstat(self._path(name)).st_size for name in names}
