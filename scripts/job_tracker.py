@@ -4172,7 +4172,7 @@ class Tracker:
     def describe(self, job: Job, whole: bool = False) -> Dict[str, Any]:
         """A job as the API shows it, without its images. Reads the file with the answer.
 
-        Unless it is to be `whole`, `parameters` are brief, nor are others read from disk. What is large is a `Part`.
+        Unless it is to be `whole`, `parameters` are brief, and only the brief ones are read. What is large is a `Part`.
         """
         parameters = info = None
         error = job.error
