@@ -239,7 +239,7 @@ def test_asked_for_all_that_is_old_goes(script, tracker):
 
 def test_times_on_disk(script, tracker, tmp_path):
     one = tracker("off")
-    job = script.Job(one.reserve_id(), "txt2img", script.PENDING, int(time.time()), None, "")
+    job = script.Job(one.store.reserve_id(), "txt2img", script.PENDING, int(time.time()), None, "")
     one.accept(job, lambda: True).result()
     one.start(job.id)
     one.fail(job.id, "no")

@@ -127,7 +127,7 @@ def test_id_is_in_use_after_a_restart(script, tracker, tmp_path, monkeypatch):
     try:
         again.store.query(script.Filter(), 1)  # when this answers, the file is loaded
         deal(monkeypatch, script, again, ["AbCdEf12", "abcdef12", "AbCdEf13"])
-        assert again.reserve_id() == "AbCdEf13"
+        assert again.store.reserve_id() == "AbCdEf13"
     finally:
         again.close()
 

@@ -159,7 +159,7 @@ def test_purge_and_recovery(script, tracker, tmp_path):
     one = tracker()
     old = [generate(script, one, age=3 * 86400) for _ in range(3)]
     young = generate(script, one)
-    left = script.Job(one.reserve_id(), "txt2img", script.PENDING, int(time.time()), None, "left")
+    left = script.Job(one.store.reserve_id(), "txt2img", script.PENDING, int(time.time()), None, "left")
     one.store.put(left._replace(owner="00000000"), new=True).result()
     one.settings.retention_days = 1
     assert one.housekeeper.purge().jobs == len(old)
@@ -192,7 +192,7 @@ def test_two_spellings_of_an_id(script, tracker, monkeypatch):
     first = generate(script, one)
     other = first.id.swapcase()
     offered = iter([other, first.id, other.lower(), "AnOther0", "AnOther1", "AnOther2", "AnOther3"])
-    one.reserve_id()  # which was looked for ahead of time
+    one.store.reserve_id()  # which was looked for ahead of time
     monkeypatch.setattr(script, "new_id", lambda: next(offered))
     one.recover().result()  # another one is looked for
     second = generate(script, one)
@@ -235,7 +235,7 @@ def test_two_processes_on_one_folder(script, tracker, tmp_path):
                 job = generate(script, other, images=1, age=3 * 86400 * (number % 4 == 0))
                 assert job.status == "Completed"
                 os.write(says, f"{job.id}\n".encode())
-            left = script.Job(other.reserve_id(), "txt2img", script.PENDING, int(time.time()), None, "left")
+            left = script.Job(other.store.reserve_id(), "txt2img", script.PENDING, int(time.time()), None, "left")
             other.accept(left, lambda: True).result()
             other.start(left.id)
             until(lambda: '"Processing"' in Path(other.store.path).read_text().split(left.id)[-1])
