@@ -1890,6 +1890,7 @@ class JobStore:
         self.path = os.path.realpath(os.path.join(folder, "jobs.json"))
         self._check = check
         self.owner = secrets.token_hex(4)
+        self.removing = threading.Lock()  # for others, around a removal, and a change that must not meet it
         self._lock = threading.Lock()  # guards these two; held for a moment, never for the disk
         self._pending: Dict[str, Pending] = {}
         self._spare_ids: List[str] = []
@@ -2849,7 +2850,13 @@ class Contents(NamedTuple):
     """What an answer without its images says, which is read once."""
 
     parameters: Any
-    ranges: Tuple[int, ...]  # where the values of `parameters` and `info` start and end in it; 0 for what is not there
+    places: Tuple[int, ...]  # where the values of `parameters` and `info` start and end in it; 0 for what is not there
+
+    @property
+    def prompt(self) -> str:
+        """The one that the host used, also where the request named none."""
+        prompt = self.parameters.get("prompt") if isinstance(self.parameters, dict) else None
+        return prompt[:PROMPT_LIMIT] if isinstance(prompt, str) else ""
 
 
 class Answer(NamedTuple):
@@ -2868,8 +2875,8 @@ IMAGE_END = re.compile(rb"\s*([,\]])")
 def split_answer(body: bytes) -> Answer:
     """Takes the images out of the host's answer. Raises ValueError if it is no JSON object.
 
-    The JSON reader would hold the interpreter for as long as it needs for all images together. So they are found by
-    their quotes, where they come first and have no escapes, as base64 has none.
+    The JSON reader would copy all images twice and hold the interpreter meanwhile, for 50 ms where they have 40 MB. So
+    they are found by their quotes, where they come first and have no escapes, as base64 has none.
     """
     start = IMAGES_START.match(body)
     images: List[Union[bytes, memoryview]] = []
@@ -2895,86 +2902,47 @@ def split_answer(body: bytes) -> Answer:
 
 
 LARGE = 1 << 18  # bytes of an answer without its images: what is larger is never again read as a whole
-SPACE = re.compile(rb"[ \t\r\n]*")
-SCALAR = re.compile(rb"[-+.0-9A-Za-z]+")
-BRACKET = re.compile(rb"[\[\]{}]")
+JSON_GAP = re.compile(r"[ \t\r\n]*([{:,}])[ \t\r\n]*")
 
 
-def end_of_string(data: bytes, position: int) -> int:
-    """The end of a JSON string that begins before `position`, found in steps that hold the interpreter shortly."""
-    step = 256  # most are short
-    while position < len(data):
-        piece = data[position : position + step]
-        if b"\\" in piece:
-            piece = piece.replace(b"\\\\", b"__").replace(b'\\"', b"__")
-        quote = piece.find(b'"')
-        if quote >= 0:
-            return position + quote + 1
-        if position + step >= len(data):
-            break
-        position += len(piece) - piece.endswith(b"\\")  # which belongs to what comes next
-        step = min(4 * step, 1 << 16)
-    raise ValueError("a string has no end")
+def members(data: bytes) -> Iterator[Tuple[str, Any, int, int]]:
+    """The members of a JSON object: each one's name and value, and where the bytes of its value start and end.
 
+    Raises ValueError, RecursionError.
+    """
+    text, decode = data.decode(), json.JSONDecoder().raw_decode
+    passed = size = 0  # characters, and their bytes
 
-def end_of_value(data: bytes, position: int) -> int:
-    """The same for any JSON value, of which only the brackets and the quotes are looked at."""
-    first, depth, step = data[position : position + 1], 0, 1 << 16
-    if first == b'"':
-        return end_of_string(data, position + 1)
-    if first not in (b"{", b"["):
-        scalar = SCALAR.match(data, position)
-        if scalar is None:
-            raise ValueError("a value is missing")
-        return scalar.end()
-    while position < len(data):
-        quote = data.find(b'"', position, position + step)
-        end = quote if quote >= 0 else min(position + step, len(data))
-        for bracket in BRACKET.finditer(data, position, end):
-            depth += 1 if bracket.group() in b"[{" else -1
-            if depth == 0:
-                return bracket.end()
-        position = end if quote < 0 else end_of_string(data, quote + 1)
-    raise ValueError("a list or an object has no end")
+    def offset(position: int) -> int:
+        nonlocal passed, size
+        size += len(text[passed:position].encode())
+        passed = position
+        return size
 
-
-def members(data: bytes, position: int = 0) -> Iterator[Tuple[str, int, int]]:
-    """The members of a JSON object: each one's name, and where its value starts and ends. Raises ValueError."""
-
-    def skip(position: int, *expected: bytes) -> int:
-        """The place after some space, one of the expected signs and some space again."""
-        position = SPACE.match(data, position).end()
-        if data[position : position + 1] not in expected:
+    def skip(position: int, expected: str) -> "re.Match[str]":
+        gap = JSON_GAP.match(text, position)
+        if gap is None or gap.group(1) not in expected:
             raise ValueError("it is no JSON object")
-        return SPACE.match(data, position + 1).end()
+        return gap
 
-    position = skip(position, b"{")
-    if data[position : position + 1] == b"}":
+    gap = skip(0, "{")
+    if text.startswith("}", gap.end()):
         return
-    while True:
-        if data[position : position + 1] != b'"':
+    while gap.group(1) != "}":
+        name, end = decode(text, gap.end())
+        if not isinstance(name, str):
             raise ValueError("a name is missing")
-        end = end_of_string(data, position + 1)
-        name = json.loads(data[position:end].decode())
-        start = skip(end, b":")
-        end = end_of_value(data, start)
-        yield name, start, end
-        position = skip(end, b",", b"}")
-        if data[end:position].strip() == b"}":
-            return
+        start = skip(end, ":").end()
+        value, end = decode(text, start)
+        yield name, value, offset(start), offset(end)
+        gap = skip(end, ",}")
 
 
 def contents_of(rest: bytes) -> Contents:
-    """Reads an answer without its images. Raises ValueError, RecursionError.
-
-    Of a large one, only `parameters` are read, and the rest is passed by.
-    """
-    places = {name: (start, end) for name, start, end in members(rest)}
-    (start, end), info = (places.get(name, (0, 0)) for name in ("parameters", "info"))
-    if len(rest) < LARGE:
-        parameters = json.loads(rest.decode()).get("parameters")
-    else:
-        parameters = json.loads(rest[start:end].decode()) if end else None
+    """Reads an answer without its images. Raises ValueError, RecursionError."""
+    found = {name: member for name, *member in members(rest)}
+    parameters, start, end = found.get("parameters", (None, 0, 0))
+    _, *info = found.get("info", (None, 0, 0))
     return Contents(parameters, (start, end, *info))
 
 
@@ -2983,22 +2951,22 @@ def ranges_of(rest: bytes, contents: Contents) -> Tuple[int, ...]:
 
     The last is the CRC of all of it. So what is passed on without being read is known to be what was stored.
     """
-    view, (start, end, info_start, info_end) = memoryview(rest), contents.ranges
+    view, (start, end, info_start, info_end) = memoryview(rest), contents.places
     info = info_start, info_end, zlib.crc32(view[info_start:info_end])
     return (start, end, zlib.crc32(view[start:end]), *info, zlib.crc32(view))
 
 
 def with_images_hidden(answer: Answer) -> Answer:
-    """An answer whose parameters say that the client does not want the images, and else the same to the byte."""
-    contents = answer.contents
-    if not isinstance(contents.parameters, dict) or "send_images" not in contents.parameters:
+    """An answer whose parameters say that the client does not want the images."""
+    parameters, places = answer.contents
+    if not isinstance(parameters, dict) or "send_images" not in parameters:
         return answer
-    places = {name: (start, end) for name, start, end in members(answer.rest, contents.ranges[0])}
-    start, end = places["send_images"]
-    rest = b"".join((answer.rest[:start], b"false", answer.rest[end:]))
+    parameters = {**parameters, "send_images": False}
+    start, end = places[:2]
+    rest = b"".join((answer.rest[:start], as_host_json(parameters), answer.rest[end:]))
     moved = len(rest) - len(answer.rest)
-    ranges = tuple(place + moved if place >= end else place for place in contents.ranges)
-    return answer._replace(rest=rest, contents=Contents({**contents.parameters, "send_images": False}, ranges))
+    places = tuple(place + moved if place >= end else place for place in places)
+    return answer._replace(rest=rest, contents=Contents(parameters, places))
 
 
 BRIEF_TEXT = 1000  # characters that a text in `parameters` may have in a list
@@ -3006,75 +2974,67 @@ BRIEF_SIZE = 1 << 16  # bytes that they may have there together, about
 BRIEF_DEPTH = 100  # lists and objects within one another
 
 
-def brief_parameters(parameters: Any) -> Tuple[Any, bool]:
-    """A copy of `parameters` with a note in the place of what is large, and whether there was something large.
+def brief_parameters(parameters: Any) -> Any:
+    """A copy of `parameters` with a note in the place of what is large.
 
-    That is each long text, and, where there is too much in sum, what lies deepest: a list or an object as a whole.
-    What lies at the top and is no text, list or object always stays. The host gives a request's own pictures back in
-    there, wherever its scripts take them.
+    That is each long text, and a list or an object that has no room even without those. What lies at the top and is no
+    text, list or object always stays. The host gives a request's own pictures back in there, wherever its scripts take
+    them.
     """
-    found, left, note = False, BRIEF_SIZE, 30  # bytes that are left, and those of a note
+    return shorten(parameters, BRIEF_SIZE)[0]
 
-    def shorten(value: Any, room: float = math.inf) -> Any:
-        """A scalar, or a note in its place. Takes what it costs from what is left."""
-        nonlocal found, left
-        if isinstance(value, str) and (len(value) > BRIEF_TEXT or len(as_json(value)) > room):
-            found = True
-            value = f"({len(value):,} characters)"
-        left -= len(as_json(value)) + 1
-        return value
 
-    def fits(value: Any) -> bool:
-        """Whether there is room for all that a list or an object has, with a note for each list or object in it."""
-        size, entries = 0, [value] if isinstance(value, list) else [value, value.values()]
-        if sum(map(len, entries)) * 2 > left:
-            return False
-        for entry in itertools.chain(*entries):
-            long = isinstance(entry, str) and len(entry) > BRIEF_TEXT
-            size += note if long or isinstance(entry, (dict, list)) else len(as_json(entry)) + 1
-            if size > left:
-                return False
-        return True
-
-    result: List[Any] = [None]
-    waiting = deque([(parameters, result, 0, 0)])  # level by level, and however deep
-    while waiting:
-        value, parent, key, depth = waiting.popleft()
-        left += note
-        if not isinstance(value, (dict, list)):
-            parent[key] = shorten(value)
-            continue
-        is_top = depth == 0 and isinstance(value, dict) and len(value) <= BRIEF_TEXT
-        if not is_top and (depth > BRIEF_DEPTH or not fits(value)):
-            found = True
-            parent[key] = shorten(f"({len(value):,} entries)")
-            continue
-        copy = parent[key] = [None] * len(value) if isinstance(value, list) else {}
-        left -= 2
-        for name, entry in enumerate(value) if isinstance(value, list) else value.items():
-            name = shorten(name) if isinstance(name, str) else name
-            if isinstance(entry, (dict, list)):
-                copy[name] = None  # keeps the order
-                left -= note  # for that it costs at least
-                waiting.append((entry, copy, name, depth + 1))
-            else:
-                copy[name] = shorten(entry, left if is_top else math.inf)
-    return result[0], found
+def shorten(value: Any, room: float, depth: int = 0) -> Tuple[Any, int]:
+    """A copy of a value for so many bytes, see `brief_parameters`, and the bytes that it has as JSON."""
+    if isinstance(value, str) and (len(value) > BRIEF_TEXT or len(as_json(value)) > room):
+        value = f"({len(value):,} characters)"
+    if not isinstance(value, (dict, list)):
+        return value, len(as_json(value))
+    note = f"({len(value):,} entries)"
+    is_top = depth == 0 and isinstance(value, dict) and len(value) <= BRIEF_TEXT
+    if not is_top and (depth > BRIEF_DEPTH or 2 * len(value) > room):
+        return note, len(note) + 2
+    is_dict = isinstance(value, dict)
+    entries = value if is_dict else dict(enumerate(value))
+    names = {name: shorten(name, math.inf) if is_dict else (name, 0) for name in entries}
+    size = 2 + sum(length + 2 for _, length in names.values())
+    short = {name: None for name, _ in names.values()}
+    # Lists and objects come last: they have the room that all else leaves.
+    for name in sorted(entries, key=lambda name: isinstance(entries[name], (dict, list))):
+        short[names[name][0]], length = shorten(entries[name], room - size, depth + 1)
+        size += length
+        if size > room and not is_top:
+            return note, len(note) + 2
+    return short if is_dict else list(short.values()), size
 
 
 def brief_answer_of(rest: bytes, contents: Contents) -> Optional[bytes]:
     """An answer with brief parameters, or None if its own are. Of a large one, nothing else is in it."""
-    if len(rest) <= BRIEF_TEXT:
-        return None
     try:
-        parameters, found = brief_parameters(contents.parameters)
-        data = as_host_json(parameters) if found else b""
+        parameters = brief_parameters(contents.parameters)
+        data = as_host_json(parameters)
     except RecursionError:  # Pythons differ in how deep they read and write, and that is not to cost the images
         return None
-    if not found:
-        return None
-    start, end = contents.ranges[:2]
-    return b'{"images":[],"parameters":%s}' % data if len(rest) >= LARGE else rest[:start] + data + rest[end:]
+    if len(rest) >= LARGE:
+        return b'{"images":[],"parameters":%s}' % data
+    start, end = contents.places[:2]
+    return None if parameters == contents.parameters else rest[:start] + data + rest[end:]
+
+
+class Part(NamedTuple):
+    """A value within a large answer. It is passed on in chunks, and never read as a whole."""
+
+    images: "ImageStore"
+    name: str
+    start: int
+    end: int
+
+    @property
+    def size(self) -> int:
+        return self.end - self.start
+
+    def chunks(self) -> Iterator[bytes]:
+        return self.images.read(self.name, self.start, self.end)
 
 
 class ImageStore:
@@ -3100,6 +3060,8 @@ class ImageStore:
         store._sources = (*self._sources, *paths)
         return store
 
+    # Names
+
     @staticmethod
     def day_of(job: Job) -> str:
         """The folder of a job's files, in UTC: it must not move with the machine's time zone."""
@@ -3121,11 +3083,17 @@ class ImageStore:
         names = [*(image.name for image in job.images), cls.answer_name(job), cls.brief_answer_name(job)]
         return list(dict.fromkeys(names))
 
+    def _path(self, name: str) -> str:
+        return os.path.join(self.folder, *name.split("/"))
+
+    # Storing
+
     @raising_store_error()
     def save(self, job: Job, answer: Answer) -> Job:
-        """Stores an answer, safe from a power cut, and returns the job with the names and the size of its files.
+        """Stores an answer, safe from a power cut, and returns the job with what is to be known of its files.
 
-        The host's answer comes last, when all else is safe: where it is, all is, see `find`.
+        A job without a prompt gets the one that the host used. The host's answer comes last, when all else is safe:
+        where it is, all is, see `find`.
         """
         folder = os.path.join(self.folder, self.day_of(job))
         self._make_folder(self.folder)
@@ -3133,59 +3101,23 @@ class ImageStore:
         contents = answer.contents or contents_of(answer.rest)
         brief = brief_answer_of(answer.rest, contents)
         ranges = ranges_of(answer.rest, contents) if len(answer.rest) >= LARGE else ()
-        job = job._replace(has_brief=brief is not None, ranges=ranges)
-        images: List[Image] = []
-        size = 0
+        known = {"prompt": job.prompt or contents.prompt, "has_brief": brief is not None, "ranges": ranges}
+        job = job._replace(images=(), bytes=0, **known)
         try:
             for number, data in enumerate(answer.images):
-                images.append(self._save_image(f"{self.day_of(job)}/{job.id}_{number}", data))
-                size += images[-1].size
+                image = self._save_image(f"{self.day_of(job)}/{job.id}_{number}", data)
+                job = job._replace(images=(*job.images, image), bytes=job.bytes + image.size)
             if brief is not None:
-                size += self._write(self.brief_answer_name(job), [brief])
-            if size:
+                job = job._replace(bytes=job.bytes + self._write(self.brief_answer_name(job), [brief]))
+            if job.bytes:
                 sync_folder(folder)
-            size += self._write(self.answer_name(job), [answer.rest])
+            job = job._replace(bytes=job.bytes + self._write(self.answer_name(job), [answer.rest]))
             sync_folder(folder)
             sync_folder(self.folder)
         except BaseException:
-            self.remove(self.files_of(job._replace(images=tuple(images))))
+            self.remove(self.files_of(job))
             raise
-        return job._replace(images=tuple(images), bytes=size)
-
-    @raising_store_error()
-    def find(self, job: Job) -> Optional[Job]:
-        """A job that a crash left between `save` and its record, with its files, as `save` returned it.
-
-        If it has no prompt, it gets the one that the host used. None if `save` did not come to its end. Raises
-        StoreError if that cannot be told.
-        """
-        day, answer = self.day_of(job), self.answer_name(job)
-        folder = os.path.join(self.folder, day)
-        if os.path.islink(folder):  # which is never followed
-            return None
-        try:
-            size = os.lstat(self._path(answer)).st_size  # most jobs have none, and a folder takes long to list
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        entries = {f"{day}/{entry}" for entry in os.listdir(folder) if entry.startswith(job.id)}
-        forms = {int(form.group(2)): form for form in map(IMAGE_FORM.match, entries) if form}
-        if sorted(forms) != list(range(len(forms))):
-            return None
-        images = tuple(self._look_at(forms[number]) for number in range(len(forms)))
-        job = job._replace(images=images, has_brief=True)
-        job = job._replace(has_brief=self.brief_answer_name(job) in entries)
-        if size >= LARGE or not job.prompt:
-            with contextlib.suppress(ValueError, RecursionError):
-                rest = b"".join(self.read(answer))
-                contents = contents_of(rest)
-                prompt = contents.parameters.get("prompt", "") if isinstance(contents.parameters, dict) else ""
-                ranges = ranges_of(rest, contents) if size >= LARGE else ()
-                job = job._replace(ranges=ranges, prompt=job.prompt or str(prompt)[:PROMPT_LIMIT])
-        return job._replace(bytes=sum(os.lstat(self._path(name)).st_size for name in self.files_of(job)))
-
-    def _look_at(self, form: "re.Match[str]") -> Image:
-        name = form.group(0)
-        return Image(name, os.lstat(self._path(name)).st_size, MEDIA_TYPES.get(form.group(3), OTHER_MEDIA_TYPE))
+        return job
 
     def _make_folder(self, path: str, links: bool = True) -> None:
         """Sets aside what stands where a folder should be."""
@@ -3197,137 +3129,139 @@ class ImageStore:
         if bytes(image[:5]) == b"data:":
             image = image[bytes(image[:100]).find(b",") + 1 :]
         try:
-            ending = ending_of(next(self._decode(image[:64]))) or "bin"
-            size = self._write(f"{base}.{ending}", self._decode(image))
+            name = f"{base}.{ending_of(next(self._decode(image[:64]))) or 'bin'}"
+            return self._image(name, self._write(name, self._decode(image)))
         except ValueError:  # no base64: kept as it is
-            ending = "txt"
-            size = self._write(f"{base}.{ending}", [bytes(image)])
-        return Image(f"{base}.{ending}", size, MEDIA_TYPES.get(ending, OTHER_MEDIA_TYPE))
+            name = f"{base}.txt"
+            return self._image(name, self._write(name, [bytes(image)]))
+
+    @staticmethod
+    def _image(name: str, size: int) -> Image:
+        return Image(name, size, MEDIA_TYPES.get(name.rpartition(".")[2], OTHER_MEDIA_TYPE))
 
     def _decode(self, image: Union[bytes, memoryview]) -> Iterator[bytes]:
-        """Decodes so that encoding gives the same text again, piece by piece, since it holds the interpreter."""
-        if not image or len(image) % 4:
+        """Decodes chunk by chunk, since it holds the interpreter. Raises ValueError if encoding would not undo it."""
+        if not image:
             raise ValueError("no base64")
         step = self.CHUNK // 3 * 4
         for position in range(0, len(image), step):
-            piece = bytes(image[position : position + step])
-            data = base64.b64decode(piece, validate=True)
-            if position + step >= len(image):
-                if base64.b64encode(data) != piece:
-                    raise ValueError("not canonical")
-            elif len(data) != self.CHUNK:
-                raise ValueError("padding inside")
+            chunk = bytes(image[position : position + step])
+            data = base64.b64decode(chunk, validate=True)
+            is_last = position + step >= len(image)
+            if base64.b64encode(data) != chunk or not (is_last or len(data) == self.CHUNK):
+                raise ValueError("not canonical")
             yield data
 
-    def _write(self, name: str, pieces: Any) -> int:
+    def _write(self, name: str, chunks: Iterable[bytes]) -> int:
+        """Makes a file, safe from a power cut once its folder is synced, and returns its size in bytes."""
         path = self._path(name)
         part = f"{os.path.splitext(path)[0]}.{secrets.token_hex(4)}.part"
-        size = 0
         try:
-            file = self._create(part)
-            try:
-                for piece in pieces:
-                    write_at(file, piece, size)
-                    size += len(piece)
-                sync_file(file)
-            finally:
-                os.close(file)
-            os.replace(part, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(part)
-            raise
-        return size
-
-    def _create(self, path: str) -> int:
-        try:
-            return create_like(path, *self._sources, mask=UMASK)
+            file = create_like(part, *self._sources, mask=UMASK)
         except FileNotFoundError:  # a purge took the folder together with its last file
-            make_folder(os.path.dirname(path), self._sources[0])
-            return create_like(path, *self._sources, mask=UMASK)
-
-    def _path(self, name: str) -> str:
-        return os.path.join(self.folder, *name.split("/"))
-
-    @staticmethod
-    def _refuse_link(path: str) -> None:
-        if os.path.islink(path):
-            raise OSError(errno.ELOOP, "a symbolic link is not followed", path)
+            make_folder(os.path.dirname(part), self._sources[0])
+            file = create_like(part, *self._sources, mask=UMASK)
+        return fill_file(file, part, chunks, path)
 
     @raising_store_error()
-    def open(self, name: str) -> Tuple[int, int]:
-        """A descriptor for reading, to be closed by the caller, and the size in bytes."""
+    def find(self, job: Job) -> Optional[Job]:
+        """A job that a crash left between `save` and its record, as `save` returned it.
+
+        None if `save` did not come to its end. Raises StoreError if that cannot be told.
+        """
+        day, answer = self.day_of(job), self.answer_name(job)
+        folder = os.path.join(self.folder, day)
+        if os.path.islink(folder):
+            return None
+        try:
+            os.lstat(self._path(answer))  # most jobs have none, and a folder takes long to list
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        names = [f"{day}/{entry}" for entry in os.listdir(folder) if entry.startswith(job.id)]
+        sizes = {name: os.lstat(self._path(name)).st_size for name in names}
+        numbers = {int(form.group(2)): form.group() for form in map(IMAGE_FORM.match, names) if form}
+        if answer not in sizes or sorted(numbers) != list(range(len(numbers))):
+            return None
+        images = tuple(self._image(name, sizes[name]) for _, name in sorted(numbers.items()))
+        job = job._replace(images=images, has_brief=f"{day}/{job.id}.brief.json" in sizes)
+        if sizes[answer] >= LARGE or not job.prompt:
+            with contextlib.suppress(ValueError, RecursionError):
+                rest = b"".join(self.read(answer))
+                contents = contents_of(rest)
+                ranges = ranges_of(rest, contents) if len(rest) >= LARGE else ()
+                job = job._replace(prompt=job.prompt or contents.prompt, ranges=ranges)
+        return job._replace(bytes=sum(sizes[name] for name in self.files_of(job)))
+
+    # Reading
+
+    @contextlib.contextmanager
+    def _opened(self, name: str) -> Iterator[int]:
+        """A file, open for reading. Raises StoreError for all that fails meanwhile."""
         path = self._path(name)
-        self._refuse_link(os.path.dirname(path))
-        self._refuse_link(path)
-        file = os.open(path, os.O_RDONLY | NO_FOLLOW | O_NONBLOCK | BINARY)
-        status = os.fstat(file)
-        if not stat.S_ISREG(status.st_mode):
-            os.close(file)
-            raise OSError(errno.EINVAL, "no regular file", path)
-        return file, status.st_size
+        with raising_store_error():
+            if os.path.islink(os.path.dirname(path)) or os.path.islink(path):
+                raise OSError(errno.ELOOP, "a symbolic link is not followed", path)
+            file = os.open(path, os.O_RDONLY | NO_FOLLOW | BINARY)
+            try:
+                yield file
+            finally:
+                os.close(file)
 
     def size(self, name: str) -> Optional[int]:
         """In bytes; None if the file is not there or cannot be read. Raises only a temporary StoreError."""
         try:
-            file, size = self.open(name)
+            with self._opened(name) as file:
+                return os.fstat(file).st_size
         except StoreError as error:
             if error.temporary:
                 raise
             return None
-        os.close(file)
-        return size
 
     def read(self, name: str, start: int = 0, end: Optional[int] = None) -> Iterator[bytes]:
-        """A file's bytes, or a part of them, `CHUNK` at a time."""
-        file, _ = self.open(name)
-        try:
-            position = start
-            while end is None or position < end:
-                with raising_store_error():
-                    data = read_at(file, self.CHUNK if end is None else min(self.CHUNK, end - position), position)
-                if not data and end is not None:
-                    raise self.damaged(name)
+        """A file's bytes, or a part of them, `CHUNK` at a time. The file is open from the first one on."""
+        with self._opened(name) as file:
+            end = os.fstat(file).st_size if end is None else end
+            while start < end:
+                data = read_at(file, min(self.CHUNK, end - start), start)
                 if not data:
-                    return
+                    raise self._damaged(name)
                 yield data
-                position += len(data)
-        finally:
-            os.close(file)
+                start += len(data)
 
     @staticmethod
-    def damaged(name: str) -> StoreError:
+    def _damaged(name: str) -> StoreError:
         """What is raised for a file that is not as it was stored."""
         return StoreError.of(OSError(errno.EIO, "it is damaged", name))
 
-    def check(self, name: str, crc: int, start: int = 0, end: Optional[int] = None) -> None:
+    def _check(self, name: str, crc: int, start: int = 0, end: Optional[int] = None) -> None:
         """Reads a file, or a part of it. Raises StoreError if it is not as it was stored."""
         found = 0
         for data in self.read(name, start, end):
             found = zlib.crc32(data, found)
         if found != crc:
-            raise self.damaged(name)
+            raise self._damaged(name)
 
-    @classmethod
-    def decode(cls, name: str, data: bytes) -> Any:
-        """What a file with JSON says, or a part of it. Raises StoreError if that is no JSON."""
+    @contextlib.contextmanager
+    def _decoding(self, name: str) -> Iterator[None]:
+        """Around what is made of a file's bytes. Raises StoreError if nothing can be made of them."""
         try:
-            return HOST_DECODER.decode(data.decode())
+            yield
         except (ValueError, RecursionError):
-            raise cls.damaged(name) from None
+            raise self._damaged(name) from None
+
+    def _read_json(self, name: str, start: int = 0, end: Optional[int] = None) -> Any:
+        with self._decoding(name):
+            return HOST_DECODER.decode(b"".join(self.read(name, start, end)).decode())
 
     def read_as_json(self, name: str) -> Iterator[bytes]:
-        """The JSON string that the host answered for this file, a piece at a time."""
+        """The JSON string that the host answered for this file, a chunk at a time."""
         if name.endswith(".txt"):
-            try:
-                text = b"".join(self.read(name)).decode("utf-8", "surrogatepass")
-            except UnicodeDecodeError:
-                raise self.damaged(name) from None
-            yield as_host_json(text)
+            with self._decoding(name):
+                yield as_host_json(b"".join(self.read(name)).decode("utf-8", "surrogatepass"))
             return
-        pieces = self.read(name)
-        yield b'"' + base64.b64encode(next(pieces, b""))  # the file is open from now on, and may be deleted
-        for data in pieces:
+        chunks = self.read(name)
+        yield b'"' + base64.b64encode(next(chunks, b""))  # the file is open from now on, and may be deleted
+        for data in chunks:
             yield base64.b64encode(data)
         yield b'"'
 
@@ -3339,55 +3273,89 @@ class ImageStore:
         for number, image in enumerate(job.images):
             if number:
                 yield b","
-            pieces = self.read_as_json(image.name)
+            chunks = self.read_as_json(image.name)
             try:
-                first = next(pieces)
+                first = next(chunks)
             except StoreError as error:
                 if needed or error.temporary:
                     raise
                 first = b"null"
             yield first
-            yield from pieces
+            yield from chunks
 
-    def answer(self, job: Job) -> "StoredAnswer":
-        """What the host answered for a Completed job. Does not raise."""
-        return StoredAnswer(self, job)
+    def read_values(self, job: Job, whole: bool) -> Tuple[Any, Any]:
+        """`parameters`, which are brief unless they are to be `whole`, and `info`, of a Completed job's answer.
 
-    def remove(self, names: Any) -> int:
+        What is large is a Part, which is as it was stored. Raises StoreError for what is not.
+        """
+        if not job.ranges:
+            answer = self._read_answer(self.answer_name(job) if whole else self.brief_answer_name(job))
+            parameters = answer.get("parameters")
+            return parameters if whole else brief_parameters(parameters), answer.get("info")
+        info = self._part(job, *job.ranges[3:6])
+        if info is not None and info.size <= LARGE:
+            info = self._read_json(info.name, info.start, info.end)
+        if whole:
+            return self._part(job, *job.ranges[:3]), info
+        return self._read_answer(self.brief_answer_name(job)).get("parameters"), info
+
+    def _read_answer(self, name: str) -> Dict[str, Any]:
+        answer = self._read_json(name)
+        if not isinstance(answer, dict):
+            raise self._damaged(name)
+        return answer
+
+    def _part(self, job: Job, start: int, end: int, crc: int) -> Optional[Part]:
+        """A value within a large answer. None if that has no such value."""
+        if start == end:
+            return None
+        name = self.answer_name(job)
+        self._check(name, crc, start, end)
+        return Part(self, name, start, end)
+
+    def replay(self, job: Job) -> Iterator[bytes]:
+        """The answer of a Completed job once more, with the images if the client wanted them, a chunk at a time."""
+        name = self.answer_name(job)
+        if job.ranges:
+            self._check(name, job.ranges[6])
+        # All that lies at the top of parameters is in the brief ones, too.
+        parameters = self._read_answer(self.brief_answer_name(job) if job.ranges else name).get("parameters")
+        wants_images = not isinstance(parameters, dict) or parameters.get("send_images", True)
+        with contextlib.closing(self.read(name)) as chunks:
+            rest = next(chunks, b"")
+            start = IMAGES_START.match(rest)
+            if start is None:
+                raise self._damaged(name)
+            yield rest[: start.end()]
+            if wants_images:
+                yield from self.images_as_json(job, needed=True)
+            yield rest[start.end() :]
+            yield from chunks
+
+    # Removing
+
+    def remove(self, names: Iterable[str]) -> int:
         """Removes files, and folders that are empty then. Returns the bytes that it freed. Does not raise."""
-        freed, folders = 0, set()
+        freed = 0
         for name in names:
             path = self._path(name)
             folder = os.path.dirname(path)
-            with contextlib.suppress(OSError):
-                self._refuse_link(folder)
-                size = os.lstat(path).st_size
-                os.unlink(path)
-                freed += size
-                folders.add(folder)
-        for folder in folders:
-            with contextlib.suppress(OSError):
-                os.rmdir(folder)
+            with contextlib.suppress(OSError):  # it is not there, or cannot be removed, or its folder is not empty
+                if not os.path.islink(folder):
+                    size = os.lstat(path).st_size
+                    os.unlink(path)
+                    freed += size
+                    os.rmdir(folder)
         return freed
 
     def older_than(self, before: float) -> Iterator[Tuple[str, str]]:
         """All files that this program made and last changed before a time (Unix seconds): the job's ID, the name."""
-        try:
-            days = sorted(os.listdir(self.folder))
-        except (FileNotFoundError, NotADirectoryError):
-            return
-        except OSError as error:
-            raise StoreError.of(error) from error
-        for day in days:
+        for day in sorted(filter(DAY_FORM.match, self._list(self.folder))):
             folder = os.path.join(self.folder, day)
-            if not DAY_FORM.match(day) or os.path.islink(folder) or not os.path.isdir(folder):
-                continue
             try:
-                entries = os.listdir(folder)
-            except FileNotFoundError:  # it went with its last file
-                continue
-            except OSError as error:
-                log.warning("%s cannot be searched for what no job names: %s", folder, error)
+                entries = [] if os.path.islink(folder) else self._list(folder)
+            except StoreError as error:
+                log.warning("%s cannot be searched for what no job names: %s", folder, error.details)
                 continue
             for entry in entries:
                 name = f"{day}/{entry}"
@@ -3395,100 +3363,13 @@ class ImageStore:
                     if OWN_FILE_FORM.match(name) and os.lstat(self._path(name)).st_mtime < before:
                         yield entry[:8], name
 
-
-class Part:
-    """A value within a large answer. It is passed on in pieces, and never read as a whole."""
-
-    def __init__(self, images: ImageStore, name: str, start: int, end: int, crc: int):
-        self.size = end - start
-        self._images = images
-        self._where = name, start, end
-        self._crc = crc
-
-    def checked(self) -> "Optional[Part]":
-        """Itself, if it is as it was stored. None if the answer has no such value. Raises StoreError."""
-        if not self.size:
-            return None
-        name, start, end = self._where
-        self._images.check(name, self._crc, start, end)
-        return self
-
-    def pieces(self) -> Iterator[bytes]:
-        return self._images.read(*self._where)
-
-    def value(self) -> Any:
-        """It is read as a whole all the same, if it is not large. Raises StoreError."""
-        if not self.size:
-            return None
-        data = b"".join(self.pieces())
-        if zlib.crc32(data) != self._crc:
-            raise self._images.damaged(self._where[0])
-        return self._images.decode(self._where[0], data)
-
-
-class StoredAnswer:
-    """What the host answered, as it lies beside a job's images. Raises StoreError where it is not as it was stored.
-
-    Of a large one, all is in pieces: its record says where `parameters` and `info` are, see `ranges_of`.
-    """
-
-    def __init__(self, images: ImageStore, job: Job):
-        self._images = images
-        self._job = job
-        self._name = images.answer_name(job)
-        if job.ranges:
-            self._parameters = Part(images, self._name, *job.ranges[:3])
-            self._info = Part(images, self._name, *job.ranges[3:6])
-
-    def values(self, whole: bool) -> Tuple[Any, Any]:
-        """`parameters`, which are brief unless they are to be `whole`, and `info`. What is large is a Part."""
-        if self._job.ranges:
-            parameters = self._parameters.checked() if whole else self._brief_parameters()
-            return parameters, self._info.checked() if self._info.size > LARGE else self._info.value()
-        answer = self._read(self._name if whole else self._images.brief_answer_name(self._job))
-        parameters = answer.get("parameters")
-        return parameters if whole else brief_parameters(parameters)[0], answer.get("info")
-
-    def _read(self, name: str, data: Optional[bytes] = None) -> Dict[str, Any]:
-        answer = self._images.decode(name, b"".join(self._images.read(name)) if data is None else data)
-        if not isinstance(answer, dict):
-            raise self._images.damaged(name)
-        return answer
-
-    def _brief_parameters(self) -> Any:
-        """Those of a large answer."""
-        if self._job.has_brief:
-            return self._read(self._images.brief_answer_name(self._job)).get("parameters")
-        return self._parameters.value()
-
-    def replay(self) -> Iterator[bytes]:
-        """All of it once more, with the images if the client wanted them, a piece at a time."""
-        is_large = bool(self._job.ranges)
-        if is_large:
-            self._images.check(self._name, self._job.ranges[6])
-        with contextlib.closing(self._images.read(self._name)) as pieces:
-            rest = next(pieces, b"") if is_large else b"".join(pieces)
-            start = IMAGES_START.match(rest)
-            if start is None:
-                raise self._images.damaged(self._name)
-            wants_images = self._wants_images(rest)
-            yield rest[: start.end()]
-            if wants_images:
-                yield from self._images.images_as_json(self._job, needed=True)
-            yield rest[start.end() :]
-            yield from pieces
-
-    def _wants_images(self, rest: bytes) -> bool:
-        """Whether the request asked for images. All that lies at the top of parameters is in the brief ones, too."""
-        parameters: Any = None
-        if not self._job.ranges:
-            parameters = self._read(self._name, rest).get("parameters")
-        else:
-            with contextlib.suppress(StoreError):
-                parameters = self._brief_parameters()
-            if not isinstance(parameters, dict):
-                parameters = self._parameters.value()
-        return not isinstance(parameters, dict) or bool(parameters.get("send_images", True))
+    @staticmethod
+    @raising_store_error()
+    def _list(folder: str) -> List[str]:
+        """The names in a folder, of which there are none if it is gone."""
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            return os.listdir(folder)
+        return []
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -3660,7 +3541,6 @@ class Predecessor:
         self.path = self.paths[0]  # ours
         # A1111 shortens the path of an image in its own folder: it starts there, or where the extensions' folder lies.
         self.bases = (os.curdir, os.path.dirname(os.path.dirname(os.path.realpath(extension_folder))))
-        self.changing = threading.Lock()  # around a change to a job that must not meet the job's removal
         self._trouble = ""
 
     def is_unfinished(self) -> bool:
@@ -3862,7 +3742,7 @@ class Predecessor:
 
     def _put(self, store: JobStore, job: Job) -> Optional[Future]:
         """Changes a job, unless it was removed meanwhile. None then."""
-        with self.changing:
+        with store.removing:
             return None if store.get(job.id) is None else store.put(job)
 
     def _log_once(self, trouble: str) -> None:
@@ -3933,37 +3813,30 @@ class LiveJob:
         self.accepted_at = time.monotonic()
         self.cancel = cancel
         self.answered = False  # its client may have the answer, which is being stored
-        self.waiters: List[Callable[[], None]] = []  # called when it has left
+        self.left = uncancellable_future()  # done once it is no longer in the tracker
 
 
 class Threads(ThreadPoolExecutor):
-    """Threads for one kind of work, which so keeps back no other, and a limit to how much of it may wait."""
+    """Threads for one kind of work, so that it holds up no other kind. They refuse work once too much of it waits."""
 
     def __init__(self, count: int, name: str, limit: int = 2_000):
         super().__init__(count, f"job-tracker-{name}")
-        self._limit = limit
-        self._unfinished = 0
-        self._counting = threading.Lock()
+        self._room = threading.Semaphore(limit)
 
     def submit(self, function: Callable[..., Any], *args: Any) -> Future:
         """The result of a function that may block.
 
         Raises StoreError if too much waits, or the webui is being reloaded.
         """
-        with self._counting:
-            if self._unfinished >= self._limit:
-                raise StoreError("too many wait already", temporary=True)
-            try:
-                work = super().submit(function, *args)
-            except RuntimeError:
-                raise StoreError("the webui is being reloaded", temporary=True) from None
-            self._unfinished += 1
-        work.add_done_callback(self._finished)
+        if not self._room.acquire(blocking=False):
+            raise StoreError("too many wait already", temporary=True)
+        try:
+            work = super().submit(function, *args)
+        except RuntimeError:
+            self._room.release()
+            raise StoreError("the webui is being reloaded", temporary=True) from None
+        work.add_done_callback(lambda _: self._room.release())
         return work
-
-    def _finished(self, _: Future) -> None:
-        with self._counting:
-            self._unfinished -= 1
 
 
 class Tracker:
@@ -3993,7 +3866,7 @@ class Tracker:
         self.host = host
         self.store = store
         self.images = images
-        # Threads by what they may have to wait for: who looks at jobs keeps back no answer, whatever the disk does.
+        # Threads by what they may have to wait for, so that no look at jobs holds up an answer, whatever the disk does.
         self.pool = Threads(4, "look")  # the disk, for whoever looks at jobs
         self.searchers = Threads(2, "search", limit=100)  # all prompts to be searched, which can take long
         self.key_readers = Threads(1, "key")  # the disk, for requests with an idempotency key, one after another
@@ -4002,7 +3875,6 @@ class Tracker:
         self.sending: "WeakSet[Any]" = WeakSet()  # what is on its way to clients, and needs the pool for its rest
         self.closing = threading.Event()  # set when the webui unloads its scripts
         self.helpers: List[threading.Thread] = []  # which use the stores, and end soon after that
-        self.removing = threading.Lock()  # around a removal, and a change to an ended job that must not meet it
         self._storing = threading.Lock()  # around this lock: jobs go to the store in the order of their changes
         self._lock = threading.Lock()  # held for a moment, never while the store is asked: the event loop takes it
         self._live: Dict[str, LiveJob] = {}  # in order of acceptance
@@ -4011,15 +3883,10 @@ class Tracker:
         self._holder: Optional[str] = None  # the job that has the host's queue lock
         self._begun: Any = None  # what the host said when it got that
         self._reservations: Dict[str, KeyReservation] = {}  # by idempotency key
-        self._reserving = threading.Lock()
-        self._hung_look: Optional[Future] = None  # the last look for a key that took too long
+        self._hung_reserving: Optional[Future] = None  # the last of a key that took too long
         self.recover()  # before anything else, so that nobody sees a job that was left behind
 
     # A job's way
-
-    def reserve_id(self) -> str:
-        """An ID that no job has, in any spelling."""
-        return self.store.reserve_id()
 
     def accept(self, job: Job, cancel: Callable[[], bool]) -> Future:
         """A new job. The Future ends when it is on disk, or with StoreError: then there is no job.
@@ -4030,33 +3897,30 @@ class Tracker:
         job = job._replace(owner=self.store.owner)
         with self._storing:
             written = self.store.put(job, new=True)
-            live = LiveJob(job, written, cancel)
             with self._lock:
-                self._live[job.id] = live
-        written.add_done_callback(lambda written: written.exception() and self._forget(live))
+                self._live[job.id] = LiveJob(job, written, cancel)
+
+        def forget_if_lost(written: Future) -> None:
+            if written.exception() is not None:
+                log.error("A generation is not tracked, since its job could not be stored")
+                self._leave(job)
+
+        written.add_done_callback(forget_if_lost)
         return written
 
     def patience(self) -> float:
         """Seconds that a request waits for the disk now: a moment only where another has waited in vain."""
         with self._lock:
             since = [live.accepted_at for live in self._live.values() if not live.accepted.done()]
-            look = self._hung_look
-        has_hung = (since and time.monotonic() - min(since) >= self.PATIENCE) or (look is not None and not look.done())
-        return self.MOMENT if has_hung else self.PATIENCE
-
-    def _forget(self, live: LiveJob) -> None:
-        log.error("A generation is not tracked, since its job could not be stored")
-        self._leave(live.job)
+        has_hung = since and time.monotonic() - min(since) >= self.PATIENCE
+        if has_hung or (self._hung_reserving is not None and not self._hung_reserving.done()):
+            return self.MOMENT
+        return self.PATIENCE
 
     def start(self, job_id: str) -> None:
         """The job has the queue lock: generation begins."""
         self._holder, self._begun = job_id, self.host.begun()
-        with self._lock:
-            live = self._live.get(job_id)
-            if live is None or live.end is not None:
-                return
-            live.job = live.job._replace(status=PROCESSING, started=live.clock())
-        self._write_when_accepted(live)
+        self._change(job_id, "started", status=PROCESSING)
 
     def generated(self) -> None:
         """The job that has the queue lock is about to give it back."""
@@ -4068,82 +3932,60 @@ class Tracker:
             if job_id in self._live:
                 self._live[job_id].answered = True
 
-    def hold(self, size: int) -> bool:
+    def reserve_memory(self, size: int) -> bool:
         """Counts an answer of a size in bytes that waits to be stored. False if there is no room for it yet."""
         with self._lock:
             has_room = not self._unstored or self._unstored + size <= self.UNSTORED_LIMIT
             self._unstored += size if has_room else 0
         return has_room
 
-    def let_go(self, size: int) -> None:
+    def free_memory(self, size: int) -> None:
         """An answer for which there was room has been stored, or given up."""
         with self._lock:
             self._unstored -= size
 
-    def finish(self, job_id: str, answer: Answer, prompt: str = "") -> Future:
+    def finish(self, job_id: str, answer: Answer) -> None:
         """The host answered with success. Stores the images; a job whose images cannot be stored has failed.
 
-        `prompt` is the one that the host used, for a request that named none. A trouble that may pass is waited for,
-        for minutes, in which the job is shown Processing and says so. The Future ends when that is over.
+        A trouble that may pass is waited for, for minutes, in which the job is shown Processing and says so.
         """
-        done = uncancellable_future()
-
-        def store_again() -> None:
-            for tries, pause in enumerate(self.STORE_AGAIN, 1):
-                time.sleep(pause)
-                if self._try_to_finish(job_id, answer, prompt, is_last=tries == len(self.STORE_AGAIN)):
-                    break
-            done.set_result(None)
-
-        if self._try_to_finish(job_id, answer, prompt, is_last=False):
-            done.set_result(None)
-        else:  # in a thread of its own, for there may be many
-            threading.Thread(target=store_again, name="job-tracker-again", daemon=True).start()
-        return done
-
-    def _try_to_finish(self, job_id: str, answer: Answer, prompt: str, is_last: bool) -> bool:
-        """False if it is worth another try."""
-        job = self.running(job_id)
-        if job is None:
-            return True
-        try:
-            job = self.images.save(job, answer)
-        except Exception as error:
-            if isinstance(error, StoreError) and error.temporary and not is_last:
-                self._note(job_id, f"Generated, but the images cannot be stored yet: {error}")
-                return False
-            details = getattr(error, "details", error)
-            log.error("Job %s was generated, but its images could not be stored: %s", job_id, details)
-            self.fail(job_id, f"Generated, but the images could not be stored: {reason_of(error)}")
-            return True
-        self.stored_at = time.monotonic()
-        stored = {name: getattr(job, name) for name in ("images", "bytes", "has_brief", "ranges")}
-        self._conclude(job_id, status=COMPLETED, prompt=job.prompt or prompt[:PROMPT_LIMIT], error=None, **stored)
-        return True
-
-    def _note(self, job_id: str, error: str) -> None:
-        """Says in a job that has not ended what it waits for."""
-        with self._lock:
-            live = self._live.get(job_id)
-            if live is None or live.job.error == error:
+        for pause in (*self.STORE_AGAIN, None):
+            job = self.running(job_id)
+            if job is None:
                 return
-            live.job = live.job._replace(error=error)
-        log.warning("Job %s: %s", job_id, error)
-        self._write_when_accepted(live)
+            try:
+                stored = self.images.save(job, answer)
+                break
+            except Exception as error:
+                if pause is None or not getattr(error, "temporary", False):
+                    details = getattr(error, "details", error)
+                    log.error("Job %s was generated, but its images could not be stored: %s", job_id, details)
+                    self.fail(job_id, f"Generated, but the images could not be stored: {reason_of(error)}")
+                    return
+                note = f"Generated, but the images cannot be stored yet: {error}"
+            if note != job.error:
+                log.warning("Job %s: %s", job_id, note)
+                self._change(job_id, error=note)
+            time.sleep(pause)
+        self.stored_at = time.monotonic()
+        changes = {name: getattr(stored, name) for name in ("prompt", "images", "bytes", "has_brief", "ranges")}
+        self._change(job_id, "finished", status=COMPLETED, error=None, **changes)
 
     def fail(self, job_id: str, error: str) -> None:
         """The job ends without images. `error` is for its user."""
-        self._conclude(job_id, status=FAILED, error=error[:2000])
+        self._change(job_id, "finished", status=FAILED, error=error[:2000])
 
-    def _conclude(self, job_id: str, **changes: Any) -> None:
+    def _change(self, job_id: str, moment: str = "", **changes: Any) -> None:
+        """Changes a job that has not ended, and stores it. `moment` is the field that is to say when that was."""
         with self._lock:
             live = self._live.get(job_id)
             if live is None or live.end is not None:
                 return
-            live.end = live.job._replace(finished=live.clock(), **changes)
-        self._write_when_accepted(live)
-
-    def _write_when_accepted(self, live: LiveJob) -> None:
+            changed = live.job._replace(**{moment: live.clock()} if moment else {}, **changes)
+            if changed.ended:
+                live.end = changed
+            else:
+                live.job = changed
         # The callback runs here and now if the job is accepted already.
         live.accepted.add_done_callback(lambda _: self._write(live))
 
@@ -4176,9 +4018,8 @@ class Tracker:
     def _leave(self, job: Job) -> None:
         with self._lock:
             live = self._live.pop(job.id, None)
-            waiters = [] if live is None else list(live.waiters)
-        for wake in waiters:
-            wake()
+        if live is not None:
+            live.left.set_result(None)
 
     # Looking at jobs
 
@@ -4213,32 +4054,9 @@ class Tracker:
             return self.store.get(job_id)
         return live.job
 
-    def list(
-        self,
-        filter_: Filter,
-        limit: int,
-        cursor: Optional[str] = None,
-        skip: int = 0,
-        abandoned: Optional[threading.Event] = None,
-    ) -> Page:
-        """The newest jobs that match, see `JobStore.query`. Raises StoreError, InvalidCursor."""
-        return self.store.query(filter_, limit, cursor, skip, abandoned)
-
-    def stats(self) -> Tuple[Dict[str, int], int]:
-        """Jobs by status, and the bytes of all their files. Raises StoreError."""
-        return self.store.stats()
-
     def missing(self, job: Job) -> Set[int]:
         """The numbers of a job's images that are no longer on disk. Raises a temporary StoreError."""
-        return {number for number in range(len(job.images)) if self.image_size(job, number) is None}
-
-    def image_size(self, job: Job, number: int) -> Optional[int]:
-        """In bytes; None if the image is no longer on disk. Raises a temporary StoreError."""
-        return self.images.size(job.images[number].name)
-
-    def read_image(self, job: Job, number: int) -> Iterator[bytes]:
-        """An image as it was stored, a piece at a time. Raises StoreError."""
-        return self.images.read(job.images[number].name)
+        return {number for number, image in enumerate(job.images) if self.images.size(image.name) is None}
 
     def position(self, job_id: str) -> Optional[int]:
         """Where a Pending job stands in the queue, 1 is next. None for any other, or one of another process."""
@@ -4264,31 +4082,20 @@ class Tracker:
 
     async def wait(self, job_id: str, seconds: float) -> None:
         """Returns when a job has ended or is unknown, or after some seconds. Holds no thread."""
-        loop = asyncio.get_running_loop()
-        ended = asyncio.Event()
-
-        def wake() -> None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed
-                loop.call_soon_threadsafe(ended.set)
-
-        with self._lock:
-            live = self._live.get(job_id)
-            if live is not None:
-                live.waiters.append(wake)
-        until = loop.time() + seconds
-        try:
-            while not ended.is_set() and loop.time() < until:
-                if live is None:  # another process on the same folder may have it
-                    job = await self.in_pool(self.get, job_id)
-                    if job is None or job.ended:
-                        return
-                left = until - loop.time()
-                with contextlib.suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(ended.wait(), left if live is not None else min(left, 0.5))
-        finally:
-            if live is not None:
-                with self._lock:
-                    live.waiters.remove(wake)
+        live = self._live_job(job_id)
+        if live is not None:
+            left = asyncio.wrap_future(live.left)
+            try:
+                await asyncio.wait({left}, timeout=seconds)
+            finally:
+                left.cancel()  # the event loop may be closed by the time that the job leaves
+            return
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:  # another process on the same folder may have it
+            job = await self.in_pool(self.get, job_id)
+            if job is None or job.ended:
+                return
+            await asyncio.sleep(min(until - time.monotonic(), 0.5))
 
     async def wait_until_stored(self, job_id: str) -> None:
         """Waits a moment for a job whose end is being stored. Does not raise.
@@ -4302,7 +4109,7 @@ class Tracker:
     def describe(self, job: Job, whole: bool = False) -> Dict[str, Any]:
         """A job as the API shows it, without its images. Reads the file with the answer.
 
-        Unless it is to be `whole`, `parameters` are brief, nor are others read from disk. What is large is a `Part`.
+        Unless it is to be `whole`, `parameters` are brief, and only the brief ones are read. What is large is a `Part`.
         """
         parameters = info = None
         error = job.error
@@ -4311,7 +4118,7 @@ class Tracker:
             error = f"The job has ended, but that could not be stored yet: {self.store.trouble}"
         if job.status == COMPLETED:
             try:
-                parameters, info = self.images.answer(job).values(whole)
+                parameters, info = self.images.read_values(job, whole)
             except StoreError as failure:
                 why = f"cannot be read: {failure}" if failure.temporary else "are no longer on disk"
                 error = error or f"The parameters {why}"
@@ -4328,7 +4135,7 @@ class Tracker:
         }
 
     def as_json(self, job: Job, images: bool = True) -> Iterator[bytes]:
-        """A job as the API shows it, a piece at a time. Raises StoreError, before a piece or at one.
+        """A job as the API shows it, a chunk at a time. Raises StoreError.
 
         Without its images, its `parameters` are brief.
         """
@@ -4337,70 +4144,54 @@ class Tracker:
         if missing:
             description["error"] = f"{len(missing)} of {len(job.images)} images are no longer on disk"
         parts = {name: value for name, value in description.items() if isinstance(value, Part)}
-
-        def pieces() -> Iterator[bytes]:
-            known = as_json({name: value for name, value in description.items() if name not in parts})[:-1]
-            for start in range(0, len(known), self.images.CHUNK):
-                yield known[start : start + self.images.CHUNK]
-            for name, part in parts.items():
-                yield b',"%s":' % name.encode()
-                yield from part.pieces()
-            if images:
-                yield b',"images":['
-                yield from self.images.images_as_json(job)
-                yield b"]"
-            yield b"}"
-
-        return pieces()
-
-    def answer_as_json(self, job: Job) -> Iterator[bytes]:
-        """What the host answered, once more, a piece at a time. Raises StoreError."""
-        return self.images.answer(job).replay()
+        yield as_json({name: value for name, value in description.items() if name not in parts})[:-1]
+        for name, part in parts.items():
+            yield b',"%s":' % name.encode()
+            yield from part.chunks()
+        if images:
+            yield b',"images":['
+            yield from self.images.images_as_json(job)
+            yield b"]"
+        yield b"}"
 
     # Idempotency
 
     def reserve_key(self, key: str, digest: str) -> Tuple[KeyReservation, bool]:
-        """Who was first with a key, and whether that is the caller, who then must `free_key` at the request's end.
+        """Reserves a key, or finds the reservation of the first who did. True for the caller's own.
 
-        A Failed job frees its key, also while its generation still waits in the queue. Raises StoreError, also when
-        the disk says nothing for `PATIENCE` seconds.
+        The caller must `free_key` its own at the request's end. A Failed job frees its key, also while its generation
+        still waits in the queue. Raises StoreError, also when the disk does nothing for `PATIENCE` seconds.
         """
-        self._wait_for_disk(lambda seconds: self._reserving.acquire(timeout=seconds))
-        try:
-            own = self._reservations.get(key)
-            if own is not None and not own.outcome.done():
-                return own, False
-            looking = self.key_readers.submit(self._find_reservation, key, own)
-            try:
-                self._wait_for_disk(lambda seconds: bool(wait_for_futures([looking], timeout=seconds).done))
-            except StoreError:
-                if not looking.cancel():
-                    self._hung_look = looking
-                raise
-            kept = looking.result()
-            if kept is not None:
-                return kept, False
-            reservation = self._reservations[key] = KeyReservation(digest)
-            return reservation, True
-        finally:
-            self._reserving.release()
-
-    def _wait_for_disk(self, succeeds_within: Callable[[float], bool]) -> None:
-        """Waits for something. Raises StoreError if the disk does nothing meanwhile: a long jobs.json is being read."""
-        seen = self.store.progress
-        while not succeeds_within(self.patience()):
-            before, seen = seen, self.store.progress
-            if seen == before:
+        own = self._reservations.get(key)
+        if own is not None and not own.outcome.done():  # which needs no disk
+            return own, False
+        progress, reserving = self.store.progress, self.key_readers.submit(self._reserve_key, key, digest)
+        while not wait_for_futures([reserving], timeout=self.patience()).done:
+            before, progress = progress, self.store.progress
+            if progress == before:  # otherwise a long jobs.json is being read
+                if not reserving.cancel():
+                    self._hung_reserving = reserving
+                    reserving.add_done_callback(lambda _: self._free_late_key(key, reserving))
                 raise StoreError("the disk does not answer", temporary=True)
+        return reserving.result()
 
-    def _find_reservation(self, key: str, own: Optional[KeyReservation]) -> Optional[KeyReservation]:
-        """What a job that is kept reserves; `own` is that of this process, whose request has come to its outcome."""
-        if own is not None and not self._is_free(own.outcome.result()):
-            return own
+    def _free_late_key(self, key: str, reserving: Future) -> None:
+        """Frees a key that was reserved after its request had given up."""
+        if reserving.exception() is None and reserving.result()[1]:
+            self.free_key(key, reserving.result()[0])
+
+    def _reserve_key(self, key: str, digest: str) -> Tuple[KeyReservation, bool]:
+        """Called in one thread only, so that two requests never look for the same key at once."""
+        own = self._reservations.get(key)
+        if own is not None and not (own.outcome.done() and self._is_free(own.outcome.result())):
+            return own, False
         job = self.store.with_key(key)
         if job is not None and not job.ended and job.owner != self.store.owner:
             self.recover().result()  # the webui that had it may be gone
-        return None if job is None or self._is_free(job.id) else KeyReservation(job.digest or "", job.id)
+        if job is not None and not self._is_free(job.id):
+            return KeyReservation(job.digest or "", job.id), False
+        reservation = self._reservations[key] = KeyReservation(digest)
+        return reservation, True
 
     def _is_free(self, job_id: Optional[str]) -> bool:
         """Whether the key of a job can be used anew."""
@@ -4447,7 +4238,7 @@ class Tracker:
         """Removes jobs that have ended, and their files. Raises StoreError."""
         if not jobs:
             return Purged()
-        with self.removing:  # an image of these may have been copied since
+        with self.store.removing:  # an image of these may have been copied since
             jobs = [self.store.get(job.id) or job for job in jobs]
             removed = self.store.remove([job.id for job in jobs])
         removed.result()
@@ -4466,9 +4257,10 @@ class Tracker:
         return found._replace(status=COMPLETED, error=None)
 
     def close(self) -> Future:
-        """Lets go of all when the last running job has ended and the last answer is sent. The Future ends then.
+        """Closes the store and the threads once the last running job has ended and the last answer is sent.
 
-        Does not wait for that: where Reload UI does not wait for clients either, as on Forge, they get their answers.
+        The Future ends then. Nobody else waits for it: on Forge, Reload UI does not wait for clients, and they are to
+        get their answers.
         """
         closed = uncancellable_future()
         self.closing.set()
@@ -4514,20 +4306,13 @@ class Housekeeper:
         self._started, self._started_by_clock = time.monotonic(), int(time.time())
         self._purging = threading.Lock()
         self._stop = tracker.closing
-        thread = threading.Thread(target=self._keep_house, name="job-tracker-housekeeping", daemon=True)
-        tracker.helpers.append(thread)
-        thread.start()
-        self._take_over_images(predecessor)
-
-    def _take_over_images(self, predecessor: Predecessor) -> None:
-        """Copies the images of the predecessor's jobs, if some are still to be copied."""
-        predecessor.changing = self.tracker.removing  # a job that is removed meanwhile must not come back
-        with contextlib.suppress(OSError):
+        helper = threading.Thread(target=self._keep_house, name="job-tracker-housekeeping", daemon=True)
+        tracker.helpers.append(helper)
+        helper.start()
+        with contextlib.suppress(OSError):  # what cannot be looked at now is looked at by the next start
             if predecessor.is_unfinished():
-                arguments = (self.store, self.images, self._stop)
-                threading.Thread(
-                    target=predecessor.copy_images, args=arguments, name="job-tracker-predecessor", daemon=True
-                ).start()
+                copying, arguments = predecessor.copy_images, (self.store, self.images, self._stop)
+                threading.Thread(target=copying, args=arguments, name="job-tracker-predecessor", daemon=True).start()
 
     def _keep_house(self) -> None:
         purge_at = time.monotonic()
@@ -4562,16 +4347,15 @@ class Housekeeper:
         removes nothing by a clock that may be wrong. One purge at a time; a second caller waits. Raises StoreError.
         """
         with self._purging:
-            purged = Purged()
             days, now = self.settings.retention_days, time.time()
+            self.kept_for_clock = 0
+            if now < CLOCKS_START and not asked_for:
+                log.warning("The clock says %s, so nothing is purged", time.strftime("%Y-%m-%d", time.gmtime(now)))
+                return Purged()
             if self.settings.retention_unknown and not asked_for:
                 days = None
-            expired = [] if days is None else self.store.expired(now - days * 86400)
-            self.kept_for_clock = 0
+            purged, expired = Purged(), [] if days is None else self.store.expired(now - days * 86400)
             if not asked_for:
-                if now < CLOCKS_START:
-                    log.warning("The clock says %s, so nothing is purged", time.strftime("%Y-%m-%d", time.gmtime(now)))
-                    return purged
                 expired = self._without_doubtful(expired, now, days)
             for start in range(0, len(expired), self.REMOVED_AT_ONCE):
                 if self._stop.is_set():
@@ -5417,7 +5201,7 @@ class Generation:
 
     @log_errors
     def _adapt_request(self, arguments: Dict[str, Any]) -> None:
-        self.reserved_id = self.tracker.reserve_id()
+        self.reserved_id = self.tracker.store.reserve_id()
         self.request = self.host.adapt_request(arguments, self.reserved_id)
         self.response.hide_images = self.request.hide_images
 
@@ -5443,7 +5227,7 @@ class Generation:
     def _new_job(self) -> Job:
         client = self.scope.get("client")
         return Job(
-            id=self.reserved_id or self.tracker.reserve_id(),
+            id=self.reserved_id or self.tracker.store.reserve_id(),
             type=self.type,
             status=PENDING,
             timestamp=int(time.time()),
@@ -5520,12 +5304,12 @@ class Generation:
                 self.tracker.answered(self.job.id)
                 await self._store_when_told()
         finally:
-            self.tracker.let_go(size)
+            self.tracker.free_memory(size)
 
     async def _hold_memory(self, size: int) -> bool:
         """Waits until the answer may wait for the disk. False if nothing was stored for long: it does not answer."""
         began = time.monotonic()
-        while not self.tracker.hold(size):
+        while not self.tracker.reserve_memory(size):
             if time.monotonic() - max(began, self.tracker.stored_at) > GIVE_UP_AFTER:
                 return False
             await asyncio.sleep(0.2)
@@ -5567,23 +5351,17 @@ class Generation:
         finally:  # also if the server is stopped
             pool = self.tracker.senders if self.failed else self.tracker.storers  # a failure needs no disk of ours
             storing = pool.submit(self._store)
-        stored = await asyncio.shield(asyncio.wrap_future(storing))
-        if stored is not None:  # or will be, once a trouble has passed
-            await asyncio.shield(asyncio.wrap_future(stored))
+        await asyncio.shield(asyncio.wrap_future(storing))
 
-    def _store(self) -> Optional[Future]:
+    def _store(self) -> None:
         if self.failed:
             self.tracker.fail(self.job.id, self.reason())
-            return None
+            return
         try:
-            answer = self.response.answer()
-            parameters = answer.contents.parameters
-            prompt = parameters.get("prompt") if isinstance(parameters, dict) else None
-            return self.tracker.finish(self.job.id, answer, prompt if isinstance(prompt, str) else "")
+            self.tracker.finish(self.job.id, self.response.answer())
         except Exception as error:  # the job is to say whatever it was, and the client has its images
             log.error("Job %s was generated, but could not be stored: %s", self.job.id, escape_for_log(repr(error)))
             self.tracker.fail(self.job.id, f"Generated, but it could not be stored: {reason_of(error)}")
-            return None
 
 
 class ObservedLock:
@@ -5742,7 +5520,7 @@ class ClientResponse:
 
         async def result() -> Optional[Iterator[bytes]]:
             job = await self.tracker.in_pool(self.tracker.get, job_id)
-            return self.tracker.answer_as_json(job) if job is not None and job.status == COMPLETED else None
+            return self.tracker.images.replay(job) if job is not None and job.status == COMPLETED else None
 
         ended = asyncio.get_running_loop().create_task(self.tracker.wait(job_id, math.inf))
         ended.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # `result` meets the same
@@ -6186,7 +5964,7 @@ class Api:
         )
 
         def look(abandoned: threading.Event) -> Page:
-            return self.tracker.list(filter_, limit, cursor, abandoned=abandoned)
+            return self.tracker.store.query(filter_, limit, cursor, abandoned=abandoned)
 
         pool = self.tracker.searchers if filter_.text else self.tracker.pool
         try:
@@ -6232,7 +6010,7 @@ class Api:
         if n >= len(job.images):
             raise HTTPException(404, "The job has no such image" if job.ended else f"The job is still {job.status}")
         image = job.images[n]
-        size = await self._run(self.tracker.image_size, job, n)
+        size = await self._run(self.tracker.images.size, image.name)
         lost = "The image is no longer on disk"
         if size is None:
             raise HTTPException(404, lost)
@@ -6249,7 +6027,7 @@ class Api:
         known = [tag.strip() for tag in request.headers.get("If-None-Match", "").replace("W/", "").split(",")]
         if headers["ETag"] in known or known == ["*"]:
             return Response(None, 304, headers)
-        pieces = self.tracker.read_image(job, n)
+        pieces = self.tracker.images.read(image.name)
         first = await self._run(next, pieces, b"", lost=lost)
         pieces = chain(first, pieces)  # its file is open, and may be deleted from now on
         if gzip:
@@ -6665,7 +6443,7 @@ class TabHtml:
         """The whole page. What cannot be read is left out, and a note says so."""
         parts: Dict[str, Any] = {"notes": [*notes], "figures": None, "table": None, "open": None}
         try:
-            counts, size = self.tracker.stats()
+            counts, size = self.tracker.store.stats()
             parts["figures"] = {"counts": counts, "size": size, "next_purge": self._next_purge()}
             parts["table"] = self._table(state, filter_, counts)
             parts["open"] = self._open(state.job) if state.job else None
@@ -6688,9 +6466,9 @@ class TabHtml:
         if filter_ == Filter(status=filter_.status):  # all others would have to be counted
             total = sum(counts.values()) if filter_.status is None else counts[filter_.status]
         page = state.page if total is None else min(state.page, max(total - 1, 0) // self.ROWS)
-        found = self.tracker.list(filter_, self.ROWS, skip=page * self.ROWS)
+        found = self.tracker.store.query(filter_, self.ROWS, skip=page * self.ROWS)
         if page and not found.jobs:
-            page, found = 0, self.tracker.list(filter_, self.ROWS)
+            page, found = 0, self.tracker.store.query(filter_, self.ROWS)
         first = page * self.ROWS + 1
         where = Texts.ROWS if total is None else Texts.ROWS_OF_ALL
         return {
@@ -6734,7 +6512,7 @@ class TabHtml:
         ending = name.rpartition(".")[2]
         return {
             "name": name,
-            "size": self.tracker.image_size(job, number) or 0,  # it may have gone just now
+            "size": self.tracker.images.size(job.images[number].name) or 0,  # it may have gone just now
             "ending": ending,
             "is_shown": ending in self.BROWSER_FORMATS,
             "url": "." + self.IMAGE.format(id=job.id, n=number),

@@ -199,7 +199,7 @@ class Work:
         old = dice.random() < 0.1
         timestamp = int(time.time()) - old * 2 * 86400
         prompt = "a cat " * (20_000 if dice.random() < 0.05 else 1)  # a kill may cut a long line
-        job = script.Job(tracker.reserve_id(), dice.choice(script.TYPES), script.PENDING, timestamp, None, prompt)
+        job = script.Job(tracker.store.reserve_id(), dice.choice(script.TYPES), script.PENDING, timestamp, None, prompt)
         if old:
             self.say("going", job.id)  # a purge removes it as soon as it has ended
         tracker.accept(job, lambda: True).result()
@@ -493,7 +493,7 @@ def record_session(script: Any, folder: Path, dice: random.Random, recorder: los
     def generate(old: bool) -> str:
         timestamp = int(time.time()) - old * 2 * 86400
         prompt = "a cat" * dice.choice([1, 1, 300])
-        job = script.Job(tracker.reserve_id(), "txt2img", script.PENDING, timestamp, None, prompt)
+        job = script.Job(tracker.store.reserve_id(), "txt2img", script.PENDING, timestamp, None, prompt)
         if old:
             recorder.said("going", job.id)
         tracker.accept(job, lambda: True).result()

@@ -73,7 +73,7 @@ def test_a_job_that_ends_while_it_is_described(tmp_path):
     """Then it is told as it was, whole."""
     script = load_script()
     tracker = make_tracker(script, tmp_path)
-    job = script.Job(tracker.reserve_id(), "txt2img", script.PENDING, int(time.time()), None, "a cat")
+    job = script.Job(tracker.store.reserve_id(), "txt2img", script.PENDING, int(time.time()), None, "a cat")
     tracker.accept(job, lambda: True).result()
     tracker.start(job.id)
     running = tracker.get(job.id)

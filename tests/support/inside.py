@@ -263,7 +263,8 @@ def files_are_whole(tracker: Any, job: Any) -> bool:
     """Whether a Completed job has all its files, byte for byte."""
     try:
         return all(
-            b"".join(tracker.read_image(job, number)) == pixels(job.id, number) for number in range(len(job.images))
+            b"".join(tracker.images.read(job.images[number].name)) == pixels(job.id, number)
+            for number in range(len(job.images))
         ) and tracker.describe(job, whole=True)["parameters"] == {"prompt": job.id}
     except Exception:  # the StoreError of whichever script it is
         return False

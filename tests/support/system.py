@@ -84,12 +84,14 @@ def choose(among):
     go_wrong("choice", None)
     return choice(among)
 
-def read_json(text, **options):
-    if len(text) > 100 and '"images":[]' in (text if isinstance(text, str) else ""):
-        go_wrong("loads", None)
-    return loads(text, **options)
+decode = json.JSONDecoder.raw_decode  # by which all else reads, too
 
-secrets.choice, json.loads = choose, read_json
+def read_json(decoder, text, *args, **options):
+    if len(text) > 100 and text.startswith('{{"images":[]'):
+        go_wrong("loads", None)
+    return decode(decoder, text, *args, **options)
+
+secrets.choice, json.JSONDecoder.raw_decode = choose, read_json
 
 class State(type(shared.state)):
     @property

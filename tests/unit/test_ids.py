@@ -35,7 +35,7 @@ def accept(script, tracker, job_id):
 def deal(monkeypatch, script, tracker, ids):
     """Lets chance deal these IDs, in this order, once the one that was looked for ahead of time is gone."""
     ids, by_chance = iter(ids), script.new_id
-    tracker.reserve_id()
+    tracker.store.reserve_id()
     monkeypatch.setattr(script, "new_id", lambda: next(ids, "") or by_chance())
     tracker.recover().result()  # another one is looked for
 
@@ -81,7 +81,7 @@ def test_what_is_no_id(script, tracker, text):
 def test_id_in_use_is_dealt_again(script, tracker, monkeypatch):
     accept(script, tracker, "AbCdEf12")
     deal(monkeypatch, script, tracker, ["AbCdEf12", "AbCdEf13"])
-    assert tracker.reserve_id() == "AbCdEf13"
+    assert tracker.store.reserve_id() == "AbCdEf13"
 
 
 @pytest.mark.parametrize("other", ["abcdef12", "ABCDEF12", "aBcDeF12"])
@@ -89,7 +89,7 @@ def test_id_that_differs_in_case_only_is_dealt_again(script, tracker, monkeypatc
     """It would name the same files on Windows and macOS."""
     accept(script, tracker, "AbCdEf12")
     deal(monkeypatch, script, tracker, [other, "AbCdEf13"])
-    assert tracker.reserve_id() == "AbCdEf13"
+    assert tracker.store.reserve_id() == "AbCdEf13"
     assert tracker.get(other) is None
 
 
@@ -103,8 +103,8 @@ def test_id_of_a_job_that_is_being_written(script, tracker, monkeypatch):
         written = tracker.accept(job, lambda: False)
         ids, by_chance = iter(["AbCdEf12", "abcdef12", "AbCdEf13"]), script.new_id
         monkeypatch.setattr(script, "new_id", lambda: next(ids, "") or by_chance())
-        tracker.reserve_id()  # which was looked for ahead of time
-        assert tracker.reserve_id() == "AbCdEf13"
+        tracker.store.reserve_id()  # which was looked for ahead of time
+        assert tracker.store.reserve_id() == "AbCdEf13"
         assert not written.done()
     finally:
         lock.release()
@@ -116,7 +116,7 @@ def test_id_of_an_ended_job_is_in_use(script, tracker, monkeypatch):
     accept(script, tracker, "AbCdEf12")
     tracker.fail("AbCdEf12", "no reason")
     deal(monkeypatch, script, tracker, ["AbCdEf12", "abcdef12", "AbCdEf13"])
-    assert tracker.reserve_id() == "AbCdEf13"
+    assert tracker.store.reserve_id() == "AbCdEf13"
 
 
 def test_id_is_in_use_after_a_restart(script, tracker, tmp_path, monkeypatch):
@@ -127,7 +127,7 @@ def test_id_is_in_use_after_a_restart(script, tracker, tmp_path, monkeypatch):
     try:
         again.store.query(script.Filter(), 1)  # when this answers, the file is loaded
         deal(monkeypatch, script, again, ["AbCdEf12", "abcdef12", "AbCdEf13"])
-        assert again.reserve_id() == "AbCdEf13"
+        assert again.store.reserve_id() == "AbCdEf13"
     finally:
         again.close()
 

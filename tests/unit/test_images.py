@@ -144,14 +144,6 @@ def test_no_link_below_images_is_followed(script, images, today, tmp_path, caplo
     assert (outside / f"{today.id}_0.png").exists()
 
 
-@pytest.mark.skipif(os.name == "nt", reason="no pipes in folders")
-def test_a_pipe_for_an_image_holds_up_nobody(images, today, tmp_path):
-    day = tmp_path / "images" / images.day_of(today)
-    day.mkdir()
-    os.mkfifo(str(day / f"{today.id}_0.png"))
-    assert images.size(f"{images.day_of(today)}/{today.id}_0.png") is None
-
-
 def test_images_gone_or_cut(script, tmp_path, dice):
     tracker = make_tracker(script, tmp_path, TRACKER_RETENTION="off")
     job = a_job(script, dice, timestamp=int(time.time()))

@@ -57,7 +57,7 @@ def look_for_left(tracker: Any) -> None:
 
 def generate(script: Any, tracker: Any, images: int = 2, age: float = 0, fails: bool = False) -> Any:
     """A job's whole way; returns the job as it ended."""
-    job = script.Job(tracker.reserve_id(), "txt2img", script.PENDING, int(time.time() - age), None, "a cat")
+    job = script.Job(tracker.store.reserve_id(), "txt2img", script.PENDING, int(time.time() - age), None, "a cat")
     tracker.accept(job, lambda: True).result()
     tracker.start(job.id)
     if fails:
@@ -156,7 +156,7 @@ def test_purge_and_recovery(script, tracker, tmp_path):
     one = tracker()
     old = [generate(script, one, age=3 * 86400) for _ in range(3)]
     young = generate(script, one)
-    left = script.Job(one.reserve_id(), "txt2img", script.PENDING, int(time.time()), None, "left")
+    left = script.Job(one.store.reserve_id(), "txt2img", script.PENDING, int(time.time()), None, "left")
     one.store.put(left._replace(owner="00000000"), new=True).result()
     one.settings.retention_days = 1
     assert one.housekeeper.purge().jobs == len(old)
@@ -172,14 +172,14 @@ def test_purge_and_recovery(script, tracker, tmp_path):
 def test_an_image_that_is_being_fetched_goes_with_a_later_purge(script, tracker):
     one = tracker()
     job = generate(script, one, images=1)
-    pieces = one.read_image(job, 0)
+    pieces = one.images.read(job.images[0].name)
     next(pieces)
     assert one.delete(job.id)
-    assert one.image_size(job, 0) and one.get(job.id) is None
+    assert one.images.size(job.images[0].name) and one.get(job.id) is None
     pieces.close()
     script.Housekeeper.ORPHAN_AGE = -1
     assert one.housekeeper.purge().images == 1
-    assert one.image_size(job, 0) is None
+    assert one.images.size(job.images[0].name) is None
 
 
 def test_two_spellings_of_an_id(script, tracker, monkeypatch):
@@ -189,7 +189,7 @@ def test_two_spellings_of_an_id(script, tracker, monkeypatch):
     first = generate(script, one)
     other = first.id.swapcase()
     offered = iter([other, first.id, other.lower(), "AnOther0", "AnOther1", "AnOther2", "AnOther3"])
-    one.reserve_id()  # which was looked for ahead of time
+    one.store.reserve_id()  # which was looked for ahead of time
     monkeypatch.setattr(script, "new_id", lambda: next(offered))
     one.recover().result()  # another one is looked for
     second = generate(script, one)
@@ -232,7 +232,7 @@ def test_two_processes_on_one_folder(script, tracker, tmp_path):
                 job = generate(script, other, images=1, age=3 * 86400 * (number % 4 == 0))
                 assert job.status == "Completed"
                 os.write(says, f"{job.id}\n".encode())
-            left = script.Job(other.reserve_id(), "txt2img", script.PENDING, int(time.time()), None, "left")
+            left = script.Job(other.store.reserve_id(), "txt2img", script.PENDING, int(time.time()), None, "left")
             other.accept(left, lambda: True).result()
             other.start(left.id)
             until(lambda: '"Processing"' in Path(other.store.path).read_text().split(left.id)[-1])

@@ -55,7 +55,7 @@ def left_behind(script: Any, folder: Path, images: int, lost: Callable[[Any, Any
     tracker = make_tracker(script, folder)
     until(lambda: tracker.housekeeper.next_purge, what="it has looked for jobs left behind")
     job = script.Job(
-        tracker.reserve_id(), "txt2img", script.PROCESSING, int(time.time()), None, "", started=time.time()
+        tracker.store.reserve_id(), "txt2img", script.PROCESSING, int(time.time()), None, "", started=time.time()
     )
     tracker.store.put(job._replace(owner="00000000"), new=True).result()
     saved = tracker.images.save(job, an_answer(script, job.id, images))
@@ -74,7 +74,9 @@ def test_a_folder_that_is_a_link(script, tmp_path):
     """Nothing is taken from behind it, and the job does not stay without an end."""
     tracker = make_tracker(script, tmp_path)
     until(lambda: tracker.housekeeper.next_purge, what="it has looked for jobs left behind")
-    job = script.Job(tracker.reserve_id(), "txt2img", script.PROCESSING, int(time.time()), None, "", owner="00000000")
+    job = script.Job(
+        tracker.store.reserve_id(), "txt2img", script.PROCESSING, int(time.time()), None, "", owner="00000000"
+    )
     tracker.store.put(job, new=True).result()
     tracker.images.save(job, an_answer(script, job.id, 1))
     (tmp_path / "images" / tracker.images.day_of(job)).rename(tmp_path / "elsewhere")
@@ -115,7 +117,9 @@ def test_images_that_cannot_be_looked_at_now(script, tmp_path):
 
     tracker = make_tracker(script, tmp_path)
     until(lambda: tracker.housekeeper.next_purge, what="it has looked for jobs left behind")
-    job = script.Job(tracker.reserve_id(), "txt2img", script.PROCESSING, int(time.time()), None, "", owner="00000000")
+    job = script.Job(
+        tracker.store.reserve_id(), "txt2img", script.PROCESSING, int(time.time()), None, "", owner="00000000"
+    )
     tracker.store.put(job, new=True).result()
     tracker.images.save(job, an_answer(script, job.id, 1))
     tracker.close().result(60)
@@ -125,7 +129,7 @@ def test_images_that_cannot_be_looked_at_now(script, tmp_path):
     assert tracker.get(job.id).status == "Processing"
     failing.clear()
     until(lambda: tracker.get(job.id).status == "Completed", what="it is looked at again")
-    assert b"".join(tracker.read_image(tracker.get(job.id), 0)) == pixels(job.id, 0)
+    assert b"".join(tracker.images.read(tracker.get(job.id).images[0].name)) == pixels(job.id, 0)
     tracker.close()
 
 
@@ -172,7 +176,7 @@ def test_every_end_is_told_once_and_not_before_it_is_on_disk(script, tmp_path):
 
     def a_job(prompt: str, **fields: Any) -> Any:
         return script.Job(
-            tracker.reserve_id(), "txt2img", script.PENDING, int(time.time()), None, prompt=prompt, **fields
+            tracker.store.reserve_id(), "txt2img", script.PENDING, int(time.time()), None, prompt=prompt, **fields
         )
 
     script.Tracker = Tracker

@@ -62,7 +62,7 @@ def test_purge(script, tracker, add):
     one.settings.retention_days = 30.0
     assert one.housekeeper.purge() == script.Purged(2, 1, 122)
     assert set(ids(script, one)) == {"PENDING0", "PROCESS0", "YOUNGER0"}
-    assert one.image_size(young, 0) == 102
+    assert one.images.size(young.images[0].name) == 102
     one.settings.retention_days = 0.5
     assert one.housekeeper.purge() == script.Purged(1, 1, 122)
     assert one.housekeeper.purge() == script.Purged(0, 0, 0)
@@ -91,7 +91,7 @@ def test_orphans(script, tracker, add, tmp_path):
     assert one.housekeeper.purge() == script.Purged(0, 2, 40)
     assert not any(path.exists() for path in gone)
     assert all(path.exists() for path in kept)
-    assert one.image_size(job, 0) == 100
+    assert one.images.size(job.images[0].name) == 100
 
 
 def test_many_images_that_jobs_json_does_not_know_are_kept(script, tracker, add, tmp_path, caplog):
@@ -289,7 +289,7 @@ def test_a_clock_that_was_never_set(script, tracker_for, add, caplog):
     for day in (0.5, 18261):  # 1970, and the last of 2019
         assert purge(script, one, day - now) == script.Purged()
     assert "nothing is purged" in caplog.text
-    assert set(ids(script, one)) == {"OLDER000", "YOUNGER0"} and one.image_size(orphan, 0)
+    assert set(ids(script, one)) == {"OLDER000", "YOUNGER0"} and one.images.size(orphan.images[0].name)
     assert purge(script, one).jobs == 1
     assert set(ids(script, one)) == {"YOUNGER0"}
 
@@ -353,7 +353,7 @@ def test_asked_for_all_that_is_old_goes(script, tracker_for, add):
 
 def test_times_on_disk(script, tracker_for, tmp_path):
     one = tracker_for("off")
-    job = script.Job(one.reserve_id(), "txt2img", script.PENDING, int(time.time()), None, "")
+    job = script.Job(one.store.reserve_id(), "txt2img", script.PENDING, int(time.time()), None, "")
     one.accept(job, lambda: True).result()
     one.start(job.id)
     one.fail(job.id, "no")
