@@ -76,13 +76,14 @@ from weakref import WeakSet
 
 import anyio.to_thread
 from fastapi import HTTPException, Path, Query, Request, Response
-from fastapi.responses import StreamingResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 from pydantic import VERSION as PYDANTIC
 from pydantic import BaseModel, Field
-from starlette.datastructures import URL
+from starlette.datastructures import URL, MutableHeaders
 from starlette.routing import Match
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 log = logging.getLogger("job_tracker")
 
@@ -4694,13 +4695,6 @@ class Housekeeper:
 # Http: what HTTP, browsers and servers ask for, whatever is sent
 # ------------------------------------------------------------------------------------------------------------------
 
-Scope = Dict[str, Any]
-Message = Dict[str, Any]
-Receive = Callable[[], Any]
-Send = Callable[[Message], Any]
-App = Callable[[Scope, Receive, Send], Any]
-Headers = List[Tuple[bytes, bytes]]
-
 HEARTBEAT = 15.0  # seconds between two bytes of white space
 CHUNK = 1 << 19  # bytes of an answer that are sent at a time
 
@@ -4754,17 +4748,8 @@ def user_of(scope: Scope) -> str:
 PREFERENCE = re.compile(r'(?:"(?:\\.|[^"\\])*(?:"|\\?\Z)|[^",])+')
 
 
-def preferences_of(scope: Scope) -> Dict[str, str]:
-    """The preferences of RFC 7240, 2, without their parameters: name in small letters -> value. The first counts."""
-    preferences: Dict[str, str] = {}
-    for preference in PREFERENCE.findall(header_of(scope, b"prefer")):
-        name, _, value = preference.partition(";")[0].partition("=")
-        preferences.setdefault(name.strip().lower(), value.strip().strip('"'))
-    return preferences
-
-
 class Preference(NamedTuple):
-    """What a client prefers to waiting for its answer, by RFC 7240, 4.1 and 4.3."""
+    """What a client prefers to waiting for its answer, by RFC 7240, 2, 4.1 and 4.3."""
 
     respond_async: bool = False
     wait: Optional[int] = None  # seconds that it waits all the same
@@ -4773,17 +4758,20 @@ class Preference(NamedTuple):
 
     @classmethod
     def of(cls, scope: Scope) -> "Preference":
-        preferences = preferences_of(scope)
+        preferences: Dict[str, str] = {}  # by names in small letters, without their parameters. The first counts
+        for preference in PREFERENCE.findall(header_of(scope, b"prefer")):
+            name, _, value = preference.partition(";")[0].partition("=")
+            preferences.setdefault(name.strip().lower(), value.strip().strip('"'))
         if preferences.get("respond-async") != "":
             return cls()
         wait = preferences.get("wait", "")
         return cls(True, min(int(wait), cls.LIMIT) if re.match(r"[0-9]{1,9}\Z", wait) else None)
 
-    def applied(self, respond_async: bool) -> Headers:
-        """`Preference-Applied`, of an answer that is an early one or not."""
+    def applied(self, respond_async: bool) -> Dict[str, str]:
+        """The header of an answer that is an early one or not."""
         applied = ["respond-async"] if respond_async else []
         applied += [] if self.wait is None else [f"wait={self.wait}"]
-        return [(b"preference-applied", ", ".join(applied).encode())] if applied else []
+        return {"Preference-Applied": ", ".join(applied)} if applied else {}
 
 
 # Pages of other origins
@@ -4838,7 +4826,6 @@ class OriginGuard:
         """`is_allowed` says whether the webui's options name an origin."""
         self.is_allowed = is_allowed
         self._silent_until = -math.inf
-        self._unsaid = 0
 
     def refuses(self, scope: Scope, action: str) -> bool:
         if not is_foreign(scope, self.is_allowed):
@@ -4847,12 +4834,15 @@ class OriginGuard:
         return True
 
     def warn(self, who: str, action: str) -> None:
-        if time.monotonic() < self._silent_until:
-            self._unsaid += 1
-            return
-        more = f", and {self._unsaid:,} other calls since the last such line" if self._unsaid else ""
-        log.warning("%s tried to %s, and was refused%s", who, action, more)
-        self._silent_until, self._unsaid = time.monotonic() + self.SILENCE, 0
+        if time.monotonic() >= self._silent_until:
+            log.warning("%s tried to %s, and was refused", who, action)
+            self._silent_until = time.monotonic() + self.SILENCE
+
+
+def refusal() -> JSONResponse:
+    return JSONResponse(
+        {"detail": OriginGuard.REFUSAL, "error": OriginGuard.REFUSAL}, 403
+    )  # gradio's page shows `error`
 
 
 def exposed(names: Iterable[str]) -> Dict[str, str]:
@@ -4911,10 +4901,6 @@ class Gzip:
         yield self.encode(b"", last=True)
 
 
-def chunks_of(data: bytes) -> Iterator[bytes]:
-    return (data[position : position + CHUNK] for position in range(0, len(data), CHUNK))
-
-
 def chain(first: bytes, rest: Iterator[bytes]) -> Iterator[bytes]:
     """A generator, unlike `itertools.chain`: it can be closed, and closes the rest with it."""
     yield first
@@ -4936,38 +4922,36 @@ class ThreadedChunks:
 
     def __init__(self, pool: Threads, chunks: Iterator[bytes], sending: Any):
         """It stands in the set `sending` for as long as it needs the pool."""
-        self._pool = pool
-        self._chunks = chunks
-        self._sending = sending
+        self._pool, self._chunks, self._sending = pool, chunks, sending
         self._making: "Future[bytes]" = Future()
         self._making.set_result(b"")
-        self._begun = b""
+        self._first = b""
         self._ended = False
         sending.add(self)
 
     def __aiter__(self) -> "ThreadedChunks":
         return self
 
-    async def begin(self) -> None:
+    async def begin(self) -> "ThreadedChunks":
         """Makes the first chunk before anything is sent, so that trouble with it still has a status of its own."""
         try:
-            self._begun = await self.__anext__()
-        except StopAsyncIteration:
-            pass
+            self._first = await self._next()
         except BaseException:
-            self.close()
+            await self.aclose()
             raise
+        return self
 
     async def __anext__(self) -> bytes:
-        if self._begun:
-            begun, self._begun = self._begun, b""
-            return begun
-        if not self._ended:
-            self._making = self._pool.submit(self._make)
-            made = await asyncio.wrap_future(self._making)
-            if made:
-                return made
-        raise StopAsyncIteration
+        chunk, self._first = self._first or await self._next(), b""
+        if not chunk:
+            raise StopAsyncIteration
+        return chunk
+
+    async def _next(self) -> bytes:
+        if self._ended:
+            return b""
+        self._making = self._pool.submit(self._make)
+        return await asyncio.wrap_future(self._making)
 
     def _make(self) -> bytes:
         """Small chunks together, for each way to a thread and back takes time."""
@@ -4981,55 +4965,61 @@ class ThreadedChunks:
             self._ended = True
         return b"".join(made)
 
-    def close(self) -> None:
+    async def aclose(self) -> None:
         """Ends the generator, and so closes its file, as soon as no thread is in it. Waits for nothing."""
-        self._sending.discard(self)
-        self._making.add_done_callback(lambda _: self._close_in_thread())
 
-    def _close_in_thread(self) -> None:
-        """Closing a file waits for a disk that does not answer."""
-        if self._ended:
-            return
+        def close(_: Future) -> None:
+            if not self._ended:  # closing a file waits for a disk that does not answer
+                threading.Thread(target=self._chunks.close, name="job-tracker-close", daemon=True).start()
+
+        self._sending.discard(self)
+        self._making.add_done_callback(close)
+
+
+async def after_heartbeats(
+    ended: "asyncio.Future[Any]", result: Callable[[], Any], gzip: Optional[Gzip]
+) -> AsyncIterator[bytes]:
+    """White space until `ended` is done, and then what the coroutine `result` gives: chunks, or None for nothing."""
+    try:
+        while not ended.done():
+            yield gzip.encode(b" ") if gzip else b" "
+            await asyncio.wait({ended}, timeout=HEARTBEAT)
+    finally:
+        ended.cancel()
+    chunks = await result()
+    if chunks is not None:
         try:
-            self._pool.submit(self._chunks.close)
-        except StoreError:  # the pool is full or shut down, and the file must be closed all the same
-            threading.Thread(target=self._chunks.close, name="job-tracker-close", daemon=True).start()
+            async for chunk in chunks:
+                yield chunk
+        finally:
+            await chunks.aclose()
 
 
 class ClosingStreamingResponse(StreamingResponse):
-    """Its content is closed at the end, also when the client leaves before."""
+    """Its content is closed at the end, also when the client leaves before. It breaks off without a clean end."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        begun = asyncio.Event()
-
-        async def receive_later() -> Message:
-            """A response that ends before its first chunk is an error to the host's layers, gone client or not."""
-            await begun.wait()
-            return await receive()
-
-        async def send_and_note(message: Message) -> None:
-            await send(message)
-            if message["type"] == "http.response.body":
-                begun.set()
-
-        # For `stream_response`, which starlette calls.
-        self._begun, self._connection = begun, scope.get(OuterMiddleware.KEY)
+        connection = scope.get(OuterMiddleware.KEY)
+        gone = asyncio.get_running_loop().create_task(wait_for_disconnect(receive))
         try:
-            await super().__call__(scope, receive_later, send_and_note)
-        finally:
-            if isinstance(self.body_iterator, ThreadedChunks):
-                self.body_iterator.close()
-            else:
-                await self.body_iterator.aclose()
-
-    async def stream_response(self, send: Send) -> None:
-        try:
-            await super().stream_response(send)
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            async for chunk in self.body_iterator:
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                # Not before: a response that ends before its first chunk is an error to the host's layers.
+                if gone.done():
+                    return
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
         except Exception as error:
-            if self._connection is None or not self._begun.is_set():  # the head may still become a true status
+            if connection is None:
                 raise
-            self._connection.aborted = True  # some layers would end the response cleanly
-            log.error("An answer breaks off: %s", escape_for_log(str(error)))
+            connection.aborted = True  # some layers would end the response cleanly
+            if not gone.done():
+                name, reason = self.headers.get(JOB_HEADER) or scope["path"], getattr(error, "details", repr(error))
+                is_strange = not isinstance(error, (StoreError, HTTPException))
+                log.error("The answer to %s breaks off: %s", *map(escape_for_log, (name, reason)), exc_info=is_strange)
+        finally:
+            gone.cancel()
+            await self.body_iterator.aclose()
 
 
 # ASGI messages
@@ -5057,15 +5047,6 @@ async def wait_for_disconnect(receive: Receive) -> None:
         pass
 
 
-async def send_forbidden(send: Send, detail: str, headers: Iterable[Tuple[bytes, bytes]] = ()) -> None:
-    """A whole response. `headers` are of the one that it stands for, and stay unless they tell of its content."""
-    content = as_json({"detail": detail, "error": detail})  # the latter is what gradio's page shows
-    kept = [(name, value) for name, value in headers if not name.lower().startswith(b"content-")]
-    own = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(content))]
-    await send({"type": "http.response.start", "status": 403, "headers": [*kept, *own]})
-    await send({"type": "http.response.body", "body": content})
-
-
 # Around the whole host
 
 
@@ -5074,23 +5055,23 @@ class ConnectionState:
 
     def __init__(self) -> None:
         self.aborted = False  # nothing more is sent, and the connection is closed without a clean end
-        self.refusal: Optional[str] = None  # the detail of a 403 that is sent in the response's place
-        self.headers: Headers = []  # which the response's head gets besides
-        self.error_headers: Headers = []  # the same if it is an error: the host drops those of an exception
+        self.refused = False  # a 403 is sent in the response's place
+        self.error_headers: Dict[str, str] = {}  # which an error gets besides: the host drops those of an exception
         self.work: Optional["asyncio.Task[None]"] = None  # which outlives the response
 
-    def filter(self, send: Send) -> Send:
+    def filter(self, scope: Scope, receive: Receive, send: Send) -> Send:
         """A `send` that does what was told here."""
 
         async def pass_on(message: Message) -> None:
             is_head = message["type"] == "http.response.start"
-            if self.refusal is not None:
+            if self.refused:
                 if is_head:
-                    await send_forbidden(send, self.refusal, message["headers"])
+                    await refusal()(scope, receive, send)
                 return
-            if is_head:
-                more = [*self.headers, *(self.error_headers if message["status"] >= 400 else [])]
-                message = {**message, "headers": [*message["headers"], *more]} if more else message
+            if is_head and message["status"] >= 400 and self.error_headers:
+                headers = MutableHeaders(raw=list(message["headers"]))
+                headers.update(self.error_headers)
+                message = {**message, "headers": headers.raw}
             if not self.aborted:
                 await send(message)
 
@@ -5107,7 +5088,7 @@ class OuterMiddleware:
     KEY = "job_tracker.connection"  # of the ConnectionState in a scope
     CLOSING = 5.0  # seconds that a client may take to read the rest, before its connection is dropped
 
-    def __init__(self, app: App):
+    def __init__(self, app: ASGIApp):
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -5121,10 +5102,10 @@ class OuterMiddleware:
         asked = header_of(scope, b"access-control-request-headers").lower()
         if scope["method"] == "OPTIONS" and "x-forwarded-host" in asked:
             # Only proxies say this, and `is_foreign` believes it. gradio 4 would let any page say it.
-            await send_forbidden(send, OriginGuard.REFUSAL)
+            await refusal()(scope, receive, send)
             return
         try:
-            await self.app(scope, receive, connection.filter(send))
+            await self.app(scope, receive, connection.filter(scope, receive, send))
         except Exception:
             if not connection.aborted:  # else whoever aborted it has said why
                 raise
@@ -5201,12 +5182,17 @@ class DuplicateRequest(Exception):
     """Ends a host's route: another generation has the same idempotency key."""
 
     def __init__(self, reservation: KeyReservation):
-        super().__init__("duplicate request")
         self.reservation = reservation
 
 
-class Cancelled(Exception):
-    """Ends a host's route whose job was cancelled before it got the queue lock."""
+class Cancelled(HTTPException):
+    """Ends a host's route whose job was cancelled before it got the queue lock, and is what any cancelled one came to.
+
+    To a client that still gets the status of its generation, it is this one.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(500, CANCELLED)
 
 
 class AdaptedRequest(NamedTuple):
@@ -5220,7 +5206,7 @@ class AdaptedRequest(NamedTuple):
 class Middleware:
     """Wraps the application of one generation route of the host."""
 
-    def __init__(self, app: App, type_: str, tracker: Tracker, host: Any):
+    def __init__(self, app: ASGIApp, type_: str, tracker: Tracker, host: Any):
         """`host` is asked for what differs between webuis: see the part Host."""
         self.app = app
         self.type = type_
@@ -5250,14 +5236,14 @@ class HostResponse:
 
     async def send(self, message: Message) -> None:
         """For the route to send with."""
-        self.messages.append(copy_message(message))
+        self.messages.append(message)
 
     def clear(self) -> None:
         self.messages, self.error, self._answer = [], None, None
 
     @property
     def failed(self) -> bool:
-        """Whether there is no answer of success."""
+        """Whether there is no answer of success, or not yet."""
         return self.error is not None or not self.messages or not 200 <= self.messages[0]["status"] < 300
 
     @property
@@ -5277,24 +5263,25 @@ class HostResponse:
 
     def chunks_for_client(self) -> Iterator[bytes]:
         """The body as the client asked for it."""
-        yield from chunks_of(self.answer().rest if self.hide_images else self.body())
+        body = self.answer().rest if self.hide_images else self.body()
+        for start in range(0, len(body), CHUNK):
+            yield body[start : start + CHUNK]
 
     def messages_without_images(self) -> List[Message]:
         """An answer of success, for a client that wants no images."""
         head, body = self.messages[0], self.answer().rest
-        headers = [pair for pair in head["headers"] if pair[0].lower() != b"content-length"]
-        headers.append((b"content-length", str(len(body)).encode()))
-        return [{**head, "headers": headers}, {"type": "http.response.body", "body": body}]
+        headers = MutableHeaders(raw=list(head["headers"]))
+        headers["Content-Length"] = str(len(body))
+        return [{**head, "headers": headers.raw}, {"type": "http.response.body", "body": body}]
 
     def reason(self) -> str:
         """Why it failed, for its user."""
         if isinstance(self.error, asyncio.CancelledError):
             return "The webui was stopped"
         if self.error is not None:
-            text = ""
+            name = text = type(self.error).__name__
             with contextlib.suppress(Exception):  # an exception of an extension's may fail at that, too
                 text = str(getattr(self.error, "detail", "") or reason_of(self.error))
-            name = type(self.error).__name__
             return f"{name}: {text}" if text not in ("", name) else name
         if not self.messages:
             return "The webui gave no answer"
@@ -5334,8 +5321,7 @@ class Generation:
     tasks: Set["asyncio.Task[None]"] = set()  # asyncio holds its tasks only weakly
 
     def __init__(self, middleware: Middleware, scope: Scope, body: List[Message]):
-        self.app = middleware.app
-        self.type = middleware.type
+        self.middleware = middleware
         self.tracker = middleware.tracker
         self.host = middleware.host
         self.scope = scope
@@ -5385,12 +5371,13 @@ class Generation:
         current.set(self)
         try:
             with self.host.extra_worker_thread() as self.has_thread:
-                await self.app(copy_message(self.scope), replay_body(list(self.body)), self.response.send)
+                await self.middleware.app(copy_message(self.scope), replay_body(list(self.body)), self.response.send)
         except BaseException as error:  # also when the server is stopped: its job then says so
             self.response.error = error
-        finally:
-            self._enter(Phase.ENDED)
-            self._wake()
+        self._enter(Phase.ENDED)
+        if self.cancelled:  # the host may answer with what there was of the images by then
+            self.response.error = Cancelled()
+        self._wake()
 
     def _enter(self, phase: Phase) -> None:
         with self._lock:
@@ -5422,15 +5409,6 @@ class Generation:
         """Whether the client need not wait any longer."""
         return self.phase >= Phase.WITHDRAWN
 
-    @property
-    def failed(self) -> bool:
-        """Whether it came to no answer of success, or not yet."""
-        return self.cancelled or self.response.failed
-
-    def reason(self) -> str:
-        """Why it failed, for its user."""
-        return CANCELLED if self.cancelled else self.response.reason()
-
     async def is_accepted(self) -> bool:
         """Whether the client can be told of a job: it is on disk. Waits until that is known, for a time."""
         await self.until(lambda: self.on_disk is not None or self.is_over)
@@ -5454,26 +5432,23 @@ class Generation:
         if any(name == b"idempotency-key" for name, _ in self.scope["headers"]):
             self._reserve_key(header_of(self.scope, b"idempotency-key"))
         if not self.has_thread:
-            # The host drops the headers of an exception.
-            self.scope[OuterMiddleware.KEY].error_headers = [(b"retry-after", b"60")]
+            self.scope[OuterMiddleware.KEY].error_headers = {"Retry-After": "60"}
             raise HTTPException(429, f"{self.host.SPARE_THREADS:,} generations wait already")
         self._adapt_request(arguments)
 
     def _reserve_key(self, key: str) -> None:
         if not 1 <= len(key) <= IDEMPOTENCY_KEY_LIMIT:
             raise HTTPException(422, f"Idempotency-Key must have 1 to {IDEMPOTENCY_KEY_LIMIT} characters")
-        digest = hashlib.sha256()
-        for message in self.body:
-            digest.update(message.get("body", b""))
-        self.key = hashlib.sha256(json.dumps([key, user_of(self.scope), self.type]).encode()).hexdigest()[:32]
+        digest = hashlib.sha256(b"".join(message.get("body", b"") for message in self.body)).hexdigest()
+        whose = json.dumps([key, user_of(self.scope), self.middleware.type])
+        self.key = hashlib.sha256(whose.encode()).hexdigest()[:32]
         try:
-            reservation, is_first = self.tracker.reserve_key(self.key, digest.hexdigest())
+            reservation, is_first = self.tracker.reserve_key(self.key, digest)
         except StoreError as error:
-            reason = f"The jobs cannot be read, so a repeat cannot be told: {error}"
-            raise HTTPException(503, reason) from None
+            raise HTTPException(503, f"The jobs cannot be read, so a repeat cannot be told: {error}") from None
         if is_first:
             self.reservation = reservation
-        elif reservation.digest != digest.hexdigest():
+        elif reservation.digest != digest:
             raise HTTPException(422, "Idempotency-Key was used with another body")
         else:
             raise DuplicateRequest(reservation)
@@ -5490,7 +5465,7 @@ class Generation:
     def on_lock_wanted(self) -> None:
         """The host's route asks for the queue lock: that makes it a job."""
         with self._lock:
-            if self.phase is not Phase.CHECKING:
+            if self.phase is not Phase.CHECKING or self.reserved_id is None:  # it has no ID where that went wrong
                 return
             self.phase = Phase.WAITING
         try:
@@ -5506,8 +5481,8 @@ class Generation:
     def _new_job(self) -> Job:
         client = self.scope.get("client")
         return Job(
-            id=self.reserved_id or self.tracker.reserve_id(),
-            type=self.type,
+            id=self.reserved_id,
+            type=self.middleware.type,
             status=PENDING,
             timestamp=int(time.time()),
             ip=client[0][:IP_LIMIT] if client else None,
@@ -5552,6 +5527,7 @@ class Generation:
             is_waiting = self.phase is Phase.WAITING
         log.info("Job %s was cancelled", self.job.id)
         if is_waiting:
+            self.response.error = Cancelled()
             self.host.dequeue(self.request.task_id)
             self.tracker.fail(self.job.id, CANCELLED)
             self._enter(Phase.WITHDRAWN)
@@ -5597,7 +5573,8 @@ class Generation:
     def _give_up(self) -> None:
         """The disk does not answer. The client gets its images, but they are not stored: they would fill the memory."""
         log.error("Job %s was generated, but is not stored: the disk does not answer", self.job.id)
-        reason = self.reason() if self.failed else "Generated, but not stored: the disk did not answer"
+        lost = "Generated, but not stored: the disk did not answer"
+        reason = self.response.reason() if self.response.failed else lost
         self.tracker.fail(self.job.id, reason)  # as soon as the disk answers
 
     @log_errors
@@ -5610,33 +5587,28 @@ class Generation:
         if self.passed_on or isinstance(error, (asyncio.CancelledError, Cancelled)):
             return
         is_plain = error is None or isinstance(error, HTTPException)  # an answer, though not one of success
-        if not self.cancelled:
-            details = "" if is_plain else "\n" + format_host_traceback(error)
-            log.warning("Job %s failed: %s%s", self.job.id, escape_for_log(self.reason()), details)
-        elif not is_plain:
-            log.warning("Job %s: the webui raised %s when it was stopped", self.job.id, type(error).__name__)
+        details = "" if is_plain else "\n" + format_host_traceback(error)
+        log.warning("Job %s failed: %s%s", self.job.id, escape_for_log(self.response.reason()), details)
 
     async def _store_when_told(self) -> None:
-        """Stores the outcome. It gives a fast client a moment to receive the answer, for storing competes with sending.
-
-        With gzip it does not: packing takes longer, and leaves room for both.
-        """
+        """Stores the outcome. It gives a fast client a moment to receive the answer: storing competes with sending."""
+        failed = self.response.failed
         try:
-            if self.failed:
+            if failed:
                 await self.until(lambda: self.passed_on is not None)
                 self._report_failure()
-            elif not accepts_gzip(self.scope):
+            else:
                 await self.until(lambda: self.client_done, STORE_DELAY)
         finally:  # also if the server is stopped
-            pool = self.tracker.senders if self.failed else self.tracker.storers  # a failure needs no disk of ours
+            pool = self.tracker.senders if failed else self.tracker.storers  # a failure needs no disk of ours
             storing = pool.submit(self._store)
         stored = await asyncio.shield(asyncio.wrap_future(storing))
         if stored is not None:  # or will be, once a trouble has passed
             await asyncio.shield(asyncio.wrap_future(stored))
 
     def _store(self) -> Optional[Future]:
-        if self.failed:
-            self.tracker.fail(self.job.id, self.reason())
+        if self.response.failed:
+            self.tracker.fail(self.job.id, self.response.reason())
             return None
         try:
             answer = self.response.answer()
@@ -5698,9 +5670,8 @@ class FollowedJob(NamedTuple):
 
     job: Job
     ended: "asyncio.Task[Any]"  # ends when there is a result
-    result: Callable[[], Any]  # a coroutine's: the result in chunks, None if there is no good one
-    pool: Threads  # to make the chunks in
-    headers: Headers  # of the response
+    result: Callable[[], Any]  # a coroutine: the result in ThreadedChunks, None if there is no good one
+    headers: Dict[str, str]  # of the response
 
 
 class ClientResponse:
@@ -5713,23 +5684,18 @@ class ClientResponse:
         self.receive = receive
         self.send = send
         self.connection: ConnectionState = scope[OuterMiddleware.KEY]
-        self.encoder = Gzip() if accepts_gzip(scope) else None
+        self.gzip = Gzip() if accepts_gzip(scope) else None
         self.preference = Preference.of(scope)
 
     async def serve(self) -> None:
-        body = await self._read_body()
+        body = [await self.receive()]
+        while body[-1].get("more_body", False):
+            body.append(await self.receive())
         if body[-1]["type"] != "http.request":  # the client left before the end of its body: the host is to see that
             await self.middleware.app(self.scope, replay_body(body), self.send)
             return
         while not await self._generate(body):
             pass  # it repeated a request that came to nothing, and so becomes one of its own
-
-    async def _read_body(self) -> List[Message]:
-        """The body as it came. If the client left before its end, the last message says so."""
-        body = [await self.receive()]
-        while body[-1].get("more_body", False):
-            body.append(await self.receive())
-        return body
 
     async def _generate(self, body: List[Message]) -> bool:
         """False if the generation repeats one that came to nothing, so that another is due."""
@@ -5738,9 +5704,12 @@ class ClientResponse:
         over = asyncio.get_running_loop().create_task(generation.until(lambda: generation.is_over))
         try:
             if await generation.is_accepted():
-                await asyncio.wait({over}, timeout=self._seconds_before_head(generation))
-                failed_early = over.done() and generation.failed and not generation.cancelled
-                if not failed_early:
+                # For so long it may still end with the host's own answer and status.
+                seconds = EARLY_FAILURE_WINDOW if generation.phase >= Phase.GENERATING else 0
+                if self.preference.respond_async:
+                    seconds = self.preference.wait or 0
+                await asyncio.wait({over}, timeout=seconds)
+                if not (over.done() and generation.response.failed):
                     await self._follow(generation, over)
                     return True
             await asyncio.wait({over})
@@ -5752,12 +5721,6 @@ class ClientResponse:
             over.cancel()
             generation.set_client_done()
 
-    def _seconds_before_head(self, generation: Generation) -> float:
-        """Seconds in which a generation that has been accepted may still end with the host's own answer and status."""
-        if self.preference.respond_async:
-            return self.preference.wait or 0
-        return EARLY_FAILURE_WINDOW if generation.phase >= Phase.GENERATING else 0
-
     # The three ways to answer: as the host, with the generation's own job, with another's
 
     async def _pass_on(self, generation: Generation) -> None:
@@ -5765,13 +5728,11 @@ class ClientResponse:
         generation.set_passed_on(True)
         response = generation.response
         if generation.on_disk and self.preference.wait is not None:
-            self.connection.headers = self._job_headers(generation.job, self.preference.applied(respond_async=False))
-        if generation.job is not None and generation.failed:
+            self.connection.error_headers = self._job_headers(generation.job, respond_async=False)
+        if generation.job is not None and response.failed:
             await self.tracker.wait_until_stored(generation.job.id)  # a client that has the answer finds the job Failed
         if response.error is not None:
             raise response.error
-        if not response.messages:  # cancelled before the disk took the job
-            raise HTTPException(500, generation.reason())
         messages = response.messages
         if response.hide_images and not response.failed:
             messages = await self.tracker.in_pool(response.messages_without_images, pool=self.tracker.senders)
@@ -5782,13 +5743,13 @@ class ClientResponse:
         """Tells the client of its job, from its acceptance on."""
         generation.set_passed_on(False)
 
-        async def result() -> Optional[Iterator[bytes]]:
-            if not generation.failed:
-                return generation.response.chunks_for_client()
+        async def result() -> Optional[ThreadedChunks]:
+            if not generation.response.failed:
+                return await self._begin(generation.response.chunks_for_client(), self.tracker.senders)
             await self.tracker.wait_until_stored(generation.job.id)  # a client that sees the abort finds the job Failed
             return None
 
-        await self._tell(FollowedJob(generation.job, over, result, self.tracker.senders, []))
+        await self._tell(FollowedJob(generation.job, over, result, {}))
 
     async def _repeat(self, reservation: KeyReservation) -> bool:
         """Answers from the job that was first with the idempotency key. False if there is none any more."""
@@ -5799,21 +5760,22 @@ class ClientResponse:
         try:
             job = await self.tracker.find(job_id)
         except StoreError as error:
-            raise self._unreadable(error) from None
+            raise self._unreadable(job_id, error) from None
         if job is None or job.status == FAILED:
             return False
 
-        async def result() -> Optional[Iterator[bytes]]:
+        async def result() -> Optional[ThreadedChunks]:
             job = await self.tracker.in_pool(self.tracker.get, job_id)
-            return self.tracker.answer_as_json(job) if job is not None and job.status == COMPLETED else None
+            if job is None or job.status != COMPLETED:
+                return None
+            return await self._begin(self.tracker.answer_as_json(job), self.tracker.pool)
 
         ended = asyncio.get_running_loop().create_task(self.tracker.wait(job_id, math.inf))
         ended.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # `result` meets the same
         try:
             if job.ended or self.preference.wait is not None:  # so that a trouble with what is stored has a status
                 await asyncio.wait({ended}, timeout=None if job.ended else self.preference.wait)
-            headers = [(b"idempotent-replayed", b"true")] if job.ended else []
-            await self._tell(FollowedJob(job, ended, result, self.tracker.pool, headers))
+            await self._tell(FollowedJob(job, ended, result, {"Idempotent-Replayed": "true"} if job.ended else {}))
         finally:
             ended.cancel()
         return True
@@ -5822,109 +5784,64 @@ class ClientResponse:
 
     async def _tell(self, followed: FollowedJob) -> None:
         """202 now, or 200 now and the result when there is one."""
+        job = followed.job
         in_time = bool(self.preference.wait) and followed.ended.done()  # within no time nothing ends
         is_early = self.preference.respond_async and not in_time
-        headers = [*followed.headers, *self.preference.applied(respond_async=is_early)]
+        headers = dict(followed.headers)
         if is_early:
-            await self._send_job(followed.job, headers)
+            headers["Location"] = path_of(self.scope).rpartition("/")[0] + f"/job/{job.id}"
+            content: Any = await self._begin_job(job)
+        elif followed.ended.done():
+            content = await self._begin_result(followed)
         else:
-            await self._send_result(followed, headers)
+            content = after_heartbeats(followed.ended, functools.partial(self._result_or_abort, followed), self.gzip)
+        headers.update(self._job_headers(job, is_early, headers))
+        headers["Vary"] = "Accept-Encoding"
+        headers["X-Accel-Buffering"] = "no"  # nginx would keep the head back until the end
+        if self.gzip:
+            headers["Content-Encoding"] = "gzip"
+        response = ClosingStreamingResponse(content, 202 if is_early else 200, headers, "application/json")
+        await response(self.scope, self.receive, self.send)
 
-    async def _send_job(self, job: Job, headers: Headers) -> None:
-        """202, and the job as it is now."""
-        location = path_of(self.scope).rpartition("/")[0] + f"/job/{job.id}"
+    async def _begin_job(self, job: Job) -> ThreadedChunks:
+        """The job as it is now."""
         with contextlib.suppress(StoreError):  # then as it was
             job = await self.tracker.find(job.id) or job
         pool = self.tracker.pool_for(job)
-        chunks = await self.tracker.in_pool(self.tracker.as_json, job, False, pool=pool)
-        await self._send_head(202, job, [*headers, (b"location", location.encode())])
-        try:
-            await self._send_all(chunks, pool)
-        except StoreError as error:
-            self._abort(job, error)
+        return await self._begin(await self.tracker.in_pool(self.tracker.as_json, job, False, pool=pool), pool)
 
-    async def _send_result(self, followed: FollowedJob, headers: Headers) -> None:
-        """200, heartbeats while the job waits and runs, and then its result. Without one, no clean end."""
-        chunks = await self._begin_result(followed) if followed.ended.done() else None
-        gone = asyncio.get_running_loop().create_task(wait_for_disconnect(self.receive))
-        try:
-            await self._send_head(200, followed.job, headers)
-            while not followed.ended.done():
-                await self._send_chunk(self.encoder.encode(b" ") if self.encoder else b" ")
-                await asyncio.wait({followed.ended, gone}, timeout=HEARTBEAT, return_when=asyncio.FIRST_COMPLETED)
-                if gone.done():
-                    return
-            if chunks is None:
-                chunks = await followed.result()
-            if chunks is None:
-                self.connection.aborted = True
-            else:
-                await self._send_all(chunks, followed.pool, gone)
-        except StoreError as error:
-            self._abort(followed.job, error)
-        except Exception:  # some layers would end the response cleanly
-            self.connection.aborted = True
-            if not gone.done():
-                log.exception("Job %s: Job Tracker failed to give the answer", followed.job.id)
-        finally:
-            gone.cancel()
-
-    async def _begin_result(self, followed: FollowedJob) -> Iterator[bytes]:
-        """The result of a job that has ended, its first chunk made before the head: so a failure has its true status.
-
-        Raises HTTPException if there is none.
-        """
+    async def _begin_result(self, followed: FollowedJob) -> ThreadedChunks:
+        """The result of a job that has ended. Raises HTTPException if there is none."""
         job = followed.job
-        self.connection.error_headers = self._job_headers(job, self.preference.applied(respond_async=False))
+        self.connection.error_headers = self._job_headers(job, respond_async=False)
         try:
             chunks = await followed.result()
             if chunks is not None:
-                return chain(await self.tracker.in_pool(next, chunks, b"", pool=followed.pool), chunks)
+                return chunks
             job = await self.tracker.find(job.id) or job
         except StoreError as error:
-            log.error("Job %s: the stored answer cannot be read: %s", job.id, error.details)
-            raise self._unreadable(error) from None
+            raise self._unreadable(job.id, error) from None
         raise HTTPException(500, job.error or CANCELLED)
 
+    async def _result_or_abort(self, followed: FollowedJob) -> Optional[ThreadedChunks]:
+        """The same when the head is out, so that no status can tell that there is none."""
+        chunks = await followed.result()
+        self.connection.aborted = chunks is None
+        return chunks
+
+    async def _begin(self, chunks: Iterator[bytes], pool: Threads) -> ThreadedChunks:
+        chunks = self.gzip.encode_all(chunks) if self.gzip else chunks
+        return await ThreadedChunks(pool, chunks, self.tracker.sending).begin()
+
     @staticmethod
-    def _unreadable(error: StoreError) -> HTTPException:
+    def _unreadable(job_id: str, error: StoreError) -> HTTPException:
+        log.error("Job %s: the stored answer cannot be read: %s", job_id, error.details)
         return HTTPException(503, f"The stored answer cannot be read: {error}")
 
-    def _abort(self, job: Job, error: StoreError) -> None:
-        """The head is out, so that trouble can be told by no status."""
-        self.connection.aborted = True
-        log.error("Job %s: the stored answer cannot be read: %s", job.id, error.details)
-
-    def _job_headers(self, job: Job, headers: Headers) -> Headers:
-        """Headers of an answer that tells of a job, with those given, and what lets other origins read them."""
-        headers = [*headers, (JOB_HEADER.lower().encode(), job.id.encode())]
-        names = exposed(name.decode() for name, _ in headers)
-        return [*headers, *((name.lower().encode(), value.encode()) for name, value in names.items())]
-
-    async def _send_head(self, status: int, job: Job, headers: Headers) -> None:
-        headers = [
-            *self._job_headers(job, headers),
-            (b"content-type", b"application/json"),
-            (b"vary", b"Accept-Encoding"),
-            (b"x-accel-buffering", b"no"),  # nginx would keep the head back until the end
-            *([(b"content-encoding", b"gzip")] if self.encoder else []),
-        ]
-        await self.send({"type": "http.response.start", "status": status, "headers": headers})
-
-    async def _send_all(
-        self, chunks: Iterator[bytes], pool: Threads, gone: Optional["asyncio.Task[None]"] = None
-    ) -> None:
-        if self.encoder:
-            chunks = self.encoder.encode_all(chunks)
-        with contextlib.closing(ThreadedChunks(pool, chunks, self.tracker.sending)) as made:
-            async for chunk in made:
-                await self._send_chunk(chunk)
-                if gone is not None and gone.done():
-                    return
-        await self.send({"type": "http.response.body", "body": b"", "more_body": False})
-
-    async def _send_chunk(self, data: bytes) -> None:
-        await self.send({"type": "http.response.body", "body": data, "more_body": True})
+    def _job_headers(self, job: Job, respond_async: bool, more: Iterable[str] = ()) -> Dict[str, str]:
+        """Headers of an answer that tells of a job, and what lets pages of other origins read them and `more`."""
+        headers = {JOB_HEADER: job.id, **self.preference.applied(respond_async)}
+        return {**headers, **exposed([*headers, *more])}
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -6157,7 +6074,7 @@ class Api:
     def _let_nobody_keep_errors(request: Request) -> None:
         """A cache may keep a 404 (RFC 9111, 4.2.2), and what is not there now may be there in a moment."""
         if OuterMiddleware.KEY in request.scope:
-            request.scope[OuterMiddleware.KEY].error_headers = [(b"cache-control", b"no-store")]
+            request.scope[OuterMiddleware.KEY].error_headers = {"Cache-Control": "no-store"}
 
     async def _get(self, job_id: str) -> Job:
         job = self.tracker.running(job_id) or await self._run(self.tracker.get, job_id)
@@ -6190,27 +6107,20 @@ class Api:
     async def _as_json(self, job: Job, images: bool) -> Iterator[bytes]:
         return await self._run(self.tracker.as_json, job, images, pool=self.tracker.pool_for(job))
 
-    async def _wait_on(self, request: Request, job_id: str, images: bool, seconds: float) -> AsyncIterator[bytes]:
+    def _wait_on(self, request: Request, job_id: str, images: bool, seconds: float) -> AsyncIterator[bytes]:
         """White space while the job goes on, and then the job. The head is out: for trouble, the connection is cut."""
         ended = asyncio.get_running_loop().create_task(self.tracker.wait(job_id, seconds))
         ended.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # trouble shows when it is read
         gzip = Gzip() if accepts_gzip(request.scope) else None
-        try:
-            while not ended.done():
-                yield gzip.encode(b" ") if gzip else b" "
-                await asyncio.wait({ended}, timeout=HEARTBEAT)
+
+        async def result() -> ThreadedChunks:
             await self.tracker.wait_until_stored(job_id)
             job = await self._get(job_id)
             pieces = await self._as_json(job, images)
             pieces = gzip.encode_all(pieces) if gzip else pieces
-            with contextlib.closing(ThreadedChunks(self.tracker.pool_for(job), pieces, self.tracker.sending)) as made:
-                async for piece in made:
-                    yield piece
-        except (HTTPException, StoreError) as error:
-            request.scope[OuterMiddleware.KEY].aborted = True
-            log.warning("Job %s cannot be given to who waited for it: %s", job_id, getattr(error, "detail", error))
-        finally:
-            ended.cancel()
+            return ThreadedChunks(self.tracker.pool_for(job), pieces, self.tracker.sending)
+
+        return after_heartbeats(ended, result, gzip)
 
     async def _wait(self, request: Request, job_id: str, seconds: float) -> None:
         """Waits for a job's end, unless the client leaves."""
@@ -6945,7 +6855,7 @@ class Tab:
             if OuterMiddleware.KEY not in scope:
                 raise gr.Error(OriginGuard.REFUSAL)
             # Of an exception gradio would make a 500, and a traceback.
-            scope[OuterMiddleware.KEY].refusal = OriginGuard.REFUSAL
+            scope[OuterMiddleware.KEY].refused = True
             return [gr.update()] * outputs if outputs > 1 else gr.update() if outputs else None
 
         return guarded
@@ -7428,7 +7338,7 @@ class Host:
         for route, _ in routes:
             route.dependant.call = observed_endpoint(route.dependant.call)
 
-    def put_around(self, app: Any, layer: Callable[[App], App]) -> None:
+    def put_around(self, app: Any, layer: Callable[[ASGIApp], ASGIApp]) -> None:
         """Puts a layer around all others, whether these are built already (Forge, or after a first request) or not."""
         build = app.build_middleware_stack
         app.build_middleware_stack = lambda: layer(build())
