@@ -79,13 +79,14 @@ from weakref import WeakSet
 import anyio.to_thread
 import PIL.Image
 from fastapi import HTTPException, Path, Query, Request, Response
-from fastapi.responses import StreamingResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 from pydantic import VERSION as PYDANTIC
 from pydantic import BaseModel, Field
-from starlette.datastructures import URL
+from starlette.datastructures import URL, MutableHeaders
 from starlette.routing import Match
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 log = logging.getLogger("job_tracker")
 
@@ -4415,13 +4416,6 @@ class Housekeeper:
 # Http: what HTTP, browsers and servers ask for, whatever is sent
 # ------------------------------------------------------------------------------------------------------------------
 
-Scope = Dict[str, Any]
-Message = Dict[str, Any]
-Receive = Callable[[], Any]
-Send = Callable[[Message], Any]
-App = Callable[[Scope, Receive, Send], Any]
-Headers = List[Tuple[bytes, bytes]]
-
 HEARTBEAT = 15.0  # seconds between two bytes of white space
 CHUNK = 1 << 19  # bytes of an answer that are sent at a time
 
@@ -4475,17 +4469,8 @@ def user_of(scope: Scope) -> str:
 PREFERENCE = re.compile(r'(?:"(?:\\.|[^"\\])*(?:"|\\?\Z)|[^",])+')
 
 
-def preferences_of(scope: Scope) -> Dict[str, str]:
-    """The preferences of RFC 7240, 2, without their parameters: name in small letters -> value. The first counts."""
-    preferences: Dict[str, str] = {}
-    for preference in PREFERENCE.findall(header_of(scope, b"prefer")):
-        name, _, value = preference.partition(";")[0].partition("=")
-        preferences.setdefault(name.strip().lower(), value.strip().strip('"'))
-    return preferences
-
-
 class Preference(NamedTuple):
-    """What a client prefers to waiting for its answer, by RFC 7240, 4.1 and 4.3."""
+    """What a client prefers to waiting for its answer, by RFC 7240, 2, 4.1 and 4.3."""
 
     respond_async: bool = False
     wait: Optional[int] = None  # seconds that it waits all the same
@@ -4494,17 +4479,20 @@ class Preference(NamedTuple):
 
     @classmethod
     def of(cls, scope: Scope) -> "Preference":
-        preferences = preferences_of(scope)
+        preferences: Dict[str, str] = {}  # by names in small letters, without their parameters. The first counts
+        for preference in PREFERENCE.findall(header_of(scope, b"prefer")):
+            name, _, value = preference.partition(";")[0].partition("=")
+            preferences.setdefault(name.strip().lower(), value.strip().strip('"'))
         if preferences.get("respond-async") != "":
             return cls()
         wait = preferences.get("wait", "")
         return cls(True, min(int(wait), cls.LIMIT) if re.match(r"[0-9]{1,9}\Z", wait) else None)
 
-    def applied(self, respond_async: bool) -> Headers:
-        """`Preference-Applied`, of an answer that is an early one or not."""
+    def applied(self, respond_async: bool) -> Dict[str, str]:
+        """The header of an answer that is an early one or not."""
         applied = ["respond-async"] if respond_async else []
         applied += [] if self.wait is None else [f"wait={self.wait}"]
-        return [(b"preference-applied", ", ".join(applied).encode())] if applied else []
+        return {"Preference-Applied": ", ".join(applied)} if applied else {}
 
 
 # Pages of other origins
@@ -4559,7 +4547,6 @@ class OriginGuard:
         """`is_allowed` says whether the webui's options name an origin."""
         self.is_allowed = is_allowed
         self._silent_until = -math.inf
-        self._unsaid = 0
 
     def refuses(self, scope: Scope, action: str) -> bool:
         if not is_foreign(scope, self.is_allowed):
@@ -4568,12 +4555,15 @@ class OriginGuard:
         return True
 
     def warn(self, who: str, action: str) -> None:
-        if time.monotonic() < self._silent_until:
-            self._unsaid += 1
-            return
-        more = f", and {self._unsaid:,} other calls since the last such line" if self._unsaid else ""
-        log.warning("%s tried to %s, and was refused%s", who, action, more)
-        self._silent_until, self._unsaid = time.monotonic() + self.SILENCE, 0
+        if time.monotonic() >= self._silent_until:
+            log.warning("%s tried to %s, and was refused", who, action)
+            self._silent_until = time.monotonic() + self.SILENCE
+
+
+def refusal() -> JSONResponse:
+    return JSONResponse(
+        {"detail": OriginGuard.REFUSAL, "error": OriginGuard.REFUSAL}, 403
+    )  # gradio's page shows `error`
 
 
 def exposed(names: Iterable[str]) -> Dict[str, str]:
@@ -4632,10 +4622,6 @@ class Gzip:
         yield self.encode(b"", last=True)
 
 
-def chunks_of(data: bytes) -> Iterator[bytes]:
-    return (data[position : position + CHUNK] for position in range(0, len(data), CHUNK))
-
-
 def chain(first: bytes, rest: Iterator[bytes]) -> Iterator[bytes]:
     """A generator, unlike `itertools.chain`: it can be closed, and closes the rest with it."""
     yield first
@@ -4657,38 +4643,36 @@ class ThreadedChunks:
 
     def __init__(self, pool: Threads, chunks: Iterator[bytes], sending: Any):
         """It stands in the set `sending` for as long as it needs the pool."""
-        self._pool = pool
-        self._chunks = chunks
-        self._sending = sending
+        self._pool, self._chunks, self._sending = pool, chunks, sending
         self._making: "Future[bytes]" = Future()
         self._making.set_result(b"")
-        self._begun = b""
+        self._first = b""
         self._ended = False
         sending.add(self)
 
     def __aiter__(self) -> "ThreadedChunks":
         return self
 
-    async def begin(self) -> None:
+    async def begin(self) -> "ThreadedChunks":
         """Makes the first chunk before anything is sent, so that trouble with it still has a status of its own."""
         try:
-            self._begun = await self.__anext__()
-        except StopAsyncIteration:
-            pass
+            self._first = await self._next()
         except BaseException:
-            self.close()
+            await self.aclose()
             raise
+        return self
 
     async def __anext__(self) -> bytes:
-        if self._begun:
-            begun, self._begun = self._begun, b""
-            return begun
-        if not self._ended:
-            self._making = self._pool.submit(self._make)
-            made = await asyncio.wrap_future(self._making)
-            if made:
-                return made
-        raise StopAsyncIteration
+        chunk, self._first = self._first or await self._next(), b""
+        if not chunk:
+            raise StopAsyncIteration
+        return chunk
+
+    async def _next(self) -> bytes:
+        if self._ended:
+            return b""
+        self._making = self._pool.submit(self._make)
+        return await asyncio.wrap_future(self._making)
 
     def _make(self) -> bytes:
         """Small chunks together, for each way to a thread and back takes time."""
@@ -4702,63 +4686,68 @@ class ThreadedChunks:
             self._ended = True
         return b"".join(made)
 
-    def close(self) -> None:
+    async def aclose(self) -> None:
         """Ends the generator, and so closes its file, as soon as no thread is in it. Waits for nothing."""
-        self._sending.discard(self)
-        self._making.add_done_callback(lambda _: self._close_in_thread())
 
-    def _close_in_thread(self) -> None:
-        """Closing a file waits for a disk that does not answer."""
-        if self._ended:
-            return
-        try:
-            self._pool.submit(self._chunks.close)
-        except StoreError:  # the pool is full or shut down, and the file must be closed all the same
-            threading.Thread(target=self._chunks.close, name="job-tracker-close", daemon=True).start()
+        def close(_: Future) -> None:
+            if not self._ended:  # closing a file waits for a disk that does not answer
+                threading.Thread(target=self._chunks.close, name="job-tracker-close", daemon=True).start()
+
+        self._sending.discard(self)
+        self._making.add_done_callback(close)
+
+
+async def after_heartbeats(
+    ended: "asyncio.Future[Any]", result: Callable[[], Any], gzip: Optional[Gzip]
+) -> AsyncIterator[bytes]:
+    """White space until `ended` is done, and then the chunks that the coroutine `result` gives."""
+    try:
+        while not ended.done():
+            yield gzip.encode(b" ") if gzip else b" "
+            await asyncio.wait({ended}, timeout=HEARTBEAT)
+    finally:
+        ended.cancel()  # nobody else waits for it
+    chunks = await result()
+    try:
+        async for chunk in chunks:
+            yield chunk
+    finally:
+        await chunks.aclose()
+
+
+class NoResult(HTTPException):
+    """A job has no answer of success, which is logged already. Its client learns it by a status, or by an abort."""
 
 
 class ClosingStreamingResponse(StreamingResponse):
-    """Its content is closed at the end, also when the client leaves before."""
+    """Its content is closed at the end, also when the client leaves before. It breaks off without a clean end."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        begun = asyncio.Event()
-
-        async def receive_later() -> Message:
-            """A response that ends before its first chunk is an error to the host's layers, gone client or not."""
-            await begun.wait()
-            return await receive()
-
-        async def send_and_note(message: Message) -> None:
-            await send(message)
-            if message["type"] == "http.response.body":
-                begun.set()
-
-        # For `stream_response`, which starlette calls.
-        self._begun, self._connection = begun, scope.get(OuterMiddleware.KEY)
+        connection = scope.get(OuterMiddleware.KEY)
+        self.headers.update(exposed(self.headers))
+        gone = asyncio.get_running_loop().create_task(wait_for_disconnect(receive))
         try:
-            await super().__call__(scope, receive_later, send_and_note)
-        finally:
-            if isinstance(self.body_iterator, ThreadedChunks):
-                self.body_iterator.close()
-            else:
-                await self.body_iterator.aclose()
-
-    async def stream_response(self, send: Send) -> None:
-        try:
-            await super().stream_response(send)
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            async for chunk in self.body_iterator:
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                # Not before: a response that ends before its first chunk is an error to the host's layers.
+                if gone.done():
+                    return
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
         except Exception as error:
-            if self._connection is None or not self._begun.is_set():  # the head may still become a true status
+            if connection is None:
                 raise
-            self._connection.aborted = True  # some layers would end the response cleanly
-            log.error("An answer breaks off: %s", escape_for_log(str(error)))
+            connection.aborted = True  # some layers would end the response cleanly
+            if not gone.done() and not isinstance(error, NoResult):
+                name, reason = self.headers.get(JOB_HEADER) or scope["path"], getattr(error, "details", repr(error))
+                is_strange = not isinstance(error, (StoreError, HTTPException))
+                log.error("The answer to %s breaks off: %s", *map(escape_for_log, (name, reason)), exc_info=is_strange)
+        finally:
+            gone.cancel()
+            await self.body_iterator.aclose()
 
 
 # ASGI messages
-
-
-def copy_message(message: Message) -> Message:
-    """For whoever is given a message, or a scope, that is read again: the host's layers change what they are given."""
-    return {**message, "headers": list(message["headers"])} if "headers" in message else dict(message)
 
 
 def replay_body(body: List[Message]) -> Receive:
@@ -4767,7 +4756,7 @@ def replay_body(body: List[Message]) -> Receive:
     async def receive() -> Message:
         if not body:
             await asyncio.get_running_loop().create_future()
-        return copy_message(body.pop(0))
+        return body.pop(0)
 
     return receive
 
@@ -4778,15 +4767,6 @@ async def wait_for_disconnect(receive: Receive) -> None:
         pass
 
 
-async def send_forbidden(send: Send, detail: str, headers: Iterable[Tuple[bytes, bytes]] = ()) -> None:
-    """A whole response. `headers` are of the one that it stands for, and stay unless they tell of its content."""
-    content = as_json({"detail": detail, "error": detail})  # the latter is what gradio's page shows
-    kept = [(name, value) for name, value in headers if not name.lower().startswith(b"content-")]
-    own = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(content))]
-    await send({"type": "http.response.start", "status": 403, "headers": [*kept, *own]})
-    await send({"type": "http.response.body", "body": content})
-
-
 # Around the whole host
 
 
@@ -4795,23 +4775,23 @@ class ConnectionState:
 
     def __init__(self) -> None:
         self.aborted = False  # nothing more is sent, and the connection is closed without a clean end
-        self.refusal: Optional[str] = None  # the detail of a 403 that is sent in the response's place
-        self.headers: Headers = []  # which the response's head gets besides
-        self.error_headers: Headers = []  # the same if it is an error: the host drops those of an exception
+        self.refused = False  # a 403 is sent in the response's place
+        self.error_headers: Dict[str, str] = {}  # which an error gets besides: the host drops those of an exception
         self.work: Optional["asyncio.Task[None]"] = None  # which outlives the response
 
-    def filter(self, send: Send) -> Send:
+    def filter(self, scope: Scope, receive: Receive, send: Send) -> Send:
         """A `send` that does what was told here."""
 
         async def pass_on(message: Message) -> None:
             is_head = message["type"] == "http.response.start"
-            if self.refusal is not None:
+            if self.refused:
                 if is_head:
-                    await send_forbidden(send, self.refusal, message["headers"])
+                    await refusal()(scope, receive, send)
                 return
-            if is_head:
-                more = [*self.headers, *(self.error_headers if message["status"] >= 400 else [])]
-                message = {**message, "headers": [*message["headers"], *more]} if more else message
+            if is_head and message["status"] >= 400 and self.error_headers:
+                headers = MutableHeaders(raw=list(message["headers"]))
+                headers.update({**self.error_headers, **exposed(self.error_headers)})
+                message = {**message, "headers": headers.raw}
             if not self.aborted:
                 await send(message)
 
@@ -4828,7 +4808,7 @@ class OuterMiddleware:
     KEY = "job_tracker.connection"  # of the ConnectionState in a scope
     CLOSING = 5.0  # seconds that a client may take to read the rest, before its connection is dropped
 
-    def __init__(self, app: App):
+    def __init__(self, app: ASGIApp):
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -4842,12 +4822,12 @@ class OuterMiddleware:
         asked = header_of(scope, b"access-control-request-headers").lower()
         if scope["method"] == "OPTIONS" and "x-forwarded-host" in asked:
             # Only proxies say this, and `is_foreign` believes it. gradio 4 would let any page say it.
-            await send_forbidden(send, OriginGuard.REFUSAL)
+            await refusal()(scope, receive, send)
             return
         try:
-            await self.app(scope, receive, connection.filter(send))
+            await self.app(scope, receive, connection.filter(scope, receive, send))
         except Exception:
-            if not connection.aborted:  # else whoever aborted it has said why
+            if not connection.aborted:  # otherwise it is logged already
                 raise
         finally:
             if connection.aborted:
@@ -4922,26 +4902,20 @@ class DuplicateRequest(Exception):
     """Ends a host's route: another generation has the same idempotency key."""
 
     def __init__(self, reservation: KeyReservation):
-        super().__init__("duplicate request")
         self.reservation = reservation
 
 
-class Cancelled(Exception):
-    """Ends a host's route whose job was cancelled before it got the queue lock."""
+class Cancelled(NoResult):
+    """What a cancelled generation came to. It ends a host's route that waits for the queue lock."""
 
-
-class AdaptedRequest(NamedTuple):
-    """What the host knows of a request, as it goes on with it."""
-
-    prompt: str = ""
-    hide_images: bool = False  # from the client, which sent send_images: false. The host answers with them
-    task_id: Optional[str] = None  # the host's own name for it
+    def __init__(self) -> None:
+        super().__init__(500, CANCELLED)
 
 
 class Middleware:
     """Wraps the application of one generation route of the host."""
 
-    def __init__(self, app: App, type_: str, tracker: Tracker, host: Any):
+    def __init__(self, app: ASGIApp, type_: str, tracker: Tracker, host: Any):
         """`host` is asked for what differs between webuis: see the part Host."""
         self.app = app
         self.type = type_
@@ -4959,94 +4933,168 @@ class Middleware:
             raise error.with_traceback(without_own_frames(error.__traceback__))
 
 
-class HostResponse:
-    """What the host's route came to: the messages of its answer, or what it raised."""
+class ClientResponse:
+    """What one client is told. It may leave at any moment; its generation does not notice."""
 
-    def __init__(self) -> None:
-        self.messages: List[Message] = []
-        self.error: Optional[BaseException] = None
-        self.hide_images = False  # from the client
-        self._answer: Optional[Answer] = None
-        self._reading = threading.Lock()  # guards this one
+    def __init__(self, middleware: Middleware, scope: Scope, receive: Receive, send: Send):
+        self.middleware = middleware
+        self.tracker = middleware.tracker
+        self.scope = scope
+        self.receive = receive
+        self.send = send
+        self.connection: ConnectionState = scope[OuterMiddleware.KEY]
+        self.gzip = Gzip() if accepts_gzip(scope) else None
+        self.preference = Preference.of(scope)
 
-    async def send(self, message: Message) -> None:
-        """For the route to send with."""
-        self.messages.append(copy_message(message))
+    async def serve(self) -> None:
+        body = [await self.receive()]
+        while body[-1].get("more_body", False):
+            body.append(await self.receive())
+        if body[-1]["type"] != "http.request":  # the client left before the end of its body: the host is to see that
+            await self.middleware.app(self.scope, replay_body(body), self.send)
+            return
+        while not await self._generate(body):
+            pass  # it repeated a request that came to nothing, and so becomes one of its own
 
-    def clear(self) -> None:
-        self.messages, self.error, self._answer = [], None, None
-
-    @property
-    def failed(self) -> bool:
-        """Whether there is no answer of success."""
-        return self.error is not None or not self.messages or not 200 <= self.messages[0]["status"] < 300
-
-    @property
-    def size(self) -> int:
-        return sum(len(message.get("body", b"")) for message in self.messages)
-
-    def body(self) -> bytes:
-        return b"".join(message.get("body", b"") for message in self.messages[1:])
-
-    def answer(self) -> Answer:
-        """The body in parts, with the parameters as the client sent them. It is read once, by whoever comes first."""
-        with self._reading:
-            if self._answer is None:
-                answer = split_answer(self.body())
-                self._answer = with_images_hidden(answer) if self.hide_images else answer
-            return self._answer
-
-    def chunks_for_client(self) -> Iterator[bytes]:
-        """The body as the client asked for it."""
-        yield from chunks_of(self.answer().rest if self.hide_images else self.body())
-
-    def messages_without_images(self) -> List[Message]:
-        """An answer of success, for a client that wants no images."""
-        head, body = self.messages[0], self.answer().rest
-        headers = [pair for pair in head["headers"] if pair[0].lower() != b"content-length"]
-        headers.append((b"content-length", str(len(body)).encode()))
-        return [{**head, "headers": headers}, {"type": "http.response.body", "body": body}]
-
-    def reason(self) -> str:
-        """Why it failed, for its user."""
-        if isinstance(self.error, asyncio.CancelledError):
-            return "The webui was stopped"
-        if self.error is not None:
-            text = ""
-            with contextlib.suppress(Exception):  # an exception of an extension's may fail at that, too
-                text = str(getattr(self.error, "detail", "") or reason_of(self.error))
-            name = type(self.error).__name__
-            return f"{name}: {text}" if text not in ("", name) else name
-        if not self.messages:
-            return "The webui gave no answer"
-        return f"The webui answered {self.messages[0]['status']}: {self.body()[:1000].decode('utf-8', 'replace')}"
-
-
-def log_errors(hook: Callable[..., None]) -> Callable[..., None]:
-    """For our code on the host's thread: what goes wrong in it is logged, and the generation goes on."""
-
-    def guarded(self: "Generation", *args: Any) -> None:
+    async def _generate(self, body: List[Message]) -> bool:
+        """False if the generation repeats one that came to nothing, so that another is due."""
+        self.connection.error_headers = {}
+        generation = Generation(self.middleware, self.scope, body)
+        self.connection.work = generation.begin()
+        over = generation.over
         try:
-            hook(self, *args)
-        except Exception:
-            log.exception("Job Tracker failed in %s, the generation goes on", hook.__name__)
+            is_accepted = await generation.is_accepted()
+            if is_accepted:
+                # For so long it may still end with the host's own answer and status.
+                seconds = EARLY_FAILURE_WINDOW if generation.phase >= Phase.GENERATING else 0
+                if self.preference.respond_async:
+                    seconds = self.preference.wait or 0
+                await asyncio.wait({over}, timeout=seconds)
+                if not (over.done() and generation.response.failed):
+                    await self._follow(generation)
+                    return True
+            await asyncio.wait({over})
+            if isinstance(generation.response.error, DuplicateRequest):
+                return await self._repeat(generation.response.error.reservation)
+            await self._pass_on(generation, is_accepted)
+            return True
+        except StoreError as error:  # before a head is out
+            job_id = self.connection.error_headers.get(JOB_HEADER)
+            log.error("Job %s: the stored answer cannot be read: %s", job_id, error.details)
+            raise HTTPException(503, f"The stored answer cannot be read: {error}") from None
+        finally:
+            set_once(generation.passed_on, False)
+            set_once(generation.client_done, None)
 
-    return guarded
+    # The three ways to answer: as the host, with the generation's own job, with another's
+
+    async def _pass_on(self, generation: "Generation", is_accepted: bool) -> None:
+        """Gives the client what the host gave, as if we were not there."""
+        set_once(generation.passed_on, True)
+        response = generation.response
+        if is_accepted and self.preference.wait is not None:
+            self.connection.error_headers = self._job_headers(generation.job.id)
+        if generation.job is not None and response.failed:
+            await self.tracker.wait_until_stored(generation.job.id)  # a client that has the answer finds the job Failed
+        if response.error is not None or response.head is None:
+            raise response.error or RuntimeError(response.reason())
+        body = response.body
+        headers = MutableHeaders(raw=list(response.head["headers"]))
+        if response.hide_images and not response.failed:
+            body = await self.tracker.in_pool(response.body_for_client, pool=self.tracker.senders)
+            headers["Content-Length"] = str(len(body))
+        await self.send({**response.head, "headers": headers.raw})
+        await self.send({"type": "http.response.body", "body": body})
+
+    async def _follow(self, generation: "Generation") -> None:
+        """Tells the client of its job, from its acceptance on."""
+        set_once(generation.passed_on, False)
+        self.connection.error_headers = self._job_headers(generation.job.id)
+
+        async def result() -> ThreadedChunks:
+            if generation.response.failed:
+                await self.tracker.wait_until_stored(generation.job.id)  # who sees the abort finds the job Failed
+                raise NoResult(500, generation.response.reason())
+            return await self._begin(generation.response.chunks_for_client(), self.tracker.senders)
+
+        await self._tell(generation.job, asyncio.shield(generation.over), result, is_replay=False)
+
+    async def _repeat(self, reservation: KeyReservation) -> bool:
+        """Answers from the job that was first with the idempotency key. False if there is none any more."""
+        job_id = await asyncio.shield(asyncio.wrap_future(reservation.outcome))  # not ours to cancel
+        if job_id is None:
+            return False
+        self.connection.error_headers = self._job_headers(job_id)
+        await self.tracker.wait_until_stored(job_id)  # it may have just failed
+        job = await self.tracker.find(job_id)
+        if job is None or job.status == FAILED:
+            return False
+
+        async def result() -> ThreadedChunks:
+            job = await self.tracker.in_pool(self.tracker.get, job_id)
+            if job is None or job.status != COMPLETED:
+                raise NoResult(500, job.error if job else "The job was deleted")
+            return await self._begin(self.tracker.images.replay(job), self.tracker.pool)
+
+        ended = asyncio.get_running_loop().create_task(self.tracker.wait(job_id, math.inf))
+        ended.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # `result` meets the same
+        try:
+            if job.ended or self.preference.wait is not None:  # so that a trouble with what is stored has a status
+                await asyncio.wait({ended}, timeout=None if job.ended else self.preference.wait)
+            await self._tell(job, ended, result, is_replay=job.ended)
+        finally:
+            ended.cancel()
+        return True
+
+    # Telling of a job
+
+    async def _tell(self, job: Job, ended: "asyncio.Future[Any]", result: Callable[[], Any], is_replay: bool) -> None:
+        """202 now, or 200 now and the result when there is one.
+
+        That is when `ended` is done. The coroutine `result` gives ThreadedChunks. Raises NoResult before the head.
+        """
+        in_time = bool(self.preference.wait) and ended.done()  # within no time nothing ends
+        is_early = self.preference.respond_async and not in_time
+        headers = {"Idempotent-Replayed": "true"} if is_replay else {}
+        if is_early:
+            headers["Location"] = path_of(self.scope).rpartition("/")[0] + f"/job/{job.id}"
+            with contextlib.suppress(StoreError):  # then as it was
+                job = await self.tracker.find(job.id) or job
+            pool = self.tracker.pool_for(job)
+            chunks = await self.tracker.in_pool(self.tracker.as_json, job, False, pool=pool)
+            content: Any = await self._begin(chunks, pool)
+        elif ended.done():
+            content = await result()
+        else:
+            content = after_heartbeats(ended, result, self.gzip)
+        headers.update(self._job_headers(job.id, is_early))
+        headers["Vary"] = "Accept-Encoding"
+        headers["X-Accel-Buffering"] = "no"  # nginx would keep the head back until the end
+        if self.gzip:
+            headers["Content-Encoding"] = "gzip"
+        response = ClosingStreamingResponse(content, 202 if is_early else 200, headers, "application/json")
+        await response(self.scope, self.receive, self.send)
+
+    async def _begin(self, chunks: Iterator[bytes], pool: Threads) -> ThreadedChunks:
+        chunks = self.gzip.encode_all(chunks) if self.gzip else chunks
+        return await ThreadedChunks(pool, chunks, self.tracker.sending).begin()
+
+    def _job_headers(self, job_id: str, respond_async: bool = False) -> Dict[str, str]:
+        return {JOB_HEADER: job_id, **self.preference.applied(respond_async)}
 
 
 class Phase(enum.IntEnum):
     """Where the host's route is with a request. It only goes on, and waits for neither the client nor the disk.
 
-    CHECKING -> WAITING -> GENERATING -> ENCODING -> ENDED, with WITHDRAWN in the place of the third and the fourth for
-    a job that is cancelled in time. A request that is refused goes to ENDED at once.
+    A request that is refused goes from the first to the last at once, and a job that is cancelled while it waits from
+    the second.
     """
 
     CHECKING = 0  # the host checks credentials and body: no job yet
     WAITING = 1  # a job, for which the route waits for the queue lock
     GENERATING = 2  # the route has the queue lock
     ENCODING = 3  # the route has given the queue lock back, and makes its answer of the images
-    WITHDRAWN = 4  # cancelled while it waited: the job has failed, though the route is still to find out
-    ENDED = 5  # the route has ended, and what it came to is being stored
+    ENDED = 4  # the route has ended, and what it came to is being stored
 
 
 class Generation:
@@ -5055,32 +5103,31 @@ class Generation:
     tasks: Set["asyncio.Task[None]"] = set()  # asyncio holds its tasks only weakly
 
     def __init__(self, middleware: Middleware, scope: Scope, body: List[Message]):
-        self.app = middleware.app
-        self.type = middleware.type
+        self.middleware = middleware
         self.tracker = middleware.tracker
         self.host = middleware.host
         self.scope = scope
         self.body = body  # emptied when the host has read it, for it may be large
         self.response = HostResponse()
 
-        # The state. `until` waits for a change of it.
-        self._lock = threading.Lock()  # guards the next two, which change in any thread, the others in the event loop
+        # Where it is. The first two change in any thread, the others in the event loop, and only once.
+        self._lock = threading.Lock()  # guards the next two
         self.phase = Phase.CHECKING
         self.cancelled = False
-        self.on_disk: Optional[bool] = None  # whether the job could be written; None until that is known
-        self.passed_on: Optional[bool] = None  # whether the client gets the host's own answer; None until then
-        self.client_done = False  # it has its answer, or has left
-        self._loop = asyncio.get_running_loop()
-        self._change = self._loop.create_future()  # ends with the next change
+        self._loop = loop = asyncio.get_running_loop()
+        self.on_disk: "asyncio.Future[bool]" = loop.create_future()  # whether the job could be written
+        self.over: "asyncio.Future[None]" = loop.create_future()  # the client need not wait any longer
+        self.passed_on: "asyncio.Future[bool]" = loop.create_future()  # whether the client gets the host's own answer
+        self.client_done: "asyncio.Future[None]" = loop.create_future()  # it has its answer, or has left
 
         # What is known of the request by the time that it becomes a job, and then of this.
         self.has_thread = False  # a worker thread was added, for it to wait for the queue lock in
         self.key: Optional[str] = None
         self.reservation: Optional[KeyReservation] = None  # of the key
         self.reserved_id: Optional[str] = None
-        self.request = AdaptedRequest()
+        self.prompt = ""
+        self.task_id: Optional[str] = None  # the host's own name for it
         self.job: Optional[Job] = None  # as it was accepted
-        self.accepted_at = 0.0  # by time.monotonic()
 
     # The task
 
@@ -5092,81 +5139,38 @@ class Generation:
         return work
 
     async def _work(self) -> None:
-        await self._run_route()
+        current.set(self)
+        try:
+            with self.host.extra_worker_thread() as self.has_thread:
+                await self.middleware.app(dict(self.scope), replay_body(list(self.body)), self.response.send)
+        except BaseException as error:  # also when the server is stopped: its job then says so
+            self.response.error = error
+        with self._lock:
+            self.phase = Phase.ENDED
+        if self.cancelled:  # the host may answer with what there was of the images by then
+            self.response.error = Cancelled()
+        if self.job is not None:
+            self.tracker.answered(self.job.id)  # before its client can ask for the job
+        set_once(self.over, None)
         try:
             if self.job is not None:
                 await self._end_job()
         finally:
             if self.reservation:
                 self.tracker.free_key(self.key, self.reservation)
-        await self.until(lambda: self.client_done)
+        await asyncio.wait({self.client_done})
         self.response.clear()  # an idle worker thread of the host keeps its last context, and so this object
-
-    async def _run_route(self) -> None:
-        current.set(self)
-        try:
-            with self.host.extra_worker_thread() as self.has_thread:
-                await self.app(copy_message(self.scope), replay_body(list(self.body)), self.response.send)
-        except BaseException as error:  # also when the server is stopped: its job then says so
-            self.response.error = error
-        finally:
-            self._enter(Phase.ENDED)
-            self._wake()
-
-    def _enter(self, phase: Phase) -> None:
-        with self._lock:
-            self.phase = max(self.phase, phase)
-
-    # Waiting for a change, in the event loop
-
-    async def until(self, condition: Callable[[], bool], seconds: float = math.inf) -> bool:
-        """Returns when a condition of the state holds, or False if it does not within some seconds."""
-        end = self._loop.time() + seconds
-        while not condition():
-            left = end - self._loop.time()
-            if left <= 0:
-                return False
-            await asyncio.wait({self._change}, timeout=left)
-        return True
-
-    def _wake(self) -> None:
-        """Lets all who wait look at the state again."""
-        self._change.set_result(None)
-        self._change = self._loop.create_future()
 
     def _in_loop(self, function: Callable[..., None], *args: Any) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed
             self._loop.call_soon_threadsafe(function, *args)
 
-    @property
-    def is_over(self) -> bool:
-        """Whether the client need not wait any longer."""
-        return self.phase >= Phase.WITHDRAWN
-
-    @property
-    def failed(self) -> bool:
-        """Whether it came to no answer of success, or not yet."""
-        return self.cancelled or self.response.failed
-
-    def reason(self) -> str:
-        """Why it failed, for its user."""
-        return CANCELLED if self.cancelled else self.response.reason()
-
     async def is_accepted(self) -> bool:
         """Whether the client can be told of a job: it is on disk. Waits until that is known, for a time."""
-        await self.until(lambda: self.on_disk is not None or self.is_over)
+        await asyncio.wait({self.on_disk, self.over}, return_when=asyncio.FIRST_COMPLETED)
         if self.job is not None:  # the host may have been faster than the disk
-            left = self.accepted_at + self.tracker.patience() - time.monotonic()
-            await self.until(lambda: self.on_disk is not None, left)
-        return bool(self.on_disk)
-
-    def set_passed_on(self, passed_on: bool) -> None:
-        self.passed_on = passed_on
-        self._wake()
-
-    def set_client_done(self) -> None:
-        self.client_done = True
-        self.set_passed_on(bool(self.passed_on))
+            await asyncio.wait({self.on_disk}, timeout=self.tracker.patience())
+        return self.on_disk.done() and self.on_disk.result()
 
     # CHECKING, on the host's worker thread
 
@@ -5175,73 +5179,62 @@ class Generation:
         if any(name == b"idempotency-key" for name, _ in self.scope["headers"]):
             self._reserve_key(header_of(self.scope, b"idempotency-key"))
         if not self.has_thread:
-            # The host drops the headers of an exception.
-            self.scope[OuterMiddleware.KEY].error_headers = [(b"retry-after", b"60")]
+            self.scope[OuterMiddleware.KEY].error_headers = {"Retry-After": "60"}
             raise HTTPException(429, f"{self.host.SPARE_THREADS:,} generations wait already")
-        self._adapt_request(arguments)
+        with log_errors("reading a request"):
+            self.reserved_id = self.tracker.store.reserve_id()
+            adapted = self.host.adapt_request(arguments, self.reserved_id)
+            self.prompt, self.response.hide_images, self.task_id = adapted
 
     def _reserve_key(self, key: str) -> None:
         if not 1 <= len(key) <= IDEMPOTENCY_KEY_LIMIT:
             raise HTTPException(422, f"Idempotency-Key must have 1 to {IDEMPOTENCY_KEY_LIMIT} characters")
-        digest = hashlib.sha256()
-        for message in self.body:
-            digest.update(message.get("body", b""))
-        self.key = hashlib.sha256(json.dumps([key, user_of(self.scope), self.type]).encode()).hexdigest()[:32]
+        digest = hashlib.sha256(b"".join(message.get("body", b"") for message in self.body)).hexdigest()
+        whose = json.dumps([key, user_of(self.scope), self.middleware.type])
+        self.key = hashlib.sha256(whose.encode()).hexdigest()[:32]
         try:
-            reservation, is_first = self.tracker.reserve_key(self.key, digest.hexdigest())
+            reservation, is_first = self.tracker.reserve_key(self.key, digest)
         except StoreError as error:
-            reason = f"The jobs cannot be read, so a repeat cannot be told: {error}"
-            raise HTTPException(503, reason) from None
+            raise HTTPException(503, f"The jobs cannot be read, so a repeat cannot be told: {error}") from None
         if is_first:
             self.reservation = reservation
-        elif reservation.digest != digest.hexdigest():
+        elif reservation.digest != digest:
             raise HTTPException(422, "Idempotency-Key was used with another body")
         else:
             raise DuplicateRequest(reservation)
 
-    @log_errors
-    def _adapt_request(self, arguments: Dict[str, Any]) -> None:
-        self.reserved_id = self.tracker.store.reserve_id()
-        self.request = self.host.adapt_request(arguments, self.reserved_id)
-        self.response.hide_images = self.request.hide_images
-
     # CHECKING -> WAITING -> GENERATING -> ENCODING, on the host's worker thread
 
-    @log_errors
     def on_lock_wanted(self) -> None:
         """The host's route asks for the queue lock: that makes it a job."""
         with self._lock:
-            if self.phase is not Phase.CHECKING:
+            if self.phase is not Phase.CHECKING or self.reserved_id is None:  # it has no ID where that went wrong
                 return
             self.phase = Phase.WAITING
-        try:
-            self.job, self.accepted_at = self._new_job(), time.monotonic()
+        written = None
+        with log_errors("accepting a job"):
+            client = self.scope.get("client")
+            self.job = Job(
+                id=self.reserved_id,
+                type=self.middleware.type,
+                status=PENDING,
+                timestamp=int(time.time()),
+                ip=client[0][:IP_LIMIT] if client else None,
+                prompt=self.prompt[:PROMPT_LIMIT],
+                key=self.key,
+                digest=self.reservation.digest if self.reservation else None,
+            )
             written = self.tracker.accept(self.job, self.cancel)
-        except Exception:
+        self.body.clear()
+        if written is None:
             self._in_loop(self._set_on_disk, False)
-            raise
-        finally:
-            self.body.clear()
-        written.add_done_callback(lambda written: self._in_loop(self._set_on_disk, written.exception() is None))
-
-    def _new_job(self) -> Job:
-        client = self.scope.get("client")
-        return Job(
-            id=self.reserved_id or self.tracker.store.reserve_id(),
-            type=self.type,
-            status=PENDING,
-            timestamp=int(time.time()),
-            ip=client[0][:IP_LIMIT] if client else None,
-            prompt=self.request.prompt[:PROMPT_LIMIT],
-            key=self.key,
-            digest=self.reservation.digest if self.reservation else None,
-        )
+        else:
+            written.add_done_callback(lambda written: self._in_loop(self._set_on_disk, written.exception() is None))
 
     def _set_on_disk(self, on_disk: bool) -> None:
-        self.on_disk = on_disk
-        if on_disk and self.reservation and not self.reservation.outcome.done():
-            self.reservation.outcome.set_result(self.job.id)
-        self._wake()
+        set_once(self.on_disk, on_disk)
+        if on_disk and self.reservation:
+            set_once(self.reservation.outcome, self.job.id)
 
     def on_lock_acquired(self) -> None:
         """The route has the queue lock. Raises Cancelled if it is to give it back at once."""
@@ -5249,20 +5242,17 @@ class Generation:
             if self.cancelled:
                 raise Cancelled
             self.phase = max(self.phase, Phase.GENERATING)
-        self._start_job()
-
-    @log_errors
-    def _start_job(self) -> None:
         if self.job is not None:
-            self.tracker.start(self.job.id)
+            with log_errors("starting a job"):
+                self.tracker.start(self.job.id)
 
-    @log_errors
     def on_lock_released(self) -> None:
         """The route is about to give the queue lock back."""
-        self._enter(Phase.ENCODING)
+        with self._lock:
+            self.phase = max(self.phase, Phase.ENCODING)  # the task ends before its thread where the server is stopped
         self.tracker.generated()
 
-    # WAITING -> WITHDRAWN, on any thread
+    # WAITING or GENERATING, on any thread
 
     def cancel(self) -> bool:
         """Fails the job now if it waits, or when the host has stopped it if it runs. False if that has ended."""
@@ -5273,10 +5263,10 @@ class Generation:
             is_waiting = self.phase is Phase.WAITING
         log.info("Job %s was cancelled", self.job.id)
         if is_waiting:
-            self.host.dequeue(self.request.task_id)
+            self.response.error = Cancelled()
+            self.host.dequeue(self.task_id)
             self.tracker.fail(self.job.id, CANCELLED)
-            self._enter(Phase.WITHDRAWN)
-            self._in_loop(self._wake)
+            self._in_loop(set_once, self.over, None)
         else:
             self._in_loop(self._interrupt)
         return True
@@ -5292,76 +5282,91 @@ class Generation:
 
     async def _end_job(self) -> None:
         """Stores the job's end, once the job itself is on disk."""
-        size = self.response.size
-        if not await self._hold_memory(size):
-            self._give_up()
-            return
+        size, began = len(self.response.body), time.monotonic()
+        while not self.tracker.reserve_memory(size):
+            if time.monotonic() - max(began, self.tracker.stored_at) > GIVE_UP_AFTER:  # nothing is stored any more
+                self._give_up()
+                return
+            await asyncio.sleep(0.2)
         try:
             # Where this takes long, the client was told of no job.
-            if not await self.until(lambda: self.on_disk is not None, GIVE_UP_AFTER):
+            await asyncio.wait({self.on_disk}, timeout=GIVE_UP_AFTER)
+            if not self.on_disk.done():
                 self._give_up()
-            elif self.on_disk:
-                self.tracker.answered(self.job.id)
+            elif self.on_disk.result():
                 await self._store_when_told()
         finally:
             self.tracker.free_memory(size)
 
-    async def _hold_memory(self, size: int) -> bool:
-        """Waits until the answer may wait for the disk. False if nothing was stored for long: it does not answer."""
-        began = time.monotonic()
-        while not self.tracker.reserve_memory(size):
-            if time.monotonic() - max(began, self.tracker.stored_at) > GIVE_UP_AFTER:
-                return False
-            await asyncio.sleep(0.2)
-        return True
-
     def _give_up(self) -> None:
         """The disk does not answer. The client gets its images, but they are not stored: they would fill the memory."""
         log.error("Job %s was generated, but is not stored: the disk does not answer", self.job.id)
-        reason = self.reason() if self.failed else "Generated, but not stored: the disk did not answer"
+        lost = "Generated, but not stored: the disk did not answer"
+        reason = self.response.reason() if self.response.failed else lost
         self.tracker.fail(self.job.id, reason)  # as soon as the disk answers
 
-    @log_errors
     def _report_failure(self) -> None:
         """Logs a failure that the host does not see, since its client got the head before, or has left.
 
         Raised to the host, it would be a crash of the server, which each of its layers reports, or none, as on Forge.
         """
         error = self.response.error
-        if self.passed_on or isinstance(error, (asyncio.CancelledError, Cancelled)):
+        if self.passed_on.result() or isinstance(error, (asyncio.CancelledError, Cancelled)):
             return
         is_plain = error is None or isinstance(error, HTTPException)  # an answer, though not one of success
-        if not self.cancelled:
-            details = "" if is_plain else "\n" + format_host_traceback(error)
-            log.warning("Job %s failed: %s%s", self.job.id, escape_for_log(self.reason()), details)
-        elif not is_plain:
-            log.warning("Job %s: the webui raised %s when it was stopped", self.job.id, type(error).__name__)
+        details = "" if is_plain else "\n" + format_host_traceback(error)
+        log.warning("Job %s failed: %s%s", self.job.id, escape_for_log(self.response.reason()), details)
 
     async def _store_when_told(self) -> None:
-        """Stores the outcome. It gives a fast client a moment to receive the answer, for storing competes with sending.
-
-        With gzip it does not: packing takes longer, and leaves room for both.
-        """
+        """Stores the outcome. It gives a fast client a moment to receive the answer: storing competes with sending."""
+        failed = self.response.failed
         try:
-            if self.failed:
-                await self.until(lambda: self.passed_on is not None)
-                self._report_failure()
-            elif not accepts_gzip(self.scope):
-                await self.until(lambda: self.client_done, STORE_DELAY)
+            if failed:
+                await asyncio.wait({self.passed_on})
+                with log_errors("logging a failure"):
+                    self._report_failure()
+            else:
+                await asyncio.wait({self.client_done}, timeout=STORE_DELAY)
         finally:  # also if the server is stopped
-            pool = self.tracker.senders if self.failed else self.tracker.storers  # a failure needs no disk of ours
+            pool = self.tracker.senders if failed else self.tracker.storers  # a failure needs no disk of ours
             storing = pool.submit(self._store)
         await asyncio.shield(asyncio.wrap_future(storing))
 
     def _store(self) -> None:
-        if self.failed:
-            self.tracker.fail(self.job.id, self.reason())
+        if self.response.failed:
+            self.tracker.fail(self.job.id, self.response.reason())
             return
         try:
             self.tracker.finish(self.job.id, self.response.answer())
         except Exception as error:  # the job is to say whatever it was, and the client has its images
             log.error("Job %s was generated, but could not be stored: %s", self.job.id, escape_for_log(repr(error)))
             self.tracker.fail(self.job.id, f"Generated, but it could not be stored: {reason_of(error)}")
+
+
+@contextlib.contextmanager
+def log_errors(where: str) -> Iterator[None]:
+    """Around our code on the host's thread: what goes wrong in it is logged, and the generation goes on."""
+    try:
+        yield
+    except Exception:
+        log.exception("Job Tracker failed in %s, the generation goes on", where)
+
+
+def set_once(future: Any, value: Any) -> None:
+    if not future.done():
+        future.set_result(value)
+
+
+def observed_endpoint(endpoint: Callable[..., Any]) -> Callable[..., Any]:
+    """A host's endpoint that tells the current generation that it is called."""
+
+    def call(**arguments: Any) -> Any:
+        generation = current.get()
+        if generation is not None:
+            generation.on_endpoint(arguments)
+        return endpoint(**arguments)
+
+    return call
 
 
 class ObservedLock:
@@ -5396,250 +5401,65 @@ class ObservedLock:
         return getattr(self._lock, name)
 
 
-def observed_endpoint(endpoint: Callable[..., Any]) -> Callable[..., Any]:
-    """A host's endpoint that tells the current generation that it is called."""
+class HostResponse:
+    """What the host's route came to: its answer, or what it raised."""
 
-    def call(**arguments: Any) -> Any:
-        generation = current.get()
-        if generation is not None:
-            generation.on_endpoint(arguments)
-        return endpoint(**arguments)
+    def __init__(self) -> None:
+        self.head: Optional[Message] = None
+        self._chunks: List[bytes] = []  # of the body
+        self.error: Optional[BaseException] = None
+        self.hide_images = False  # from the client, which sent send_images: false. The host answers with them
+        self._answer: Optional[Answer] = None
+        self._reading = threading.Lock()  # guards this one
 
-    return call
-
-
-class FollowedJob(NamedTuple):
-    """A job whose result a client waits for: that of its own generation, or of the one that it repeats."""
-
-    job: Job
-    ended: "asyncio.Task[Any]"  # ends when there is a result
-    result: Callable[[], Any]  # a coroutine's: the result in chunks, None if there is no good one
-    pool: Threads  # to make the chunks in
-    headers: Headers  # of the response
-
-
-class ClientResponse:
-    """What one client is told. It may leave at any moment; its generation does not notice."""
-
-    def __init__(self, middleware: Middleware, scope: Scope, receive: Receive, send: Send):
-        self.middleware = middleware
-        self.tracker = middleware.tracker
-        self.scope = scope
-        self.receive = receive
-        self.send = send
-        self.connection: ConnectionState = scope[OuterMiddleware.KEY]
-        self.encoder = Gzip() if accepts_gzip(scope) else None
-        self.preference = Preference.of(scope)
-
-    async def serve(self) -> None:
-        body = await self._read_body()
-        if body[-1]["type"] != "http.request":  # the client left before the end of its body: the host is to see that
-            await self.middleware.app(self.scope, replay_body(body), self.send)
-            return
-        while not await self._generate(body):
-            pass  # it repeated a request that came to nothing, and so becomes one of its own
-
-    async def _read_body(self) -> List[Message]:
-        """The body as it came. If the client left before its end, the last message says so."""
-        body = [await self.receive()]
-        while body[-1].get("more_body", False):
-            body.append(await self.receive())
-        return body
-
-    async def _generate(self, body: List[Message]) -> bool:
-        """False if the generation repeats one that came to nothing, so that another is due."""
-        generation = Generation(self.middleware, self.scope, body)
-        self.connection.work = generation.begin()
-        over = asyncio.get_running_loop().create_task(generation.until(lambda: generation.is_over))
-        try:
-            if await generation.is_accepted():
-                await asyncio.wait({over}, timeout=self._seconds_before_head(generation))
-                failed_early = over.done() and generation.failed and not generation.cancelled
-                if not failed_early:
-                    await self._follow(generation, over)
-                    return True
-            await asyncio.wait({over})
-            if isinstance(generation.response.error, DuplicateRequest):
-                return await self._repeat(generation.response.error.reservation)
-            await self._pass_on(generation)
-            return True
-        finally:
-            over.cancel()
-            generation.set_client_done()
-
-    def _seconds_before_head(self, generation: Generation) -> float:
-        """Seconds in which a generation that has been accepted may still end with the host's own answer and status."""
-        if self.preference.respond_async:
-            return self.preference.wait or 0
-        return EARLY_FAILURE_WINDOW if generation.phase >= Phase.GENERATING else 0
-
-    # The three ways to answer: as the host, with the generation's own job, with another's
-
-    async def _pass_on(self, generation: Generation) -> None:
-        """Gives the client what the host gave, as if we were not there."""
-        generation.set_passed_on(True)
-        response = generation.response
-        if generation.on_disk and self.preference.wait is not None:
-            self.connection.headers = self._job_headers(generation.job, self.preference.applied(respond_async=False))
-        if generation.job is not None and generation.failed:
-            await self.tracker.wait_until_stored(generation.job.id)  # a client that has the answer finds the job Failed
-        if response.error is not None:
-            raise response.error
-        if not response.messages:  # cancelled before the disk took the job
-            raise HTTPException(500, generation.reason())
-        messages = response.messages
-        if response.hide_images and not response.failed:
-            messages = await self.tracker.in_pool(response.messages_without_images, pool=self.tracker.senders)
-        for message in messages:
-            await self.send(copy_message(message))
-
-    async def _follow(self, generation: Generation, over: "asyncio.Task[Any]") -> None:
-        """Tells the client of its job, from its acceptance on."""
-        generation.set_passed_on(False)
-
-        async def result() -> Optional[Iterator[bytes]]:
-            if not generation.failed:
-                return generation.response.chunks_for_client()
-            await self.tracker.wait_until_stored(generation.job.id)  # a client that sees the abort finds the job Failed
-            return None
-
-        await self._tell(FollowedJob(generation.job, over, result, self.tracker.senders, []))
-
-    async def _repeat(self, reservation: KeyReservation) -> bool:
-        """Answers from the job that was first with the idempotency key. False if there is none any more."""
-        job_id = await asyncio.shield(asyncio.wrap_future(reservation.outcome))  # not ours to cancel
-        if job_id is None:
-            return False
-        await self.tracker.wait_until_stored(job_id)  # it may have just failed
-        try:
-            job = await self.tracker.find(job_id)
-        except StoreError as error:
-            raise self._unreadable(error) from None
-        if job is None or job.status == FAILED:
-            return False
-
-        async def result() -> Optional[Iterator[bytes]]:
-            job = await self.tracker.in_pool(self.tracker.get, job_id)
-            return self.tracker.images.replay(job) if job is not None and job.status == COMPLETED else None
-
-        ended = asyncio.get_running_loop().create_task(self.tracker.wait(job_id, math.inf))
-        ended.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # `result` meets the same
-        try:
-            if job.ended or self.preference.wait is not None:  # so that a trouble with what is stored has a status
-                await asyncio.wait({ended}, timeout=None if job.ended else self.preference.wait)
-            headers = [(b"idempotent-replayed", b"true")] if job.ended else []
-            await self._tell(FollowedJob(job, ended, result, self.tracker.pool, headers))
-        finally:
-            ended.cancel()
-        return True
-
-    # Telling of a job
-
-    async def _tell(self, followed: FollowedJob) -> None:
-        """202 now, or 200 now and the result when there is one."""
-        in_time = bool(self.preference.wait) and followed.ended.done()  # within no time nothing ends
-        is_early = self.preference.respond_async and not in_time
-        headers = [*followed.headers, *self.preference.applied(respond_async=is_early)]
-        if is_early:
-            await self._send_job(followed.job, headers)
+    async def send(self, message: Message) -> None:
+        """For the route to send with."""
+        if message["type"] == "http.response.start":
+            self.head = message
         else:
-            await self._send_result(followed, headers)
+            self._chunks.append(message.get("body", b""))
 
-    async def _send_job(self, job: Job, headers: Headers) -> None:
-        """202, and the job as it is now."""
-        location = path_of(self.scope).rpartition("/")[0] + f"/job/{job.id}"
-        with contextlib.suppress(StoreError):  # then as it was
-            job = await self.tracker.find(job.id) or job
-        pool = self.tracker.pool_for(job)
-        chunks = await self.tracker.in_pool(self.tracker.as_json, job, False, pool=pool)
-        await self._send_head(202, job, [*headers, (b"location", location.encode())])
-        try:
-            await self._send_all(chunks, pool)
-        except StoreError as error:
-            self._abort(job, error)
+    def clear(self) -> None:
+        self.head, self._chunks, self.error, self._answer = None, [], None, None
 
-    async def _send_result(self, followed: FollowedJob, headers: Headers) -> None:
-        """200, heartbeats while the job waits and runs, and then its result. Without one, no clean end."""
-        chunks = await self._begin_result(followed) if followed.ended.done() else None
-        gone = asyncio.get_running_loop().create_task(wait_for_disconnect(self.receive))
-        try:
-            await self._send_head(200, followed.job, headers)
-            while not followed.ended.done():
-                await self._send_chunk(self.encoder.encode(b" ") if self.encoder else b" ")
-                await asyncio.wait({followed.ended, gone}, timeout=HEARTBEAT, return_when=asyncio.FIRST_COMPLETED)
-                if gone.done():
-                    return
-            if chunks is None:
-                chunks = await followed.result()
-            if chunks is None:
-                self.connection.aborted = True
-            else:
-                await self._send_all(chunks, followed.pool, gone)
-        except StoreError as error:
-            self._abort(followed.job, error)
-        except Exception:  # some layers would end the response cleanly
-            self.connection.aborted = True
-            if not gone.done():
-                log.exception("Job %s: Job Tracker failed to give the answer", followed.job.id)
-        finally:
-            gone.cancel()
+    @property
+    def body(self) -> bytes:
+        return b"".join(self._chunks)
 
-    async def _begin_result(self, followed: FollowedJob) -> Iterator[bytes]:
-        """The result of a job that has ended, its first chunk made before the head: so a failure has its true status.
+    @property
+    def failed(self) -> bool:
+        """Whether there is no answer of success, or not yet."""
+        return self.error is not None or self.head is None or not 200 <= self.head["status"] < 300
 
-        Raises HTTPException if there is none.
-        """
-        job = followed.job
-        self.connection.error_headers = self._job_headers(job, self.preference.applied(respond_async=False))
-        try:
-            chunks = await followed.result()
-            if chunks is not None:
-                return chain(await self.tracker.in_pool(next, chunks, b"", pool=followed.pool), chunks)
-            job = await self.tracker.find(job.id) or job
-        except StoreError as error:
-            log.error("Job %s: the stored answer cannot be read: %s", job.id, error.details)
-            raise self._unreadable(error) from None
-        raise HTTPException(500, job.error or CANCELLED)
+    def answer(self) -> Answer:
+        """The body in parts, with the parameters as the client sent them. It is read once, by whoever comes first."""
+        with self._reading:
+            if self._answer is None:
+                answer = split_answer(self.body)
+                self._answer = with_images_hidden(answer) if self.hide_images else answer
+            return self._answer
 
-    @staticmethod
-    def _unreadable(error: StoreError) -> HTTPException:
-        return HTTPException(503, f"The stored answer cannot be read: {error}")
+    def body_for_client(self) -> bytes:
+        """Of an answer of success, as the client asked for it."""
+        return self.answer().rest if self.hide_images else self.body
 
-    def _abort(self, job: Job, error: StoreError) -> None:
-        """The head is out, so that trouble can be told by no status."""
-        self.connection.aborted = True
-        log.error("Job %s: the stored answer cannot be read: %s", job.id, error.details)
+    def chunks_for_client(self) -> Iterator[bytes]:
+        body = self.body_for_client()
+        for start in range(0, len(body), CHUNK):
+            yield body[start : start + CHUNK]
 
-    def _job_headers(self, job: Job, headers: Headers) -> Headers:
-        """Headers of an answer that tells of a job, with those given, and what lets other origins read them."""
-        headers = [*headers, (JOB_HEADER.lower().encode(), job.id.encode())]
-        names = exposed(name.decode() for name, _ in headers)
-        return [*headers, *((name.lower().encode(), value.encode()) for name, value in names.items())]
-
-    async def _send_head(self, status: int, job: Job, headers: Headers) -> None:
-        headers = [
-            *self._job_headers(job, headers),
-            (b"content-type", b"application/json"),
-            (b"vary", b"Accept-Encoding"),
-            (b"x-accel-buffering", b"no"),  # nginx would keep the head back until the end
-            *([(b"content-encoding", b"gzip")] if self.encoder else []),
-        ]
-        await self.send({"type": "http.response.start", "status": status, "headers": headers})
-
-    async def _send_all(
-        self, chunks: Iterator[bytes], pool: Threads, gone: Optional["asyncio.Task[None]"] = None
-    ) -> None:
-        if self.encoder:
-            chunks = self.encoder.encode_all(chunks)
-        with contextlib.closing(ThreadedChunks(pool, chunks, self.tracker.sending)) as made:
-            async for chunk in made:
-                await self._send_chunk(chunk)
-                if gone is not None and gone.done():
-                    return
-        await self.send({"type": "http.response.body", "body": b"", "more_body": False})
-
-    async def _send_chunk(self, data: bytes) -> None:
-        await self.send({"type": "http.response.body", "body": data, "more_body": True})
+    def reason(self) -> str:
+        """Why it failed, for its user."""
+        if isinstance(self.error, asyncio.CancelledError):
+            return "The webui was stopped"
+        if self.error is not None:
+            name = text = type(self.error).__name__
+            with contextlib.suppress(Exception):  # an exception of an extension's may fail at that, too
+                text = str(getattr(self.error, "detail", "") or reason_of(self.error))
+            return f"{name}: {text}" if text not in ("", name) else name
+        if self.head is None:
+            return "The webui gave no answer"
+        return f"The webui answered {self.head['status']}: {self.body[:1000].decode('utf-8', 'replace')}"
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -5872,7 +5692,7 @@ class Api:
     def _let_nobody_keep_errors(request: Request) -> None:
         """A cache may keep a 404 (RFC 9111, 4.2.2), and what is not there now may be there in a moment."""
         if OuterMiddleware.KEY in request.scope:
-            request.scope[OuterMiddleware.KEY].error_headers = [(b"cache-control", b"no-store")]
+            request.scope[OuterMiddleware.KEY].error_headers = {"Cache-Control": "no-store"}
 
     async def _get(self, job_id: str) -> Job:
         job = self.tracker.running(job_id) or await self._run(self.tracker.get, job_id)
@@ -5905,27 +5725,20 @@ class Api:
     async def _as_json(self, job: Job, images: bool) -> Iterator[bytes]:
         return await self._run(self.tracker.as_json, job, images, pool=self.tracker.pool_for(job))
 
-    async def _wait_on(self, request: Request, job_id: str, images: bool, seconds: float) -> AsyncIterator[bytes]:
+    def _wait_on(self, request: Request, job_id: str, images: bool, seconds: float) -> AsyncIterator[bytes]:
         """White space while the job goes on, and then the job. The head is out: for trouble, the connection is cut."""
         ended = asyncio.get_running_loop().create_task(self.tracker.wait(job_id, seconds))
         ended.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # trouble shows when it is read
         gzip = Gzip() if accepts_gzip(request.scope) else None
-        try:
-            while not ended.done():
-                yield gzip.encode(b" ") if gzip else b" "
-                await asyncio.wait({ended}, timeout=HEARTBEAT)
+
+        async def result() -> ThreadedChunks:
             await self.tracker.wait_until_stored(job_id)
             job = await self._get(job_id)
             pieces = await self._as_json(job, images)
             pieces = gzip.encode_all(pieces) if gzip else pieces
-            with contextlib.closing(ThreadedChunks(self.tracker.pool_for(job), pieces, self.tracker.sending)) as made:
-                async for piece in made:
-                    yield piece
-        except (HTTPException, StoreError) as error:
-            request.scope[OuterMiddleware.KEY].aborted = True
-            log.warning("Job %s cannot be given to who waited for it: %s", job_id, getattr(error, "detail", error))
-        finally:
-            ended.cancel()
+            return ThreadedChunks(self.tracker.pool_for(job), pieces, self.tracker.sending)
+
+        return after_heartbeats(ended, result, gzip)
 
     async def _wait(self, request: Request, job_id: str, seconds: float) -> None:
         """Waits for a job's end, unless the client leaves."""
@@ -5978,7 +5791,6 @@ class Api:
             asked = URL("?" + request.scope["query_string"].decode("latin-1"))
             query = asked.include_query_params(cursor=page.cursor).query
             response.headers["Link"] = f'<{path_of(request.scope)}?{query}>; rel="next"'
-            response.headers.update(exposed(response.headers))
         return response
 
     async def _run_while_here(self, request: Request, look: Callable[[threading.Event], Any], pool: Threads) -> Any:
@@ -6660,7 +6472,7 @@ class Tab:
             if OuterMiddleware.KEY not in scope:
                 raise gr.Error(OriginGuard.REFUSAL)
             # Of an exception gradio would make a 500, and a traceback.
-            scope[OuterMiddleware.KEY].refusal = OriginGuard.REFUSAL
+            scope[OuterMiddleware.KEY].refused = True
             return [gr.update()] * outputs if outputs > 1 else gr.update() if outputs else None
 
         return guarded
@@ -7079,8 +6891,11 @@ class Host:
         finally:
             limiter.total_tokens -= added
 
-    def adapt_request(self, arguments: Dict[str, Any], name: str) -> AdaptedRequest:
-        """Makes the host answer with the images, and /internal/progress by our name unless the client gave one."""
+    def adapt_request(self, arguments: Dict[str, Any], name: str) -> Tuple[str, bool, Optional[str]]:
+        """Makes the host answer with the images, and /internal/progress by our name unless the client gave one.
+
+        Returns the prompt, whether the client wants no images, and the host's own name for the request.
+        """
         body = next((value for value in arguments.values() if hasattr(value, "prompt")), None)
         hide_images = getattr(body, "send_images", True) is False
         if hide_images:
@@ -7089,7 +6904,7 @@ class Host:
             body.force_task_id = name
         prompt = getattr(body, "prompt", "")
         task_id = getattr(body, "force_task_id", None)
-        return AdaptedRequest(prompt if isinstance(prompt, str) else "", hide_images, task_id)
+        return prompt if isinstance(prompt, str) else "", hide_images, task_id
 
     # For the OriginGuard
 
@@ -7109,41 +6924,38 @@ class Host:
 
     # For the API: the host's routes
 
-    def generation_routes(self, app: Any) -> List[Tuple[Any, str]]:
-        """The routes with the type of job that each makes. SD.Next has each of them twice."""
-        return [
-            (route, type_)
-            for route in app.routes
-            for type_ in TYPES
-            if getattr(route, "path", "").endswith(f"/sdapi/v1/{type_}") and "POST" in (route.methods or ())
-        ]
+    def generation_routes(self, app: Any) -> List[Any]:
+        """SD.Next has each of them twice."""
+        paths = tuple(f"/sdapi/v1/{type_}" for type_ in TYPES)
+        routes = [route for route in app.routes if getattr(route, "path", "").endswith(paths)]
+        return [route for route in routes if "POST" in (route.methods or ())]
 
-    def check(self, routes: List[Tuple[Any, str]]) -> None:
+    def check(self, routes: List[Any]) -> None:
         """Raises UnsupportedHost, or whatever else, where something is missing that we use."""
-        for route, _ in routes:
+        for route in routes:
             if hasattr(route.app, "tracker"):  # as ours has, of whatever version
                 raise UnsupportedHost("another copy of Job Tracker is at work. Remove one of them")
             has_lock = hasattr(getattr(route.endpoint, "__self__", None), "queue_lock")
             if not has_lock or not callable(route.dependant.call):
                 raise UnsupportedHost(f"this webui is not supported, its {route.path} is of another kind")
-        anyio.to_thread.current_default_thread_limiter  # noqa: B018 - missing in a foreign anyio
 
-    def find_add_api_route(self, routes: List[Tuple[Any, str]]) -> Callable[..., Any]:
+    def find_add_api_route(self, routes: List[Any]) -> Callable[..., Any]:
         """The host's own way to add a route, by which it guards it as its own. Raises UnsupportedHost."""
-        owners = [route.endpoint.__self__ for route, _ in routes]
+        owners = [route.endpoint.__self__ for route in routes]
         for owner in (*owners, getattr(self._shared, "api", None)):  # SD.Next has it in the latter place
             if callable(getattr(owner, "add_api_route", None)):
                 return owner.add_api_route
         raise UnsupportedHost("this webui is not supported, it has no add_api_route")
 
-    def observe(self, routes: List[Tuple[Any, str]]) -> None:
+    def observe(self, routes: List[Any]) -> None:
         """From now on, the endpoints of these routes tell their generation how far they are."""
-        for owner in {id(route.endpoint.__self__): route.endpoint.__self__ for route, _ in routes}.values():
-            owner.queue_lock = ObservedLock(owner.queue_lock)
-        for route, _ in routes:
+        for route in routes:
+            owner = route.endpoint.__self__
+            if not isinstance(owner.queue_lock, ObservedLock):  # the routes share one
+                owner.queue_lock = ObservedLock(owner.queue_lock)
             route.dependant.call = observed_endpoint(route.dependant.call)
 
-    def put_around(self, app: Any, layer: Callable[[App], App]) -> None:
+    def put_around(self, app: Any, layer: Callable[[ASGIApp], ASGIApp]) -> None:
         """Puts a layer around all others, whether these are built already (Forge, or after a first request) or not."""
         build = app.build_middleware_stack
         app.build_middleware_stack = lambda: layer(build())
@@ -7202,12 +7014,10 @@ class Extension:
                 folders = {EXTENSION_FOLDER, self.tracker.settings.data_folder, self.tracker.images.folder}
                 self.host.keep_from_gradio(demo, folders)
             self._attach(app, has_tab)
-        except UnsupportedHost as reason:
-            self.trouble = str(reason)
-            log.warning("Generations are not tracked: %s", reason)
         except Exception as error:  # the webui is to start all the same
-            self.trouble = f"{type(error).__name__}: {reason_of(error)}"
-            log.exception("Generations are not tracked: this webui is not supported")
+            is_known = isinstance(error, UnsupportedHost)
+            self.trouble = str(error) if is_known else f"{type(error).__name__}: {reason_of(error)}"
+            log.warning("Generations are not tracked: %s", self.trouble, exc_info=not is_known)
         if has_tab:
             self.host.add_page_routes(app, {TabHtml.IMAGE: self.api.get_image, Tab.TOKEN: self.tab.get_token})
 
@@ -7228,11 +7038,11 @@ class Extension:
         self.host.put_around(app, OuterMiddleware)
         self.api.add_to(add_api_route)
         self.host.observe(routes)
-        for route, type_ in routes:
-            route.app = Middleware(route.app, type_, self.tracker, self.host)
+        for route in routes:
+            route.app = Middleware(route.app, route.path.rpartition("/")[2], self.tracker, self.host)
             route.openapi_extra = {**(route.openapi_extra or {}), **GENERATION_DOCS}
         app.openapi_schema = None  # it may have been asked for already
-        self._app, self._routes = app, [route for route, _ in routes]
+        self._app, self._routes = app, routes
         self.housekeeper.watch = self._watch_routes
         settings = self.tracker.settings
         state = "on" if settings.enabled else "off"
@@ -7249,28 +7059,22 @@ class Extension:
 
     def _watch_routes(self) -> None:
         """Notices when an extension that was loaded later has put a route of its own before one of ours."""
-        try:
-            taken = [self._taker_of(own) for own in self._routes]
-        except Exception:  # a route of a kind that we do not know
-            return
-        trouble = ", ".join(filter(None, taken)) or None
+        trouble = None
+        for own in self._routes:
+            asked = {"type": "http", "method": "POST", "path": own.path, "root_path": "", "headers": []}
+            try:
+                first = next((route for route in self._app.routes if route.matches(dict(asked))[0] is Match.FULL), None)
+            except Exception:  # a route of a kind that we do not know
+                return
+            if first is not own:
+                module = getattr(getattr(first, "endpoint", None), "__module__", None)
+                trouble = f"{own.path} was taken away by {module or 'another extension'}"
         if trouble != self.trouble:
             self.trouble = trouble
             if trouble:
                 log.warning("Generations are not tracked any more: %s", trouble)
             else:
                 log.info("Generations are tracked again")
-
-    def _taker_of(self, own: Any) -> Optional[str]:
-        """What has become of one of our routes, None if it is the one that is called."""
-        asked = {"type": "http", "method": "POST", "path": own.path, "root_path": "", "headers": []}
-        first = next((route for route in self._app.routes if route.matches(dict(asked))[0] is Match.FULL), None)
-        if first is own:
-            return None
-        if first is None:
-            return f"{own.path} was removed"
-        module = getattr(getattr(first, "endpoint", None), "__module__", None)
-        return f"{own.path} was taken away by {module or 'another extension'}"
 
 
 class PrefixFilter(logging.Filter):

@@ -64,6 +64,7 @@ def test_more_generations_than_the_webui_has_threads(start):
     for one in late:
         assert (one.status_code, one.headers["retry-after"]) == (429, "60"), one.text
         assert "x-job-id" not in one.headers and "generations wait" in one.json()["detail"]
+        assert one.headers["access-control-expose-headers"] == "Retry-After"
     assert webui.client.post("/sdapi/v1/txt2img", json=body(), auth=("user", "wrong")).status_code == 401
     repeat = webui.post(body("first", {"hold": gate}), headers={**prefer, "Idempotency-Key": "one"})
     assert (repeat.status_code, repeat.headers["x-job-id"]) == (202, first.headers["x-job-id"])
