@@ -61,6 +61,7 @@ from typing import (
     Any,
     AsyncIterator,
     Callable,
+    Coroutine,
     Dict,
     Iterable,
     Iterator,
@@ -5975,14 +5976,24 @@ class Problem(BaseModel):
     detail: str
 
 
-def text_header(description: str) -> Dict[str, Any]:
-    return {"description": description, "schema": {"type": "string"}}
+def text_header(description: str, **schema: Any) -> Dict[str, Any]:
+    return {"description": description, "schema": {"type": "string", **schema}}
 
 
 def example(value: Any) -> Dict[str, Any]:
     return {"application/json": {"example": value}}
 
 
+def problem(description: str, detail: Optional[str] = None) -> Dict[str, Any]:
+    """An error, with an example of its detail."""
+    return {
+        "model": Problem,
+        "description": description,
+        **({"content": example({"detail": detail})} if detail else {}),
+    }
+
+
+# What is null is in no example: fastapi leaves it out.
 COMPLETED_EXAMPLE = {
     "id": "A3f9K2xY",
     "type": "txt2img",
@@ -5992,10 +6003,6 @@ COMPLETED_EXAMPLE = {
     "ip": "192.0.2.7",
     "started": 1736712000.25,
     "finished": 1736712009.5,
-    "error": None,
-    "queue_position": None,
-    "progress": None,
-    "eta": None,
     "parameters": {"prompt": "a lighthouse", "seed": -1, "steps": 20},
     "info": '{"prompt": "a lighthouse", "seed": 7, "infotexts": ["a lighthouse\\nSteps: 20, Seed: 7"]}',
     "image_count": 1,
@@ -6004,31 +6011,34 @@ UNFINISHED = {"finished": None, "parameters": None, "info": None, "image_count":
 PENDING_EXAMPLE = {**COMPLETED_EXAMPLE, **UNFINISHED, "status": PENDING, "started": None, "queue_position": 3}
 CANCELLED_EXAMPLE = {**COMPLETED_EXAMPLE, **UNFINISHED, "status": FAILED, "finished": 1736712002.5, "error": CANCELLED}
 
+# The answers of each route, besides those that fastapi finds by itself
 ANY_ROUTE_DOCS = {
-    401: {"model": Problem, "description": "Missing or wrong credentials"},
-    404: {"model": Problem, "description": "There is no such job", "content": example({"detail": "Job not found"})},
-    503: {"model": Problem, "description": "The jobs cannot be read from disk or changed there"},
+    401: problem("Missing or wrong credentials"),
+    404: problem("There is no such job", "Job not found"),
+    503: problem("The jobs cannot be read from disk or changed there"),
 }
-CONFLICT_DOCS = {
-    409: {
-        "model": Problem,
-        "description": "The job's status does not allow this",
-        "content": example({"detail": "The job is Completed"}),
-    },
-}
+CONFLICT_DOCS = {409: problem("The job's status does not allow this", "The job is Completed")}
 FOREIGN_DOCS = {
-    403: {
-        "model": Problem,
-        "description": "A browser says that a page of another origin asks, which --cors-allow-origins does not name",
-        "content": example({"detail": OriginGuard.REFUSAL}),
-    },
+    403: problem(
+        "A browser says that a page of another origin asks, which --cors-allow-origins does not name",
+        OriginGuard.REFUSAL,
+    )
+}
+JOB_DOCS = {200: {"description": "The job", "content": example({**COMPLETED_EXAMPLE, "images": ["iVBORw0K…"]})}}
+CANCEL_DOCS = {200: {"description": "The job", "content": example(CANCELLED_EXAMPLE)}, **CONFLICT_DOCS}
+JOBS_DOCS = {
+    200: {
+        "description": "The jobs, newest first",
+        "content": example([PENDING_EXAMPLE, COMPLETED_EXAMPLE]),
+        "headers": {"Link": text_header('the next page: <…>; rel="next"')},
+    }
 }
 IMAGE_DOCS = {
     200: {
         "description": "The image",
         "content": {
-            kind: {"schema": {"type": "string", "format": "binary"}}
-            for kind in (*MEDIA_TYPES.values(), OTHER_MEDIA_TYPE)
+            media_type: {"schema": {"type": "string", "format": "binary"}}
+            for media_type in (*MEDIA_TYPES.values(), OTHER_MEDIA_TYPE)
         },
         "headers": {
             "ETag": text_header("for If-None-Match"),
@@ -6039,23 +6049,21 @@ IMAGE_DOCS = {
     304: {"description": "If-None-Match names the image that the client has"},
 }
 
+# What is added to the host's own description of a generation route
+PREFER_TEXT = (
+    "RFC 7240. respond-async: answer 202 with the job when it is accepted. respond-async, wait=N: what ends within N "
+    "seconds (at most 300) is answered as the webui answers it, with its true status, a failure too, and the rest "
+    "with 202"
+)
+KEY_TEXT = "The same key, user, path and body is one generation, however often it is sent"
 GENERATION_DOCS = {
     "parameters": [
-        {
-            "name": "Prefer",
-            "in": "header",
-            "description": "RFC 7240. respond-async: answer 202 with the job when it is accepted. respond-async, "
-            "wait=N: what ends within N seconds (at most 300) is answered as the webui answers it, with its true "
-            "status, a failure too, and the rest with 202",
-            "schema": {"type": "string"},
-            "example": "respond-async, wait=30",
-        },
+        {"name": "Prefer", "in": "header", "example": "respond-async, wait=30", **text_header(PREFER_TEXT)},
         {
             "name": "Idempotency-Key",
             "in": "header",
-            "description": "The same key, user, path and body is one generation, however often it is sent",
-            "schema": {"type": "string", "maxLength": IDEMPOTENCY_KEY_LIMIT},
             "example": "8e03978e-40d5-43dd-bc93-6894a57f9324",
+            **text_header(KEY_TEXT, maxLength=IDEMPOTENCY_KEY_LIMIT),
         },
     ],
     "responses": {
@@ -6076,22 +6084,39 @@ GENERATION_DOCS = {
                 "Idempotent-Replayed": text_header("true if the job had ended already"),
             },
             "content": {
-                "application/json": {
-                    "schema": {"$ref": "#/components/schemas/JobSummary"},
-                    "example": PENDING_EXAMPLE,
-                }
+                "application/json": {"schema": {"$ref": "#/components/schemas/JobSummary"}, "example": PENDING_EXAMPLE}
             },
         },
     },
 }
 
 
+CHANGING = ("POST", "DELETE")
+
+
+def endpoint(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of the Api that answers requests: who may not ask, and what cannot be done, gets a status of its own.
+
+    The host has checked the credentials before.
+    """
+
+    @functools.wraps(function)
+    async def answer(api: "Api", request: Request, **arguments: Any) -> Response:
+        if request.method in CHANGING:
+            if api.origins.refuses(request.scope, f"call {request.method} {request.scope['route'].path}"):
+                raise HTTPException(403, OriginGuard.REFUSAL)
+        try:
+            return await function(api, request, **arguments)
+        except Conflict as reason:
+            raise HTTPException(409, str(reason)) from None
+        except StoreError as error:
+            raise HTTPException(503, f"The jobs cannot be read or changed: {error}") from None
+
+    return answer
+
+
 class Api:
     """The endpoints. They look at jobs in threads of the tracker's own, so that the host's are never needed."""
-
-    JOB = "/sdapi/v1/job/{id}"
-    IMAGE = "/sdapi/v1/job/{id}/images/{n}"
-    JOBS = "/sdapi/v1/jobs"
 
     def __init__(self, tracker: Tracker, origins: OriginGuard):
         self.tracker = tracker
@@ -6100,71 +6125,21 @@ class Api:
     def add_to(self, add_route: Callable[..., Any]) -> None:
         """Registers the routes through the host's own `add_api_route`, which guards them as it guards its own."""
 
-        def add(method: str, path: str, endpoint: Callable[..., Any], docs: Dict[int, Any], **more: Any) -> None:
-            responses = {**ANY_ROUTE_DOCS, **docs}
-            if method in ("POST", "DELETE"):
-                endpoint = self._guarded(endpoint, f"call {method} {path}")
-                responses.update(FOREIGN_DOCS)
-            add_route(path, endpoint, methods=[method], tags=["Job Tracker"], responses=responses, **more)
+        def add(method: str, path: str, function: Callable[..., Any], docs: Dict[int, Any], **more: Any) -> None:
+            responses = {**ANY_ROUTE_DOCS, **docs, **(FOREIGN_DOCS if method in CHANGING else {})}
+            add_route(path, function, methods=[method], tags=["Job Tracker"], responses=responses, **more)
 
-        one = {200: {"description": "The job", "content": example({**COMPLETED_EXAMPLE, "images": ["iVBORw0K…"]})}}
-        many = {
-            200: {
-                "description": "The jobs, newest first",
-                "content": example([PENDING_EXAMPLE, COMPLETED_EXAMPLE]),
-                "headers": {"Link": text_header('the next page: <…>; rel="next"')},
-            }
-        }
-        ended = {200: {"description": "The job", "content": example(CANCELLED_EXAMPLE)}, **CONFLICT_DOCS}
-        add("GET", self.JOB, self.get_job, one, response_model=JobWithImages)
-        add("GET", self.JOBS, self.get_jobs, many, response_model=List[JobSummary])
-        add("GET", self.IMAGE, self.get_image, IMAGE_DOCS, response_class=Response)
-        add("HEAD", self.IMAGE, self.get_image, {}, include_in_schema=False)
-        add("POST", self.JOB + "/cancel", self.cancel_job, ended, response_model=JobSummary)
-        add("DELETE", self.JOB, self.delete_job, CONFLICT_DOCS, status_code=204)
+        job, jobs = "/sdapi/v1/job/{id}", "/sdapi/v1/jobs"
+        add("GET", job, self.get_job, JOB_DOCS, response_model=JobWithImages)
+        add("GET", jobs, self.get_jobs, JOBS_DOCS, response_model=List[JobSummary])
+        add("GET", f"{job}/images/{{n}}", self.get_image, IMAGE_DOCS, response_class=Response)
+        add("HEAD", f"{job}/images/{{n}}", self.get_image, {}, include_in_schema=False)
+        add("POST", f"{job}/cancel", self.cancel_job, CANCEL_DOCS, response_model=JobSummary)
+        add("DELETE", job, self.delete_job, CONFLICT_DOCS, status_code=204)
 
-    def _guarded(self, endpoint: Callable[..., Any], action: str) -> Callable[..., Any]:
-        """An endpoint that changes something. The host has checked the credentials before."""
+    # The endpoints
 
-        @functools.wraps(endpoint)
-        async def guarded(request: Request, **arguments: Any) -> Any:
-            if self.origins.refuses(request.scope, action):
-                raise HTTPException(403, OriginGuard.REFUSAL)
-            return await endpoint(request=request, **arguments)
-
-        return guarded
-
-    async def _run(
-        self,
-        function: Callable[..., Any],
-        *args: Any,
-        lost: Optional[str] = None,
-        pool: Optional[Threads] = None,
-    ) -> Any:
-        """Runs a function that may block. Trouble with a store is a 503, or a 404 if it is not temporary."""
-        try:
-            return await self.tracker.in_pool(function, *args, pool=pool)
-        except StoreError as error:
-            if lost is not None and not error.temporary:
-                raise HTTPException(404, lost) from None
-            raise self._unreadable(error) from None
-
-    @staticmethod
-    def _unreadable(error: StoreError) -> HTTPException:
-        return HTTPException(503, f"The jobs cannot be read or changed: {error}")
-
-    @staticmethod
-    def _let_nobody_keep_errors(request: Request) -> None:
-        """A cache may keep a 404 (RFC 9111, 4.2.2), and what is not there now may be there in a moment."""
-        if OuterMiddleware.KEY in request.scope:
-            request.scope[OuterMiddleware.KEY].error_headers = [(b"cache-control", b"no-store")]
-
-    async def _get(self, job_id: str) -> Job:
-        job = self.tracker.running(job_id) or await self._run(self.tracker.get, job_id)
-        if job is None:
-            raise HTTPException(404, "Job not found")
-        return job
-
+    @endpoint
     async def get_job(
         self,
         request: Request,
@@ -6178,53 +6153,37 @@ class Api:
         ),
     ) -> Response:
         """The job as it is now, or, with `wait`, once it has ended."""
-        self._let_nobody_keep_errors(request)
-        if wait and ID_FORM.match(id):
-            await self._wait(request, id, min(wait, HEARTBEAT))
-        await self.tracker.wait_until_stored(id)
-        job = await self._get(id)
-        if wait > HEARTBEAT and not job.ended:
-            return await self._respond(request, self._wait_on(request, id, images, wait - HEARTBEAT))
-        return await self._respond(request, await self._as_json(job, images), self.tracker.pool_for(job))
+        if wait:
+            await self._while_connected(request, self.tracker.wait(id, min(wait, HEARTBEAT)))
+        job = await self._get(request, id)
+        if wait <= HEARTBEAT or job.ended:
+            return await self._respond(request, job, images)
+        # nginx would keep the head and the white space back until the end.
+        headers = {**self._json_headers(request), "X-Accel-Buffering": "no"}
+        rest = self._wait_on(request, job, images, wait - HEARTBEAT)
+        return ClosingStreamingResponse(rest, 200, headers, "application/json")
 
-    async def _as_json(self, job: Job, images: bool) -> Iterator[bytes]:
-        return await self._run(self.tracker.as_json, job, images, pool=self.tracker.pool_for(job))
-
-    async def _wait_on(self, request: Request, job_id: str, images: bool, seconds: float) -> AsyncIterator[bytes]:
+    async def _wait_on(self, request: Request, job: Job, images: bool, seconds: float) -> AsyncIterator[bytes]:
         """White space while the job goes on, and then the job. The head is out: for trouble, the connection is cut."""
-        ended = asyncio.get_running_loop().create_task(self.tracker.wait(job_id, seconds))
-        ended.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # trouble shows when it is read
         gzip = Gzip() if accepts_gzip(request.scope) else None
+        until = time.monotonic() + seconds
         try:
-            while not ended.done():
+            while seconds > 0 and not job.ended:
                 yield gzip.encode(b" ") if gzip else b" "
-                await asyncio.wait({ended}, timeout=HEARTBEAT)
-            await self.tracker.wait_until_stored(job_id)
-            job = await self._get(job_id)
-            pieces = await self._as_json(job, images)
-            pieces = gzip.encode_all(pieces) if gzip else pieces
-            with contextlib.closing(ThreadedChunks(self.tracker.pool_for(job), pieces, self.tracker.sending)) as made:
-                async for piece in made:
-                    yield piece
+                await self.tracker.wait(job.id, min(seconds, HEARTBEAT))
+                job = await self._get(request, job.id)
+                seconds = until - time.monotonic()
+            pool = self.tracker.pool_for(job)
+            chunks = await self.tracker.in_pool(self.tracker.as_json, job, images, pool=pool)
+            chunks = gzip.encode_all(chunks) if gzip else chunks
+            with contextlib.closing(ThreadedChunks(pool, chunks, self.tracker.sending)) as made:
+                async for chunk in made:
+                    yield chunk
         except (HTTPException, StoreError) as error:
             request.scope[OuterMiddleware.KEY].aborted = True
-            log.warning("Job %s cannot be given to who waited for it: %s", job_id, getattr(error, "detail", error))
-        finally:
-            ended.cancel()
+            log.warning("The client that waits for job %s gets no answer: %s", job.id, getattr(error, "detail", error))
 
-    async def _wait(self, request: Request, job_id: str, seconds: float) -> None:
-        """Waits for a job's end, unless the client leaves."""
-        loop = asyncio.get_running_loop()
-        ended = loop.create_task(self.tracker.wait(job_id, seconds))
-        gone = loop.create_task(wait_for_disconnect(request.receive))
-        try:
-            await asyncio.wait({ended, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if ended.done():
-                ended.exception()  # trouble with the disk shows when the job is read
-        finally:
-            ended.cancel()
-            gone.cancel()
-
+    @endpoint
     async def get_jobs(
         self,
         request: Request,
@@ -6238,50 +6197,28 @@ class Api:
         cursor: Optional[str] = Query(None, description="from the Link header of the page before"),
     ) -> Response:
         """Jobs that match all filters. When there are more, the header `Link` with `rel="next"` has the next page."""
-        self._let_nobody_keep_errors(request)
-        filter_ = Filter(
-            ip,
-            self._one_of("status", status, STATUSES),
-            self._one_of("type", type, TYPES),
-            self._moment("after", after),
-            self._moment("before", before),
-            q,
-        )
-
-        def look(abandoned: threading.Event) -> Page:
-            return self.tracker.list(filter_, limit, cursor, abandoned=abandoned)
-
+        status, type = self._one_of("status", status, STATUSES), self._one_of("type", type, TYPES)
+        for name, moment in (("after", after), ("before", before)):
+            if moment is not None and not math.isfinite(moment):
+                raise self._invalid(name, "it must be a finite number")
+        filter_ = Filter(ip, status, type, after, before, q)
+        abandoned = threading.Event()
         pool = self.tracker.searchers if filter_.text else self.tracker.pool
+        looking = self.tracker.in_pool(self.tracker.list, filter_, limit, cursor, 0, abandoned, pool=pool)
         try:
-            page = await self._run_while_here(request, look, pool)
+            page = await self._while_connected(request, looking)
         except InvalidCursor as error:
             raise self._invalid("cursor", str(error)) from None
-        response = await self._respond(
-            request, json_array(self.tracker.as_json(job, images=False) for job in page.jobs)
-        )
+        finally:
+            abandoned.set()
+        headers = self._json_headers(request)
         if page.cursor is not None:
             asked = URL("?" + request.scope["query_string"].decode("latin-1"))
             query = asked.include_query_params(cursor=page.cursor).query
-            response.headers["Link"] = f'<{path_of(request.scope)}?{query}>; rel="next"'
-            response.headers.update(exposed(response.headers))
-        return response
+            headers["Link"] = f'<{path_of(request.scope)}?{query}>; rel="next"'
+        return await self._stream(json_array(self.tracker.as_json(job, images=False) for job in page.jobs), headers)
 
-    async def _run_while_here(self, request: Request, look: Callable[[threading.Event], Any], pool: Threads) -> Any:
-        """Runs a function that ends early when the event that it is given is set: when the client has left."""
-        abandoned = threading.Event()
-        loop = asyncio.get_running_loop()
-        looking = loop.create_task(self._run(look, abandoned, pool=pool))
-        gone = loop.create_task(wait_for_disconnect(request.receive))
-        try:
-            await asyncio.wait({looking, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if not looking.done():
-                raise HTTPException(503, "The client has left")  # which nobody reads
-            return looking.result()
-        finally:
-            abandoned.set()
-            looking.cancel()
-            gone.cancel()
-
+    @endpoint
     async def get_image(
         self,
         request: Request,
@@ -6289,16 +6226,14 @@ class Api:
         n: int = Path(ge=0, le=999_999, description="the image's number, from 0"),
     ) -> Response:
         """One image of a job as a file."""
-        self._let_nobody_keep_errors(request)
-        await self.tracker.wait_until_stored(id)
-        job = await self._get(id)
+        job = await self._get(request, id)
         if n >= len(job.images):
             raise HTTPException(404, "The job has no such image" if job.ended else f"The job is still {job.status}")
         image = job.images[n]
-        size = await self._run(self.tracker.image_size, job, n)
-        lost = "The image is no longer on disk"
+        size = await self.tracker.in_pool(self.tracker.image_size, job, n)
+        lost = HTTPException(404, "The image is no longer on disk")
         if size is None:
-            raise HTTPException(404, lost)
+            raise lost
         gzip = accepts_gzip(request.scope)
         headers = {
             "ETag": f'"{image.file_name}-{size}{"-gzip" * gzip}"',
@@ -6308,43 +6243,58 @@ class Api:
             "X-Content-Type-Options": "nosniff",
             "Vary": "Accept-Encoding",
         }
-        headers.update(exposed(headers))
         known = [tag.strip() for tag in request.headers.get("If-None-Match", "").replace("W/", "").split(",")]
         if headers["ETag"] in known or known == ["*"]:
-            return Response(None, 304, headers)
-        pieces = self.tracker.read_image(job, n)
-        first = await self._run(next, pieces, b"", lost=lost)
-        pieces = chain(first, pieces)  # its file is open, and may be deleted from now on
-        if gzip:
-            # Otherwise the host would compress the image, in the event loop and in vain.
-            pieces = Gzip(level=0).encode_all(pieces)
-            headers["Content-Encoding"] = "gzip"
-        else:
-            headers["Content-Length"] = str(size)
-        if request.method == "HEAD":
-            await self._run(pieces.close)
-        made = ThreadedChunks(self.tracker.pool, pieces, self.tracker.sending)
-        return ClosingStreamingResponse(made, 200, headers, image.media_type)
+            return Response(None, 304, {**headers, **exposed(headers)})
+        # Unless it is packed already, the host would compress the image, in the event loop and in vain.
+        headers.update({"Content-Encoding": "gzip"} if gzip else {"Content-Length": str(size)})
+        chunks = chunks_of(b"") if request.method == "HEAD" else self.tracker.read_image(job, n)
+        try:
+            return await self._stream(chunks, headers, image.media_type, level=0)
+        except StoreError as error:
+            raise (error if error.temporary else lost) from None
 
+    @endpoint
     async def cancel_job(self, request: Request, id: str = Path(description="the job's ID")) -> Response:
         """Takes a Pending job out of the queue, or interrupts a Processing one. It ends as Failed, "Cancelled"."""
         await self._end(self.tracker.cancel, id)
-        await self.tracker.wait_until_stored(id)
-        job = await self._get(id)
-        return await self._respond(request, await self._as_json(job, images=False), self.tracker.pool_for(job))
+        return await self._respond(request, await self._get(request, id), images=False)
 
+    @endpoint
     async def delete_job(self, request: Request, id: str = Path(description="the job's ID")) -> Response:
         """Removes a job that has ended, and its images."""
         await self.tracker.wait_until_stored(id)
         await self._end(self.tracker.delete, id)
         return Response(None, 204)
 
-    async def _end(self, function: Callable[[str], bool], job_id: str) -> None:
+    # What they share
+
+    async def _while_connected(self, request: Request, work: Coroutine[Any, Any, Any]) -> Any:
+        """The result of some work, which is given up when the client leaves."""
+        loop = asyncio.get_running_loop()
+        working, gone = loop.create_task(work), loop.create_task(wait_for_disconnect(request.receive))
         try:
-            found = await self._run(function, job_id, pool=self.tracker.pool_for(self.tracker.running(job_id)))
-        except Conflict as reason:
-            raise HTTPException(409, str(reason)) from None
-        if not found:
+            await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not working.done():
+                raise HTTPException(503, "The client has left")  # which nobody reads
+            return working.result()
+        finally:
+            working.cancel()
+            gone.cancel()
+
+    async def _get(self, request: Request, job_id: str) -> Job:
+        """The job. A 404 is kept by no cache, as RFC 9111, 4.2.2 allows it to: the job may be there in a moment."""
+        if OuterMiddleware.KEY in request.scope:
+            request.scope[OuterMiddleware.KEY].error_headers = [(b"cache-control", b"no-store")]
+        await self.tracker.wait_until_stored(job_id)
+        job = await self.tracker.find(job_id)
+        if job is None:
+            raise HTTPException(404, "Job not found")
+        return job
+
+    async def _end(self, function: Callable[[str], bool], job_id: str) -> None:
+        pool = self.tracker.pool_for(self.tracker.running(job_id))
+        if not await self.tracker.in_pool(function, job_id, pool=pool):
             raise HTTPException(404, "Job not found")
 
     @staticmethod
@@ -6359,32 +6309,30 @@ class Api:
                 return one
         raise self._invalid(name, "it must be one of " + ", ".join(allowed))
 
-    def _moment(self, name: str, value: Optional[float]) -> Optional[float]:
-        if value is not None and not math.isfinite(value):
-            raise self._invalid(name, "it must be a finite number")
-        return value
+    @staticmethod
+    def _json_headers(request: Request) -> Dict[str, str]:
+        packed = {"Content-Encoding": "gzip"} if accepts_gzip(request.scope) else {}
+        return {"Vary": "Accept-Encoding", "Cache-Control": "no-store", **packed}
 
-    async def _respond(
+    async def _respond(self, request: Request, job: Job, images: bool) -> Response:
+        pool = self.tracker.pool_for(job)
+        chunks = await self.tracker.in_pool(self.tracker.as_json, job, images, pool=pool)
+        return await self._stream(chunks, self._json_headers(request), pool=pool)
+
+    async def _stream(
         self,
-        request: Request,
-        pieces: Union[Iterator[bytes], AsyncIterator[bytes]],
+        chunks: Iterator[bytes],
+        headers: Dict[str, str],
+        media_type: str = "application/json",
+        level: int = 1,
         pool: Optional[Threads] = None,
     ) -> Response:
-        """JSON, a piece at a time. What an asynchronous iterator gives is packed already, if it is to be."""
-        headers = {"Vary": "Accept-Encoding", "Cache-Control": "no-store"}
-        gzip = accepts_gzip(request.scope)
-        if gzip:
-            headers["Content-Encoding"] = "gzip"
-        if hasattr(pieces, "__anext__"):
-            headers["X-Accel-Buffering"] = "no"  # nginx would keep the head and the white space back until the end
-        else:
-            pieces = Gzip().encode_all(pieces) if gzip else pieces
-            pieces = ThreadedChunks(pool or self.tracker.pool, pieces, self.tracker.sending)
-            try:
-                await pieces.begin()
-            except StoreError as error:
-                raise self._unreadable(error) from None
-        return ClosingStreamingResponse(pieces, 200, headers, "application/json")
+        """A response that is made as it is sent, packed if `headers` say so."""
+        if "Content-Encoding" in headers:
+            chunks = Gzip(level).encode_all(chunks)
+        made = ThreadedChunks(pool or self.tracker.pool, chunks, self.tracker.sending)
+        await made.begin()
+        return ClosingStreamingResponse(made, 200, {**headers, **exposed(headers)}, media_type)
 
 
 # ------------------------------------------------------------------------------------------------------------------
