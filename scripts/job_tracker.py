@@ -6395,35 +6395,25 @@ class Texts:
     SIZES = ("{:,.0f} bytes", "{:,.1f} kB", "{:,.1f} MB", "{:,.1f} GB")
 
 
-class Column(NamedTuple):
-    """A column of the table of jobs."""
-
-    name: str  # its class, which the style knows
-    heading: str
-    cell: str  # how it is made, as a piece of the template: `shown` is a ShownJob, `job` is its Job
-
-
+# The columns of the table: class, heading, and how a cell is made, as a piece of the template: `shown` says what is
+# known of `job` besides.
 COLUMNS = (
-    Column("id", Texts.ID, '<button type="button" aria-expanded="{{ is_open | lower }}">{{ job.id }}</button>'),
-    Column("time", Texts.TIME, "{{ job.timestamp | time }}"),
-    Column("type", Texts.TYPE, "{{ job.type }}"),
-    Column("status", Texts.STATUS, "{{ status(job.status, shown) }}"),
-    Column("prompt", Texts.PROMPT, "{{ job.prompt[:300] | text }}"),
-    Column("images", Texts.IMAGES, '{{ job.images | length or "" }}'),
-    Column("seconds", Texts.SECONDS, '{{ "" if shown.seconds is none else "{:.1f}".format(shown.seconds) }}'),
-    Column("ip", Texts.IP, "{{ job.ip | text(100) }}"),
+    ("id", Texts.ID, '<button type="button" aria-expanded="{{ is_open | lower }}">{{ job.id }}</button>'),
+    ("time", Texts.TIME, "{{ job.timestamp | time }}"),
+    ("type", Texts.TYPE, "{{ job.type }}"),
+    ("status", Texts.STATUS, "{{ status(job.status, shown) }}"),
+    ("prompt", Texts.PROMPT, "{{ job.prompt[:300] | text }}"),
+    ("images", Texts.IMAGES, '{{ job.images | length or "" }}'),
+    ("seconds", Texts.SECONDS, '{{ "" if shown.seconds is none else "{:.1f}".format(shown.seconds) }}'),
+    ("ip", Texts.IP, "{{ job.ip | text(100) }}"),
 )
 
 # What the template, the script and the style share is named once, here. They write `$name`, and a name that is not here
 # is an error as soon as this file is loaded. What they write without `$` is HTML's or gradio's.
 IDS = ("style", "settings", "enabled", "retention", "purge", "filters", "status", "ip", "text", "fresh", "look")
-CLASSES = (
-    *("top", "main", "note", "error", "empty", "figures", "frame", "open", "gallery", "blank", "text", "wide"),
-    *STATUSES,
-    *(column.name for column in COLUMNS),
-)
+CLASSES = ("top", "main", "note", "error", "empty", "figures", "frame", "open", "gallery", "blank", "text", "wide")
 DATA = ("job", "page", "key", "version")  # attributes data-...
-NAMES = {name: name for name in (*CLASSES, *DATA)}
+NAMES = {name: name for name in (*CLASSES, *DATA, *STATUSES, *(name for name, _, _ in COLUMNS))}
 NAMES.update({"tab": "job_tracker", **{f"tab_{name}": f"job_tracker_{name}" for name in IDS}})
 
 
@@ -6495,59 +6485,26 @@ TAB_TEMPLATE = with_names(
   {% for note in notes %}<p class="$note{{ " $error" if note.is_error }}">{{ note.text | text }}</p>{% endfor %}
 {% endmacro %}
 
-{% macro figures_of(counts, size, next_purge) %}
-  <div class="$figures">
-    {% for name, count in counts.items() %}<div><b>{{ "{:,}".format(count) }}</b>{{ status(name) }}</div>{% endfor %}
-    <div><b>{{ size | size }}</b>{{ texts.ON_DISK }}</div>
-    <div><b>{{ next_purge }}</b>{{ texts.NEXT_PURGE }}</div>
-  </div>
-{% endmacro %}
-
 {% macro turn(label, page, is_possible) %}
   <button type="button" data-$page="{{ page }}"{{ "" if is_possible else " disabled" }}>{{ label }}</button>
 {% endmacro %}
 
-{% macro table_of(table) %}
-  <div class="$frame"><table>
-    <thead><tr>
-      {% for column in columns %}
-        <th class="{{ column.name }}" scope="col">{{ column.heading }}</th>
-      {% endfor %}
-    </tr></thead>
-    <tbody>
-      {% for shown in table.jobs %}
-        {% set job, is_open = shown.job, shown.job.id == table.open %}
-        <tr data-$job="{{ "" if is_open else job.id }}" class="{{ "$open" if is_open }}">$cells</tr>
-      {% endfor %}
-    </tbody>
-  </table></div>
-  <nav>
-    {{ turn(texts.NEWEST, 0, table.page > 0) }}
-    {{ turn(texts.NEWER, table.page - 1, table.page > 0) }}
-    <span>{{ table.where }}</span>
-    {{ turn(texts.OLDER, table.page + 1, table.has_more) }}
-    {% if table.last_page is not none %}
-      {{ turn(texts.OLDEST, table.last_page, table.has_more) }}
-    {% endif %}
-  </nav>
-{% endmacro %}
-
-{% macro figure_of(picture, number) %}
+{% macro figure_of(name, media_type, size, number, url) %}
   <figure>
-    {% if picture.is_missing %}
+    {% if size is none %}
       <div class="$blank">{{ texts.IMAGE_GONE }}</div>
-      <figcaption>{{ picture.name }}</figcaption>
+      <figcaption>{{ name }}</figcaption>
     {% else %}
-      <a href="{{ picture.url }}" target="_blank" rel="noopener">
-        {% if picture.is_shown %}
-          <img src="{{ picture.url }}" alt="{{ texts.IMAGE.format(number=number) }}" loading="lazy">
+      <a href="{{ url }}" target="_blank" rel="noopener">
+        {% if media_type in media_types %}
+          <img src="{{ url }}" alt="{{ texts.IMAGE.format(number=number) }}" loading="lazy">
         {% else %}
-          <div class="$blank">{{ picture.ending }}</div>
+          <div class="$blank">{{ name.rpartition(".")[2] }}</div>
         {% endif %}
       </a>
       <figcaption>
-        <a href="{{ picture.url }}" target="_blank" rel="noopener">{{ picture.name }}</a>
-        {{ " " }}<small>{{ picture.size | size }}</small>
+        <a href="{{ url }}" target="_blank" rel="noopener">{{ name }}</a>
+        {{ " " }}<small>{{ size | size }}</small>
       </figcaption>
     {% endif %}
   </figure>
@@ -6566,51 +6523,75 @@ TAB_TEMPLATE = with_names(
   {% endif %}
 {% endmacro %}
 
-{% macro details_of(open, shown, job) %}
-  <div>{{ notes_of(open.notes) }}</div>
-  <div class="$gallery">
-    {% for picture in open.pictures %}{{ figure_of(picture, loop.index) }}{% endfor %}
-  </div>
-  {{ long_text(texts.PROMPT, job.prompt) }}
-  {% if open.negative_prompt %}{{ long_text(texts.NEGATIVE_PROMPT, open.negative_prompt) }}{% endif %}
-  <dl>
-    {{ fact(texts.TYPE, job.type) }}
-    {{ fact(texts.CLIENT, job.ip | text(100)) }}
-    {{ fact(texts.ACCEPTED, job.timestamp | time) }}
-    {{ fact(texts.WAITED, (job.started - job.timestamp) | int | duration if job.started) }}
-    {{ fact(texts.TOOK, shown.seconds | duration if job.started and job.finished) }}
-    {{ fact(texts.LEFT, shown.eta | duration if shown.eta is not none) }}
-    {{ fact(texts.ON_DISK, job.bytes | size if job.bytes) }}
-    {{ fact(texts.SEED, open.seeds | text(1000), is_wide=true) }}
-  </dl>
-  {% for text in open.infotexts %}
-    {% if loop.length == 1 %}
-      {{ long_text(texts.INFOTEXT, text) }}
-    {% else %}
-      {{ long_text(texts.INFOTEXT_OF_IMAGE.format(number=loop.index), text, is_open=loop.first) }}
-    {% endif %}
-  {% endfor %}
-{% endmacro %}
-
 <div class="$top">
   {{ notes_of(notes) }}
-  {% if figures %}{{ figures_of(**figures) }}{% endif %}
+  {% if counts is defined %}
+    <div class="$figures">
+      {% for name, count in counts.items() %}<div><b>{{ "{:,}".format(count) }}</b>{{ status(name) }}</div>{% endfor %}
+      <div><b>{{ size | size }}</b>{{ texts.ON_DISK }}</div>
+      <div><b>{{ next_purge }}</b>{{ texts.NEXT_PURGE }}</div>
+    </div>
+  {% endif %}
 </div>
 <div class="$main">
-  {% if table %}
+  {% if table is defined %}
     <section>
-      {% if table.jobs %}{{ table_of(table) }}{% else %}<p class="$empty">{{ table.nothing }}</p>{% endif %}
+      {% if table.jobs %}
+        <div class="$frame"><table>
+          <thead><tr>
+            {% for name, heading, _ in columns %}<th class="{{ name }}" scope="col">{{ heading }}</th>{% endfor %}
+          </tr></thead>
+          <tbody>
+            {% for shown in table.jobs %}
+              {% set job, is_open = shown.job, shown.job.id == table.open %}
+              <tr data-$job="{{ "" if is_open else job.id }}" class="{{ "$open" if is_open }}">$cells</tr>
+            {% endfor %}
+          </tbody>
+        </table></div>
+        <nav>
+          {{ turn(texts.NEWEST, 0, table.page > 0) }}
+          {{ turn(texts.NEWER, table.page - 1, table.page > 0) }}
+          <span>{{ table.where }}</span>
+          {{ turn(texts.OLDER, table.page + 1, table.has_more) }}
+          {% if table.last_page is not none %}{{ turn(texts.OLDEST, table.last_page, table.has_more) }}{% endif %}
+        </nav>
+      {% else %}
+        <p class="$empty">{{ table.nothing }}</p>
+      {% endif %}
     </section>
   {% endif %}
-  {% if open %}
+  {% if open is defined %}
     <aside data-$key="{{ open.id }}">
+      {% set shown, job = open.shown, open.shown and open.shown.job %}
       <header>
         <b>{{ open.id }}</b>
-        {% if open.shown %}{{ status(open.shown.job.status, open.shown) }}{% endif %}
+        {% if job %}{{ status(job.status, shown) }}{% endif %}
         <button type="button" data-$job="">{{ texts.CLOSE }}</button>
       </header>
-      {% if open.shown %}
-        {{ details_of(open, open.shown, open.shown.job) }}
+      {% if job %}
+        <div>{{ notes_of(open.notes) }}</div>
+        <div class="$gallery">
+          {% for image, size in open.images %}
+            {% set url = "." + image_path.format(id=job.id, n=loop.index0) %}
+            {{ figure_of(image.file_name, image.media_type, size, loop.index, url) }}
+          {% endfor %}
+        </div>
+        {{ long_text(texts.PROMPT, job.prompt) }}
+        {% if open.negative_prompt %}{{ long_text(texts.NEGATIVE_PROMPT, open.negative_prompt) }}{% endif %}
+        <dl>
+          {{ fact(texts.TYPE, job.type) }}
+          {{ fact(texts.CLIENT, job.ip | text(100)) }}
+          {{ fact(texts.ACCEPTED, job.timestamp | time) }}
+          {{ fact(texts.WAITED, (job.started - job.timestamp) | int | duration if job.started) }}
+          {{ fact(texts.TOOK, shown.seconds | duration if job.started and job.finished) }}
+          {{ fact(texts.LEFT, shown.eta | duration if shown.eta is not none) }}
+          {{ fact(texts.ON_DISK, job.bytes | size if job.bytes) }}
+          {{ fact(texts.SEED, open.seeds | text(1000), is_wide=true) }}
+        </dl>
+        {% for text in open.infotexts %}
+          {% set label = texts.INFOTEXT if loop.length == 1 else texts.INFOTEXT_OF_IMAGE.format(number=loop.index) %}
+          {{ long_text(label, text, is_open=loop.first) }}
+        {% endfor %}
       {% else %}
         <p class="$empty">{{ texts.GONE }}</p>
       {% endif %}
@@ -6618,7 +6599,7 @@ TAB_TEMPLATE = with_names(
   {% endif %}
 </div>
 """,
-    cells="".join(with_names(f'<td class="{column.name}">{column.cell}</td>') for column in COLUMNS),
+    cells="".join(f'<td class="{name}">{with_names(cell)}</td>' for name, _, cell in COLUMNS),
 )
 
 
@@ -6644,42 +6625,40 @@ class Note(NamedTuple):
     is_error: bool = False
 
 
-class ShownJob(NamedTuple):
-    """A job with what its record does not say."""
-
-    job: Job
-    progress: Progress
-    eta: Optional[float]  # seconds
-    position: Optional[int]  # in the queue
-    seconds: Optional[float]  # of its generation, until now
-
-
 class TabHtml:
     """The HTML of the page: looks up what it shows, and renders the template, both in a thread that may block."""
 
     ROWS = 50
     INFOTEXTS = 20
     IMAGE = "/job-tracker/{id}/{n}"  # for whom gradio shows the page; the API has credentials of its own
-    BROWSER_FORMATS = ("png", "jpg", "webp", "gif", "avif", "bmp")
+    MEDIA_TYPES = (
+        "image/png",
+        "image/jpeg",
+        "image/webp",
+        "image/gif",
+        "image/avif",
+        "image/bmp",
+    )  # that browsers show
 
     def __init__(self, tracker: Tracker, housekeeper: Housekeeper):
         self.tracker = tracker
+        self.housekeeper = housekeeper
         # Every value is escaped that is not Markup, and an unknown name raises.
         environment = Environment(autoescape=True, undefined=StrictUndefined)
         environment.filters.update(text=as_text, time=as_time, duration=as_duration, size=as_size)
-        environment.globals.update(texts=Texts, columns=COLUMNS)
+        environment.globals.update(texts=Texts, columns=COLUMNS, media_types=self.MEDIA_TYPES, image_path=self.IMAGE)
         # Line breaks between two tags, and what indents the second, are for the template's readers only.
         self._template = environment.from_string(re.sub(r"(?<=[>}])\n\s*(?=[<{])", "", TAB_TEMPLATE.strip()))
-        self.housekeeper = housekeeper
 
     def render(self, state: PageState, filter_: Filter, notes: Iterable[Note] = ()) -> str:
         """The whole page. What cannot be read is left out, and a note says so."""
-        parts: Dict[str, Any] = {"notes": [*notes], "figures": None, "table": None, "open": None}
+        parts: Dict[str, Any] = {"notes": [*notes]}
         try:
             counts, size = self.tracker.stats()
-            parts["figures"] = {"counts": counts, "size": size, "next_purge": self._next_purge()}
+            parts.update(counts=counts, size=size, next_purge=self._next_purge())
             parts["table"] = self._table(state, filter_, counts)
-            parts["open"] = self._open(state.job) if state.job else None
+            if state.job:
+                parts["open"] = self._open(state.job)
         except StoreError as error:
             parts["notes"].append(Note(Texts.NOT_READABLE.format(reason=error), is_error=True))
         return self._template.render(parts)
@@ -6694,11 +6673,10 @@ class TabHtml:
         return (Texts.IN_HOURS if hours else Texts.IN_MINUTES).format(hours=hours, minutes=minutes)
 
     def _table(self, state: PageState, filter_: Filter, counts: Dict[str, int]) -> Dict[str, Any]:
-        """A page of the jobs that match."""
-        total = None
+        """A page of the jobs that match, the first one where there are not so many."""
+        page, total = state.page, None
         if filter_ == Filter(status=filter_.status):  # all others would have to be counted
             total = sum(counts.values()) if filter_.status is None else counts[filter_.status]
-        page = state.page if total is None else min(state.page, max(total - 1, 0) // self.ROWS)
         found = self.tracker.list(filter_, self.ROWS, skip=page * self.ROWS)
         if page and not found.jobs:
             page, found = 0, self.tracker.list(filter_, self.ROWS)
@@ -6714,9 +6692,11 @@ class TabHtml:
             "last_page": None if total is None else (total - 1) // self.ROWS,
         }
 
-    def _shown(self, job: Job) -> ShownJob:
+    def _shown(self, job: Job) -> Dict[str, Any]:
+        """A job with what its record does not say. `seconds` are those of its generation, until now."""
         progress, eta = self.tracker.progress_of(job)
-        return ShownJob(job, progress, eta, self.tracker.position(job.id), self.tracker.seconds(job))
+        position, seconds = self.tracker.position(job.id), self.tracker.seconds(job)
+        return {"job": job, "progress": progress, "eta": eta, "position": position, "seconds": seconds}
 
     def _open(self, job_id: str) -> Dict[str, Any]:
         """All there is to know of a job."""
@@ -6725,34 +6705,13 @@ class TabHtml:
             return {"id": job_id, "shown": None}
         known = self.tracker.describe(job)
         info = known["info"]
-        size = info.size if isinstance(info, Part) else len(info) if isinstance(info, str) else 0
         notes = [Note(known["error"], is_error=True)] if known["error"] else []
-        if size > LARGE:
-            notes.append(Note(Texts.INFO_TOO_LONG.format(size=as_size(size))))
-        missing = self.tracker.missing(job)
-        return {
-            "id": job_id,
-            "shown": self._shown(job),
-            "notes": notes,
-            "pictures": [
-                {**self._picture_of(job, number), "is_missing": number in missing} for number in range(len(job.images))
-            ],
-            **self._info(info if size <= LARGE else None),
-        }
+        if isinstance(info, Part):
+            notes.append(Note(Texts.INFO_TOO_LONG.format(size=as_size(info.size))))
+        images = [(image, self.tracker.image_size(job, number)) for number, image in enumerate(job.images)]
+        return {"id": job_id, "shown": self._shown(job), "notes": notes, "images": images, **self._info(info)}
 
-    def _picture_of(self, job: Job, number: int) -> Dict[str, Any]:
-        name = job.images[number].file_name
-        ending = name.rpartition(".")[2]
-        return {
-            "name": name,
-            "size": self.tracker.image_size(job, number) or 0,  # it may have gone just now
-            "ending": ending,
-            "is_shown": ending in self.BROWSER_FORMATS,
-            "url": "." + self.IMAGE.format(id=job.id, n=number),
-        }
-
-    @classmethod
-    def _info(cls, text: Any) -> Dict[str, Any]:
+    def _info(self, text: Any) -> Dict[str, Any]:
         """What is shown of the host's `info`, whatever that is."""
         info: Any = None
         with contextlib.suppress(TypeError, ValueError, RecursionError):
@@ -6763,7 +6722,7 @@ class TabHtml:
         return {
             "negative_prompt": str(info.get("negative_prompt") or ""),
             "seeds": ", ".join(map(str, lists["all_seeds"] or [info.get("seed", "")])),
-            "infotexts": list(map(str, lists["infotexts"][: cls.INFOTEXTS])),
+            "infotexts": list(map(str, lists["infotexts"][: self.INFOTEXTS])),
         }
 
 
@@ -6779,11 +6738,7 @@ class Tab:
     DIRECT = re.compile(r"/(run|api)/[^/]+/?\Z")  # the paths at which gradio calls a function without its queue
 
     def __init__(
-        self,
-        tracker: Tracker,
-        housekeeper: Housekeeper,
-        origins: OriginGuard,
-        trouble: Callable[[], Optional[str]],
+        self, tracker: Tracker, housekeeper: Housekeeper, origins: OriginGuard, trouble: Callable[[], Optional[str]]
     ):
         """`trouble` says why generations are not tracked, None if they are."""
         self.tracker = tracker
@@ -6796,78 +6751,71 @@ class Tab:
         # Only pages of the webui itself can read it, and so prove what they are where a proxy changes `Host`.
         self._token = secrets.token_urlsafe()
 
+    @property
+    def _gr(self) -> Any:
+        import gradio  # not before there is a tab: it takes seconds
+
+        return gradio
+
     # The controls
 
     def build(self) -> Any:
         """The page as gradio's Blocks, for gradio 3.41 and 4.40."""
-        import gradio as gr
-
+        gr = self._gr
         with gr.Blocks(analytics_enabled=False) as blocks, gr.Column(elem_id=NAMES["tab"]):
             gr.HTML(f"<style>{TAB_STYLE}</style>", elem_id=NAMES["tab_style"])
             with gr.Row(elem_id=NAMES["tab_settings"]):
-                enabled = gr.Checkbox(
-                    self.tracker.settings.enabled,
-                    label=Texts.ENABLED,
-                    elem_id=NAMES["tab_enabled"],
-                    **self._control("enabled", Texts.ENABLED_INFO),
-                )
-                retention = gr.Radio(
-                    self._retentions(),
-                    value=self._retention(),
-                    label=Texts.RETENTION,
-                    elem_id=NAMES["tab_retention"],
-                    **self._control("retention_days", Texts.RETENTION_INFO),
-                )
+                setting = self._control("enabled", "enabled", Texts.ENABLED, Texts.ENABLED_INFO)
+                enabled = gr.Checkbox(self.tracker.settings.enabled, **setting)
+                setting = self._control("retention", "retention_days", Texts.RETENTION, Texts.RETENTION_INFO)
+                retention = gr.Radio(self._retentions(), value=self._retention(), **setting)
                 purge = gr.Button(Texts.PURGE, size="sm", elem_id=NAMES["tab_purge"])
             gr.HTML(with_names('<div class="$top"></div>'))
             with gr.Row(elem_id=NAMES["tab_filters"]):
-                status = gr.Dropdown(
-                    [Texts.ALL, *STATUSES], value=Texts.ALL, label=Texts.STATUS, elem_id=NAMES["tab_status"]
-                )
+                statuses = [Texts.ALL, *STATUSES]
+                status = gr.Dropdown(statuses, value=Texts.ALL, label=Texts.STATUS, elem_id=NAMES["tab_status"])
                 ip = gr.Textbox(label=Texts.IP, placeholder=Texts.ANY_IP, max_lines=1, elem_id=NAMES["tab_ip"])
-                text = gr.Textbox(
-                    label=Texts.PROMPT, placeholder=Texts.ANY_PROMPT, max_lines=1, elem_id=NAMES["tab_text"]
-                )
+                prompt = {"label": Texts.PROMPT, "placeholder": Texts.ANY_PROMPT}
+                text = gr.Textbox(max_lines=1, elem_id=NAMES["tab_text"], **prompt)
             gr.HTML(with_names('<div class="$main"><p class="$empty">$loading</p></div>', loading=Texts.LOADING))
             fresh = gr.HTML(elem_id=NAMES["tab_fresh"])  # the script brings it into the top and the main part
-            state = gr.Textbox(visible=False)
-            token = gr.Textbox(visible=False)
+            state, token = gr.Textbox(visible=False), gr.Textbox(visible=False)
             look = gr.Button("Look", elem_id=NAMES["tab_look"])  # for the script, nobody sees it
 
-            script_argument = "js" if int(gr.__version__.split(".")[0]) >= 4 else "_js"
-
-            def on(event: Any, function: Any = None, inputs: Any = None, outputs: Any = None, script: str = "") -> Any:
-                options = {"queue": False, "show_progress": "hidden", "api_name": False}
-                return event(function, inputs, outputs, **options, **{script_argument: script or None})
-
-            def call(event: Any, function: Any, action: str, inputs: List[Any], outputs: List[Any]) -> Any:
-                finish = "ask" if function == self.look else "sign"
-                script = f"(...values) => window.jobTracker.{finish}(values.slice(0, {len(inputs)}))"
-                return on(event, self._guarded(function, action, len(outputs)), [*inputs, token], outputs, script)
-
-            on(blocks.load, script=TAB_SCRIPT)
-            inputs, outputs = [state, enabled, retention, status, ip, text], [enabled, retention, purge, fresh]
-            looked = call(look.click, self.look, "see the jobs", inputs, outputs)
-            on(looked.success, script="() => window.jobTracker.answered()")
+            self._on(blocks.load, TAB_SCRIPT)
+            inputs = [state, enabled, retention, status, ip, text, token]
+            outputs = [enabled, retention, purge, fresh]
+            looked = self._call(look.click, "ask", self.look, "see the jobs", inputs, outputs)
+            self._on(looked.success, "() => window.jobTracker.answered()")
             for control in (status, ip, text):
-                on(control.change, script="() => window.jobTracker.filter()")
-            for done in (
-                call(enabled.input, self.set_enabled, "turn tracking on or off", [enabled], []),
-                call(retention.input, self.set_retention, "set the retention", [retention], [retention]),
-                call(purge.click, self.purge, "purge", [], []),
+                self._on(control.change, "() => window.jobTracker.filter()")
+            for event, function, action, inputs in (
+                (enabled.input, self.set_enabled, "turn tracking on or off", [enabled, token]),
+                (retention.input, self.set_retention, "set the retention", [retention, token]),
+                (purge.click, self.purge, "purge", [token]),
             ):
-                on(done.then, script="() => window.jobTracker.act()")
+                done = self._call(event, "sign", function, action, inputs, [])
+                self._on(done.then, "() => window.jobTracker.act()")
 
         for block in blocks.blocks.values():
             block.do_not_save_to_config = True  # or the webui puts the values of its ui-config.json back
         return blocks
 
-    def _control(self, name: str, info: str) -> Dict[str, Any]:
+    def _control(self, name: str, setting: str, label: str, info: str) -> Dict[str, Any]:
         """What the control of a setting says, and whether it can be used."""
-        locked = self.tracker.settings.locked
-        if name in locked:
-            return {"interactive": False, "info": Texts.LOCKED.format(variable=locked[name])}
-        return {"interactive": True, "info": info}
+        variable = self.tracker.settings.locked.get(setting)
+        info = Texts.LOCKED.format(variable=variable) if variable else info
+        return {"label": label, "info": info, "interactive": not variable, "elem_id": NAMES[f"tab_{name}"]}
+
+    def _call(self, event: Any, way: str, function: Any, action: str, inputs: List[Any], outputs: List[Any]) -> Any:
+        """Calls a function at an event. `way` is how the script makes its last input, which is the token."""
+        script = f"(...values) => window.jobTracker.{way}(values.slice(0, {len(inputs)}))"
+        return self._on(event, script, self._guarded(function, action, len(outputs)), inputs, outputs)
+
+    def _on(self, event: Any, script: str, function: Any = None, inputs: Any = None, outputs: Any = None) -> Any:
+        options = {"queue": False, "show_progress": "hidden", "api_name": False}
+        options["js" if int(self._gr.__version__.split(".")[0]) >= 4 else "_js"] = script
+        return event(function, inputs, outputs, **options)
 
     # Who may use them
 
@@ -6880,26 +6828,23 @@ class Tab:
 
     def _guarded(self, function: Callable[..., Any], action: str, outputs: int) -> Callable[..., Any]:
         """A function for gradio that pages of other origins cannot call, and nobody through gradio's queue."""
-        import gradio as gr
 
-        async def guarded(request: gr.Request, *values: Any) -> Any:
+        async def guarded(request: self._gr.Request, *values: Any) -> Any:
             *values, token = values
             scope = self._direct_scope(request)
             if scope is None:
                 self.origins.warn("A call through gradio's queue", action)
-                raise gr.Error(Texts.NO_QUEUE)
-            if self._is_token(token) or not self.origins.refuses(scope, action):
+                raise self._gr.Error(Texts.NO_QUEUE)
+            is_own = secrets.compare_digest(str(token).encode("utf-8", "replace"), self._token.encode())
+            if is_own or not self.origins.refuses(scope, action):
                 return await function(*values)
             if OuterMiddleware.KEY not in scope:
-                raise gr.Error(OriginGuard.REFUSAL)
+                raise self._gr.Error(OriginGuard.REFUSAL)
             # Of an exception gradio would make a 500, and a traceback.
             scope[OuterMiddleware.KEY].refusal = OriginGuard.REFUSAL
-            return [gr.update()] * outputs if outputs > 1 else gr.update() if outputs else None
+            return [self._gr.update()] * outputs
 
         return guarded
-
-    def _is_token(self, token: Any) -> bool:
-        return isinstance(token, str) and secrets.compare_digest(token.encode("utf-8", "replace"), self._token.encode())
 
     @classmethod
     def _direct_scope(cls, request: Any) -> Optional[Scope]:
@@ -6915,12 +6860,11 @@ class Tab:
 
     def _retention(self) -> str:
         days = self.tracker.settings.retention_days
-        known = [text for text, value in Texts.RETENTIONS.items() if value == days]
-        return known[0] if known else Texts.OTHER_RETENTION.format(days=days)
+        texts = {value: text for text, value in Texts.RETENTIONS.items()}
+        return texts.get(days) or Texts.OTHER_RETENTION.format(days=days)
 
     def _retentions(self) -> List[str]:
-        now = self._retention()
-        return [*([] if now in Texts.RETENTIONS else [now]), *Texts.RETENTIONS]
+        return [*{self._retention()}.difference(Texts.RETENTIONS), *Texts.RETENTIONS]
 
     # What the controls do, in threads of the tracker's own, so that the host's are never needed
 
@@ -6928,20 +6872,15 @@ class Tab:
         if isinstance(enabled, bool):  # anybody can send anything
             await self._save(enabled=enabled)
 
-    async def set_retention(self, retention: Any) -> Any:
-        import gradio as gr
-
+    async def set_retention(self, retention: Any) -> None:
         if retention in list(Texts.RETENTIONS):  # a list also looks for what has no hash
             await self._save(retention_days=Texts.RETENTIONS[retention])
-        return gr.update(choices=self._retentions(), value=self._retention())
 
     async def _save(self, **changes: Any) -> None:
-        import gradio as gr
-
         try:
             await self.tracker.in_pool(lambda: self.tracker.settings.save(**changes))
         except (OSError, StoreError, ValueError) as error:
-            raise gr.Error(Texts.NOT_SAVED.format(reason=reason_of(error))) from None
+            raise self._gr.Error(Texts.NOT_SAVED.format(reason=reason_of(error))) from None
 
     async def purge(self) -> None:
         """Begins a purge. It may take minutes, so its result comes with a later look."""
@@ -6960,20 +6899,17 @@ class Tab:
         return await self.tracker.in_pool(self._look, PageState.parse(state), enabled, retention, filter_, pool=pool)
 
     def _look(self, state: PageState, enabled: Any, retention: Any, filter_: Filter) -> List[Any]:
-        import gradio as gr
-
         settings = self.tracker.settings
         settings.refresh()
         html = self.html.render(state, filter_, self._notes())
         version = str(zlib.crc32(html.encode()))
-        # A control that agrees is left alone: it may be changing under somebody's hand.
-        same = gr.update()
         days = self._retention()
+        # A value that agrees is left alone: it may be changing under somebody's hand.
         return [
-            same if enabled == settings.enabled else gr.update(value=settings.enabled),
-            same if retention == days else gr.update(choices=self._retentions(), value=days),
-            gr.update(interactive=not self._purging, value=Texts.PURGING if self._purging else Texts.PURGE),
-            same if version == state.version else f'<div data-{NAMES["version"]}="{version}">{html}</div>',
+            self._gr.update(**({} if enabled == settings.enabled else {"value": settings.enabled})),
+            self._gr.update(choices=self._retentions(), **({} if retention == days else {"value": days})),
+            self._gr.update(interactive=not self._purging, value=Texts.PURGING if self._purging else Texts.PURGE),
+            self._gr.update() if version == state.version else f'<div data-{NAMES["version"]}="{version}">{html}</div>',
         ]
 
     @property
@@ -7006,23 +6942,13 @@ class Tab:
 
 TAB_SCRIPT = with_names(
     """() => {
-    if (window.jobTracker) window.jobTracker.end();
+    if (window.jobTracker) return;  // gradio may load the page's parts again
     const EVERY = 1500, AWAY = 10000;  // milliseconds between two looks, and until an answer is given up
     const state = {page: 0, job: ""};
     let due = 0, asked = null, acted = false, watched = null, token = null;
 
     const learnToken = () => fetch(".$token").then((answer) => answer.ok ? answer.json() : "")
         .catch(() => "").then((text) => { token = text; });
-    const act = (delay = 0) => {
-        acted = true;
-        due = Date.now() + delay;
-        tick();
-    };
-    const answered = () => {
-        asked = null;
-        if (!acted) due = Date.now() + EVERY;
-        tick();
-    };
     const tick = () => {
         const root = [...document.querySelectorAll("#$tab")].find((element) => element.offsetParent);
         if (document.hidden || !root || token === null) return;
@@ -7033,6 +6959,12 @@ TAB_SCRIPT = with_names(
         asked = now;
         acted = false;
         root.querySelector("#$tab_look").click();
+    };
+    const act = (change = {}, delay = 0) => {
+        Object.assign(state, change);
+        acted = true;
+        due = Date.now() + delay;
+        tick();
     };
 
     // What is alike stays in place, so that focus, selection and a click under way live on.
@@ -7050,19 +6982,11 @@ TAB_SCRIPT = with_names(
         });
         while (old.childNodes.length > fresh.childNodes.length) old.lastChild.remove();
     };
+    const fresh = (part) => watched.querySelector("#$tab_fresh " + part);
     const changed = () => {
         watched.querySelectorAll("time:not([title])").forEach(inLocalTime);
-        for (const part of [".$top", ".$main"]) {
-            const fresh = watched.querySelector("#$tab_fresh " + part);
-            if (fresh) morph(watched.querySelector(part), fresh);  // the first of them, not the fresh one
-        }
-    };
-    const inLocalTime = (element) => {
-        const moment = new Date(element.dateTime);
-        const day = {month: "short", day: "2-digit"};
-        const clock = {hour: "2-digit", minute: "2-digit", second: "2-digit", hourCycle: "h23"};
-        element.title = moment.toLocaleString([], {dateStyle: "full", timeStyle: "long"});
-        element.textContent = moment.toLocaleString([], {...day, ...clock});
+        for (const part of [".$top", ".$main"])  // the first of each is the one that is seen
+            if (fresh(part)) morph(watched.querySelector(part), fresh(part));
     };
     const observer = new MutationObserver(changed);
     const watch = (root) => {
@@ -7071,47 +6995,39 @@ TAB_SCRIPT = with_names(
         watched = root;
         changed();
     };
-
-    const open = (job) => {
-        state.job = job;
-        act();
+    const inLocalTime = (element) => {
+        const moment = new Date(element.dateTime);
+        const day = {month: "short", day: "2-digit"};
+        const clock = {hour: "2-digit", minute: "2-digit", second: "2-digit", hourCycle: "h23"};
+        element.title = moment.toLocaleString([], {dateStyle: "full", timeStyle: "long"});
+        element.textContent = moment.toLocaleString([], {...day, ...clock});
     };
-    const onClick = (event) => {
+
+    document.addEventListener("click", (event) => {
         const target = event.target.closest("#$tab [data-$job], #$tab [data-$page]");
         if (!target || target.tagName === "TR" && String(getSelection())) return;
-        if (target.dataset.$page === undefined) return open(target.dataset.$job);
-        state.page = Number(target.dataset.$page);
-        act();
-    };
-    const onKey = (event) => {
-        if (event.key === "Escape" && state.job && watched && watched.offsetParent) open("");
-    };
-    document.addEventListener("click", onClick);
-    document.addEventListener("keydown", onKey);
+        const {$job, $page} = target.dataset;
+        act($page === undefined ? {job: $job} : {page: Number($page)});
+    });
+    document.addEventListener("keydown", (event) => {
+        if (event.key === "Escape" && state.job && watched?.offsetParent) act({job: ""});
+    });
     document.addEventListener("visibilitychange", tick);
-    const timer = setInterval(tick, 200);
+    setInterval(tick, 200);
     learnToken();
 
-    window.jobTracker = {
-        act,
-        answered,
-        ask: (values) => {
-            const version = watched.querySelector("#$tab_fresh [data-$version]")?.dataset.$version;
-            return window.jobTracker.sign([JSON.stringify({...state, version}), ...values.slice(1)]);
-        },
-        sign: (values) => [...values, token ?? ""],
-        filter: () => {
-            state.page = 0;
-            act(300);
-        },
-        end: () => {
-            clearInterval(timer);
-            observer.disconnect();
-            document.removeEventListener("click", onClick);
-            document.removeEventListener("keydown", onKey);
-            document.removeEventListener("visibilitychange", tick);
-        },
+    const sign = (values) => [...values.slice(0, -1), token ?? ""];
+    const ask = ([, ...values]) => {
+        const version = fresh("[data-$version]")?.dataset.$version;
+        return sign([JSON.stringify({...state, version}), ...values]);
     };
+    const answered = () => {
+        asked = null;
+        if (!acted) due = Date.now() + EVERY;
+        tick();
+    };
+    const filter = () => act({page: 0}, 300);
+    window.jobTracker = {act, answered, ask, filter, sign};
 }""",
     token=Tab.TOKEN,
 )
