@@ -7035,19 +7035,21 @@ TAB_SCRIPT = with_names(
 TAB_STYLE = with_names("""
 #$tab { gap: 16px; }
 #$tab_style, #$tab_look, #$tab_fresh { display: none !important; }
-#$tab .pending { opacity: 1; }
-#$tab :is(b, th) { font-weight: 600; }
-#$tab :is(small, em) { font-size: inherit; font-style: normal; color: var(--body-text-color-subdued); }
-#$tab :is(button, p, table, figure, img, summary) { margin: 0; }
+#$tab :is(button, p, table, figure, img, summary, dd) { margin: 0; }
+#$tab b { font-weight: 600; }
+#$tab :is(small, em) { font-size: inherit; font-style: normal; }
+#$tab :is(small, em, th, summary, dt, .$empty, .$blank, .$figures > div) { color: var(--body-text-color-subdued); }
+#$tab :is(table, nav, dl, summary, dt, header button, .$text, .$figures > div) { font-size: var(--text-sm); }
+#$tab :is(.$empty, .$figures, .$frame, aside) { border: 1px solid var(--border-color-primary);
+    border-radius: var(--radius-lg); }
 #$tab :is(td, nav, header) button { padding: 4px 12px; border: 1px solid var(--border-color-primary);
     border-radius: var(--radius-md); background: none; color: var(--body-text-color); cursor: pointer; }
 #$tab :is(nav, header) button:hover { border-color: var(--color-accent); }
 
 #$tab_settings { align-items: flex-start; gap: 16px; padding: 4px 0; }
-#$tab_settings .form { display: flex; flex-flow: row wrap; gap: 16px 64px; border: 0; background: none;
-    box-shadow: none; overflow: visible; }
-#$tab_settings .block { flex: 0 1 auto; width: auto; padding: 0; border: 0 !important; background: none;
-    box-shadow: none; }
+#$tab_settings :is(.form, .block) { border: 0 !important; background: none; box-shadow: none; }
+#$tab_settings .form { display: flex; flex-flow: row wrap; gap: 16px 64px; overflow: visible; }
+#$tab_settings .block { flex: 0 1 auto; width: auto; padding: 0; }
 #$tab_enabled { display: flex; flex-direction: column; gap: 6px; }
 #$tab_enabled label { order: -1; }
 #$tab_settings label:has(:disabled) { cursor: default; }
@@ -7058,14 +7060,11 @@ TAB_STYLE = with_names("""
 #$tab .$note { margin-bottom: 8px; padding: 8px 12px; border-left: 3px solid var(--border-color-primary);
     background: var(--background-fill-secondary); color: var(--body-text-color); overflow-wrap: anywhere; }
 #$tab .$note.$error { border-color: var(--color-red-500); }
-#$tab .$empty { padding: 64px 16px; border: 1px solid var(--border-color-primary);
-    border-radius: var(--radius-lg); text-align: center; color: var(--body-text-color-subdued); }
+#$tab .$empty { padding: 64px 16px; text-align: center; }
 
 #$tab .$figures { display: grid; grid-template-columns: repeat(6, 1fr); gap: 1px; overflow: hidden;
-    border: 1px solid var(--border-color-primary); border-radius: var(--radius-lg);
     background: var(--border-color-primary); }
-#$tab .$figures > div { padding: 10px 14px; background: var(--background-fill-primary);
-    color: var(--body-text-color-subdued); font-size: var(--text-sm); }
+#$tab .$figures > div { padding: 10px 14px; background: var(--background-fill-primary); }
 #$tab .$figures b { display: block; font-size: var(--text-lg); color: var(--body-text-color);
     font-variant-numeric: tabular-nums; white-space: nowrap; }
 
@@ -7073,11 +7072,11 @@ TAB_STYLE = with_names("""
 #$tab span.$status::before { content: ""; display: inline-block; width: 8px; height: 8px; margin-right: 7px;
     border: 2px solid var(--dot); border-radius: 50%; background: var(--dot); box-sizing: border-box;
     vertical-align: 1px; }
-#$tab .$Pending { --dot: var(--body-text-color-subdued); }
+#$tab span.$Pending { --dot: var(--body-text-color-subdued); }
 #$tab span.$Pending::before { background: none; }
-#$tab .$Processing { --dot: var(--color-accent); }
-#$tab .$Completed { --dot: var(--color-green-500); }
-#$tab .$Failed { --dot: var(--color-red-500); }
+#$tab span.$Processing { --dot: var(--color-accent); }
+#$tab span.$Completed { --dot: var(--color-green-500); }
+#$tab span.$Failed { --dot: var(--color-red-500); }
 #$tab progress { display: block; width: 100%; height: 3px; margin: 3px 0 -6px; border: 0; border-radius: 2px;
     overflow: hidden; appearance: none; background: var(--border-color-primary); }
 #$tab progress::-webkit-progress-bar { background: var(--border-color-primary); }
@@ -7086,17 +7085,14 @@ TAB_STYLE = with_names("""
 
 #$tab .$main { display: flex; align-items: flex-start; gap: 16px; }
 #$tab .$main > * { flex: 1 1 0; min-width: 0; }
-#$tab .$frame { overflow: hidden; border: 1px solid var(--border-color-primary);
-    border-radius: var(--radius-lg); }
-#$tab table { width: 100%; border: 0; border-collapse: collapse; table-layout: fixed;
-    font-size: var(--text-sm); line-height: 1.4; }
-#$tab :is(th, td) { padding: 8px 10px; border: 0; text-align: left; vertical-align: middle; white-space: nowrap;
-    overflow: hidden; text-overflow: ellipsis; color: var(--body-text-color); }
-#$tab th { font-weight: 500; color: var(--body-text-color-subdued);
-    background: var(--background-fill-secondary); }
-#$tab :is(thead, tbody, tr) { border: 0; }
-#$tab tbody tr { border-top: 1px solid var(--border-color-primary); cursor: pointer;
-    background: none; }
+#$tab .$frame { overflow: hidden; }
+#$tab table { width: 100%; border: 0; border-collapse: collapse; table-layout: fixed; line-height: 1.4; }
+#$tab :is(th, td) { padding: 8px 10px; text-align: left; vertical-align: middle; white-space: nowrap;
+    overflow: hidden; text-overflow: ellipsis; }
+#$tab :is(thead, tbody, tr, th, td) { border: 0; }
+#$tab th { font-weight: 500; background: var(--background-fill-secondary); }
+#$tab td { color: var(--body-text-color); }
+#$tab tbody tr { border-top: 1px solid var(--border-color-primary); cursor: pointer; background: none; }
 #$tab tbody tr:is(:hover, .$open) { background: var(--background-fill-secondary); }
 #$tab tbody tr.$open { box-shadow: inset 3px 0 var(--color-accent); }
 #$tab td button { display: block; padding: 0; border: 0; font: inherit; font-family: var(--font-mono); }
@@ -7109,34 +7105,33 @@ TAB_STYLE = with_names("""
 #$tab .$ip { width: 130px; }
 #$tab .$main:has(aside) :is(.$type, .$images, .$seconds, .$ip) { display: none; }
 #$tab nav { display: flex; justify-content: center; align-items: center; gap: 4px; padding: 12px 0;
-    font-size: var(--text-sm); white-space: nowrap; }
+    white-space: nowrap; }
 #$tab nav span { min-width: 110px; text-align: center; font-variant-numeric: tabular-nums; }
 #$tab nav button:disabled { opacity: 0.4; cursor: default; border-color: var(--border-color-primary); }
 
 #$tab .$main aside { flex: 0 0 min(480px, 45%); position: sticky; top: 8px; max-height: calc(100vh - 16px);
-    overflow-y: auto; padding: 0 16px; border: 1px solid var(--border-color-primary); border-radius: var(--radius-lg);
-    background: var(--background-fill-primary); }
+    overflow-y: auto; padding: 0 16px; background: var(--background-fill-primary); }
 #$tab header { display: flex; align-items: center; gap: 14px; position: sticky; top: 0; z-index: 1;
     padding: 12px 0; background: var(--background-fill-primary); }
 #$tab header b { font-family: var(--font-mono); }
-#$tab header button { margin-left: auto; font-size: var(--text-sm); }
+#$tab header button { margin-left: auto; }
 #$tab header progress { width: 80px; margin: 2px 0 0; }
 #$tab .$gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(160px, 1fr)); gap: 12px; }
-#$tab .$gallery:not(:empty), #$tab dl, #$tab details { margin: 0 0 14px; }
+#$tab :is(.$gallery:not(:empty), dl, details) { margin: 0 0 14px; }
 #$tab figure:only-child { grid-column: 1 / -1; }
-#$tab figure img, #$tab .$blank { display: block; width: 100%; max-height: 420px; object-fit: contain;
+#$tab :is(figure img, .$blank) { display: block; width: 100%; max-height: 420px; object-fit: contain;
     border-radius: var(--radius-md); background: var(--background-fill-secondary); }
 #$tab figure img { aspect-ratio: auto 1; }  /* room for what is still to come */
-#$tab .$blank { padding: 48px 8px; text-align: center; color: var(--body-text-color-subdued); }
+#$tab .$blank { padding: 48px 8px; text-align: center; }
 #$tab figcaption { margin-top: 4px; font-size: var(--text-xs); overflow-wrap: anywhere; }
-#$tab :is(summary, dt) { font-size: var(--text-sm); font-weight: 400; color: var(--body-text-color-subdued); }
+#$tab :is(summary, dt) { font-weight: 400; }
 #$tab summary { cursor: pointer; }
 #$tab .$text { max-height: 240px; margin-top: 4px; padding: 8px 10px; overflow: auto; white-space: pre-wrap;
     overflow-wrap: anywhere; border-radius: var(--radius-md); background: var(--background-fill-secondary);
-    font-size: var(--text-sm); line-height: 1.5; }
-#$tab dl { display: grid; grid-template-columns: repeat(3, 1fr); gap: 8px 16px; font-size: var(--text-sm); }
+    line-height: 1.5; }
+#$tab dl { display: grid; grid-template-columns: repeat(3, 1fr); gap: 8px 16px; }
 #$tab dl .$wide { grid-column: 1 / -1; }
-#$tab dd { margin: 0; overflow-wrap: anywhere; }
+#$tab dd { overflow-wrap: anywhere; }
 
 @media (max-width: 1000px) {
     #$tab .$figures { grid-template-columns: repeat(3, 1fr); }
