@@ -63,6 +63,7 @@ from typing import (
     Any,
     AsyncIterator,
     Callable,
+    Coroutine,
     Dict,
     Iterable,
     Iterator,
@@ -4622,12 +4623,6 @@ class Gzip:
         yield self.encode(b"", last=True)
 
 
-def chain(first: bytes, rest: Iterator[bytes]) -> Iterator[bytes]:
-    """A generator, unlike `itertools.chain`: it can be closed, and closes the rest with it."""
-    yield first
-    yield from rest
-
-
 def json_array(items: Iterable[Iterator[bytes]]) -> Iterator[bytes]:
     """A JSON array of items, each of which comes in chunks."""
     yield b"["
@@ -4707,6 +4702,7 @@ async def after_heartbeats(
             await asyncio.wait({ended}, timeout=HEARTBEAT)
     finally:
         ended.cancel()  # nobody else waits for it
+        ended.add_done_callback(lambda _: ended.cancelled() or ended.exception())  # `result` meets the same trouble
     chunks = await result()
     try:
         async for chunk in chunks:
@@ -5510,14 +5506,24 @@ class Problem(BaseModel):
     detail: str
 
 
-def text_header(description: str) -> Dict[str, Any]:
-    return {"description": description, "schema": {"type": "string"}}
+def text_header(description: str, **schema: Any) -> Dict[str, Any]:
+    return {"description": description, "schema": {"type": "string", **schema}}
 
 
 def example(value: Any) -> Dict[str, Any]:
     return {"application/json": {"example": value}}
 
 
+def problem(description: str, detail: Optional[str] = None) -> Dict[str, Any]:
+    """An error, with an example of its detail."""
+    return {
+        "model": Problem,
+        "description": description,
+        **({"content": example({"detail": detail})} if detail else {}),
+    }
+
+
+# What is null is in no example: fastapi leaves it out.
 COMPLETED_EXAMPLE = {
     "id": "A3f9K2xY",
     "type": "txt2img",
@@ -5527,10 +5533,6 @@ COMPLETED_EXAMPLE = {
     "ip": "192.0.2.7",
     "started": 1736712000.25,
     "finished": 1736712009.5,
-    "error": None,
-    "queue_position": None,
-    "progress": None,
-    "eta": None,
     "parameters": {"prompt": "a lighthouse", "seed": -1, "steps": 20},
     "info": '{"prompt": "a lighthouse", "seed": 7, "infotexts": ["a lighthouse\\nSteps: 20, Seed: 7"]}',
     "image_count": 1,
@@ -5539,31 +5541,34 @@ UNFINISHED = {"finished": None, "parameters": None, "info": None, "image_count":
 PENDING_EXAMPLE = {**COMPLETED_EXAMPLE, **UNFINISHED, "status": PENDING, "started": None, "queue_position": 3}
 CANCELLED_EXAMPLE = {**COMPLETED_EXAMPLE, **UNFINISHED, "status": FAILED, "finished": 1736712002.5, "error": CANCELLED}
 
+# The answers of each route, besides those that fastapi finds by itself
 ANY_ROUTE_DOCS = {
-    401: {"model": Problem, "description": "Missing or wrong credentials"},
-    404: {"model": Problem, "description": "There is no such job", "content": example({"detail": "Job not found"})},
-    503: {"model": Problem, "description": "The jobs cannot be read from disk or changed there"},
+    401: problem("Missing or wrong credentials"),
+    404: problem("There is no such job", "Job not found"),
+    503: problem("The jobs cannot be read from disk or changed there"),
 }
-CONFLICT_DOCS = {
-    409: {
-        "model": Problem,
-        "description": "The job's status does not allow this",
-        "content": example({"detail": "The job is Completed"}),
-    },
-}
+CONFLICT_DOCS = {409: problem("The job's status does not allow this", "The job is Completed")}
 FOREIGN_DOCS = {
-    403: {
-        "model": Problem,
-        "description": "A browser says that a page of another origin asks, which --cors-allow-origins does not name",
-        "content": example({"detail": OriginGuard.REFUSAL}),
-    },
+    403: problem(
+        "A browser says that a page of another origin asks, which --cors-allow-origins does not name",
+        OriginGuard.REFUSAL,
+    )
+}
+JOB_DOCS = {200: {"description": "The job", "content": example({**COMPLETED_EXAMPLE, "images": ["iVBORw0K…"]})}}
+CANCEL_DOCS = {200: {"description": "The job", "content": example(CANCELLED_EXAMPLE)}, **CONFLICT_DOCS}
+JOBS_DOCS = {
+    200: {
+        "description": "The jobs, newest first",
+        "content": example([PENDING_EXAMPLE, COMPLETED_EXAMPLE]),
+        "headers": {"Link": text_header('the next page: <…>; rel="next"')},
+    }
 }
 IMAGE_DOCS = {
     200: {
         "description": "The image",
         "content": {
-            kind: {"schema": {"type": "string", "format": "binary"}}
-            for kind in (*MEDIA_TYPES.values(), OTHER_MEDIA_TYPE)
+            media_type: {"schema": {"type": "string", "format": "binary"}}
+            for media_type in (*MEDIA_TYPES.values(), OTHER_MEDIA_TYPE)
         },
         "headers": {
             "ETag": text_header("for If-None-Match"),
@@ -5574,23 +5579,21 @@ IMAGE_DOCS = {
     304: {"description": "If-None-Match names the image that the client has"},
 }
 
+# What is added to the host's own description of a generation route
+PREFER_TEXT = (
+    "RFC 7240. respond-async: answer 202 with the job when it is accepted. respond-async, wait=N: what ends within N "
+    "seconds (at most 300) is answered as the webui answers it, with its true status, a failure too, and the rest "
+    "with 202"
+)
+KEY_TEXT = "The same key, user, path and body is one generation, however often it is sent"
 GENERATION_DOCS = {
     "parameters": [
-        {
-            "name": "Prefer",
-            "in": "header",
-            "description": "RFC 7240. respond-async: answer 202 with the job when it is accepted. respond-async, "
-            "wait=N: what ends within N seconds (at most 300) is answered as the webui answers it, with its true "
-            "status, a failure too, and the rest with 202",
-            "schema": {"type": "string"},
-            "example": "respond-async, wait=30",
-        },
+        {"name": "Prefer", "in": "header", "example": "respond-async, wait=30", **text_header(PREFER_TEXT)},
         {
             "name": "Idempotency-Key",
             "in": "header",
-            "description": "The same key, user, path and body is one generation, however often it is sent",
-            "schema": {"type": "string", "maxLength": IDEMPOTENCY_KEY_LIMIT},
             "example": "8e03978e-40d5-43dd-bc93-6894a57f9324",
+            **text_header(KEY_TEXT, maxLength=IDEMPOTENCY_KEY_LIMIT),
         },
     ],
     "responses": {
@@ -5611,22 +5614,42 @@ GENERATION_DOCS = {
                 "Idempotent-Replayed": text_header("true if the job had ended already"),
             },
             "content": {
-                "application/json": {
-                    "schema": {"$ref": "#/components/schemas/JobSummary"},
-                    "example": PENDING_EXAMPLE,
-                }
+                "application/json": {"schema": {"$ref": "#/components/schemas/JobSummary"}, "example": PENDING_EXAMPLE}
             },
         },
     },
 }
 
 
+CHANGING = ("POST", "DELETE")
+
+
+def endpoint(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of the Api that answers requests: who may not ask, and what cannot be done, gets a status of its own.
+
+    The host has checked the credentials before.
+    """
+
+    @functools.wraps(function)
+    async def answer(api: "Api", request: Request, **arguments: Any) -> Response:
+        if OuterMiddleware.KEY in request.scope:
+            # A cache may keep a 404 (RFC 9111, 4.2.2), and what is not there now may be there in a moment.
+            request.scope[OuterMiddleware.KEY].error_headers = {"Cache-Control": "no-store"}
+        if request.method in CHANGING:
+            if api.origins.refuses(request.scope, f"call {request.method} {request.scope['route'].path}"):
+                raise HTTPException(403, OriginGuard.REFUSAL)
+        try:
+            return await function(api, request, **arguments)
+        except Conflict as reason:
+            raise HTTPException(409, str(reason)) from None
+        except StoreError as error:
+            raise HTTPException(503, f"The jobs cannot be read or changed: {error}") from None
+
+    return answer
+
+
 class Api:
     """The endpoints. They look at jobs in threads of the tracker's own, so that the host's are never needed."""
-
-    JOB = "/sdapi/v1/job/{id}"
-    IMAGE = "/sdapi/v1/job/{id}/images/{n}"
-    JOBS = "/sdapi/v1/jobs"
 
     def __init__(self, tracker: Tracker, origins: OriginGuard):
         self.tracker = tracker
@@ -5635,71 +5658,21 @@ class Api:
     def add_to(self, add_route: Callable[..., Any]) -> None:
         """Registers the routes through the host's own `add_api_route`, which guards them as it guards its own."""
 
-        def add(method: str, path: str, endpoint: Callable[..., Any], docs: Dict[int, Any], **more: Any) -> None:
-            responses = {**ANY_ROUTE_DOCS, **docs}
-            if method in ("POST", "DELETE"):
-                endpoint = self._guarded(endpoint, f"call {method} {path}")
-                responses.update(FOREIGN_DOCS)
-            add_route(path, endpoint, methods=[method], tags=["Job Tracker"], responses=responses, **more)
+        def add(method: str, path: str, function: Callable[..., Any], docs: Dict[int, Any], **more: Any) -> None:
+            responses = {**ANY_ROUTE_DOCS, **docs, **(FOREIGN_DOCS if method in CHANGING else {})}
+            add_route(path, function, methods=[method], tags=["Job Tracker"], responses=responses, **more)
 
-        one = {200: {"description": "The job", "content": example({**COMPLETED_EXAMPLE, "images": ["iVBORw0K…"]})}}
-        many = {
-            200: {
-                "description": "The jobs, newest first",
-                "content": example([PENDING_EXAMPLE, COMPLETED_EXAMPLE]),
-                "headers": {"Link": text_header('the next page: <…>; rel="next"')},
-            }
-        }
-        ended = {200: {"description": "The job", "content": example(CANCELLED_EXAMPLE)}, **CONFLICT_DOCS}
-        add("GET", self.JOB, self.get_job, one, response_model=JobWithImages)
-        add("GET", self.JOBS, self.get_jobs, many, response_model=List[JobSummary])
-        add("GET", self.IMAGE, self.get_image, IMAGE_DOCS, response_class=Response)
-        add("HEAD", self.IMAGE, self.get_image, {}, include_in_schema=False)
-        add("POST", self.JOB + "/cancel", self.cancel_job, ended, response_model=JobSummary)
-        add("DELETE", self.JOB, self.delete_job, CONFLICT_DOCS, status_code=204)
+        job, jobs = "/sdapi/v1/job/{id}", "/sdapi/v1/jobs"
+        add("GET", job, self.get_job, JOB_DOCS, response_model=JobWithImages)
+        add("GET", jobs, self.get_jobs, JOBS_DOCS, response_model=List[JobSummary])
+        add("GET", f"{job}/images/{{n}}", self.get_image, IMAGE_DOCS, response_class=Response)
+        add("HEAD", f"{job}/images/{{n}}", self.get_image, {}, include_in_schema=False)
+        add("POST", f"{job}/cancel", self.cancel_job, CANCEL_DOCS, response_model=JobSummary)
+        add("DELETE", job, self.delete_job, CONFLICT_DOCS, status_code=204)
 
-    def _guarded(self, endpoint: Callable[..., Any], action: str) -> Callable[..., Any]:
-        """An endpoint that changes something. The host has checked the credentials before."""
+    # The endpoints
 
-        @functools.wraps(endpoint)
-        async def guarded(request: Request, **arguments: Any) -> Any:
-            if self.origins.refuses(request.scope, action):
-                raise HTTPException(403, OriginGuard.REFUSAL)
-            return await endpoint(request=request, **arguments)
-
-        return guarded
-
-    async def _run(
-        self,
-        function: Callable[..., Any],
-        *args: Any,
-        lost: Optional[str] = None,
-        pool: Optional[Threads] = None,
-    ) -> Any:
-        """Runs a function that may block. Trouble with a store is a 503, or a 404 if it is not temporary."""
-        try:
-            return await self.tracker.in_pool(function, *args, pool=pool)
-        except StoreError as error:
-            if lost is not None and not error.temporary:
-                raise HTTPException(404, lost) from None
-            raise self._unreadable(error) from None
-
-    @staticmethod
-    def _unreadable(error: StoreError) -> HTTPException:
-        return HTTPException(503, f"The jobs cannot be read or changed: {error}")
-
-    @staticmethod
-    def _let_nobody_keep_errors(request: Request) -> None:
-        """A cache may keep a 404 (RFC 9111, 4.2.2), and what is not there now may be there in a moment."""
-        if OuterMiddleware.KEY in request.scope:
-            request.scope[OuterMiddleware.KEY].error_headers = {"Cache-Control": "no-store"}
-
-    async def _get(self, job_id: str) -> Job:
-        job = self.tracker.running(job_id) or await self._run(self.tracker.get, job_id)
-        if job is None:
-            raise HTTPException(404, "Job not found")
-        return job
-
+    @endpoint
     async def get_job(
         self,
         request: Request,
@@ -5713,46 +5686,30 @@ class Api:
         ),
     ) -> Response:
         """The job as it is now, or, with `wait`, once it has ended."""
-        self._let_nobody_keep_errors(request)
-        if wait and ID_FORM.match(id):
-            await self._wait(request, id, min(wait, HEARTBEAT))
-        await self.tracker.wait_until_stored(id)
+        if wait:
+            await self._while_connected(request, self.tracker.wait(id, min(wait, HEARTBEAT)))
         job = await self._get(id)
-        if wait > HEARTBEAT and not job.ended:
-            return await self._respond(request, self._wait_on(request, id, images, wait - HEARTBEAT))
-        return await self._respond(request, await self._as_json(job, images), self.tracker.pool_for(job))
-
-    async def _as_json(self, job: Job, images: bool) -> Iterator[bytes]:
-        return await self._run(self.tracker.as_json, job, images, pool=self.tracker.pool_for(job))
+        if wait <= HEARTBEAT or job.ended:
+            return await self._respond(request, job, images)
+        # nginx would keep the head and the white space back until the end.
+        headers = {**self._json_headers(request), "X-Accel-Buffering": "no"}
+        rest = self._wait_on(request, id, images, wait - HEARTBEAT)
+        return ClosingStreamingResponse(rest, 200, headers, "application/json")
 
     def _wait_on(self, request: Request, job_id: str, images: bool, seconds: float) -> AsyncIterator[bytes]:
         """White space while the job goes on, and then the job. The head is out: for trouble, the connection is cut."""
-        ended = asyncio.get_running_loop().create_task(self.tracker.wait(job_id, seconds))
-        ended.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # trouble shows when it is read
         gzip = Gzip() if accepts_gzip(request.scope) else None
+        ended = asyncio.get_running_loop().create_task(self.tracker.wait(job_id, seconds))
 
         async def result() -> ThreadedChunks:
-            await self.tracker.wait_until_stored(job_id)
             job = await self._get(job_id)
-            pieces = await self._as_json(job, images)
-            pieces = gzip.encode_all(pieces) if gzip else pieces
-            return ThreadedChunks(self.tracker.pool_for(job), pieces, self.tracker.sending)
+            chunks = self.tracker.as_json(job, images)
+            chunks = gzip.encode_all(chunks) if gzip else chunks
+            return ThreadedChunks(self.tracker.pool_for(job), chunks, self.tracker.sending)
 
         return after_heartbeats(ended, result, gzip)
 
-    async def _wait(self, request: Request, job_id: str, seconds: float) -> None:
-        """Waits for a job's end, unless the client leaves."""
-        loop = asyncio.get_running_loop()
-        ended = loop.create_task(self.tracker.wait(job_id, seconds))
-        gone = loop.create_task(wait_for_disconnect(request.receive))
-        try:
-            await asyncio.wait({ended, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if ended.done():
-                ended.exception()  # trouble with the disk shows when the job is read
-        finally:
-            ended.cancel()
-            gone.cancel()
-
+    @endpoint
     async def get_jobs(
         self,
         request: Request,
@@ -5766,49 +5723,28 @@ class Api:
         cursor: Optional[str] = Query(None, description="from the Link header of the page before"),
     ) -> Response:
         """Jobs that match all filters. When there are more, the header `Link` with `rel="next"` has the next page."""
-        self._let_nobody_keep_errors(request)
-        filter_ = Filter(
-            ip,
-            self._one_of("status", status, STATUSES),
-            self._one_of("type", type, TYPES),
-            self._moment("after", after),
-            self._moment("before", before),
-            q,
-        )
-
-        def look(abandoned: threading.Event) -> Page:
-            return self.tracker.store.query(filter_, limit, cursor, abandoned=abandoned)
-
+        status, type = self._one_of("status", status, STATUSES), self._one_of("type", type, TYPES)
+        for name, moment in (("after", after), ("before", before)):
+            if moment is not None and not math.isfinite(moment):
+                raise self._invalid(name, "it must be a finite number")
+        filter_ = Filter(ip, status, type, after, before, q)
+        abandoned = threading.Event()
         pool = self.tracker.searchers if filter_.text else self.tracker.pool
+        looking = self.tracker.in_pool(self.tracker.store.query, filter_, limit, cursor, 0, abandoned, pool=pool)
         try:
-            page = await self._run_while_here(request, look, pool)
+            page = await self._while_connected(request, looking)
         except InvalidCursor as error:
             raise self._invalid("cursor", str(error)) from None
-        response = await self._respond(
-            request, json_array(self.tracker.as_json(job, images=False) for job in page.jobs)
-        )
+        finally:
+            abandoned.set()
+        headers = self._json_headers(request)
         if page.cursor is not None:
             asked = URL("?" + request.scope["query_string"].decode("latin-1"))
             query = asked.include_query_params(cursor=page.cursor).query
-            response.headers["Link"] = f'<{path_of(request.scope)}?{query}>; rel="next"'
-        return response
+            headers["Link"] = f'<{path_of(request.scope)}?{query}>; rel="next"'
+        return await self._stream(json_array(self.tracker.as_json(job, images=False) for job in page.jobs), headers)
 
-    async def _run_while_here(self, request: Request, look: Callable[[threading.Event], Any], pool: Threads) -> Any:
-        """Runs a function that ends early when the event that it is given is set: when the client has left."""
-        abandoned = threading.Event()
-        loop = asyncio.get_running_loop()
-        looking = loop.create_task(self._run(look, abandoned, pool=pool))
-        gone = loop.create_task(wait_for_disconnect(request.receive))
-        try:
-            await asyncio.wait({looking, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if not looking.done():
-                raise HTTPException(503, "The client has left")  # which nobody reads
-            return looking.result()
-        finally:
-            abandoned.set()
-            looking.cancel()
-            gone.cancel()
-
+    @endpoint
     async def get_image(
         self,
         request: Request,
@@ -5816,16 +5752,14 @@ class Api:
         n: int = Path(ge=0, le=999_999, description="the image's number, from 0"),
     ) -> Response:
         """One image of a job as a file."""
-        self._let_nobody_keep_errors(request)
-        await self.tracker.wait_until_stored(id)
         job = await self._get(id)
         if n >= len(job.images):
             raise HTTPException(404, "The job has no such image" if job.ended else f"The job is still {job.status}")
         image = job.images[n]
-        size = await self._run(self.tracker.images.size, image.name)
-        lost = "The image is no longer on disk"
+        size = await self.tracker.in_pool(self.tracker.images.size, image.name)
+        lost = HTTPException(404, "The image is no longer on disk")
         if size is None:
-            raise HTTPException(404, lost)
+            raise lost
         gzip = accepts_gzip(request.scope)
         headers = {
             "ETag": f'"{image.file_name}-{size}{"-gzip" * gzip}"',
@@ -5835,43 +5769,55 @@ class Api:
             "X-Content-Type-Options": "nosniff",
             "Vary": "Accept-Encoding",
         }
-        headers.update(exposed(headers))
         known = [tag.strip() for tag in request.headers.get("If-None-Match", "").replace("W/", "").split(",")]
         if headers["ETag"] in known or known == ["*"]:
-            return Response(None, 304, headers)
-        pieces = self.tracker.images.read(image.name)
-        first = await self._run(next, pieces, b"", lost=lost)
-        pieces = chain(first, pieces)  # its file is open, and may be deleted from now on
-        if gzip:
-            # Otherwise the host would compress the image, in the event loop and in vain.
-            pieces = Gzip(level=0).encode_all(pieces)
-            headers["Content-Encoding"] = "gzip"
-        else:
-            headers["Content-Length"] = str(size)
-        if request.method == "HEAD":
-            await self._run(pieces.close)
-        made = ThreadedChunks(self.tracker.pool, pieces, self.tracker.sending)
-        return ClosingStreamingResponse(made, 200, headers, image.media_type)
+            return Response(None, 304, {**headers, **exposed(headers)})
+        # Unless it is packed already, the host would compress the image, in the event loop and in vain.
+        headers.update({"Content-Encoding": "gzip"} if gzip else {"Content-Length": str(size)})
+        chunks = iter(()) if request.method == "HEAD" else self.tracker.images.read(image.name)
+        try:
+            return await self._stream(chunks, headers, image.media_type, level=0)
+        except StoreError as error:
+            raise (error if error.temporary else lost) from None
 
+    @endpoint
     async def cancel_job(self, request: Request, id: str = Path(description="the job's ID")) -> Response:
         """Takes a Pending job out of the queue, or interrupts a Processing one. It ends as Failed, "Cancelled"."""
         await self._end(self.tracker.cancel, id)
-        await self.tracker.wait_until_stored(id)
-        job = await self._get(id)
-        return await self._respond(request, await self._as_json(job, images=False), self.tracker.pool_for(job))
+        return await self._respond(request, await self._get(id), images=False)
 
+    @endpoint
     async def delete_job(self, request: Request, id: str = Path(description="the job's ID")) -> Response:
         """Removes a job that has ended, and its images."""
         await self.tracker.wait_until_stored(id)
         await self._end(self.tracker.delete, id)
         return Response(None, 204)
 
-    async def _end(self, function: Callable[[str], bool], job_id: str) -> None:
+    # What they share
+
+    async def _while_connected(self, request: Request, work: Coroutine[Any, Any, Any]) -> Any:
+        """The result of some work, which is given up when the client leaves."""
+        loop = asyncio.get_running_loop()
+        working, gone = loop.create_task(work), loop.create_task(wait_for_disconnect(request.receive))
         try:
-            found = await self._run(function, job_id, pool=self.tracker.pool_for(self.tracker.running(job_id)))
-        except Conflict as reason:
-            raise HTTPException(409, str(reason)) from None
-        if not found:
+            await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not working.done():
+                raise HTTPException(503, "The client has left")  # which nobody reads
+            return working.result()
+        finally:
+            working.cancel()
+            gone.cancel()
+
+    async def _get(self, job_id: str) -> Job:
+        await self.tracker.wait_until_stored(job_id)
+        job = await self.tracker.find(job_id)
+        if job is None:
+            raise HTTPException(404, "Job not found")
+        return job
+
+    async def _end(self, function: Callable[[str], bool], job_id: str) -> None:
+        pool = self.tracker.pool_for(self.tracker.running(job_id))
+        if not await self.tracker.in_pool(function, job_id, pool=pool):
             raise HTTPException(404, "Job not found")
 
     @staticmethod
@@ -5886,32 +5832,28 @@ class Api:
                 return one
         raise self._invalid(name, "it must be one of " + ", ".join(allowed))
 
-    def _moment(self, name: str, value: Optional[float]) -> Optional[float]:
-        if value is not None and not math.isfinite(value):
-            raise self._invalid(name, "it must be a finite number")
-        return value
+    @staticmethod
+    def _json_headers(request: Request) -> Dict[str, str]:
+        packed = {"Content-Encoding": "gzip"} if accepts_gzip(request.scope) else {}
+        return {"Vary": "Accept-Encoding", "Cache-Control": "no-store", **packed}
 
-    async def _respond(
+    async def _respond(self, request: Request, job: Job, images: bool) -> Response:
+        chunks, pool = self.tracker.as_json(job, images), self.tracker.pool_for(job)
+        return await self._stream(chunks, self._json_headers(request), pool=pool)
+
+    async def _stream(
         self,
-        request: Request,
-        pieces: Union[Iterator[bytes], AsyncIterator[bytes]],
+        chunks: Iterator[bytes],
+        headers: Dict[str, str],
+        media_type: str = "application/json",
+        level: int = 1,
         pool: Optional[Threads] = None,
     ) -> Response:
-        """JSON, a piece at a time. What an asynchronous iterator gives is packed already, if it is to be."""
-        headers = {"Vary": "Accept-Encoding", "Cache-Control": "no-store"}
-        gzip = accepts_gzip(request.scope)
-        if gzip:
-            headers["Content-Encoding"] = "gzip"
-        if hasattr(pieces, "__anext__"):
-            headers["X-Accel-Buffering"] = "no"  # nginx would keep the head and the white space back until the end
-        else:
-            pieces = Gzip().encode_all(pieces) if gzip else pieces
-            pieces = ThreadedChunks(pool or self.tracker.pool, pieces, self.tracker.sending)
-            try:
-                await pieces.begin()
-            except StoreError as error:
-                raise self._unreadable(error) from None
-        return ClosingStreamingResponse(pieces, 200, headers, "application/json")
+        """A response that is made as it is sent, packed if `headers` say so."""
+        if "Content-Encoding" in headers:
+            chunks = Gzip(level).encode_all(chunks)
+        made = ThreadedChunks(pool or self.tracker.pool, chunks, self.tracker.sending)
+        return ClosingStreamingResponse(await made.begin(), 200, headers, media_type)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -5974,35 +5916,25 @@ class Texts:
     SIZES = ("{:,.0f} bytes", "{:,.1f} kB", "{:,.1f} MB", "{:,.1f} GB")
 
 
-class Column(NamedTuple):
-    """A column of the table of jobs."""
-
-    name: str  # its class, which the style knows
-    heading: str
-    cell: str  # how it is made, as a piece of the template: `shown` is a ShownJob, `job` is its Job
-
-
+# The columns of the table: class, heading, and how a cell is made, as a piece of the template: `shown` says what is
+# known of `job` besides.
 COLUMNS = (
-    Column("id", Texts.ID, '<button type="button" aria-expanded="{{ is_open | lower }}">{{ job.id }}</button>'),
-    Column("time", Texts.TIME, "{{ job.timestamp | time }}"),
-    Column("type", Texts.TYPE, "{{ job.type }}"),
-    Column("status", Texts.STATUS, "{{ status(job.status, shown) }}"),
-    Column("prompt", Texts.PROMPT, "{{ job.prompt[:300] | text }}"),
-    Column("images", Texts.IMAGES, '{{ job.images | length or "" }}'),
-    Column("seconds", Texts.SECONDS, '{{ "" if shown.seconds is none else "{:.1f}".format(shown.seconds) }}'),
-    Column("ip", Texts.IP, "{{ job.ip | text(100) }}"),
+    ("id", Texts.ID, '<button type="button" aria-expanded="{{ is_open | lower }}">{{ job.id }}</button>'),
+    ("time", Texts.TIME, "{{ job.timestamp | time }}"),
+    ("type", Texts.TYPE, "{{ job.type }}"),
+    ("status", Texts.STATUS, "{{ status(job.status, shown) }}"),
+    ("prompt", Texts.PROMPT, "{{ job.prompt[:300] | text }}"),
+    ("images", Texts.IMAGES, '{{ job.images | length or "" }}'),
+    ("seconds", Texts.SECONDS, '{{ "" if shown.seconds is none else "{:.1f}".format(shown.seconds) }}'),
+    ("ip", Texts.IP, "{{ job.ip | text(100) }}"),
 )
 
 # What the template, the script and the style share is named once, here. They write `$name`, and a name that is not here
 # is an error as soon as this file is loaded. What they write without `$` is HTML's or gradio's.
 IDS = ("style", "settings", "enabled", "retention", "purge", "filters", "status", "ip", "text", "fresh", "look")
-CLASSES = (
-    *("top", "main", "note", "error", "empty", "figures", "frame", "open", "gallery", "blank", "text", "wide"),
-    *STATUSES,
-    *(column.name for column in COLUMNS),
-)
+CLASSES = ("top", "main", "note", "error", "empty", "figures", "frame", "open", "gallery", "blank", "text", "wide")
 DATA = ("job", "page", "key", "version")  # attributes data-...
-NAMES = {name: name for name in (*CLASSES, *DATA)}
+NAMES = {name: name for name in (*CLASSES, *DATA, *STATUSES, *(name for name, _, _ in COLUMNS))}
 NAMES.update({"tab": "job_tracker", **{f"tab_{name}": f"job_tracker_{name}" for name in IDS}})
 
 
@@ -6074,59 +6006,26 @@ TAB_TEMPLATE = with_names(
   {% for note in notes %}<p class="$note{{ " $error" if note.is_error }}">{{ note.text | text }}</p>{% endfor %}
 {% endmacro %}
 
-{% macro figures_of(counts, size, next_purge) %}
-  <div class="$figures">
-    {% for name, count in counts.items() %}<div><b>{{ "{:,}".format(count) }}</b>{{ status(name) }}</div>{% endfor %}
-    <div><b>{{ size | size }}</b>{{ texts.ON_DISK }}</div>
-    <div><b>{{ next_purge }}</b>{{ texts.NEXT_PURGE }}</div>
-  </div>
-{% endmacro %}
-
 {% macro turn(label, page, is_possible) %}
   <button type="button" data-$page="{{ page }}"{{ "" if is_possible else " disabled" }}>{{ label }}</button>
 {% endmacro %}
 
-{% macro table_of(table) %}
-  <div class="$frame"><table>
-    <thead><tr>
-      {% for column in columns %}
-        <th class="{{ column.name }}" scope="col">{{ column.heading }}</th>
-      {% endfor %}
-    </tr></thead>
-    <tbody>
-      {% for shown in table.jobs %}
-        {% set job, is_open = shown.job, shown.job.id == table.open %}
-        <tr data-$job="{{ "" if is_open else job.id }}" class="{{ "$open" if is_open }}">$cells</tr>
-      {% endfor %}
-    </tbody>
-  </table></div>
-  <nav>
-    {{ turn(texts.NEWEST, 0, table.page > 0) }}
-    {{ turn(texts.NEWER, table.page - 1, table.page > 0) }}
-    <span>{{ table.where }}</span>
-    {{ turn(texts.OLDER, table.page + 1, table.has_more) }}
-    {% if table.last_page is not none %}
-      {{ turn(texts.OLDEST, table.last_page, table.has_more) }}
-    {% endif %}
-  </nav>
-{% endmacro %}
-
-{% macro figure_of(picture, number) %}
+{% macro figure_of(name, media_type, size, number, url) %}
   <figure>
-    {% if picture.is_missing %}
+    {% if size is none %}
       <div class="$blank">{{ texts.IMAGE_GONE }}</div>
-      <figcaption>{{ picture.name }}</figcaption>
+      <figcaption>{{ name }}</figcaption>
     {% else %}
-      <a href="{{ picture.url }}" target="_blank" rel="noopener">
-        {% if picture.is_shown %}
-          <img src="{{ picture.url }}" alt="{{ texts.IMAGE.format(number=number) }}" loading="lazy">
+      <a href="{{ url }}" target="_blank" rel="noopener">
+        {% if media_type in media_types %}
+          <img src="{{ url }}" alt="{{ texts.IMAGE.format(number=number) }}" loading="lazy">
         {% else %}
-          <div class="$blank">{{ picture.ending }}</div>
+          <div class="$blank">{{ name.rpartition(".")[2] }}</div>
         {% endif %}
       </a>
       <figcaption>
-        <a href="{{ picture.url }}" target="_blank" rel="noopener">{{ picture.name }}</a>
-        {{ " " }}<small>{{ picture.size | size }}</small>
+        <a href="{{ url }}" target="_blank" rel="noopener">{{ name }}</a>
+        {{ " " }}<small>{{ size | size }}</small>
       </figcaption>
     {% endif %}
   </figure>
@@ -6145,51 +6044,75 @@ TAB_TEMPLATE = with_names(
   {% endif %}
 {% endmacro %}
 
-{% macro details_of(open, shown, job) %}
-  <div>{{ notes_of(open.notes) }}</div>
-  <div class="$gallery">
-    {% for picture in open.pictures %}{{ figure_of(picture, loop.index) }}{% endfor %}
-  </div>
-  {{ long_text(texts.PROMPT, job.prompt) }}
-  {% if open.negative_prompt %}{{ long_text(texts.NEGATIVE_PROMPT, open.negative_prompt) }}{% endif %}
-  <dl>
-    {{ fact(texts.TYPE, job.type) }}
-    {{ fact(texts.CLIENT, job.ip | text(100)) }}
-    {{ fact(texts.ACCEPTED, job.timestamp | time) }}
-    {{ fact(texts.WAITED, (job.started - job.timestamp) | int | duration if job.started) }}
-    {{ fact(texts.TOOK, shown.seconds | duration if job.started and job.finished) }}
-    {{ fact(texts.LEFT, shown.eta | duration if shown.eta is not none) }}
-    {{ fact(texts.ON_DISK, job.bytes | size if job.bytes) }}
-    {{ fact(texts.SEED, open.seeds | text(1000), is_wide=true) }}
-  </dl>
-  {% for text in open.infotexts %}
-    {% if loop.length == 1 %}
-      {{ long_text(texts.INFOTEXT, text) }}
-    {% else %}
-      {{ long_text(texts.INFOTEXT_OF_IMAGE.format(number=loop.index), text, is_open=loop.first) }}
-    {% endif %}
-  {% endfor %}
-{% endmacro %}
-
 <div class="$top">
   {{ notes_of(notes) }}
-  {% if figures %}{{ figures_of(**figures) }}{% endif %}
+  {% if counts is defined %}
+    <div class="$figures">
+      {% for name, count in counts.items() %}<div><b>{{ "{:,}".format(count) }}</b>{{ status(name) }}</div>{% endfor %}
+      <div><b>{{ size | size }}</b>{{ texts.ON_DISK }}</div>
+      <div><b>{{ next_purge }}</b>{{ texts.NEXT_PURGE }}</div>
+    </div>
+  {% endif %}
 </div>
 <div class="$main">
-  {% if table %}
+  {% if table is defined %}
     <section>
-      {% if table.jobs %}{{ table_of(table) }}{% else %}<p class="$empty">{{ table.nothing }}</p>{% endif %}
+      {% if table.jobs %}
+        <div class="$frame"><table>
+          <thead><tr>
+            {% for name, heading, _ in columns %}<th class="{{ name }}" scope="col">{{ heading }}</th>{% endfor %}
+          </tr></thead>
+          <tbody>
+            {% for shown in table.jobs %}
+              {% set job, is_open = shown.job, shown.job.id == table.open %}
+              <tr data-$job="{{ "" if is_open else job.id }}" class="{{ "$open" if is_open }}">$cells</tr>
+            {% endfor %}
+          </tbody>
+        </table></div>
+        <nav>
+          {{ turn(texts.NEWEST, 0, table.page > 0) }}
+          {{ turn(texts.NEWER, table.page - 1, table.page > 0) }}
+          <span>{{ table.where }}</span>
+          {{ turn(texts.OLDER, table.page + 1, table.has_more) }}
+          {% if table.last_page is not none %}{{ turn(texts.OLDEST, table.last_page, table.has_more) }}{% endif %}
+        </nav>
+      {% else %}
+        <p class="$empty">{{ table.nothing }}</p>
+      {% endif %}
     </section>
   {% endif %}
-  {% if open %}
+  {% if open is defined %}
     <aside data-$key="{{ open.id }}">
+      {% set shown, job = open.shown, open.shown and open.shown.job %}
       <header>
         <b>{{ open.id }}</b>
-        {% if open.shown %}{{ status(open.shown.job.status, open.shown) }}{% endif %}
+        {% if job %}{{ status(job.status, shown) }}{% endif %}
         <button type="button" data-$job="">{{ texts.CLOSE }}</button>
       </header>
-      {% if open.shown %}
-        {{ details_of(open, open.shown, open.shown.job) }}
+      {% if job %}
+        <div>{{ notes_of(open.notes) }}</div>
+        <div class="$gallery">
+          {% for image, size in open.images %}
+            {% set url = "." + image_path.format(id=job.id, n=loop.index0) %}
+            {{ figure_of(image.file_name, image.media_type, size, loop.index, url) }}
+          {% endfor %}
+        </div>
+        {{ long_text(texts.PROMPT, job.prompt) }}
+        {% if open.negative_prompt %}{{ long_text(texts.NEGATIVE_PROMPT, open.negative_prompt) }}{% endif %}
+        <dl>
+          {{ fact(texts.TYPE, job.type) }}
+          {{ fact(texts.CLIENT, job.ip | text(100)) }}
+          {{ fact(texts.ACCEPTED, job.timestamp | time) }}
+          {{ fact(texts.WAITED, (job.started - job.timestamp) | int | duration if job.started) }}
+          {{ fact(texts.TOOK, shown.seconds | duration if job.started and job.finished) }}
+          {{ fact(texts.LEFT, shown.eta | duration if shown.eta is not none) }}
+          {{ fact(texts.ON_DISK, job.bytes | size if job.bytes) }}
+          {{ fact(texts.SEED, open.seeds | text(1000), is_wide=true) }}
+        </dl>
+        {% for text in open.infotexts %}
+          {% set label = texts.INFOTEXT if loop.length == 1 else texts.INFOTEXT_OF_IMAGE.format(number=loop.index) %}
+          {{ long_text(label, text, is_open=loop.first) }}
+        {% endfor %}
       {% else %}
         <p class="$empty">{{ texts.GONE }}</p>
       {% endif %}
@@ -6197,7 +6120,7 @@ TAB_TEMPLATE = with_names(
   {% endif %}
 </div>
 """,
-    cells="".join(with_names(f'<td class="{column.name}">{column.cell}</td>') for column in COLUMNS),
+    cells="".join(f'<td class="{name}">{with_names(cell)}</td>' for name, _, cell in COLUMNS),
 )
 
 
@@ -6223,42 +6146,40 @@ class Note(NamedTuple):
     is_error: bool = False
 
 
-class ShownJob(NamedTuple):
-    """A job with what its record does not say."""
-
-    job: Job
-    progress: Progress
-    eta: Optional[float]  # seconds
-    position: Optional[int]  # in the queue
-    seconds: Optional[float]  # of its generation, until now
-
-
 class TabHtml:
     """The HTML of the page: looks up what it shows, and renders the template, both in a thread that may block."""
 
     ROWS = 50
     INFOTEXTS = 20
     IMAGE = "/job-tracker/{id}/{n}"  # for whom gradio shows the page; the API has credentials of its own
-    BROWSER_FORMATS = ("png", "jpg", "webp", "gif", "avif", "bmp")
+    MEDIA_TYPES = (
+        "image/png",
+        "image/jpeg",
+        "image/webp",
+        "image/gif",
+        "image/avif",
+        "image/bmp",
+    )  # that browsers show
 
     def __init__(self, tracker: Tracker, housekeeper: Housekeeper):
         self.tracker = tracker
+        self.housekeeper = housekeeper
         # Every value is escaped that is not Markup, and an unknown name raises.
         environment = Environment(autoescape=True, undefined=StrictUndefined)
         environment.filters.update(text=as_text, time=as_time, duration=as_duration, size=as_size)
-        environment.globals.update(texts=Texts, columns=COLUMNS)
+        environment.globals.update(texts=Texts, columns=COLUMNS, media_types=self.MEDIA_TYPES, image_path=self.IMAGE)
         # Line breaks between two tags, and what indents the second, are for the template's readers only.
         self._template = environment.from_string(re.sub(r"(?<=[>}])\n\s*(?=[<{])", "", TAB_TEMPLATE.strip()))
-        self.housekeeper = housekeeper
 
     def render(self, state: PageState, filter_: Filter, notes: Iterable[Note] = ()) -> str:
         """The whole page. What cannot be read is left out, and a note says so."""
-        parts: Dict[str, Any] = {"notes": [*notes], "figures": None, "table": None, "open": None}
+        parts: Dict[str, Any] = {"notes": [*notes]}
         try:
             counts, size = self.tracker.store.stats()
-            parts["figures"] = {"counts": counts, "size": size, "next_purge": self._next_purge()}
+            parts.update(counts=counts, size=size, next_purge=self._next_purge())
             parts["table"] = self._table(state, filter_, counts)
-            parts["open"] = self._open(state.job) if state.job else None
+            if state.job:
+                parts["open"] = self._open(state.job)
         except StoreError as error:
             parts["notes"].append(Note(Texts.NOT_READABLE.format(reason=error), is_error=True))
         return self._template.render(parts)
@@ -6273,11 +6194,10 @@ class TabHtml:
         return (Texts.IN_HOURS if hours else Texts.IN_MINUTES).format(hours=hours, minutes=minutes)
 
     def _table(self, state: PageState, filter_: Filter, counts: Dict[str, int]) -> Dict[str, Any]:
-        """A page of the jobs that match."""
-        total = None
+        """A page of the jobs that match, the first one where there are not so many."""
+        page, total = state.page, None
         if filter_ == Filter(status=filter_.status):  # all others would have to be counted
             total = sum(counts.values()) if filter_.status is None else counts[filter_.status]
-        page = state.page if total is None else min(state.page, max(total - 1, 0) // self.ROWS)
         found = self.tracker.store.query(filter_, self.ROWS, skip=page * self.ROWS)
         if page and not found.jobs:
             page, found = 0, self.tracker.store.query(filter_, self.ROWS)
@@ -6293,9 +6213,11 @@ class TabHtml:
             "last_page": None if total is None else (total - 1) // self.ROWS,
         }
 
-    def _shown(self, job: Job) -> ShownJob:
+    def _shown(self, job: Job) -> Dict[str, Any]:
+        """A job with what its record does not say. `seconds` are those of its generation, until now."""
         progress, eta = self.tracker.progress_of(job)
-        return ShownJob(job, progress, eta, self.tracker.position(job.id), self.tracker.seconds(job))
+        position, seconds = self.tracker.position(job.id), self.tracker.seconds(job)
+        return {"job": job, "progress": progress, "eta": eta, "position": position, "seconds": seconds}
 
     def _open(self, job_id: str) -> Dict[str, Any]:
         """All there is to know of a job."""
@@ -6304,34 +6226,13 @@ class TabHtml:
             return {"id": job_id, "shown": None}
         known = self.tracker.describe(job)
         info = known["info"]
-        size = info.size if isinstance(info, Part) else len(info) if isinstance(info, str) else 0
         notes = [Note(known["error"], is_error=True)] if known["error"] else []
-        if size > LARGE:
-            notes.append(Note(Texts.INFO_TOO_LONG.format(size=as_size(size))))
-        missing = self.tracker.missing(job)
-        return {
-            "id": job_id,
-            "shown": self._shown(job),
-            "notes": notes,
-            "pictures": [
-                {**self._picture_of(job, number), "is_missing": number in missing} for number in range(len(job.images))
-            ],
-            **self._info(info if size <= LARGE else None),
-        }
+        if isinstance(info, Part):
+            notes.append(Note(Texts.INFO_TOO_LONG.format(size=as_size(info.size))))
+        images = [(image, self.tracker.images.size(image.name)) for image in job.images]
+        return {"id": job_id, "shown": self._shown(job), "notes": notes, "images": images, **self._info(info)}
 
-    def _picture_of(self, job: Job, number: int) -> Dict[str, Any]:
-        name = job.images[number].file_name
-        ending = name.rpartition(".")[2]
-        return {
-            "name": name,
-            "size": self.tracker.images.size(job.images[number].name) or 0,  # it may have gone just now
-            "ending": ending,
-            "is_shown": ending in self.BROWSER_FORMATS,
-            "url": "." + self.IMAGE.format(id=job.id, n=number),
-        }
-
-    @classmethod
-    def _info(cls, text: Any) -> Dict[str, Any]:
+    def _info(self, text: Any) -> Dict[str, Any]:
         """What is shown of the host's `info`, whatever that is."""
         info: Any = None
         with contextlib.suppress(TypeError, ValueError, RecursionError):
@@ -6342,7 +6243,7 @@ class TabHtml:
         return {
             "negative_prompt": str(info.get("negative_prompt") or ""),
             "seeds": ", ".join(map(str, lists["all_seeds"] or [info.get("seed", "")])),
-            "infotexts": list(map(str, lists["infotexts"][: cls.INFOTEXTS])),
+            "infotexts": list(map(str, lists["infotexts"][: self.INFOTEXTS])),
         }
 
 
@@ -6358,11 +6259,7 @@ class Tab:
     DIRECT = re.compile(r"/(run|api)/[^/]+/?\Z")  # the paths at which gradio calls a function without its queue
 
     def __init__(
-        self,
-        tracker: Tracker,
-        housekeeper: Housekeeper,
-        origins: OriginGuard,
-        trouble: Callable[[], Optional[str]],
+        self, tracker: Tracker, housekeeper: Housekeeper, origins: OriginGuard, trouble: Callable[[], Optional[str]]
     ):
         """`trouble` says why generations are not tracked, None if they are."""
         self.tracker = tracker
@@ -6375,78 +6272,71 @@ class Tab:
         # Only pages of the webui itself can read it, and so prove what they are where a proxy changes `Host`.
         self._token = secrets.token_urlsafe()
 
+    @property
+    def _gr(self) -> Any:
+        import gradio  # not before there is a tab: it takes seconds
+
+        return gradio
+
     # The controls
 
     def build(self) -> Any:
         """The page as gradio's Blocks, for gradio 3.41 and 4.40."""
-        import gradio as gr
-
+        gr = self._gr
         with gr.Blocks(analytics_enabled=False) as blocks, gr.Column(elem_id=NAMES["tab"]):
             gr.HTML(f"<style>{TAB_STYLE}</style>", elem_id=NAMES["tab_style"])
             with gr.Row(elem_id=NAMES["tab_settings"]):
-                enabled = gr.Checkbox(
-                    self.tracker.settings.enabled,
-                    label=Texts.ENABLED,
-                    elem_id=NAMES["tab_enabled"],
-                    **self._control("enabled", Texts.ENABLED_INFO),
-                )
-                retention = gr.Radio(
-                    self._retentions(),
-                    value=self._retention(),
-                    label=Texts.RETENTION,
-                    elem_id=NAMES["tab_retention"],
-                    **self._control("retention_days", Texts.RETENTION_INFO),
-                )
+                setting = self._control("enabled", "enabled", Texts.ENABLED, Texts.ENABLED_INFO)
+                enabled = gr.Checkbox(self.tracker.settings.enabled, **setting)
+                setting = self._control("retention", "retention_days", Texts.RETENTION, Texts.RETENTION_INFO)
+                retention = gr.Radio(self._retentions(), value=self._retention(), **setting)
                 purge = gr.Button(Texts.PURGE, size="sm", elem_id=NAMES["tab_purge"])
             gr.HTML(with_names('<div class="$top"></div>'))
             with gr.Row(elem_id=NAMES["tab_filters"]):
-                status = gr.Dropdown(
-                    [Texts.ALL, *STATUSES], value=Texts.ALL, label=Texts.STATUS, elem_id=NAMES["tab_status"]
-                )
+                statuses = [Texts.ALL, *STATUSES]
+                status = gr.Dropdown(statuses, value=Texts.ALL, label=Texts.STATUS, elem_id=NAMES["tab_status"])
                 ip = gr.Textbox(label=Texts.IP, placeholder=Texts.ANY_IP, max_lines=1, elem_id=NAMES["tab_ip"])
-                text = gr.Textbox(
-                    label=Texts.PROMPT, placeholder=Texts.ANY_PROMPT, max_lines=1, elem_id=NAMES["tab_text"]
-                )
+                prompt = {"label": Texts.PROMPT, "placeholder": Texts.ANY_PROMPT}
+                text = gr.Textbox(max_lines=1, elem_id=NAMES["tab_text"], **prompt)
             gr.HTML(with_names('<div class="$main"><p class="$empty">$loading</p></div>', loading=Texts.LOADING))
             fresh = gr.HTML(elem_id=NAMES["tab_fresh"])  # the script brings it into the top and the main part
-            state = gr.Textbox(visible=False)
-            token = gr.Textbox(visible=False)
+            state, token = gr.Textbox(visible=False), gr.Textbox(visible=False)
             look = gr.Button("Look", elem_id=NAMES["tab_look"])  # for the script, nobody sees it
 
-            script_argument = "js" if int(gr.__version__.split(".")[0]) >= 4 else "_js"
-
-            def on(event: Any, function: Any = None, inputs: Any = None, outputs: Any = None, script: str = "") -> Any:
-                options = {"queue": False, "show_progress": "hidden", "api_name": False}
-                return event(function, inputs, outputs, **options, **{script_argument: script or None})
-
-            def call(event: Any, function: Any, action: str, inputs: List[Any], outputs: List[Any]) -> Any:
-                finish = "ask" if function == self.look else "sign"
-                script = f"(...values) => window.jobTracker.{finish}(values.slice(0, {len(inputs)}))"
-                return on(event, self._guarded(function, action, len(outputs)), [*inputs, token], outputs, script)
-
-            on(blocks.load, script=TAB_SCRIPT)
-            inputs, outputs = [state, enabled, retention, status, ip, text], [enabled, retention, purge, fresh]
-            looked = call(look.click, self.look, "see the jobs", inputs, outputs)
-            on(looked.success, script="() => window.jobTracker.answered()")
+            self._on(blocks.load, TAB_SCRIPT)
+            inputs = [state, enabled, retention, status, ip, text, token]
+            outputs = [enabled, retention, purge, fresh]
+            looked = self._call(look.click, "ask", self.look, "see the jobs", inputs, outputs)
+            self._on(looked.success, "() => window.jobTracker.answered()")
             for control in (status, ip, text):
-                on(control.change, script="() => window.jobTracker.filter()")
-            for done in (
-                call(enabled.input, self.set_enabled, "turn tracking on or off", [enabled], []),
-                call(retention.input, self.set_retention, "set the retention", [retention], [retention]),
-                call(purge.click, self.purge, "purge", [], []),
+                self._on(control.change, "() => window.jobTracker.filter()")
+            for event, function, action, inputs in (
+                (enabled.input, self.set_enabled, "turn tracking on or off", [enabled, token]),
+                (retention.input, self.set_retention, "set the retention", [retention, token]),
+                (purge.click, self.purge, "purge", [token]),
             ):
-                on(done.then, script="() => window.jobTracker.act()")
+                done = self._call(event, "sign", function, action, inputs, [])
+                self._on(done.then, "() => window.jobTracker.act()")
 
         for block in blocks.blocks.values():
             block.do_not_save_to_config = True  # or the webui puts the values of its ui-config.json back
         return blocks
 
-    def _control(self, name: str, info: str) -> Dict[str, Any]:
+    def _control(self, name: str, setting: str, label: str, info: str) -> Dict[str, Any]:
         """What the control of a setting says, and whether it can be used."""
-        locked = self.tracker.settings.locked
-        if name in locked:
-            return {"interactive": False, "info": Texts.LOCKED.format(variable=locked[name])}
-        return {"interactive": True, "info": info}
+        variable = self.tracker.settings.locked.get(setting)
+        info = Texts.LOCKED.format(variable=variable) if variable else info
+        return {"label": label, "info": info, "interactive": not variable, "elem_id": NAMES[f"tab_{name}"]}
+
+    def _call(self, event: Any, way: str, function: Any, action: str, inputs: List[Any], outputs: List[Any]) -> Any:
+        """Calls a function at an event. `way` is how the script makes its last input, which is the token."""
+        script = f"(...values) => window.jobTracker.{way}(values.slice(0, {len(inputs)}))"
+        return self._on(event, script, self._guarded(function, action, len(outputs)), inputs, outputs)
+
+    def _on(self, event: Any, script: str, function: Any = None, inputs: Any = None, outputs: Any = None) -> Any:
+        options = {"queue": False, "show_progress": "hidden", "api_name": False}
+        options["js" if int(self._gr.__version__.split(".")[0]) >= 4 else "_js"] = script
+        return event(function, inputs, outputs, **options)
 
     # Who may use them
 
@@ -6459,26 +6349,23 @@ class Tab:
 
     def _guarded(self, function: Callable[..., Any], action: str, outputs: int) -> Callable[..., Any]:
         """A function for gradio that pages of other origins cannot call, and nobody through gradio's queue."""
-        import gradio as gr
 
-        async def guarded(request: gr.Request, *values: Any) -> Any:
+        async def guarded(request: self._gr.Request, *values: Any) -> Any:
             *values, token = values
             scope = self._direct_scope(request)
             if scope is None:
                 self.origins.warn("A call through gradio's queue", action)
-                raise gr.Error(Texts.NO_QUEUE)
-            if self._is_token(token) or not self.origins.refuses(scope, action):
+                raise self._gr.Error(Texts.NO_QUEUE)
+            is_own = secrets.compare_digest(str(token).encode("utf-8", "replace"), self._token.encode())
+            if is_own or not self.origins.refuses(scope, action):
                 return await function(*values)
             if OuterMiddleware.KEY not in scope:
-                raise gr.Error(OriginGuard.REFUSAL)
+                raise self._gr.Error(OriginGuard.REFUSAL)
             # Of an exception gradio would make a 500, and a traceback.
             scope[OuterMiddleware.KEY].refused = True
-            return [gr.update()] * outputs if outputs > 1 else gr.update() if outputs else None
+            return [self._gr.update()] * outputs
 
         return guarded
-
-    def _is_token(self, token: Any) -> bool:
-        return isinstance(token, str) and secrets.compare_digest(token.encode("utf-8", "replace"), self._token.encode())
 
     @classmethod
     def _direct_scope(cls, request: Any) -> Optional[Scope]:
@@ -6494,12 +6381,11 @@ class Tab:
 
     def _retention(self) -> str:
         days = self.tracker.settings.retention_days
-        known = [text for text, value in Texts.RETENTIONS.items() if value == days]
-        return known[0] if known else Texts.OTHER_RETENTION.format(days=days)
+        texts = {value: text for text, value in Texts.RETENTIONS.items()}
+        return texts.get(days) or Texts.OTHER_RETENTION.format(days=days)
 
     def _retentions(self) -> List[str]:
-        now = self._retention()
-        return [*([] if now in Texts.RETENTIONS else [now]), *Texts.RETENTIONS]
+        return [*{self._retention()}.difference(Texts.RETENTIONS), *Texts.RETENTIONS]
 
     # What the controls do, in threads of the tracker's own, so that the host's are never needed
 
@@ -6507,20 +6393,15 @@ class Tab:
         if isinstance(enabled, bool):  # anybody can send anything
             await self._save(enabled=enabled)
 
-    async def set_retention(self, retention: Any) -> Any:
-        import gradio as gr
-
+    async def set_retention(self, retention: Any) -> None:
         if retention in list(Texts.RETENTIONS):  # a list also looks for what has no hash
             await self._save(retention_days=Texts.RETENTIONS[retention])
-        return gr.update(choices=self._retentions(), value=self._retention())
 
     async def _save(self, **changes: Any) -> None:
-        import gradio as gr
-
         try:
             await self.tracker.in_pool(lambda: self.tracker.settings.save(**changes))
         except (OSError, StoreError, ValueError) as error:
-            raise gr.Error(Texts.NOT_SAVED.format(reason=reason_of(error))) from None
+            raise self._gr.Error(Texts.NOT_SAVED.format(reason=reason_of(error))) from None
 
     async def purge(self) -> None:
         """Begins a purge. It may take minutes, so its result comes with a later look."""
@@ -6539,20 +6420,17 @@ class Tab:
         return await self.tracker.in_pool(self._look, PageState.parse(state), enabled, retention, filter_, pool=pool)
 
     def _look(self, state: PageState, enabled: Any, retention: Any, filter_: Filter) -> List[Any]:
-        import gradio as gr
-
         settings = self.tracker.settings
         settings.refresh()
         html = self.html.render(state, filter_, self._notes())
         version = str(zlib.crc32(html.encode()))
-        # A control that agrees is left alone: it may be changing under somebody's hand.
-        same = gr.update()
         days = self._retention()
+        # A value that agrees is left alone: it may be changing under somebody's hand.
         return [
-            same if enabled == settings.enabled else gr.update(value=settings.enabled),
-            same if retention == days else gr.update(choices=self._retentions(), value=days),
-            gr.update(interactive=not self._purging, value=Texts.PURGING if self._purging else Texts.PURGE),
-            same if version == state.version else f'<div data-{NAMES["version"]}="{version}">{html}</div>',
+            self._gr.update(**({} if enabled == settings.enabled else {"value": settings.enabled})),
+            self._gr.update(choices=self._retentions(), **({} if retention == days else {"value": days})),
+            self._gr.update(interactive=not self._purging, value=Texts.PURGING if self._purging else Texts.PURGE),
+            self._gr.update() if version == state.version else f'<div data-{NAMES["version"]}="{version}">{html}</div>',
         ]
 
     @property
@@ -6585,23 +6463,13 @@ class Tab:
 
 TAB_SCRIPT = with_names(
     """() => {
-    if (window.jobTracker) window.jobTracker.end();
+    if (window.jobTracker) return;  // gradio may load the page's parts again
     const EVERY = 1500, AWAY = 10000;  // milliseconds between two looks, and until an answer is given up
     const state = {page: 0, job: ""};
     let due = 0, asked = null, acted = false, watched = null, token = null;
 
     const learnToken = () => fetch(".$token").then((answer) => answer.ok ? answer.json() : "")
         .catch(() => "").then((text) => { token = text; });
-    const act = (delay = 0) => {
-        acted = true;
-        due = Date.now() + delay;
-        tick();
-    };
-    const answered = () => {
-        asked = null;
-        if (!acted) due = Date.now() + EVERY;
-        tick();
-    };
     const tick = () => {
         const root = [...document.querySelectorAll("#$tab")].find((element) => element.offsetParent);
         if (document.hidden || !root || token === null) return;
@@ -6612,6 +6480,12 @@ TAB_SCRIPT = with_names(
         asked = now;
         acted = false;
         root.querySelector("#$tab_look").click();
+    };
+    const act = (change = {}, delay = 0) => {
+        Object.assign(state, change);
+        acted = true;
+        due = Date.now() + delay;
+        tick();
     };
 
     // What is alike stays in place, so that focus, selection and a click under way live on.
@@ -6629,19 +6503,11 @@ TAB_SCRIPT = with_names(
         });
         while (old.childNodes.length > fresh.childNodes.length) old.lastChild.remove();
     };
+    const fresh = (part) => watched.querySelector("#$tab_fresh " + part);
     const changed = () => {
         watched.querySelectorAll("time:not([title])").forEach(inLocalTime);
-        for (const part of [".$top", ".$main"]) {
-            const fresh = watched.querySelector("#$tab_fresh " + part);
-            if (fresh) morph(watched.querySelector(part), fresh);  // the first of them, not the fresh one
-        }
-    };
-    const inLocalTime = (element) => {
-        const moment = new Date(element.dateTime);
-        const day = {month: "short", day: "2-digit"};
-        const clock = {hour: "2-digit", minute: "2-digit", second: "2-digit", hourCycle: "h23"};
-        element.title = moment.toLocaleString([], {dateStyle: "full", timeStyle: "long"});
-        element.textContent = moment.toLocaleString([], {...day, ...clock});
+        for (const part of [".$top", ".$main"])  // the first of each is the one that is seen
+            if (fresh(part)) morph(watched.querySelector(part), fresh(part));
     };
     const observer = new MutationObserver(changed);
     const watch = (root) => {
@@ -6650,47 +6516,39 @@ TAB_SCRIPT = with_names(
         watched = root;
         changed();
     };
-
-    const open = (job) => {
-        state.job = job;
-        act();
+    const inLocalTime = (element) => {
+        const moment = new Date(element.dateTime);
+        const day = {month: "short", day: "2-digit"};
+        const clock = {hour: "2-digit", minute: "2-digit", second: "2-digit", hourCycle: "h23"};
+        element.title = moment.toLocaleString([], {dateStyle: "full", timeStyle: "long"});
+        element.textContent = moment.toLocaleString([], {...day, ...clock});
     };
-    const onClick = (event) => {
+
+    document.addEventListener("click", (event) => {
         const target = event.target.closest("#$tab [data-$job], #$tab [data-$page]");
         if (!target || target.tagName === "TR" && String(getSelection())) return;
-        if (target.dataset.$page === undefined) return open(target.dataset.$job);
-        state.page = Number(target.dataset.$page);
-        act();
-    };
-    const onKey = (event) => {
-        if (event.key === "Escape" && state.job && watched && watched.offsetParent) open("");
-    };
-    document.addEventListener("click", onClick);
-    document.addEventListener("keydown", onKey);
+        const {$job, $page} = target.dataset;
+        act($page === undefined ? {job: $job} : {page: Number($page)});
+    });
+    document.addEventListener("keydown", (event) => {
+        if (event.key === "Escape" && state.job && watched?.offsetParent) act({job: ""});
+    });
     document.addEventListener("visibilitychange", tick);
-    const timer = setInterval(tick, 200);
+    setInterval(tick, 200);
     learnToken();
 
-    window.jobTracker = {
-        act,
-        answered,
-        ask: (values) => {
-            const version = watched.querySelector("#$tab_fresh [data-$version]")?.dataset.$version;
-            return window.jobTracker.sign([JSON.stringify({...state, version}), ...values.slice(1)]);
-        },
-        sign: (values) => [...values, token ?? ""],
-        filter: () => {
-            state.page = 0;
-            act(300);
-        },
-        end: () => {
-            clearInterval(timer);
-            observer.disconnect();
-            document.removeEventListener("click", onClick);
-            document.removeEventListener("keydown", onKey);
-            document.removeEventListener("visibilitychange", tick);
-        },
+    const sign = (values) => [...values.slice(0, -1), token ?? ""];
+    const ask = ([, ...values]) => {
+        const version = fresh("[data-$version]")?.dataset.$version;
+        return sign([JSON.stringify({...state, version}), ...values]);
     };
+    const answered = () => {
+        asked = null;
+        if (!acted) due = Date.now() + EVERY;
+        tick();
+    };
+    const filter = () => act({page: 0}, 300);
+    window.jobTracker = {act, answered, ask, filter, sign};
 }""",
     token=Tab.TOKEN,
 )
@@ -6698,19 +6556,21 @@ TAB_SCRIPT = with_names(
 TAB_STYLE = with_names("""
 #$tab { gap: 16px; }
 #$tab_style, #$tab_look, #$tab_fresh { display: none !important; }
-#$tab .pending { opacity: 1; }
-#$tab :is(b, th) { font-weight: 600; }
-#$tab :is(small, em) { font-size: inherit; font-style: normal; color: var(--body-text-color-subdued); }
-#$tab :is(button, p, table, figure, img, summary) { margin: 0; }
+#$tab :is(button, p, table, figure, img, summary, dd) { margin: 0; }
+#$tab b { font-weight: 600; }
+#$tab :is(small, em) { font-size: inherit; font-style: normal; }
+#$tab :is(small, em, th, summary, dt, .$empty, .$blank, .$figures > div) { color: var(--body-text-color-subdued); }
+#$tab :is(table, nav, dl, summary, dt, header button, .$text, .$figures > div) { font-size: var(--text-sm); }
+#$tab :is(.$empty, .$figures, .$frame, aside) { border: 1px solid var(--border-color-primary);
+    border-radius: var(--radius-lg); }
 #$tab :is(td, nav, header) button { padding: 4px 12px; border: 1px solid var(--border-color-primary);
     border-radius: var(--radius-md); background: none; color: var(--body-text-color); cursor: pointer; }
 #$tab :is(nav, header) button:hover { border-color: var(--color-accent); }
 
 #$tab_settings { align-items: flex-start; gap: 16px; padding: 4px 0; }
-#$tab_settings .form { display: flex; flex-flow: row wrap; gap: 16px 64px; border: 0; background: none;
-    box-shadow: none; overflow: visible; }
-#$tab_settings .block { flex: 0 1 auto; width: auto; padding: 0; border: 0 !important; background: none;
-    box-shadow: none; }
+#$tab_settings :is(.form, .block) { border: 0 !important; background: none; box-shadow: none; }
+#$tab_settings .form { display: flex; flex-flow: row wrap; gap: 16px 64px; overflow: visible; }
+#$tab_settings .block { flex: 0 1 auto; width: auto; padding: 0; }
 #$tab_enabled { display: flex; flex-direction: column; gap: 6px; }
 #$tab_enabled label { order: -1; }
 #$tab_settings label:has(:disabled) { cursor: default; }
@@ -6721,14 +6581,11 @@ TAB_STYLE = with_names("""
 #$tab .$note { margin-bottom: 8px; padding: 8px 12px; border-left: 3px solid var(--border-color-primary);
     background: var(--background-fill-secondary); color: var(--body-text-color); overflow-wrap: anywhere; }
 #$tab .$note.$error { border-color: var(--color-red-500); }
-#$tab .$empty { padding: 64px 16px; border: 1px solid var(--border-color-primary);
-    border-radius: var(--radius-lg); text-align: center; color: var(--body-text-color-subdued); }
+#$tab .$empty { padding: 64px 16px; text-align: center; }
 
 #$tab .$figures { display: grid; grid-template-columns: repeat(6, 1fr); gap: 1px; overflow: hidden;
-    border: 1px solid var(--border-color-primary); border-radius: var(--radius-lg);
     background: var(--border-color-primary); }
-#$tab .$figures > div { padding: 10px 14px; background: var(--background-fill-primary);
-    color: var(--body-text-color-subdued); font-size: var(--text-sm); }
+#$tab .$figures > div { padding: 10px 14px; background: var(--background-fill-primary); }
 #$tab .$figures b { display: block; font-size: var(--text-lg); color: var(--body-text-color);
     font-variant-numeric: tabular-nums; white-space: nowrap; }
 
@@ -6736,11 +6593,11 @@ TAB_STYLE = with_names("""
 #$tab span.$status::before { content: ""; display: inline-block; width: 8px; height: 8px; margin-right: 7px;
     border: 2px solid var(--dot); border-radius: 50%; background: var(--dot); box-sizing: border-box;
     vertical-align: 1px; }
-#$tab .$Pending { --dot: var(--body-text-color-subdued); }
+#$tab span.$Pending { --dot: var(--body-text-color-subdued); }
 #$tab span.$Pending::before { background: none; }
-#$tab .$Processing { --dot: var(--color-accent); }
-#$tab .$Completed { --dot: var(--color-green-500); }
-#$tab .$Failed { --dot: var(--color-red-500); }
+#$tab span.$Processing { --dot: var(--color-accent); }
+#$tab span.$Completed { --dot: var(--color-green-500); }
+#$tab span.$Failed { --dot: var(--color-red-500); }
 #$tab progress { display: block; width: 100%; height: 3px; margin: 3px 0 -6px; border: 0; border-radius: 2px;
     overflow: hidden; appearance: none; background: var(--border-color-primary); }
 #$tab progress::-webkit-progress-bar { background: var(--border-color-primary); }
@@ -6749,17 +6606,14 @@ TAB_STYLE = with_names("""
 
 #$tab .$main { display: flex; align-items: flex-start; gap: 16px; }
 #$tab .$main > * { flex: 1 1 0; min-width: 0; }
-#$tab .$frame { overflow: hidden; border: 1px solid var(--border-color-primary);
-    border-radius: var(--radius-lg); }
-#$tab table { width: 100%; border: 0; border-collapse: collapse; table-layout: fixed;
-    font-size: var(--text-sm); line-height: 1.4; }
-#$tab :is(th, td) { padding: 8px 10px; border: 0; text-align: left; vertical-align: middle; white-space: nowrap;
-    overflow: hidden; text-overflow: ellipsis; color: var(--body-text-color); }
-#$tab th { font-weight: 500; color: var(--body-text-color-subdued);
-    background: var(--background-fill-secondary); }
-#$tab :is(thead, tbody, tr) { border: 0; }
-#$tab tbody tr { border-top: 1px solid var(--border-color-primary); cursor: pointer;
-    background: none; }
+#$tab .$frame { overflow: hidden; }
+#$tab table { width: 100%; border: 0; border-collapse: collapse; table-layout: fixed; line-height: 1.4; }
+#$tab :is(th, td) { padding: 8px 10px; text-align: left; vertical-align: middle; white-space: nowrap;
+    overflow: hidden; text-overflow: ellipsis; }
+#$tab :is(thead, tbody, tr, th, td) { border: 0; }
+#$tab th { font-weight: 500; background: var(--background-fill-secondary); }
+#$tab td { color: var(--body-text-color); }
+#$tab tbody tr { border-top: 1px solid var(--border-color-primary); cursor: pointer; background: none; }
 #$tab tbody tr:is(:hover, .$open) { background: var(--background-fill-secondary); }
 #$tab tbody tr.$open { box-shadow: inset 3px 0 var(--color-accent); }
 #$tab td button { display: block; padding: 0; border: 0; font: inherit; font-family: var(--font-mono); }
@@ -6772,34 +6626,33 @@ TAB_STYLE = with_names("""
 #$tab .$ip { width: 130px; }
 #$tab .$main:has(aside) :is(.$type, .$images, .$seconds, .$ip) { display: none; }
 #$tab nav { display: flex; justify-content: center; align-items: center; gap: 4px; padding: 12px 0;
-    font-size: var(--text-sm); white-space: nowrap; }
+    white-space: nowrap; }
 #$tab nav span { min-width: 110px; text-align: center; font-variant-numeric: tabular-nums; }
 #$tab nav button:disabled { opacity: 0.4; cursor: default; border-color: var(--border-color-primary); }
 
 #$tab .$main aside { flex: 0 0 min(480px, 45%); position: sticky; top: 8px; max-height: calc(100vh - 16px);
-    overflow-y: auto; padding: 0 16px; border: 1px solid var(--border-color-primary); border-radius: var(--radius-lg);
-    background: var(--background-fill-primary); }
+    overflow-y: auto; padding: 0 16px; background: var(--background-fill-primary); }
 #$tab header { display: flex; align-items: center; gap: 14px; position: sticky; top: 0; z-index: 1;
     padding: 12px 0; background: var(--background-fill-primary); }
 #$tab header b { font-family: var(--font-mono); }
-#$tab header button { margin-left: auto; font-size: var(--text-sm); }
+#$tab header button { margin-left: auto; }
 #$tab header progress { width: 80px; margin: 2px 0 0; }
 #$tab .$gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(160px, 1fr)); gap: 12px; }
-#$tab .$gallery:not(:empty), #$tab dl, #$tab details { margin: 0 0 14px; }
+#$tab :is(.$gallery:not(:empty), dl, details) { margin: 0 0 14px; }
 #$tab figure:only-child { grid-column: 1 / -1; }
-#$tab figure img, #$tab .$blank { display: block; width: 100%; max-height: 420px; object-fit: contain;
+#$tab :is(figure img, .$blank) { display: block; width: 100%; max-height: 420px; object-fit: contain;
     border-radius: var(--radius-md); background: var(--background-fill-secondary); }
 #$tab figure img { aspect-ratio: auto 1; }  /* room for what is still to come */
-#$tab .$blank { padding: 48px 8px; text-align: center; color: var(--body-text-color-subdued); }
+#$tab .$blank { padding: 48px 8px; text-align: center; }
 #$tab figcaption { margin-top: 4px; font-size: var(--text-xs); overflow-wrap: anywhere; }
-#$tab :is(summary, dt) { font-size: var(--text-sm); font-weight: 400; color: var(--body-text-color-subdued); }
+#$tab :is(summary, dt) { font-weight: 400; }
 #$tab summary { cursor: pointer; }
 #$tab .$text { max-height: 240px; margin-top: 4px; padding: 8px 10px; overflow: auto; white-space: pre-wrap;
     overflow-wrap: anywhere; border-radius: var(--radius-md); background: var(--background-fill-secondary);
-    font-size: var(--text-sm); line-height: 1.5; }
-#$tab dl { display: grid; grid-template-columns: repeat(3, 1fr); gap: 8px 16px; font-size: var(--text-sm); }
+    line-height: 1.5; }
+#$tab dl { display: grid; grid-template-columns: repeat(3, 1fr); gap: 8px 16px; }
 #$tab dl .$wide { grid-column: 1 / -1; }
-#$tab dd { margin: 0; overflow-wrap: anywhere; }
+#$tab dd { overflow-wrap: anywhere; }
 
 @media (max-width: 1000px) {
     #$tab .$figures { grid-template-columns: repeat(3, 1fr); }
