@@ -2222,7 +2222,7 @@ class JobStore:
         self._owner_lock.hold()
         try:
             file = self._open_file()
-        except (IsADirectoryError, PermissionError) as error:
+        except PermissionError as error:
             aside = quarantine(self.path)
             with contextlib.suppress(OSError):
                 copy_file(aside, self.path)
@@ -2236,8 +2236,6 @@ class JobStore:
         self._open_index()
 
     def _open_file(self) -> int:
-        if os.path.exists(self.path) and not os.path.isfile(self.path):
-            raise IsADirectoryError(errno.EISDIR, "it is no file", self.path)
         return os.open(self.path, os.O_RDWR | os.O_CREAT | BINARY, 0o666)
 
     def _open_index(self) -> None:
