@@ -976,18 +976,14 @@ def job_from_record(record: Any) -> Job:
         raise ValueError("id is no job ID")
     if job.status not in STATUSES or job.type not in TYPES:
         raise ValueError("status or type is unknown")
-    for number, end in (
-        (job.timestamp, MAX_TIMESTAMP),
-        (job.bytes, SIZE_LIMIT),
-        *((place, SIZE_LIMIT) for place in ranges),
-    ):
-        if type(number) is not int or not 0 <= number < end:
+    for number in (job.timestamp, job.bytes, *ranges):
+        if type(number) is not int or not 0 <= number < SIZE_LIMIT:
             raise ValueError("timestamp, bytes or a place in ranges is no valid number")
-    if any(end != 0 and start >= end for start, end in ((ranges[0:2], ranges[3:5]) if ranges else ())):
-        raise ValueError("a range ends before it starts")
-    for moment in (job.started, job.finished):
+    for moment in (job.timestamp, job.started, job.finished):
         if moment is not None and (type(moment) not in (int, float) or not 0 <= moment < MAX_TIMESTAMP):
-            raise ValueError("started or finished is no valid time")
+            raise ValueError("timestamp, started or finished is no valid time")
+    if ranges and any(end != 0 and start >= end for start, end in (ranges[0:2], ranges[3:5])):
+        raise ValueError("a range ends before it starts")
     if not isinstance(job.prompt, str) or not isinstance(job.has_brief, bool):
         raise ValueError("prompt is no text, or has_brief neither true nor false")
     for text in (job.ip, job.error, job.owner, job.key, job.digest):
