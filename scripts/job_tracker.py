@@ -1693,13 +1693,13 @@ class IndexView:
             conditions.append("texts.row = jobs.row")
             # The text comes first where all jobs would have to be looked through.
             tables.insert(0 if tables == ["jobs NOT INDEXED"] else 1, "texts")
-        parts = (
-            f"SELECT jobs.row, id, timestamp, offset{self.state.side}, length FROM {' CROSS JOIN '.join(tables)}",
-            f"WHERE {' AND '.join(conditions)} ORDER BY {tables[0].split()[0]}.row DESC LIMIT ? OFFSET ?",
+        statement = (
+            f"SELECT jobs.row, id, timestamp, offset{self.state.side}, length FROM {' CROSS JOIN '.join(tables)} "
+            f"WHERE {' AND '.join(conditions)} ORDER BY {tables[0].split()[0]}.row DESC LIMIT ? OFFSET ?"
         )
         self.connection.set_progress_handler(abandoned and abandoned.is_set, 1000)
         try:
-            return [Place(*place) for place in self.execute(" ".join(parts), (*filters.values(), limit, skip))]
+            return [Place(*place) for place in self.execute(statement, (*filters.values(), limit, skip))]
         except sqlite3.OperationalError:
             if abandoned is None or not abandoned.is_set():
                 raise
