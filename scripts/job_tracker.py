@@ -1337,6 +1337,9 @@ class Filter(NamedTuple):
         )
 
 
+Abandoned = Optional[threading.Event]  # set once nobody waits for a search any more
+
+
 class IndexState(NamedTuple):
     """How far an index has come, and in which file."""
 
@@ -1665,13 +1668,7 @@ class IndexView:
         return [job_id for (job_id,) in found]
 
     def find(
-        self,
-        filter_: Filter,
-        below: int,
-        limit: int,
-        skip: int,
-        without: List[int],
-        abandoned: Optional[threading.Event] = None,
+        self, filter_: Filter, below: int, limit: int, skip: int, without: List[int], abandoned: Abandoned
     ) -> List[Place]:
         """Of the jobs below a row that match, newest first: at most `limit`, without the first `skip` and some rows.
 
@@ -1769,6 +1766,9 @@ class Pending(NamedTuple):
     is_stored: bool = False  # its entry is on disk
 
 
+Overlay = Dict[str, Pending]  # by the IDs of the jobs
+
+
 class Change(NamedTuple):
     """What waits to be written to jobs.json."""
 
@@ -1785,13 +1785,7 @@ def uncancellable_future() -> Future:
 
 
 def find_with_changes(
-    view: IndexView,
-    filter_: Filter,
-    below: int,
-    limit: int,
-    skip: int,
-    pending: Dict[str, Pending],
-    abandoned: Optional[threading.Event],
+    view: IndexView, filter_: Filter, below: int, limit: int, skip: int, pending: Overlay, abandoned: Abandoned
 ) -> List[Tuple[Place, Optional[Job]]]:
     """As `IndexView.find`, but with pending changes in force; a job is there where one has changed."""
     places = {job_id: view.place(job_id) for job_id in pending}
@@ -1838,7 +1832,7 @@ class JobStore:
         self._check = check
         self.owner = secrets.token_hex(4)
         self._lock = threading.Lock()  # guards these two; held for a moment, never for the disk
-        self._pending: Dict[str, Pending] = {}
+        self._pending: Overlay = {}
         self._spare_ids: List[str] = []
         self._reading = threading.Lock()  # who holds it may use the open file, which stays so
         self._journal = OpenJournal()
@@ -1931,12 +1925,7 @@ class JobStore:
         return job if job is not None and job.key == key else None
 
     def query(
-        self,
-        filter_: Filter,
-        limit: int,
-        cursor: Optional[str] = None,
-        skip: int = 0,
-        abandoned: Optional[threading.Event] = None,
+        self, filter_: Filter, limit: int, cursor: Optional[str] = None, skip: int = 0, abandoned: Abandoned = None
     ) -> Page:
         """The newest jobs that match: at most `limit`, without the first `skip`, or those that come after a page.
 
@@ -1944,7 +1933,7 @@ class JobStore:
         """
         after = None if cursor is None else Cursor.parse(cursor)
 
-        def find(view: IndexView, pending: Dict[str, Pending]) -> Tuple[IndexState, List[Tuple[Place, Optional[Job]]]]:
+        def find(view: IndexView, pending: Overlay) -> Tuple[IndexState, List[Tuple[Place, Optional[Job]]]]:
             below = view.top() + 1 if after is None else after.row_in(view)
             return view.state, find_with_changes(view, filter_, below, limit + 1, skip, pending, abandoned)
 
@@ -1962,7 +1951,7 @@ class JobStore:
     def stats(self) -> Tuple[Dict[str, int], int]:
         """Jobs by status, and the bytes of all their files. Raises StoreError."""
 
-        def count(view: IndexView, pending: Dict[str, Pending]) -> Tuple[Dict[str, int], int]:
+        def count(view: IndexView, pending: Overlay) -> Tuple[Dict[str, int], int]:
             totals = view.totals()
             counts = {status: jobs for status, (jobs, _) in totals.items()}
             size = sum(size for _, size in totals.values())
@@ -1981,7 +1970,7 @@ class JobStore:
     def expired(self, before: float, after: Optional[float] = None) -> List[str]:
         """IDs of ended jobs accepted between two times (Unix seconds, exclusive), oldest first. Raises StoreError."""
 
-        def find(view: IndexView, pending: Dict[str, Pending]) -> List[str]:
+        def find(view: IndexView, pending: Overlay) -> List[str]:
             kept = {job_id for job_id, change in pending.items() if change.shown is None or not change.shown.ended}
             return [job_id for job_id in view.expired(before, after) if job_id not in kept]
 
@@ -2037,11 +2026,11 @@ class JobStore:
 
     # What is in force, and what is found
 
-    def _pending_now(self) -> Dict[str, Pending]:
+    def _pending_now(self) -> Overlay:
         with self._lock:
             return dict(self._pending)
 
-    def _enqueue(self, changes: Dict[str, Pending], is_new: bool, is_patient: bool) -> Future:
+    def _enqueue(self, changes: Overlay, is_new: bool, is_patient: bool) -> Future:
         jobs = {job_id: change.job for job_id, change in changes.items()}
         written = uncancellable_future()
         with self._lock:
@@ -2054,7 +2043,7 @@ class JobStore:
         written.set_exception(StoreError("the store is closed"))
         return written
 
-    def _look(self, question: Callable[[IndexView, Dict[str, Pending]], Any]) -> Any:
+    def _look(self, question: Callable[[IndexView, Overlay], Any]) -> Any:
         """Asks an index that knows all that the file held when this was called. Raises StoreError.
 
         `question` is given the changes that the index may not have, too. They are asked for before, or it could miss
@@ -2651,12 +2640,12 @@ class JobStore:
                 self._pending.update(left)
             self._fail([change], error)
 
-    def _left_behind(self, end: Callable[[Job], Job]) -> Dict[str, Pending]:
+    def _left_behind(self, end: Callable[[Job], Job]) -> Overlay:
         """The unfinished jobs of processes that are gone, each with its end."""
         with self._index.reading() as view:
             state, places = view.state, view.unfinished()
         pending, is_gone = self._pending_now(), functools.lru_cache(maxsize=None)(self._is_gone)
-        left: Dict[str, Pending] = {}
+        left: Overlay = {}
         failure: Optional[StoreError] = None
         for place in places:
             entry = None if place.id in pending else self._read(state, place)
