@@ -53,7 +53,7 @@ import threading
 import time
 import traceback
 import zlib
-from collections import deque
+from collections import Counter, deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for_futures
 from datetime import datetime
@@ -63,6 +63,7 @@ from typing import (
     Any,
     AsyncIterator,
     Callable,
+    ContextManager,
     Coroutine,
     Dict,
     Iterable,
@@ -71,6 +72,7 @@ from typing import (
     Literal,
     NamedTuple,
     Optional,
+    Sequence,
     Set,
     Tuple,
     Union,
@@ -827,6 +829,7 @@ OTHER_MEDIA_TYPE = "application/octet-stream"
 MEDIA_TYPE_FORM = re.compile(r"[a-z]+/[a-z0-9.+-]{1,100}\Z")
 
 MAX_TIMESTAMP = 1 << 34  # Unix seconds, in the year 2514: Windows knows no day after 3000
+SIZE_LIMIT = 1 << 50  # bytes, which no file has
 PROMPT_LIMIT = 100_000  # characters kept in jobs.json; `parameters` has the whole prompt
 IP_LIMIT = 100  # characters: a server that trusts a proxy takes what that says for an address
 
@@ -914,21 +917,22 @@ def record_of(job: Job) -> bytes:
     return as_json({name: without_surrogates(value) if isinstance(value, str) else value for name, value in values})
 
 
-def images_from_record(names: Any, details: Any) -> Iterator[Image]:
-    """The images of a record, see `record_of`. A record without valid details is no worse than an earlier version's.
+def images_from_record(record: Dict[str, Any]) -> Iterator[Image]:
+    """The images of a record, see `record_of`. One without valid details is no worse than an earlier version's.
 
-    Raises ValueError for a name that is no image's.
+    Raises ValueError for a name that is none of the job's images.
     """
+    names, details = record.get("images", []), record.get("image_details")
     if not isinstance(names, list):
         raise ValueError("images is no list")
     if not isinstance(details, list) or len(details) != len(names):
         details = [None] * len(names)
     for name, detail in zip(names, details):
         form = IMAGE_FORM.match(name) if isinstance(name, str) else None
-        if form is None:
+        if form is None or form.group(1) != record.get("id"):
             raise ValueError("images has an invalid name")
         size, media_type = detail if isinstance(detail, list) and len(detail) == 2 else (None, None)
-        if type(size) is not int or not 0 <= size < 1 << 50:
+        if type(size) is not int or not 0 <= size < SIZE_LIMIT:
             size = None
         if not (isinstance(media_type, str) and MEDIA_TYPE_FORM.match(media_type)):
             media_type = MEDIA_TYPES.get(form.group(3), OTHER_MEDIA_TYPE)
@@ -940,7 +944,7 @@ def job_from_record(record: Any) -> Job:
     if not isinstance(record, dict):
         raise ValueError("it is no object")
     values = {name: record[name] for name in Job._fields if name in record}
-    values["images"] = tuple(images_from_record(record.get("images", []), record.get("image_details")))
+    values["images"] = tuple(images_from_record(record))
     ranges = values.get("ranges", [])
     if not isinstance(ranges, list) or len(ranges) not in (0, 7):
         raise ValueError("ranges is no list of seven numbers, or of none")
@@ -953,21 +957,19 @@ def job_from_record(record: Any) -> Job:
         raise ValueError("id is no job ID")
     if job.status not in STATUSES or job.type not in TYPES:
         raise ValueError("status or type is unknown")
-    for number, end in ((job.timestamp, MAX_TIMESTAMP), (job.bytes, 1 << 50), *((place, 1 << 50) for place in ranges)):
-        if type(number) is not int or not 0 <= number < end:
+    for number in (job.timestamp, job.bytes, *ranges):
+        if type(number) is not int or not 0 <= number < SIZE_LIMIT:
             raise ValueError("timestamp, bytes or a place in ranges is no valid number")
-    if any(end != 0 and start >= end for start, end in ((ranges[0:2], ranges[3:5]) if ranges else ())):
-        raise ValueError("a range ends before it starts")
-    for moment in (job.started, job.finished):
+    for moment in (job.timestamp, job.started, job.finished):
         if moment is not None and (type(moment) not in (int, float) or not 0 <= moment < MAX_TIMESTAMP):
-            raise ValueError("started or finished is no valid time")
+            raise ValueError("timestamp, started or finished is no valid time")
+    if ranges and any(end != 0 and start >= end for start, end in (ranges[0:2], ranges[3:5])):
+        raise ValueError("a range ends before it starts")
     if not isinstance(job.prompt, str) or not isinstance(job.has_brief, bool):
         raise ValueError("prompt is no text, or has_brief neither true nor false")
     for text in (job.ip, job.error, job.owner, job.key, job.digest):
         if text is not None and not isinstance(text, str):
             raise ValueError("ip, error, owner, key or digest is no text")
-    if any(IMAGE_FORM.match(image.name).group(1) != job.id for image in job.images):
-        raise ValueError("images has the name of another job's")
     return job
 
 
@@ -1154,20 +1156,18 @@ def find_last_entry(file: int, job_id: str) -> Optional[Entry]:
     None also for one that an editor has laid out in another way.
     """
     key = b'\n"%s": ' % job_id.encode()
-    position = above = os.fstat(file).st_size
-    while position > 0:
-        position = max(0, position - (1 << 20))
-        data = read_at(file, min(above + len(key), position + (1 << 20) + len(key)) - position, position)
-        start = data.rfind(key)
-        while start >= 0:
-            # With the sign before it, for that tells the first entry from the others.
-            line = read_at(file, ENTRY_LIMIT, position + start - 1)
-            match = ENTRY.match(line, line[:1] != b",")
-            with contextlib.suppress(ValueError, RecursionError):
-                if match:
-                    return parse_entry(job_id, match.group(3), position + start - 1 + match.start(3))
-            start = data.rfind(key, 0, start)
-        above = position
+    end = os.fstat(file).st_size
+    while end > 0:
+        start = max(0, end - (1 << 20))
+        data = read_at(file, end - start + len(key), start)
+        position = data.rfind(key)
+        while position >= 0:
+            offset = start + position + len(key)
+            record = read_at(file, ENTRY_LIMIT, offset).partition(b"\n")[0]
+            with contextlib.suppress(ValueError, RecursionError):  # it is torn, or damaged
+                return parse_entry(job_id, record[:-1] if record.endswith(b",") else record, offset)
+            position = data.rfind(key, 0, position)
+        end = start
     return None
 
 
@@ -1198,13 +1198,15 @@ class NotUndone(OSError):
     """Entries could not be appended, and may stand in the file all the same."""
 
 
-def append_entries(file: int, end: int, jobs: Dict[str, Optional[Job]]) -> List[Entry]:
-    """Writes entries where the last one ends. They are on disk only after `sync_file`. Raises OSError, NotUndone."""
-    data, entries = bytearray(), []
-    for job_id, job in jobs.items():
-        record = b"null" if job is None else record_of(job)
-        data += begin_of_entry(job_id, end + len(data))
-        entries.append(Entry(job_id, job, end + len(data), len(record)))
+def append_records(file: int, end: int, records: Dict[str, bytes]) -> Tuple[Dict[str, int], int]:
+    """Writes entries where the last one ends. Returns where each record lies, by its ID, and where the last one ends.
+
+    They are on disk only after `sync_file`. Raises OSError, NotUndone.
+    """
+    data, offsets = bytearray(), {}
+    for job_id, record in records.items():
+        data += (b',\n"%s": ' if end + len(data) > len(HEAD) else b'\n"%s": ') % job_id.encode()
+        offsets[job_id] = end + len(data)
         data += record
     try:
         write_at(file, bytes(data) + TAIL, end)
@@ -1214,11 +1216,7 @@ def append_entries(file: int, end: int, jobs: Dict[str, Optional[Job]]) -> List[
         except OSError:
             raise NotUndone(error.errno, error.strerror) from error
         raise
-    return entries
-
-
-def begin_of_entry(job_id: str, position: int) -> bytes:
-    return (b',\n"%s": ' if position > len(HEAD) else b'\n"%s": ') % job_id.encode()
+    return offsets, end + len(data)
 
 
 def checksum_before(file: int, position: int) -> int:
@@ -1227,38 +1225,34 @@ def checksum_before(file: int, position: int) -> int:
     return zlib.crc32(read_at(file, length, position - length))
 
 
-class JournalCopy:
-    """A new file that is to replace jobs.json, for the same people. Its entries are those that are added."""
+class OpenJournal:
+    """jobs.json as it is open now, or as nobody has opened it."""
 
-    SYNC_EVERY = 1 << 22  # bytes, so that the last sync does not take long
-
-    def __init__(self, path: str, like: str, source_end: int):
-        self.path = path
-        self.source_end = source_end  # the old file was copied up to here
-        self.entries = 0
-        self.end = self._synced = 0
-        self._data = bytearray(HEAD)
-        self.file: Optional[int] = create_like(path, like, flags=os.O_RDWR)
-
-    def add(self, job_id: str, record: bytes) -> int:
-        """Returns the offset of the record. It is in the file only after `flush`."""
-        self._data += begin_of_entry(job_id, self.end + len(self._data))
-        offset = self.end + len(self._data)
-        self._data += record.replace(b"\n", b" ")  # it may have been laid out in another way
-        self.entries += 1
-        return offset
-
-    def flush(self, is_end: bool = False) -> None:
-        write_at(self.file, bytes(self._data) + (TAIL if is_end else b""), self.end)
-        self.end += len(self._data)
-        self._data.clear()
-        if self.end - self._synced > self.SYNC_EVERY:
-            sync_file(self.file)
-            self._synced = self.end
+    def __init__(self, file: Optional[int] = None):
+        self.file = file
+        self.inode = 0 if file is None else os.fstat(file).st_ino
+        self.needs_reading = False  # somebody changed it where the index knows it
 
     def close(self) -> None:
-        file, self.file = self.file, None
+        file, self.file, self.inode = self.file, None, 0
         close_file(file)
+
+
+class JournalCopy(OpenJournal):
+    """A new file that is to replace jobs.json, for the same people. Its entries are those that are added."""
+
+    def __init__(self, path: str, like: str, source_end: int):
+        super().__init__(create_like(path, like, flags=os.O_RDWR))
+        self.path = path
+        self.source_end = source_end  # the old file was copied up to here
+        self.end = cut_end(self.file, 0)
+        self.entries = 0
+
+    def add(self, records: Dict[str, bytes]) -> Dict[str, int]:
+        """Returns the offsets of the records."""
+        offsets, self.end = append_records(self.file, self.end, records)
+        self.entries += len(records)
+        return offsets
 
     def discard(self) -> None:
         """Removes the file, unless it has taken its place."""
@@ -1269,20 +1263,16 @@ class JournalCopy:
 
 def quarantine_damage(path: str, file: int, damages: List[Damage]) -> str:
     """Copies damaged parts to a file of their own, for somebody who may read more in them. Raises OSError."""
+
+    def chunks() -> Iterator[bytes]:
+        for damage in damages:
+            end = damage.offset + damage.length
+            for offset in range(damage.offset, end, JOURNAL_CHUNK):
+                yield read_at(file, min(JOURNAL_CHUNK, end - offset), offset)
+            yield b"\n"
+
     aside = quarantine_name(path)
-    try:
-        with os.fdopen(create_like(aside, path), "wb") as copy:
-            for damage in damages:
-                end = damage.offset + damage.length
-                for offset in range(damage.offset, end, JOURNAL_CHUNK):
-                    copy.write(read_at(file, min(JOURNAL_CHUNK, end - offset), offset))
-                copy.write(b"\n")
-            copy.flush()
-            sync_file(copy.fileno())
-    except OSError:
-        with contextlib.suppress(OSError):
-            os.unlink(aside)
-        raise
+    fill_file(create_like(aside, path), aside, chunks(), aside)
     return aside
 
 
@@ -1302,7 +1292,7 @@ def bindable(text: Optional[str]) -> Optional[str]:
 
 
 class Filter(NamedTuple):
-    """Which jobs are wanted; all that is not None must hold."""
+    """Which jobs to find; all that is not None must hold."""
 
     ip: Optional[str] = None
     status: Optional[str] = None  # one of STATUSES
@@ -1328,9 +1318,7 @@ class Filter(NamedTuple):
         )
 
 
-def is_locked(error: Exception) -> bool:
-    """Whether another process holds the database for longer than `Index.BUSY`. There is no better sign before 3.11."""
-    return isinstance(error, sqlite3.OperationalError) and "locked" in str(error)
+Abandoned = Optional[threading.Event]  # set once nobody waits for a search any more
 
 
 class IndexState(NamedTuple):
@@ -1368,7 +1356,7 @@ class Index:
     Reading needs no lock, and many threads may; one at a time writes. All methods raise sqlite3.Error.
     """
 
-    VERSION = 1
+    VERSION = 2
     FILES = ("", "-wal", "-shm")  # what SQLite adds to the name
     BUSY = 0.5  # seconds that another process may hold the database
     KEPT = 4  # connections that stay open while nobody needs them
@@ -1386,6 +1374,7 @@ class Index:
         "CREATE INDEX by_id ON jobs (id COLLATE NOCASE)",
         *(f"CREATE INDEX by_{column} ON jobs ({column})" for column in ("timestamp", "status", "type", "ip")),
         "CREATE INDEX by_key ON jobs (key) WHERE key IS NOT NULL",
+        f"CREATE TRIGGER added AFTER INSERT ON jobs BEGIN {COUNT_NEW}; END",
         f"CREATE TRIGGER removed AFTER DELETE ON jobs BEGIN {COUNT_OLD}; END",
         f"CREATE TRIGGER changed AFTER UPDATE OF status, bytes ON jobs BEGIN {COUNT_OLD}; {COUNT_NEW}; END",
     )
@@ -1394,7 +1383,7 @@ class Index:
         """Opens or makes a database in a file that is for the same people as the file `like`; without, in memory."""
         self.path = path
         self._inode = 0
-        self._free: "queue.LifoQueue[sqlite3.Connection]" = queue.LifoQueue()
+        self._free: "queue.SimpleQueue[sqlite3.Connection]" = queue.SimpleQueue()
         self._closed = False
         self.failure: Optional[Exception] = None  # for which it is to be opened anew
         if path:
@@ -1407,8 +1396,8 @@ class Index:
             self._inode = os.stat(path).st_ino
         self._owner, self._is_awaited = threading.get_ident(), False
         self._free.put(self._connect())
-        with self._transaction() as connection:
-            is_made = connection.execute("PRAGMA user_version").fetchone()[0] == self.VERSION
+        with self.reading() as view:
+            is_made = view.execute("PRAGMA user_version").fetchone()[0] == self.VERSION
         if not is_made:
             self.begin(0, 0, False)
 
@@ -1450,13 +1439,13 @@ class Index:
                 return
 
     @contextlib.contextmanager
-    def _transaction(self, kind: str = "DEFERRED") -> Iterator[sqlite3.Connection]:
+    def _transaction(self, kind: str) -> Iterator["IndexView"]:
         """Each thread has a connection while it needs one."""
-        connection = self._borrow_file() if self.path else self._borrow_memory()
+        connection = self._borrow()
         try:
             connection.execute("BEGIN " + kind)
             try:
-                yield connection
+                yield IndexView(connection)
             except BaseException:
                 connection.rollback()
                 raise
@@ -1469,14 +1458,13 @@ class Index:
             if self._closed:
                 self.close()
 
-    def _borrow_file(self) -> sqlite3.Connection:
-        try:
-            return self._free.get_nowait()
-        except queue.Empty:
-            return self._connect()
-
-    def _borrow_memory(self) -> sqlite3.Connection:
-        """The only connection, for one after another. The thread that made the index, and writes, comes first."""
+    def _borrow(self) -> sqlite3.Connection:
+        if self.path:
+            try:
+                return self._free.get_nowait()
+            except queue.Empty:
+                return self._connect()
+        # In memory there is but one. The thread that made the index, and writes, comes first.
         if threading.get_ident() == self._owner:
             self._is_awaited = True
             try:
@@ -1489,111 +1477,65 @@ class Index:
                     return self._free.get_nowait()
             time.sleep(0.001)
 
-    @staticmethod
-    def _make(connection: sqlite3.Connection) -> None:
-        for kind, name in connection.execute("SELECT type, name FROM sqlite_master WHERE type = 'table'").fetchall():
-            connection.execute(f'DROP {kind} "{name}"')
-        for statement in Index.SCHEMA:
-            connection.execute(statement)
-        connection.executemany("INSERT INTO totals VALUES (?, 0, 0)", [(number,) for number in range(len(STATUSES))])
-        connection.execute("INSERT INTO state VALUES (0, 0, 0, 0, 0, 0, 0, '', ?)", (secrets.randbits(62),))
-        connection.execute(f"PRAGMA user_version = {Index.VERSION}")
-
-    # Reading
-
-    @contextlib.contextmanager
-    def reading(self) -> Iterator["IndexView"]:
+    def reading(self) -> ContextManager["IndexView"]:
         """The index as it is now, whatever is written meanwhile."""
-        with self._transaction() as connection:
-            yield IndexView(connection)
+        return self._transaction("DEFERRED")
 
     # Writing
 
     def begin(self, inode: int, start: int, needs_rewrite: bool) -> IndexState:
         """Forgets everything: a file is to be read from its start on."""
-        with self._transaction("IMMEDIATE") as connection:
-            self._make(connection)
-            values = (inode, start, needs_rewrite)
-            connection.execute("UPDATE state SET inode = ?, indexed_to = ?, needs_rewrite = ?", values)
-            return IndexView(connection).state
+        with self._transaction("IMMEDIATE") as view:
+            for (name,) in view.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall():
+                view.execute(f'DROP TABLE "{name}"')
+            for statement in self.SCHEMA:
+                view.execute(statement)
+            for number in range(len(STATUSES)):
+                view.execute("INSERT INTO totals VALUES (?, 0, 0)", (number,))
+            values = (inode, start, needs_rewrite, secrets.randbits(62))
+            view.execute("INSERT INTO state VALUES (?, ?, 0, 0, 0, ?, 0, '', ?)", values)
+            view.execute(f"PRAGMA user_version = {self.VERSION}")
+            return view.state
 
-    def add(self, start: int, found: List[Union[Entry, Damage]], end: int, checksum: int, mtime: int = 0) -> bool:
-        """Takes in what stands between two places of the file. False if another process has done that already."""
-        with self._transaction("IMMEDIATE") as connection:
-            state = IndexView(connection).state
-            if state.indexed_to != start:
+    def add(
+        self, inode: int, start: int, found: List[Union[Entry, Damage]], end: int, checksum: int, mtime: int = 0
+    ) -> bool:
+        """Takes in what stands between two places of a file. False if another process has done that already."""
+        with self._transaction("IMMEDIATE") as view:
+            state = view.state
+            if (state.inode, state.indexed_to) != (inode, start):
                 return False
             entries = [item for item in found if isinstance(item, Entry)]
             for entry in {entry.id: entry for entry in entries}.values():
-                self._add_entry(connection, state.side, entry)
-            damages = [item for item in found if isinstance(item, Damage)]
-            lost = [damage[:2] for damage in damages if not damage.is_whitespace]
-            connection.executemany("INSERT INTO damages VALUES (?, ?)", lost)
-            connection.execute(
+                view.set_entry(entry)
+            for damage in found:
+                if isinstance(damage, Damage) and not damage.is_whitespace:
+                    view.execute("INSERT INTO damages VALUES (?, ?)", damage[:2])
+            view.execute(
                 "UPDATE state SET indexed_to = ?, checksum = ?, mtime = ?, entries = entries + ?, "
                 "needs_rewrite = needs_rewrite OR ?",
-                (end, checksum, mtime, len(entries), bool(damages)),
+                (end, checksum, mtime, len(entries), len(entries) < len(found)),
             )
             return True
 
-    @staticmethod
-    def _add_entry(connection: sqlite3.Connection, side: int, entry: Entry) -> None:
-        row, job = IndexView(connection).row_of(entry.id), entry.job
-        if job is None:
-            for table in ("jobs", "texts") if row is not None else ():
-                connection.execute(f"DELETE FROM {table} WHERE row = ?", (row,))
-            return
-        fixed = (job.timestamp, TYPES.index(job.type), bindable(job.ip))
-        if row is None:
-            statement = "INSERT INTO jobs (id, timestamp, type, ip, offset0, offset1) VALUES (?, ?, ?, ?, ?, ?)"
-            row = connection.execute(statement, (job.id, *fixed, entry.offset, entry.offset)).lastrowid
-        else:  # these differ only where somebody has edited the file, and are left alone otherwise
-            differs = "NOT (timestamp = ?1 AND type = ?2 AND ip IS ?3)"
-            statement = f"UPDATE jobs SET timestamp = ?1, type = ?2, ip = ?3 WHERE row = ?4 AND {differs}"
-            connection.execute(statement, (*fixed, row))
-        statement = f"UPDATE jobs SET status = ?, bytes = ?, key = ?, offset{side} = ?, length = ? WHERE row = ?"
-        changing = (STATUSES.index(job.status), job.bytes, bindable(job.key))
-        connection.execute(statement, (*changing, entry.offset, entry.length, row))
-        text = casefold_bytes(job.prompt)
-        known = connection.execute("SELECT text FROM texts WHERE row = ?", (row,)).fetchone()
-        if text != (known[0] if known else b""):
-            connection.execute("INSERT OR REPLACE INTO texts VALUES (?, ?)", (row, text))
-
-    def note(self, mtime: int) -> None:
-        """The file was touched, and holds what it held."""
-        with self._transaction("IMMEDIATE") as connection:
-            connection.execute("UPDATE state SET mtime = ?", (mtime,))
+    def update(self, **values: Any) -> None:
+        """Changes some of the index's state."""
+        with self._transaction("IMMEDIATE") as view:
+            view.execute("UPDATE state SET " + ", ".join(f"{name} = ?" for name in values), (*values.values(),))
 
     def forget_damages(self) -> None:
-        with self._transaction("IMMEDIATE") as connection:
-            connection.execute("DELETE FROM damages")
+        with self._transaction("IMMEDIATE") as view:
+            view.execute("DELETE FROM damages")
 
-    def begin_move(self, compactor: str) -> None:
-        """A process begins to write another file."""
-        with self._transaction("IMMEDIATE") as connection:
-            connection.execute("UPDATE state SET compactor = ?", (compactor,))
-
-    def move(self, compactor: str, side: int, offsets: List[Tuple[int, str]]) -> bool:
-        """Where records, by their IDs, lie in the other file. False if another process has begun anew."""
-        with self._transaction("IMMEDIATE") as connection:
-            if IndexView(connection).state.compactor != compactor:
+    def move(self, compactor: str, offsets: Dict[str, int]) -> bool:
+        """Where records, by their IDs, lie in the other file. False if another process writes one by now."""
+        with self._transaction("IMMEDIATE") as view:
+            if view.state.compactor != compactor:
                 return False
-            connection.executemany(
-                f"UPDATE jobs SET offset{side} = ? WHERE {IndexView.IS_ID}",
-                [(offset, job_id, job_id) for offset, job_id in offsets],
-            )
+            for job_id, offset in offsets.items():
+                statement = f"UPDATE jobs SET offset{1 - view.state.side} = ? WHERE {view.IS_ID}"
+                view.execute(statement, (offset, job_id, job_id))
             return True
-
-    def abandon_move(self, compactor: str) -> None:
-        """A process has ended its work on the other file."""
-        with self._transaction("IMMEDIATE") as connection:
-            connection.execute("UPDATE state SET compactor = '' WHERE compactor = ?", (compactor,))
-
-    def end_move(self, state: IndexState) -> None:
-        """The other file is in the place of the first."""
-        with self._transaction("IMMEDIATE") as connection:
-            connection.execute("DELETE FROM state")
-            connection.execute("INSERT INTO state VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", state)
 
 
 class IndexView:
@@ -1602,32 +1544,61 @@ class IndexView:
     IS_ID = "id = ? COLLATE NOCASE AND id = ?"  # of which an index finds the first half
 
     def __init__(self, connection: sqlite3.Connection):
-        self._connection = connection
+        self.connection = connection
+        self.execute = connection.execute
 
     @functools.cached_property
     def state(self) -> IndexState:
-        return IndexState(*self._connection.execute("SELECT * FROM state").fetchone())
+        return IndexState(*self.execute("SELECT * FROM state").fetchone())
+
+    def set_entry(self, entry: Entry) -> None:
+        """Within a transaction that writes."""
+        row, job = self.row_of(entry.id), entry.job
+        if job is None:
+            for table in ("jobs", "texts") if row is not None else ():
+                self.execute(f"DELETE FROM {table} WHERE row = ?", (row,))
+            return
+        values = {
+            "timestamp": job.timestamp,
+            "type": TYPES.index(job.type),
+            "ip": bindable(job.ip),
+            "status": STATUSES.index(job.status),
+            "bytes": job.bytes,
+            "key": bindable(job.key),
+            f"offset{self.state.side}": entry.offset,
+            "length": entry.length,
+        }
+        if row is None:
+            statement = f"INSERT INTO jobs ({', '.join(values)}, id) VALUES ({'?, ' * len(values)}?)"
+            row = self.execute(statement, (*values.values(), job.id)).lastrowid
+        else:
+            statement = f"UPDATE jobs SET {', '.join(f'{name} = ?' for name in values)} WHERE row = ?"
+            self.execute(statement, (*values.values(), row))
+        text = casefold_bytes(job.prompt)
+        known = self.execute("SELECT text FROM texts WHERE row = ?", (row,)).fetchone()
+        if text != (known[0] if known else b""):
+            self.execute("INSERT OR REPLACE INTO texts VALUES (?, ?)", (row, text))
 
     def damages(self) -> List[Damage]:
         """What is still to be set aside."""
-        found = self._connection.execute("SELECT * FROM damages ORDER BY offset")
+        found = self.execute("SELECT * FROM damages ORDER BY offset")
         return [Damage(*damage, is_whitespace=False) for damage in found]
 
     def totals(self) -> Dict[str, Tuple[int, int]]:
         """By status, the number of jobs and the bytes of their files."""
-        found = self._connection.execute("SELECT jobs, bytes FROM totals ORDER BY status")
+        found = self.execute("SELECT jobs, bytes FROM totals ORDER BY status")
         return dict(zip(STATUSES, found.fetchall()))
 
     def count(self) -> int:
         return sum(jobs for jobs, _ in self.totals().values())
 
     def row_of(self, job_id: str) -> Optional[int]:
-        found = self._connection.execute(f"SELECT row FROM jobs WHERE {self.IS_ID}", (job_id, job_id)).fetchone()
+        found = self.execute(f"SELECT row FROM jobs WHERE {self.IS_ID}", (job_id, job_id)).fetchone()
         return found and found[0]
 
     def has_spelling(self, job_id: str) -> bool:
         """Whether an ID is taken, in any spelling."""
-        found = self._connection.execute("SELECT 1 FROM jobs WHERE id = ? COLLATE NOCASE", (job_id,))
+        found = self.execute("SELECT 1 FROM jobs WHERE id = ? COLLATE NOCASE", (job_id,))
         return found.fetchone() is not None
 
     def place(self, job_id: str) -> Optional[Place]:
@@ -1637,40 +1608,40 @@ class IndexView:
     def with_key(self, key: str) -> Optional[str]:
         """The ID of the latest job with an idempotency key."""
         statement = "SELECT id FROM jobs WHERE key = ? ORDER BY row DESC LIMIT 1"
-        found = self._connection.execute(statement, (bindable(key),)).fetchone()
+        found = self.execute(statement, (bindable(key),)).fetchone()
         return found and found[0]
 
     def unfinished(self) -> List[Place]:
         return self._places("WHERE status IN (?, ?) ORDER BY row", *map(STATUSES.index, (PENDING, PROCESSING)))
 
-    def places(self, above: int, top: int, count: int) -> List[Place]:
-        """Of so many jobs that come after a row, up to another, oldest first."""
-        return self._places("WHERE row > ? AND row <= ? ORDER BY row LIMIT ?", above, top, count)
+    def places(self, above: int, count: int) -> List[Place]:
+        """Of so many jobs that come after a row, oldest first."""
+        return self._places("WHERE row > ? ORDER BY row LIMIT ?", above, count)
 
     def summary(self, job_id: str) -> Optional[Tuple[str, int]]:
         """A job's status and the bytes of its files."""
         statement = f"SELECT status, bytes FROM jobs WHERE {self.IS_ID}"
-        found = self._connection.execute(statement, (job_id, job_id)).fetchone()
+        found = self.execute(statement, (job_id, job_id)).fetchone()
         return found and (STATUSES[found[0]], found[1])
 
     def _places(self, where: str, *values: Any) -> List[Place]:
         side = self.state.side
-        found = self._connection.execute(f"SELECT row, id, timestamp, offset{side}, length FROM jobs {where}", values)
+        found = self.execute(f"SELECT row, id, timestamp, offset{side}, length FROM jobs {where}", values)
         return [Place(*place) for place in found]
 
     def top(self) -> int:
         """The row of the latest job, 0 if there is none."""
-        return self._connection.execute("SELECT max(row) FROM jobs").fetchone()[0] or 0
+        return self.execute("SELECT max(row) FROM jobs").fetchone()[0] or 0
 
     def row_at(self, timestamp: int) -> int:
         """The row behind the latest job that is not newer than a time (Unix seconds)."""
-        found = self._connection.execute("SELECT max(row) FROM jobs WHERE timestamp <= ?", (timestamp,))
+        found = self.execute("SELECT max(row) FROM jobs WHERE timestamp <= ?", (timestamp,))
         return (found.fetchone()[0] or 0) + 1
 
     def expired(self, before: float, after: Optional[float]) -> List[str]:
         """IDs of ended jobs accepted before a time, and after another (Unix seconds), oldest first."""
         ended = tuple(map(STATUSES.index, ENDED))
-        found = self._connection.execute(
+        found = self.execute(
             "SELECT id FROM jobs INDEXED BY by_timestamp "
             "WHERE timestamp < ? AND timestamp > ? AND status IN (?, ?) ORDER BY row",
             (before, -1 if after is None else after, *ended),
@@ -1678,77 +1649,54 @@ class IndexView:
         return [job_id for (job_id,) in found]
 
     def find(
-        self,
-        filter_: Filter,
-        below: int,
-        limit: int,
-        skip: int,
-        without: List[int],
-        abandoned: Optional[threading.Event] = None,
+        self, filter_: Filter, below: int, limit: int, skip: int, without: List[int], abandoned: Abandoned
     ) -> List[Place]:
         """Of the jobs below a row that match, newest first: at most `limit`, without the first `skip` and some rows.
 
         Gives up, with none, once `abandoned` is set.
         """
-        source, conditions, values = "jobs NOT INDEXED", ["jobs.row < ?"], [below]
-        for column, value in (
-            ("type", filter_.type and TYPES.index(filter_.type)),
-            ("status", filter_.status and STATUSES.index(filter_.status)),
-            ("ip", bindable(filter_.ip)),
-        ):
-            if value is not None:
-                # Of several, the address leaves least. Others together are looked for in all jobs, which is quicker.
-                source = (
-                    f"jobs INDEXED BY by_{column}" if len(conditions) == 1 or column == "ip" else "jobs NOT INDEXED"
-                )
-                conditions.append(f"{column} = ?")
-                values.append(value)
-        times = self._times(filter_)
-        if times:
-            conditions.append("timestamp > ? AND timestamp < ?")
-            values += times
-            if filter_.ip is None:
-                source = "jobs INDEXED BY by_timestamp" if self._are_few(times) else "jobs NOT INDEXED"
+        filters = {
+            "jobs.row < ?": below,
+            "type = ?": filter_.type and TYPES.index(filter_.type),
+            "status = ?": filter_.status and STATUSES.index(filter_.status),
+            "ip = ?": bindable(filter_.ip),
+            "timestamp > ?": filter_.after,
+            "timestamp < ?": filter_.before,
+            "instr(text, ?)": filter_.text or None,
+        }
+        filters = {condition: value for condition, value in filters.items() if value is not None}
+        conditions = [*filters, f"jobs.row NOT IN ({', '.join(map(str, without))})"]
+        tables = [self._jobs_by_index(filter_) or "jobs NOT INDEXED"]
         if filter_.text:
+            conditions.append("texts.row = jobs.row")
             # The text comes first where all jobs would have to be looked through.
-            order = ["texts", source] if source.endswith("NOT INDEXED") else [source, "texts"]
-            source = " CROSS JOIN ".join(order)
-            conditions += ["texts.row = jobs.row", "instr(text, ?)"]
-            values.append(filter_.text)
-        if without:
-            conditions.append(f"jobs.row NOT IN ({', '.join(map(str, without))})")
-        row = "texts.row" if source.startswith("texts") else "jobs.row"
-        side = self.state.side
-        statement = f"SELECT jobs.row, id, timestamp, offset{side}, length FROM {source} WHERE " + " AND ".join(
-            conditions
+            tables.insert(0 if tables == ["jobs NOT INDEXED"] else 1, "texts")
+        statement = (
+            f"SELECT jobs.row, id, timestamp, offset{self.state.side}, length FROM {' CROSS JOIN '.join(tables)} "
+            f"WHERE {' AND '.join(conditions)} ORDER BY {tables[0].split()[0]}.row DESC LIMIT ? OFFSET ?"
         )
-        if abandoned is not None:
-            self._connection.set_progress_handler(abandoned.is_set, 1000)
+        self.connection.set_progress_handler(abandoned and abandoned.is_set, 1000)
         try:
-            found = self._connection.execute(
-                f"{statement} ORDER BY {row} DESC LIMIT ? OFFSET ?", (*values, limit, skip)
-            )
-            return [Place(*place) for place in found]
+            return [Place(*place) for place in self.execute(statement, (*filters.values(), limit, skip))]
         except sqlite3.OperationalError:
-            if abandoned is not None and abandoned.is_set():
-                return []
-            raise
-        finally:
-            self._connection.set_progress_handler(None, 0)
-
-    @staticmethod
-    def _times(filter_: Filter) -> List[float]:
-        if filter_.after is None and filter_.before is None:
+            if abandoned is None or not abandoned.is_set():
+                raise
             return []
-        return [
-            -1 if filter_.after is None else filter_.after,
-            MAX_TIMESTAMP if filter_.before is None else filter_.before,
-        ]
+        finally:
+            self.connection.set_progress_handler(None, 0)
 
-    def _are_few(self, times: List[float]) -> bool:
-        """Whether only few jobs were accepted between two times."""
-        statement = "SELECT count(*) FROM (SELECT 1 FROM jobs WHERE timestamp > ? AND timestamp < ? LIMIT ?)"
-        return self._connection.execute(statement, (*times, Index.FEW)).fetchone()[0] < Index.FEW
+    def _jobs_by_index(self, filter_: Filter) -> str:
+        """The index that leaves least of the jobs; "" where looking through all of them is quicker."""
+        given = [column for column in ("type", "status") if getattr(filter_, column) is not None]
+        if filter_.ip is not None:
+            given = ["ip"]
+        elif filter_.after is not None or filter_.before is not None:
+            after = -1 if filter_.after is None else filter_.after
+            before = MAX_TIMESTAMP if filter_.before is None else filter_.before
+            statement = "SELECT count(*) FROM (SELECT 1 FROM jobs WHERE timestamp > ? AND timestamp < ? LIMIT ?)"
+            (count,) = self.execute(statement, (after, before, Index.FEW)).fetchone()
+            given = ["timestamp"] if count < Index.FEW else []
+        return f"jobs INDEXED BY by_{given[0]}" if len(given) == 1 else ""
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -1799,6 +1747,9 @@ class Pending(NamedTuple):
     is_stored: bool = False  # its entry is on disk
 
 
+Overlay = Dict[str, Pending]  # by the IDs of the jobs
+
+
 class Change(NamedTuple):
     """What waits to be written to jobs.json."""
 
@@ -1808,18 +1759,6 @@ class Change(NamedTuple):
     written: Future
 
 
-class Recovery(NamedTuple):
-    """What is to become of jobs that dead processes left, see `JobStore.recover`."""
-
-    end: Callable[[Job], Job]
-    ended: Callable[[Job], None]
-    done: Future
-
-    def tell(self, jobs: Dict[str, Optional[Job]]) -> None:
-        for job in jobs.values():
-            self.ended(job)
-
-
 def uncancellable_future() -> Future:
     future: Future = Future()
     future.set_running_or_notify_cancel()
@@ -1827,13 +1766,7 @@ def uncancellable_future() -> Future:
 
 
 def find_with_changes(
-    view: IndexView,
-    filter_: Filter,
-    below: int,
-    limit: int,
-    skip: int,
-    pending: Dict[str, Pending],
-    abandoned: Optional[threading.Event],
+    view: IndexView, filter_: Filter, below: int, limit: int, skip: int, pending: Overlay, abandoned: Abandoned
 ) -> List[Tuple[Place, Optional[Job]]]:
     """As `IndexView.find`, but with pending changes in force; a job is there where one has changed."""
     places = {job_id: view.place(job_id) for job_id in pending}
@@ -1852,26 +1785,12 @@ def find_with_changes(
     return merged[start : start + limit]
 
 
-class OpenJournal:
-    """jobs.json as it is open now."""
-
-    def __init__(self, file: Optional[int] = None):
-        self.file = file
-        self.inode = 0 if file is None else os.fstat(file).st_ino
-        self.needs_reading = False  # somebody changed it where the index knows it
-        self.access: Tuple[int, ...] = ()  # its mode, owner and group
-
-    def close(self) -> None:
-        file, self.file = self.file, None
-        close_file(file)
-
-
 class JobStore:
     """Jobs in jobs.json, which is the only truth, and found by an index beside it.
 
-    One thread, the store's own, writes both. In turns it writes all that waits to be written, with one fsync, and does
-    a small piece of other work. Building the index and compacting are such pieces, so neither the first start nor a
-    compaction with a million jobs keeps a request waiting.
+    One thread, the store's own, writes both. It writes all that waits to be written with one fsync, has the index learn
+    what it does not know, and compacts. The last two go step by step, and between two steps it writes what waits: so
+    neither the first start nor a compaction with a million jobs keeps a request waiting.
 
     Any thread may call any method; none is for the event loop. Several processes may share the file: each holds
     `jobs.json.lock` while it writes, and follows what the others appended or replaced. What a Future of `put` or
@@ -1882,10 +1801,11 @@ class JobStore:
     RETRY = 5.0  # seconds until a write that failed is tried again
     COMPACT_RETRY = 600.0  # the same for a compaction
     SPARE_IDS = 100  # that are looked for ahead of time
-    YIELD = 0.0005  # seconds between two pieces of work for which somebody waits
+    YIELD = 0.0005  # seconds between two steps of work for which somebody waits
     INDEX_FAILURES = 3  # after which the index is in memory
     LONG = 1 << 20  # bytes that the index does not know, for which nobody is to wait
     COPIED_AT_ONCE = 200  # records, in a compaction
+    TAIL_ROUNDS = 4  # in which a compaction copies what came meanwhile, before it holds the lock for the rest
 
     def __init__(self, folder: str, check: Callable[[], None] = lambda: None):
         """`check` raises OSError as long as jobs.json is not to be opened."""
@@ -1894,36 +1814,34 @@ class JobStore:
         self.owner = secrets.token_hex(4)
         self.removing = threading.Lock()  # for others, around a removal, and a change that must not meet it
         self._lock = threading.Lock()  # guards these two; held for a moment, never for the disk
-        self._pending: Dict[str, Pending] = {}
+        self._pending: Overlay = {}
         self._spare_ids: List[str] = []
         self._reading = threading.Lock()  # who holds it may use the open file, which stays so
         self._journal = OpenJournal()
         self._index: Optional[Index] = None
         self._index_failures = 0
-        self._syncing: Optional[Tuple[Iterator[None], Future]] = None
-        self._compaction: Optional[Iterator[None]] = None
         self._is_ready = False  # jobs that dead processes left have been looked for
         self._is_building = False  # the index has a long way to go
         self._is_appending = False  # what the file has beyond the index is this process's own
-        self._position = 0  # how far the index has come
+        self.progress = 0  # of the index, in bytes: it changes as long as jobs.json is read
+        self.trouble = ""  # why records cannot be written now, for everybody's eyes; empty while they can
         self._work = threading.Condition()  # guards these six
         self._queue: List[Change] = []
-        self._sync_wanted: Optional[Future] = None
-        self._recovery: Optional[Recovery] = None
+        self._sync_requested: Optional[Future] = None
+        self._recovery: Optional[Tuple[Callable[[Job], Job], Callable[[Job], None]]] = None  # see `recover`
         self._waiters = 0
         self._closing = self._closed = False
         self._is_busy = False
-        self._between = FileLock(self.path + ".lock", self.path)  # of the thread alone, as is what follows
-        self._alive = FileLock(f"{self.path}.owner-{self.owner}", self.path)  # held for as long as this process lives
-        self._retry: Dict[str, Optional[Job]] = {}
-        self._patient: List[Future] = []  # of what is in `_retry`
-        self._trouble = ""
-        self._retry_at = self._compact_at = 0.0
+        # Used by the thread alone, as is what follows. The second is held for as long as this process lives.
+        self._process_lock = FileLock(self.path + ".lock", self.path)
+        self._owner_lock = FileLock(f"{self.path}.owner-{self.owner}", self.path)
+        self._retry: List[Change] = []  # that could not be written
+        self._retry_at = self._compact_at = self._step_began = 0.0
         self._troubles: Dict[str, str] = {}
         self._thread = threading.Thread(target=self._run, name="job-tracker-store", daemon=True)
         self._thread.start()
 
-    # What others call
+    # For any thread
 
     def put(self, job: Job, new: bool = False, meanwhile: Optional[Job] = None) -> Future:
         """Keeps a job as it is now. The Future ends when that is on disk, or with StoreError.
@@ -1932,24 +1850,18 @@ class JobStore:
         tried again until it is written or the process ends. With `meanwhile`, the job is shown as that until its own
         record is on disk, and the Future ends only then, or with StoreError if the store is closed before.
         """
-        return self._change({job.id: Pending(job, meanwhile or job)}, new, meanwhile is not None)
+        return self._enqueue({job.id: Pending(job, meanwhile or job)}, new, meanwhile is not None)
 
     def remove(self, ids: List[str]) -> Future:
         """Ends jobs. The Future ends when that is on disk, or with StoreError; then it is tried again."""
-        return self._change(dict.fromkeys(ids, Pending(None, None)), False, False)
-
-    @property
-    def progress(self) -> Any:
-        """Something that changes as jobs.json is read."""
-        return self._position
-
-    @property
-    def trouble(self) -> str:
-        """Why records cannot be written now, for everybody's eyes; empty while they can."""
-        return self._trouble
+        return self._enqueue(dict.fromkeys(ids, Pending(None, None)), False, False)
 
     def reserve_id(self) -> str:
-        """An ID that no job has, in any spelling. Waits for nothing: what is still being read is not looked at."""
+        """An ID that no job has, in any spelling. Waits for nothing.
+
+        Before the index is ready, and in a burst of more than `SPARE_IDS`, it is new by chance alone: that it is not,
+        for a million jobs, is one case in three million.
+        """
         with self._lock:
             taken = {job_id.lower() for job_id in self._pending}
             while True:
@@ -1978,11 +1890,10 @@ class JobStore:
                 self._wait_for_index(or_building=True)
             if self._is_building:
                 entry = self._find_in_file(job_id)
-                if entry is not None and (
-                    entry.job is None or entry.job.ended
-                ):  # another may be left by a dead process
+                # One that has not ended may be left by a dead process.
+                if entry is not None and (entry.job is None or entry.job.ended):
                     return entry.job
-            state, place = self._look(lambda view: view.place(job_id))
+            state, place = self._look(lambda view, _: (view.state, view.place(job_id)))
             if place is None:
                 return None
             entry = self._read(state, place)
@@ -1991,29 +1902,22 @@ class JobStore:
 
     def with_key(self, key: str) -> Optional[Job]:
         """The latest job with an idempotency key, None if there is none. Raises StoreError."""
-        _, job_id = self._look(lambda view: view.with_key(key))
+        job_id = self._look(lambda view, _: view.with_key(key))
         job = None if job_id is None else self.get(job_id)
         return job if job is not None and job.key == key else None
 
     def query(
-        self,
-        filter_: Filter,
-        limit: int,
-        cursor: Optional[str] = None,
-        skip: int = 0,
-        abandoned: Optional[threading.Event] = None,
+        self, filter_: Filter, limit: int, cursor: Optional[str] = None, skip: int = 0, abandoned: Abandoned = None
     ) -> Page:
         """The newest jobs that match: at most `limit`, without the first `skip`, or those that come after a page.
 
         Ends early, with none, once `abandoned` is set. Raises StoreError, InvalidCursor.
         """
         after = None if cursor is None else Cursor.parse(cursor)
-        before = self._pending_now()
 
-        def find(view: IndexView) -> List[Tuple[Place, Optional[Job]]]:
+        def find(view: IndexView, pending: Overlay) -> Tuple[IndexState, List[Tuple[Place, Optional[Job]]]]:
             below = view.top() + 1 if after is None else after.row_in(view)
-            pending = {**before, **self._pending_now()}
-            return find_with_changes(view, filter_, below, limit + 1, skip, pending, abandoned)
+            return view.state, find_with_changes(view, filter_, below, limit + 1, skip, pending, abandoned)
 
         state, found = self._look(find)
         jobs = []
@@ -2028,13 +1932,12 @@ class JobStore:
 
     def stats(self) -> Tuple[Dict[str, int], int]:
         """Jobs by status, and the bytes of all their files. Raises StoreError."""
-        before = self._pending_now()
 
-        def count(view: IndexView) -> Tuple[Dict[str, int], int]:
+        def count(view: IndexView, pending: Overlay) -> Tuple[Dict[str, int], int]:
             totals = view.totals()
             counts = {status: jobs for status, (jobs, _) in totals.items()}
             size = sum(size for _, size in totals.values())
-            for job_id, change in {**before, **self._pending_now()}.items():
+            for job_id, change in pending.items():
                 known = view.summary(job_id)
                 if known is not None:  # what the index says of it is no longer true
                     counts[known[0]] -= 1
@@ -2044,16 +1947,16 @@ class JobStore:
                         size += change.shown.bytes
             return counts, size
 
-        return self._look(count)[1]
+        return self._look(count)
 
     def expired(self, before: float, after: Optional[float] = None) -> List[str]:
         """IDs of ended jobs accepted between two times (Unix seconds, exclusive), oldest first. Raises StoreError."""
-        with self._lock:
-            pending = {
-                job_id for job_id, change in self._pending.items() if change.shown is None or not change.shown.ended
-            }
-        _, ids = self._look(lambda view: view.expired(before, after))
-        return [job_id for job_id in ids if job_id not in pending]
+
+        def find(view: IndexView, pending: Overlay) -> List[str]:
+            kept = {job_id for job_id, change in pending.items() if change.shown is None or not change.shown.ended}
+            return [job_id for job_id in view.expired(before, after) if job_id not in kept]
+
+        return self._look(find)
 
     def set_aside_ids(self) -> Optional[Set[str]]:
         """IDs of jobs in what was, or is to be, set aside; None if they cannot be told. Raises StoreError.
@@ -2062,7 +1965,7 @@ class JobStore:
         """
         folder, name = os.path.split(self.path)
         found: Set[str] = set()
-        if self._look(lambda view: view.damages())[1]:
+        if self._look(lambda view, _: view.damages()):
             return None
         try:
             for entry in os.listdir(folder):
@@ -2086,11 +1989,8 @@ class JobStore:
         called with each job that was ended so, once that is on disk, and is not to wait for anything.
         """
         with self._work:
-            if self._recovery is None and not self._closed:
-                self._recovery = Recovery(end, ended, uncancellable_future())
-            recovery = self._recovery
-        synced = self._sync()
-        return synced if recovery is None else recovery.done
+            self._recovery = self._recovery or (end, ended)
+            return self._sync()
 
     def idle(self, seconds: float = 60.0) -> bool:
         """Waits until nothing is left to be written, read or compacted. False if that takes too long."""
@@ -2108,16 +2008,11 @@ class JobStore:
 
     # What is in force, and what is found
 
-    def _pending_now(self) -> Dict[str, Pending]:
-        """Changes that the index may not have.
-
-        Who looks into it asks before, or he could miss what it has only since, and once more when he has it before him,
-        or he could see in it what `get` still keeps back.
-        """
+    def _pending_now(self) -> Overlay:
         with self._lock:
             return dict(self._pending)
 
-    def _change(self, changes: Dict[str, Pending], is_new: bool, is_patient: bool) -> Future:
+    def _enqueue(self, changes: Overlay, is_new: bool, is_patient: bool) -> Future:
         jobs = {job_id: change.job for job_id, change in changes.items()}
         written = uncancellable_future()
         with self._lock:
@@ -2130,17 +2025,20 @@ class JobStore:
         written.set_exception(StoreError("the store is closed"))
         return written
 
-    def _look(self, question: Callable[[IndexView], Any]) -> Tuple[IndexState, Any]:
-        """Asks an index that knows all that the file held when this was called. Raises StoreError."""
+    def _look(self, question: Callable[[IndexView, Overlay], Any]) -> Any:
+        """Asks an index that knows all that the file held when this was called. Raises StoreError.
+
+        `question` is given the changes that the index may not have, too. They are asked for before, or it could miss
+        what it has only since, and once more after, or it could see in it what `get` still keeps back.
+        """
         failures = 0
         while True:
-            index = self._index
+            index, before = self._index, self._pending_now()
             if index is not None and self._is_ready:
                 try:
                     with index.reading() as view:
-                        state = view.state
-                        if self._is_current(state):
-                            return state, question(view)
+                        if self._is_current(view.state):
+                            return question(view, {**before, **self._pending_now()})
                 except sqlite3.Error as error:
                     index.failure = error
                     failures += 1
@@ -2151,17 +2049,12 @@ class JobStore:
     def _wait_for_index(self, or_building: bool = False) -> None:
         """Until it knows what the file holds now, or until it is known that this takes long. Raises StoreError."""
         with self._work:
-            self._waiters += 1
-        try:
             synced = self._sync()
-            if or_building:
-                with self._work:
-                    self._work.wait_for(lambda: synced.done() or self._is_building)
-            if synced.done() or not or_building:
-                synced.result()
-        finally:
-            with self._work:
-                self._waiters -= 1
+            self._waiters += 1
+            self._work.wait_for(lambda: synced.done() or (or_building and self._is_building))
+            self._waiters -= 1
+        if synced.done():
+            synced.result()
 
     def _is_current(self, state: IndexState) -> bool:
         try:
@@ -2189,110 +2082,85 @@ class JobStore:
                 return None
 
     def _find_in_file(self, job_id: str) -> Optional[Entry]:
-        """A job that the index does not know yet."""
-        with self._reading:
-            journal = self._journal
-            try:
-                entry = None if journal.file is None else find_last_entry(journal.file, job_id)
-                if entry is not None:
-                    sync_file(journal.file)  # nobody is shown what a power cut may take back
-            except OSError as error:
-                raise StoreError.of(error) from None
-        return entry
+        """A job that the index does not know yet. By a descriptor of its own, for it may take long."""
+        file: Optional[int] = None
+        try:
+            file = open_regular(self.path)
+            entry = find_last_entry(file, job_id)
+            if entry is not None:
+                sync_file(file)  # nobody is shown what a power cut may take back
+            return entry
+        except OSError as error:
+            raise StoreError.of(error) from None
+        finally:
+            close_file(file)
 
-    # The thread and what it is asked for
+    # The store's thread
 
     def _sync(self) -> Future:
         """Has the index learn what it does not know yet. The Future ends when it does, or with StoreError."""
         with self._work:
-            if self._closed:
-                closed = uncancellable_future()
-                closed.set_exception(StoreError("the store is closed"))
-                return closed
-            if self._sync_wanted is None:
-                self._sync_wanted = uncancellable_future()
+            if self._sync_requested is None:
+                self._sync_requested = uncancellable_future()
                 self._work.notify_all()
-            return self._sync_wanted
+            return self._sync_requested
 
     def _has_work(self) -> bool:
-        return bool(self._queue or self._sync_wanted or self._syncing or self._compaction or self._closing)
+        return bool(self._queue or self._sync_requested or self._closing)
 
     def _run(self) -> None:
-        while True:
+        while not self._closed:
             with self._work:
                 self._is_busy = False
                 self._work.notify_all()
                 pause = max(0, self._retry_at - time.monotonic()) if self._retry else None
                 self._work.wait_for(self._has_work, pause)
                 self._is_busy = True
-                changes, self._queue = self._queue, []
-                self._closed = self._closing and not changes
-                if self._syncing is None and self._sync_wanted is not None:
-                    self._syncing, self._sync_wanted = (self._catch_up(), self._sync_wanted), None
+            self._step_began = time.monotonic()
             try:
-                if changes or (self._retry and (self._closed or time.monotonic() >= self._retry_at)):
-                    self._write(changes)
-                if self._closed:
-                    break
-                self._do_piece()
+                self._write_waiting()
+                self._catch_up_if_requested()
+                if self._is_worth_compacting():
+                    self._compact()
             except Exception:  # a fault of ours: everybody waits for this thread, so it goes on
                 log.exception("The store failed")
         self._end()
 
-    def _do_piece(self) -> None:
-        """A small piece of other work than writing."""
-        began = time.monotonic()
-        if self._syncing is not None:
-            self._step_sync(*self._syncing)
-        elif self._compaction is not None and next(self._compaction, self) is self:
-            self._compaction = None
-        self._yield_cpu(2 * (time.monotonic() - began))
+    def _pause(self) -> None:
+        """Between two steps of long work. Writes what waits, and raises StoreError if the store is to be closed.
 
-    def _step_sync(self, work: Iterator[None], done: Future) -> None:
-        try:
-            next(work)
-            return
-        except StopIteration:
-            failure = None
-        except Exception as error:
-            failure = error
-        if isinstance(failure, sqlite3.Error) and self._index is not None and self._index.path:
-            self._index.failure = failure
-            self._syncing = self._catch_up(), done  # with an index that is opened anew, or lies in memory at last
-            return
-        self._syncing = None
-        self._report("read", failure)
-        if failure is None:
-            done.set_result(None)
-            self._consider_compacting()
-        else:
-            failure = StoreError.of(failure)
-            with self._work:
-                if self._recovery is not None:  # which is due at the next look
-                    recovery = self._recovery
-                    self._recovery = recovery._replace(done=uncancellable_future())
-                    recovery.done.set_exception(failure)
-            done.set_exception(failure)
-
-    def _yield_cpu(self, seconds: float) -> None:
-        """Pauses between two pieces so that other threads get the interpreter; longer when nobody waits for us."""
-        with self._work:
-            if (self._syncing or self._compaction) and not (self._queue or self._closing):
-                self._work.wait(self.YIELD if self._waiters else seconds)
-
-    def _end(self) -> None:
-        with self._work:
-            left = [self._sync_wanted, self._syncing and self._syncing[1], self._recovery and self._recovery.done]
-        for future in [*filter(None, left), *self._patient]:
-            future.set_exception(StoreError("the store is closed"))
+        Gives other threads the interpreter, and for longer when nobody waits for this work.
+        """
         with self._work:
             self._work.notify_all()
-        self._compaction = self._syncing = None
-        self._let_go()
+            if not (self._queue or self._closing):
+                self._work.wait(self.YIELD if self._waiters else 2 * (time.monotonic() - self._step_began))
+        self._write_waiting()
+        if self._closing:
+            raise StoreError("the store is closed")
+        self._step_began = time.monotonic()
+
+    def _with_index(self, work: Callable[..., None], *args: Any) -> None:
+        """Does work again after trouble with the index alone: that is opened anew, and lies in memory at last."""
+        while True:
+            try:
+                return work(*args)
+            except sqlite3.Error as error:
+                if self._index is None or not self._index.path:
+                    raise
+                self._index.failure = error
+
+    def _end(self) -> None:
+        for future in (self._sync(), *(change.written for change in self._retry)):  # the first stays for later callers
+            if not future.done():
+                future.set_exception(StoreError("the store is closed"))
+        with self._work:
+            self._work.notify_all()
+        self._close_files()
         with contextlib.suppress(OSError):
-            os.unlink(self._alive.path)
-        self._alive.close()
-        self._between.close()
+            os.unlink(self._owner_lock.path)
+        self._owner_lock.close()
+        self._process_lock.close()
 
     def _report(self, what: str, error: Optional[BaseException]) -> None:
         """Logs a trouble when it begins and when it is over, not each time that it shows."""
@@ -2306,26 +2174,22 @@ class JobStore:
     @contextlib.contextmanager
     def _exclusive(self) -> Iterator[OpenJournal]:
         """Holds the lock between processes, with the file open that the name stands for now, and its index."""
-        with self._between:
+        with self._process_lock:
             file, index = self._journal.file, self._index
             if file is None or not is_same_file(self.path, file):
                 self._open()
             elif index is None or index.failure is not None or not index.is_in_place():
                 self._open_index()
-            try:
-                yield self._journal
-            except sqlite3.Error as error:
-                self._index.failure = error
-                raise
+            yield self._journal
 
     def _open(self) -> None:
-        self._let_go()
+        self._close_files()
         self._check()
-        self._alive.close()  # the data folder may be another one; nobody looks for this lock while we hold the other
-        self._alive.acquire()
+        self._owner_lock.close()  # the folder may be another one; nobody looks for this lock while we hold the other
+        self._owner_lock.acquire()
         try:
             file = self._open_file()
-        except (IsADirectoryError, PermissionError) as error:
+        except PermissionError as error:
             aside = quarantine(self.path)
             with contextlib.suppress(OSError):
                 copy_file(aside, self.path)
@@ -2339,8 +2203,6 @@ class JobStore:
         self._open_index()
 
     def _open_file(self) -> int:
-        if os.path.exists(self.path) and not os.path.isfile(self.path):
-            raise IsADirectoryError(errno.EISDIR, "it is no file", self.path)
         return os.open(self.path, os.O_RDWR | os.O_CREAT | BINARY, 0o666)
 
     def _open_index(self) -> None:
@@ -2371,7 +2233,7 @@ class JobStore:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path + ending)
 
-    def _let_go(self) -> None:
+    def _close_files(self) -> None:
         """Closes the file and the index."""
         with self._reading:
             self._journal.close()
@@ -2388,9 +2250,7 @@ class JobStore:
         with index.reading() as view:
             state = view.state
         status = os.fstat(journal.file)
-        if journal.access != (status.st_mode, status.st_uid, status.st_gid):  # somebody may have made it private
-            journal.access = (status.st_mode, status.st_uid, status.st_gid)
-            index.narrow_access(self.path)
+        index.narrow_access(self.path)  # somebody may have made it private
         if journal.needs_reading or not self._belongs(state, status):
             is_foreign = read_at(journal.file, 1, 0) != HEAD
             state = index.begin(journal.inode, 0 if is_foreign else len(HEAD), is_foreign)
@@ -2418,7 +2278,7 @@ class JobStore:
     def _note_time(self) -> None:
         """The file holds what the index knows, whatever its time says."""
         with contextlib.suppress(OSError, sqlite3.Error):
-            self._index.note(os.fstat(self._journal.file).st_mtime_ns)
+            self._index.update(mtime=os.fstat(self._journal.file).st_mtime_ns)
 
     def _quarantine(self, damages: List[Damage]) -> bool:
         """Sets damaged parts aside, if there is room."""
@@ -2428,19 +2288,34 @@ class JobStore:
             self._report("set aside where it is damaged", error)
             return False
         self._report("set aside where it is damaged", None)
-        log.warning(
-            "jobs.json is damaged in %d places, from byte %d on: %d bytes set aside in %s",
-            len(damages),
-            damages[0].offset,
-            sum(damage.length for damage in damages),
-            aside,
-        )
+        count, first, size = len(damages), damages[0].offset, sum(damage.length for damage in damages)
+        text = "jobs.json is damaged in %d places, from byte %d on: %d bytes set aside in %s"
+        log.warning(text, count, first, size, aside)
         return True
 
     # Reading
 
-    def _catch_up(self) -> Iterator[None]:
-        """Brings the index to the end of the file, a piece at a time, and recovers if that is due."""
+    def _catch_up_if_requested(self) -> None:
+        with self._work:
+            synced, self._sync_requested = self._sync_requested, None
+        if synced is None:
+            return
+        failure: Optional[Exception] = None
+        try:
+            self._with_index(self._catch_up)
+        except Exception as error:
+            failure = error
+        if not self._closing:
+            self._report("read", failure)
+        if failure is None:
+            synced.set_result(None)
+        else:
+            synced.set_exception(StoreError.of(failure))
+        with self._work:
+            self._work.notify_all()
+
+    def _catch_up(self) -> None:
+        """Brings the index to the end of the file, and recovers if that is due."""
         began = time.monotonic()
         while True:
             with self._exclusive() as journal:
@@ -2450,16 +2325,17 @@ class JobStore:
                     break
                 sync_file(journal.file)  # who wrote what follows may have ended, or failed, before that was done
                 self._is_building = end - state.indexed_to > self.LONG
-            yield from self._index_up_to(journal, state.indexed_to, end)
+            self._index_up_to(journal, state.indexed_to, end, self._pause)
         if time.monotonic() - began > 1:
-            log.info("jobs.json: %d jobs indexed in %.1f s", self._count(), time.monotonic() - began)
+            log.info("jobs.json was indexed in %.1f s", time.monotonic() - began)
 
-    def _index_up_to(self, journal: OpenJournal, start: int, end: int) -> Iterator[None]:
+    def _index_up_to(self, journal: OpenJournal, start: int, end: int, pause: Callable[[], None]) -> None:
+        """As far as nobody else does it."""
         for found, position in read_entries(journal.file, start, end):
-            if not self._index.add(start, found, position, checksum_before(journal.file, position)):
+            if not self._index.add(journal.inode, start, found, position, checksum_before(journal.file, position)):
                 return
-            start = self._position = position
-            yield
+            start = self.progress = position
+            pause()
             if journal.file is None:
                 return
 
@@ -2468,7 +2344,7 @@ class JobStore:
             damages = view.damages()
         if damages and self._quarantine(damages):
             self._index.forget_damages()
-        recovered = self._recover()
+        self._recover()
         if state.mtime != os.fstat(journal.file).st_mtime_ns:
             self._note_time()
         with self._lock:
@@ -2478,321 +2354,291 @@ class JobStore:
             self._find_spare_ids(view)
         self._index_failures = 0
         self._is_ready, self._is_building = True, False
-        if recovered is not None:
-            recovered.set_result(None)
 
     # Writing
 
+    def _write_waiting(self) -> None:
+        with self._work:
+            changes, self._queue = self._queue, []
+            self._closed = self._closing and not changes
+        if changes or (self._retry and (self._closed or time.monotonic() >= self._retry_at)):
+            self._write(changes)
+
     def _write(self, changes: List[Change]) -> None:
-        latest = dict(self._retry)
+        changes, self._retry = [*self._retry, *changes], []
+        latest: Dict[str, Optional[Job]] = {}
         for change in changes:
             latest.update(change.jobs)
         try:
-            self._append_all(latest)
+            self._with_index(self._append_all, latest)
         except Exception as error:
             self._fail(changes, error)
             return
         self._report("written", None)
-        self._trouble = ""
-        written, self._retry, self._patient = self._patient, {}, []
-        for future in [*written, *(change.written for change in changes)]:
-            future.set_result(None)
-        self._consider_compacting()
+        self.trouble = ""
+        for change in changes:
+            if not change.written.done():
+                change.written.set_result(None)
 
     def _append_all(self, jobs: Dict[str, Optional[Job]]) -> None:
-        """Appends changes to the file as it is now. Trouble with the index alone costs none."""
-        while True:
-            try:
-                with self._exclusive() as journal:
-                    state, end = self._find_end()
-                    is_indexed = state.indexed_to == end or self._index_neighbours(journal, state.indexed_to, end)
-                    self._append(jobs, end, is_indexed)
-                    self._is_ready = self._is_ready or (is_indexed and self._recovery is None)
-                    return
-            except sqlite3.Error:
-                if not self._index.path:  # otherwise with one that is opened anew, or lies in memory at last
-                    raise
-
-    def _index_neighbours(self, journal: OpenJournal, start: int, end: int) -> bool:
-        """Has the index know what other processes wrote, unless that would take long."""
-        if end - start > JOURNAL_CHUNK:
-            return False
-        sync_file(journal.file)  # as in `_catch_up`
-        try:
-            for _ in self._index_up_to(journal, start, end):
-                pass
-        except sqlite3.OperationalError as error:
-            if not is_locked(error):
-                raise
-        return self._indexed_to() == end
+        """Appends changes to the file as it is now."""
+        with self._exclusive():
+            self._append(jobs)
 
     def _fail(self, changes: List[Change], error: Exception) -> None:
         """What could not be written is tried again, unless it is new."""
         cause = error.__cause__ if isinstance(error, NotUndone) else error
         self._report("written", cause)
-        self._trouble = reason_of(cause)
+        self.trouble = reason_of(cause)
         self._retry_at = time.monotonic() + self.RETRY
         for change in changes:
-            if change.is_new:
-                self._give_up(change.jobs, isinstance(error, NotUndone))
+            if not change.is_new:
+                self._retry.append(change)
+            elif isinstance(error, NotUndone):  # it may stand in the file all the same, and must go from there
+                self._retry.append(change._replace(jobs=dict.fromkeys(change.jobs), is_new=False))
+                with self._lock:
+                    self._pending.update(dict.fromkeys(change.jobs, Pending(None, None)))
             else:
-                self._retry.update(change.jobs)
-            if change.is_patient:
-                self._patient.append(change.written)
-            else:
+                self._give_up(change.jobs)
+            if not (change.is_patient or change.written.done()):
                 change.written.set_exception(StoreError.of(cause))
 
-    def _give_up(self, jobs: Dict[str, Optional[Job]], is_appended: bool) -> None:
-        """A new job could not be stored. If it may stand in the file all the same, it must go from there."""
+    def _give_up(self, jobs: Dict[str, Optional[Job]]) -> None:
+        """New jobs could not be stored."""
         with self._lock:
             for job_id, job in jobs.items():
-                if is_appended:
-                    self._retry[job_id] = None
-                    self._pending[job_id] = Pending(None, None)
-                elif job_id in self._pending and self._pending[job_id].job is job:
+                if job_id in self._pending and self._pending[job_id].job is job:
                     del self._pending[job_id]
 
-    def _append(self, jobs: Dict[str, Optional[Job]], end: int, is_indexed: bool, is_awaited: bool = False) -> None:
+    def _append(self, jobs: Dict[str, Optional[Job]]) -> None:
         """Appends entries, has them written to disk, and then shows what they say. Raises OSError, NotUndone.
 
         The caller holds the lock until then: no other process shows what a power cut may take back. Who looks meanwhile
-        does not see them, or waits for them if they are to be awaited.
+        does not see them.
         """
-        file = self._journal.file
-        self._is_appending = is_indexed and not is_awaited
+        state, end = self._find_end()
+        self._is_appending = is_indexed = state.indexed_to == end
         try:
-            entries = append_entries(file, end, jobs)
-            try:
-                sync_file(file)
-            except OSError as error:
-                cut_end(file, end)
-                raise NotUndone(error.errno, error.strerror) from error
+            entries, end = self._write_entries(jobs, end)
             if is_indexed:
-                is_indexed = self._index_own(entries, end)
+                is_indexed = self._index_own(entries, state, end)
         except OSError:
             self._note_time()
             raise
         finally:
             self._is_appending = False
         with self._lock:
-            for entry in entries:
-                pending = self._pending.get(entry.id)
-                if pending is None or pending.job is not entry.job:
+            for job_id, job in jobs.items():
+                pending = self._pending.get(job_id)
+                if pending is None or pending.job is not job:
                     continue  # a later change is in force
                 if is_indexed:
-                    del self._pending[entry.id]
+                    del self._pending[job_id]
                 else:
-                    self._pending[entry.id] = Pending(entry.job, entry.job, is_stored=True)
+                    self._pending[job_id] = Pending(job, job, is_stored=True)
+        if not is_indexed:  # as what a neighbour has written before
+            self._sync()
+        elif self._recovery is None:
+            self._is_ready = True
 
-    def _index_own(self, entries: List[Entry], start: int) -> bool:
-        """Has the index know entries that this process has just appended. They are stored, whatever becomes of it."""
-        file, end = self._journal.file, entries[-1].offset + entries[-1].length
+    def _write_entries(self, jobs: Dict[str, Optional[Job]], end: int) -> Tuple[List[Entry], int]:
+        """Returns the entries, and where the last one ends."""
+        file = self._journal.file
+        records = {job_id: b"null" if job is None else record_of(job) for job_id, job in jobs.items()}
+        offsets, new_end = append_records(file, end, records)
         try:
-            return self._index.add(start, entries, end, checksum_before(file, end), os.fstat(file).st_mtime_ns)
-        except Exception as error:  # they are read again from the file
-            if not is_locked(error):
-                self._index.failure = error
+            sync_file(file)
+        except OSError as error:
+            cut_end(file, end)
+            raise NotUndone(error.errno, error.strerror) from error
+        return [Entry(job_id, jobs[job_id], offsets[job_id], len(records[job_id])) for job_id in jobs], new_end
+
+    def _index_own(self, entries: List[Entry], state: IndexState, end: int) -> bool:
+        """Has the index know entries that are stored, whatever becomes of this: they are read again from the file."""
+        file = self._journal.file
+        try:
+            mtime = os.fstat(file).st_mtime_ns
+            return self._index.add(state.inode, state.indexed_to, entries, end, checksum_before(file, end), mtime)
+        except Exception as error:
+            self._index.failure = error
             return False
 
-    def _consider_compacting(self) -> None:
+    # Compacting
+
+    def _is_worth_compacting(self) -> bool:
+        if self._index is None or self._closing:
+            return False
         try:
             with self._index.reading() as view:
                 self._find_spare_ids(view)
                 state, live = view.state, view.count()
         except sqlite3.Error as error:
             self._index.failure = error
-            return
-        if self._compaction is None and self._syncing is None and time.monotonic() >= self._compact_at:
-            if state.needs_rewrite or state.entries - live > live + self.MIN_DEAD_ENTRIES:
-                self._compaction = self._compact()
+            return False
+        is_worth = state.needs_rewrite or state.entries - live > live + self.MIN_DEAD_ENTRIES
+        return is_worth and time.monotonic() >= self._compact_at
 
-    # Compacting
-
-    def _compact(self) -> Iterator[None]:
-        """Writes the live entries to a new file, a piece at a time, and puts it in the place of the old."""
-        copy: Optional[JournalCopy] = None
+    def _compact(self) -> None:
+        """Writes the live entries to a new file, step by step, and puts it in the place of the old."""
         self._compact_at = time.monotonic() + self.COMPACT_RETRY  # unless it succeeds
+        copy: Optional[JournalCopy] = None
         try:
-            yield from self._catch_up()
-            journal, state = self._journal, self._begin_compaction()
-            if state is None:
-                return
-            copy, side = JournalCopy(f"{self.path}.{self.owner}.part", self.path, state.indexed_to), 1 - state.side
-            yield from self._copy_live(journal, side, copy)
-            while self._indexed_to() - copy.source_end > JOURNAL_CHUNK // 8:
-                yield from self._copy_tail(journal, side, copy, self._indexed_to())
-            sync_file(copy.file)
-            yield
-            with self._exclusive() as now:
-                state, end = self._find_end()
-                is_indexed = state.indexed_to == end or self._index_neighbours(now, state.indexed_to, end)
-                if now is not journal or state.compactor != self.owner or not is_indexed:
-                    raise StoreError("it was changed meanwhile")
-                for _ in self._copy_tail(journal, side, copy, end):
-                    pass
-                self._replace(copy, state)
+            self._catch_up()
+            with self._exclusive() as journal:
+                with self._index.reading() as view:
+                    state, damages = view.state, view.damages()
+                if damages:
+                    return  # they could not be set aside, and would be gone
+                self._index.update(compactor=self.owner)  # a process that has begun before gives up
+            if state.needs_rewrite:
+                log.warning("jobs.json was not as this program writes it: it is written anew")
+            copy = JournalCopy(f"{self.path}.{self.owner}.part", self.path, state.indexed_to)
+
+            def pause() -> None:
+                sync_file(copy.file)  # often, so that no sync takes long
+                self._pause()
+                self._catch_up_if_requested()
+                if journal.file is None:
+                    raise StoreError("it was replaced meanwhile")
+
+            self._copy_live(journal, copy, pause)
+            for _ in range(self.TAIL_ROUNDS):  # each leaves less, but there may be no end of it
+                self._copy_tail(journal, copy, self._indexed_to(), pause)
+            self._copy_rest(journal, copy)
             self._compact_at = 0.0
         except Exception as error:
-            log.warning("jobs.json could not be compacted, it will be tried again: %s", error)
+            if not self._closing:
+                log.warning("jobs.json could not be compacted, it will be tried again: %s", error)
         finally:
             if copy is not None:
                 copy.discard()
-            if self._index is not None:
-                with contextlib.suppress(sqlite3.Error):  # whoever comes next looks whether we are gone
-                    self._index.abandon_move(self.owner)
 
     def _indexed_to(self) -> int:
         with self._index.reading() as view:
             return view.state.indexed_to
 
-    def _count(self) -> int:
-        with self._index.reading() as view:
-            return view.count()
-
-    def _begin_compaction(self) -> Optional[IndexState]:
-        """None if something damaged could not be set aside, and would be gone, or while another process compacts."""
-        with self._exclusive():
-            with self._index.reading() as view:
-                state, damages = view.state, view.damages()
-            is_free = state.compactor in ("", self.owner) or self._is_gone(state.compactor)
-            if damages or not is_free:
-                return None
-            self._index.begin_move(self.owner)
-        if state.needs_rewrite:
-            log.warning("jobs.json was not as this program writes it: it is written anew, with %d jobs", self._count())
-        return state
-
-    def _copy_live(self, journal: OpenJournal, side: int, copy: "JournalCopy") -> Iterator[None]:
+    def _copy_live(self, journal: OpenJournal, copy: JournalCopy, pause: Callable[[], None]) -> None:
         """Copies the record of each job, in order of acceptance."""
-        with self._index.reading() as view:
-            row, top = 0, view.top()
-        while row < top:
+        row = 0
+        while True:
             with self._index.reading() as view:
-                places = view.places(row, top, self.COPIED_AT_ONCE)
+                places = view.places(row, self.COPIED_AT_ONCE)
             if not places:
                 return
-            self._copy(journal, side, copy, places)
+            self._copy(journal, copy, places)
             row = places[-1].row
-            yield
+            pause()
 
-    def _copy_tail(self, journal: OpenJournal, side: int, copy: "JournalCopy", end: int) -> Iterator[None]:
+    def _copy_tail(self, journal: OpenJournal, copy: JournalCopy, end: int, pause: Callable[[], None]) -> None:
         """Copies what was appended meanwhile."""
         for found, position in read_entries(journal.file, copy.source_end, end):
-            self._copy(journal, side, copy, [entry for entry in found if isinstance(entry, Entry)])
+            self._copy(journal, copy, [entry for entry in found if isinstance(entry, Entry)])
             copy.source_end = position
-            yield
-            if journal.file is None:
-                return
+            pause()
 
-    def _copy(self, journal: OpenJournal, side: int, copy: "JournalCopy", entries: List[Union[Entry, Place]]) -> None:
-        """Raises StoreError if the old file, or the index, is another one by now."""
-        if journal.file is None:
-            raise StoreError("it was replaced meanwhile")
-        offsets = []
-        for entry in entries:
-            record = read_at(journal.file, entry.length, entry.offset)
+    def _copy_rest(self, journal: OpenJournal, copy: JournalCopy) -> None:
+        """Copies what is left and replaces the file, while nobody can append to it."""
+        with self._exclusive() as now:
+            state, end = self._find_end()
+            self._index_up_to(now, state.indexed_to, end, lambda: None)
+            if now is not journal or state.compactor != self.owner or self._indexed_to() != end:
+                raise StoreError("it was changed meanwhile")
+            self._copy_tail(journal, copy, end, lambda: None)
+            self._replace(copy, state)
+
+    def _copy(self, journal: OpenJournal, copy: JournalCopy, entries: Sequence[Union[Entry, Place]]) -> None:
+        """Raises StoreError if these are no entries, or the index is another one by now."""
+        records = {entry.id: read_at(journal.file, entry.length, entry.offset) for entry in entries}
+        for job_id, record in records.items():
             try:
-                parse_entry(entry.id, record, 0)
+                parse_entry(job_id, record, 0)
             except (ValueError, RecursionError):
                 journal.needs_reading = True
                 raise StoreError("it was changed meanwhile") from None
-            offsets.append((copy.add(entry.id, record), entry.id))
-        copy.flush()
-        if not self._index.move(self.owner, side, offsets):
-            raise StoreError("its index was made anew meanwhile")
+            records[job_id] = record.replace(b"\n", b" ")  # it may have been laid out in another way
+        if not self._index.move(self.owner, copy.add(records)):
+            raise StoreError("another process compacts it, or its index was made anew meanwhile")
 
-    def _replace(self, copy: "JournalCopy", state: IndexState) -> None:
+    def _replace(self, copy: JournalCopy, state: IndexState) -> None:
         """Puts the new file in the place of the old, and has the index know it."""
-        old = self._journal
-        copy.flush(is_end=True)
         give_access(copy.file, access_of(self.path))  # somebody may have made it private meanwhile
         sync_file(copy.file)
         with self._reading:
-            if LOCKS_OPEN_FILES:
-                old.close()
-                copy.close()
-            try:
-                os.replace(copy.path, self.path)
-            except OSError:
-                old.file = self._open_file() if old.file is None else old.file
-                raise
-            file = self._open_file() if copy.file is None else copy.file
-            copy.file = None
-            old.close()
-            self._journal = OpenJournal(file)
+            # Some systems replace no open file. What fails here leaves jobs.json to be opened anew.
+            self._journal.close()
+            copy.close()
+            os.replace(copy.path, self.path)
+            self._journal = OpenJournal(self._open_file())
         sync_folder(os.path.dirname(self.path))
-        self._index.end_move(
-            state._replace(
-                inode=self._journal.inode,
-                indexed_to=copy.end,
-                checksum=checksum_before(file, copy.end),
-                mtime=os.fstat(file).st_mtime_ns,
-                entries=copy.entries,
-                needs_rewrite=False,
-                side=1 - state.side,
-                compactor="",
-            )
+        file = self._journal.file
+        self._index.update(
+            inode=self._journal.inode,
+            indexed_to=copy.end,
+            checksum=checksum_before(file, copy.end),
+            mtime=os.fstat(file).st_mtime_ns,
+            entries=copy.entries,
+            needs_rewrite=False,
+            side=1 - state.side,
+            compactor="",
         )
 
     # Jobs of processes that are gone
 
-    def _recover(self) -> Optional[Future]:
-        """Ends them if that is due, and returns the Future of that. Raises StoreError if they cannot be read."""
+    def _recover(self) -> None:
+        """Ends them if that is due. Raises StoreError if they cannot be read."""
         with self._work:
             recovery, self._recovery = self._recovery, None
         if recovery is None:
-            return None
+            return
         try:
-            self._end_left(recovery)
+            self._end_left(*recovery)
         except Exception:
             with self._work:
                 self._recovery = self._recovery or recovery
             raise
-        return recovery.done
 
-    def _end_left(self, recovery: Recovery) -> None:
-        with self._index.reading() as view:
-            state, places = view.state, view.unfinished()
-        with self._lock:
-            pending = dict(self._pending)
-        entries = {place.id: None if place.id in pending else self._read(state, place) for place in places}
-        found = [
-            pending[job_id].shown if job_id in pending else entry and entry.job for job_id, entry in entries.items()
-        ]
-        jobs = [job for job in found if job is not None]
-        gone = {owner: self._is_gone(owner) for owner in {job.owner for job in jobs}}
-        left: Dict[str, Pending] = {}
-        failure: Optional[StoreError] = None
-        for job in jobs:
-            try:
-                if gone[job.owner] and not job.ended:
-                    left[job.id] = Pending(recovery.end(job), job)
-            except StoreError as error:  # it is temporary: it is tried again at the next look
-                failure = error
-        self._report("completed by what lies in images/", failure and (failure.__cause__ or failure))
+    def _end_left(self, end: Callable[[Job], Job], ended: Callable[[Job], None]) -> None:
+        left = self._left_behind(end)
         with contextlib.suppress(OSError):
             self._remove_leftovers()
         if not left:
             return
-        ended = {job_id: change.job for job_id, change in left.items()}
+        changed = {job_id: change.job for job_id, change in left.items()}
+
+        def tell(written: Future) -> None:
+            for job in changed.values() if written.exception() is None else ():
+                ended(job)
+
+        change = Change(changed, False, True, uncancellable_future())
+        change.written.add_done_callback(tell)
         try:
-            self._append(ended, state.indexed_to, is_indexed=True, is_awaited=True)
-            log.warning("%d jobs that a webui left behind have ended: %s", len(left), self._by_status(ended.values()))
-            recovery.tell(ended)
+            self._append(changed)
+            statuses = Counter(job.status for job in changed.values())
+            ends = ", ".join(f"{statuses[status]} {status}" for status in ENDED if status in statuses)
+            log.warning("%d jobs that a webui left behind have ended: %s", len(left), ends)
+            change.written.set_result(None)
         except OSError as error:
-            self._report("written", error)
-            written = uncancellable_future()
-            written.add_done_callback(lambda written: written.exception() or recovery.tell(ended))
-            self._patient.append(written)
             with self._lock:
                 self._pending.update(left)
-            self._retry.update(ended)
-            self._retry_at = time.monotonic() + self.RETRY
+            self._fail([change], error)
 
-    @staticmethod
-    def _by_status(jobs: Iterable[Optional[Job]]) -> str:
-        statuses = [job.status for job in jobs if job is not None]
-        return ", ".join(f"{statuses.count(status)} {status}" for status in ENDED if status in statuses)
+    def _left_behind(self, end: Callable[[Job], Job]) -> Overlay:
+        """The unfinished jobs of processes that are gone, each with its end."""
+        with self._index.reading() as view:
+            state, places = view.state, view.unfinished()
+        pending, is_gone = self._pending_now(), functools.lru_cache(maxsize=None)(self._is_gone)
+        left: Overlay = {}
+        failure: Optional[StoreError] = None
+        for place in places:
+            entry = None if place.id in pending else self._read(state, place)
+            job = pending[place.id].shown if place.id in pending else entry and entry.job
+            try:
+                if job is not None and not job.ended and is_gone(job.owner):
+                    left[job.id] = Pending(end(job), job)
+            except StoreError as error:  # it is temporary: it is tried again at the next look
+                failure = error
+        self._report("completed by what lies in images/", failure and (failure.__cause__ or failure))
+        return left
 
     def _is_gone(self, owner: Optional[str]) -> bool:
         """Whether a process has ended: then its lock can be had."""

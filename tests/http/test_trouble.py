@@ -256,19 +256,6 @@ def test_day_folder_is_a_link(elsewhere, tmp_path):
         assert list(tmp_path.iterdir()) == []
 
 
-def test_jobs_json_replaced_by_a_folder(elsewhere):
-    """It is set aside, and a new file begun."""
-    assert_tracks(elsewhere)
-    path = elsewhere.data / "jobs.json"
-    path.unlink()
-    path.mkdir()
-    position = len(elsewhere.log)
-    assert elsewhere.post(body()).json()["images"]
-    assert_tracks(elsewhere)
-    assert path.is_file()
-    assert any("set aside" in line for line in own_lines(elsewhere, position))
-
-
 @pytest.fixture
 def small_disk(tmp_path):
     with mounted(tmp_path / "small", "size=1m"):

@@ -411,6 +411,30 @@ def test_the_first_build_keeps_nobody_waiting(script, opened, index, dice):
     assert len(every(script, store)) == len(jobs) + 1
 
 
+def test_a_look_through_the_file_keeps_nobody_from_it(script, opened, index, dice, monkeypatch):
+    """Who asks for an unknown job while the index is made has the whole file read."""
+    jobs = [completed(a_job(script, dice)) for _ in range(20_000)]
+    (index.parent / "jobs.json").write_bytes(lines(script, *jobs))
+    find_last_entry, begun, gate = script.find_last_entry, threading.Event(), threading.Event()
+
+    def find(file: int, job_id: str) -> Any:
+        if job_id == "Unknown0":
+            begun.set()
+            assert gate.wait(60)
+        return find_last_entry(file, job_id)
+
+    monkeypatch.setattr(script, "find_last_entry", find)
+    store = opened()
+    with ThreadPoolExecutor(1) as pool:
+        unknown = pool.submit(store.get, "Unknown0")
+        try:
+            assert begun.wait(20)
+            assert within(20, store.get, jobs[7].id) == jobs[7]
+        finally:
+            gate.set()
+        assert unknown.result(60) is None
+
+
 def test_the_first_build_shows_no_job_that_a_dead_process_left_as_if_it_ran(script, opened, index, dice):
     left = a_job(script, dice, status="Processing", owner="deadbeef")
     jobs = [completed(a_job(script, dice)) for _ in range(20_000)]
