@@ -2466,7 +2466,7 @@ class JobStore:
     # Compacting
 
     def _is_worth_compacting(self) -> bool:
-        if self._index is None or self._closing:
+        if self._index is None or self._closing or self._troubles.get("read") or self._troubles.get("written"):
             return False
         try:
             with self._index.reading() as view:
