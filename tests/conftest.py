@@ -16,7 +16,7 @@ import pytest
 from inside import load_script, make_tracker
 
 import harness
-from harness import AUTH, MODE_FLAGS, MODES, Webui
+from harness import AUTH, MODE_FLAGS, MODES, ONCE, Webui
 
 Start = Callable[..., Webui]
 NewTracker = Callable[..., Any]
@@ -42,7 +42,6 @@ def pytest_configure(config: pytest.Config) -> None:
 SLOW = ("test_cost", "test_load")
 # Every client, proxy and gateway there is, and what takes minutes: what they promise is tested elsewhere, too.
 ALL_ONLY = ("test_gateways", "test_proxies", "test_soak")
-ONCE = "EACH_PROMISE_ONCE"  # in the environment, so that the processes of pytest-xdist know it too
 MODE_PARAMETERS = ("mode", "webui", "guarded", "every_webui", "off")
 
 
