@@ -19,6 +19,7 @@ pytest.importorskip("uvloop")
 FILES = ("requests", "failures", "wait", "async", "cancel", "leaving", "image_route", "proxies")
 
 
+@pytest.mark.all_only
 @pytest.mark.skipif(SERVER == "httptools", reason="all of this runs on it already")
 def test_all_of_http():
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]

@@ -23,7 +23,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from inside import SmallWebui, a_job, load_script, make_tracker, pixels, when_ended
 
-from harness import QUICK, Sent, Webui, body, until
+from harness import QUICK, Sent, Webui, body, fewer, until
 
 SCRIPT = load_script()
 PIECE = 1 << 20  # bytes: at most so much is made at once
@@ -40,7 +40,7 @@ JSON = st.recursive(
 LAYOUT = st.sampled_from([{}, {"indent": 2}, {"separators": (",", ":")}, {"separators": (" ,\t", "\r\n: ")}])
 
 
-@hypothesis_settings(max_examples=300, deadline=None)
+@hypothesis_settings(max_examples=fewer(300), deadline=None)
 @given(st.dictionaries(st.text(), JSON, max_size=6), LAYOUT, st.booleans(), st.text('\\"x', max_size=700))
 def test_places_of_members(data, layout, ascii_only, text):
     data["text"] = text
@@ -102,7 +102,7 @@ def test_brief_parameters_are_bounded(name):
     assert found and len(SCRIPT.as_json(alone)) < 1.1 * SCRIPT.BRIEF_SIZE
 
 
-@hypothesis_settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@hypothesis_settings(max_examples=fewer(200), deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.dictionaries(st.text(max_size=9), JSON, max_size=9), st.sampled_from([20, 100, 300, 1 << 16]))
 def test_any_brief_parameters(parameters, size):
     script = load_script()
