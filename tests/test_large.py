@@ -62,7 +62,9 @@ def test_no_places(data):
 
 
 @pytest.mark.parametrize(
-    "value", ['"' + "x" * 3_000_000 + '"', '"' + '\\"' * 1_500_000 + '"', "[" + "[],1," * 600_000 + "1]"]
+    "value",
+    ['"' + "x" * 3_000_000 + '"', '"' + '\\"' * 1_500_000 + '"', "[" + "[],1," * 600_000 + "1]"],
+    ids=lambda value: ascii(value[:20]),
 )
 def test_places_are_found_in_a_time_that_grows_with_size(value):
     taken = []

@@ -69,6 +69,7 @@ def become(request):
     """Makes the fork look as if launch.py had been started by itself."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     nothing = os.open(os.devnull, os.O_RDONLY)
     log = os.open(request["log"], os.O_WRONLY | os.O_APPEND)
     for source, target in ((nothing, 0), (log, 1), (log, 2)):
@@ -82,7 +83,8 @@ def become(request):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the tests, which still need their webuis to end well
+    for number in (signal.SIGINT, signal.SIGTERM):  # they are for the tests, which end their webuis, and then this
+        signal.signal(number, signal.SIG_IGN)
     import_packages()
     become(serve())
     runpy.run_path(LAUNCH, run_name="__main__")
