@@ -17,7 +17,7 @@ from clock import Clock
 from inside import load_script, make_tracker
 
 import harness
-from harness import AUTH, MODE_FLAGS, MODES, ORIGIN, Start, Webui
+from harness import AUTH, MODE_FLAGS, MODES, ONCE, ORIGIN, Start, Webui
 
 NewTracker = Callable[..., Any]
 
@@ -40,7 +40,6 @@ def pytest_configure(config: pytest.Config) -> None:
 SLOW = ("test_cost", "test_load")
 # Every client, proxy and gateway there is, and what takes minutes: what they promise is tested elsewhere, too.
 ALL_ONLY = ("test_gateways", "test_proxies", "test_soak")
-ONCE = "EACH_PROMISE_ONCE"  # in the environment, so that the processes of pytest-xdist know it too
 MODE_PARAMETERS = ("mode", "webui", "guarded", "every_webui", "off")
 
 

@@ -35,6 +35,7 @@ except ImportError:
 from inside import a_job, a_prompt, completed, load_script, make_tracker, until
 
 Progress = Callable[[str, float], None]
+SECONDS_BESIDE = 10.0  # that the event loop is looked at beside two searches, and beside none
 
 
 class Figure(NamedTuple):
@@ -329,7 +330,7 @@ def beside(jobs: int, progress: Progress) -> List[Figure]:
                     store.query(script.Filter(q="not there"), 50)
 
         async def tick() -> None:
-            end = time.perf_counter() + 10
+            end = time.perf_counter() + SECONDS_BESIDE
             while time.perf_counter() < end:
                 began = time.perf_counter()
                 await asyncio.sleep(0.001)

@@ -7,6 +7,7 @@ import pytest
 
 
 @pytest.mark.parametrize("bench", bench_store.BENCHES.values(), ids=bench_store.BENCHES)
-def test_benches(bench):
+def test_benches(bench, monkeypatch):
+    monkeypatch.setattr(bench_store, "SECONDS_BESIDE", 0.5)
     figures = bench(2_000, lambda text, share: None)
     assert all(figure.measured for figure in figures)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 
@@ -9,21 +10,23 @@ import crash
 import lossy
 import pytest
 
+from harness import fewer
+
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 
 @needs_fork
 def test_trackers_are_killed():
-    print(crash.trackers(20, print))
+    print(crash.trackers(fewer(20), print))
 
 
 @needs_fork
 def test_neighbours_are_killed():
-    print(crash.neighbours(25, print))
+    print(crash.neighbours(fewer(25), print))
 
 
 def test_the_power_is_cut():
-    print(crash.power(400, print, random.Random()))
+    print(crash.power(fewer(400), print, random.Random()))
 
 
 FORGETFUL = {  # what is not synced: by whether it is a folder, and its name
@@ -49,7 +52,8 @@ def test_who_forgets_to_sync_is_found(monkeypatch, forgotten):
 
     monkeypatch.setattr(lossy.Recorder, "open", open_and_note)
     monkeypatch.setattr(lossy.Recorder, "fsync", forget)
-    with pytest.raises(AssertionError, match="gone|has not all its images|was Completed and is"):
+    found = "gone|has not all its images|was Completed and is|Expecting"  # the last of a jobs.json that lost its begin
+    with pytest.raises((AssertionError, json.JSONDecodeError), match=found):
         crash.power(5000, print, random.Random())
 
 

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from harness import CLOSE, MODES, QUICK, Page, Sent, Webui, body, status_of, strictly, until
+from harness import CLOSE, MODES, QUICK, Page, Sent, Webui, body, fewer, status_of, strictly, until
 
 pytestmark = pytest.mark.one_mode
 
@@ -93,7 +93,7 @@ METHOD = st.sampled_from(["GET"] * 6 + ["HEAD", "POST", "PUT", "PATCH", "OPTIONS
 
 
 @pytest.mark.usefixtures("quiet")
-@hypothesis_settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@hypothesis_settings(max_examples=fewer(300), deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(METHOD, PATH, QUERY, st.lists(st.tuples(FIELD, VALUE), max_size=4))
 @example("GET", "/sdapi/v1/jobs", ["limit=1", "cursor={cursor}"], [])
 @example("GET", "/sdapi/v1/jobs", ["limit=1"], [("Host", "[")])

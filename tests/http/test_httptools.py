@@ -22,6 +22,7 @@ FILES = (
 )
 
 
+@pytest.mark.all_only
 @pytest.mark.skipif(SERVER == "httptools", reason="all of this runs on it already")
 def test_all_of_http():
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]

@@ -114,7 +114,7 @@ def test_crash_at_any_moment(start):
 
 @MODE
 def test_terminated_while_idle(start, mode):
-    webui = start(*MODE_FLAGS[mode])
+    webui = start(*MODE_FLAGS[mode], cold=True)
     answer = webui.post(body())
     job_id = answer.headers["X-Job-ID"]
     webui.job(job_id, wait=30)
@@ -209,7 +209,7 @@ def test_reload_again_and_again(start):
 
 def test_switching_at_run_time(start):
     """config.json is looked at again and again: a job that began tracked ends tracked."""
-    webui = start(*MODE_FLAGS[MODES[0]], tracking=None)
+    webui = start(*MODE_FLAGS[MODES[0]], tracking=None, constants={"LOOK_EVERY": 0.1})
     assert "X-Job-ID" not in webui.post(body()).headers
     config = webui.extension / "config.json"
     assert json.loads(config.read_text()) == {"enabled": False, "retention_days": 30}

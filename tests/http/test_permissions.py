@@ -23,7 +23,8 @@ def test_the_umask_decides(start, tmp_path, umask):
     data = tmp_path / "data"
     before = os.umask(umask)
     try:
-        webui = start(*QUICK, tracking="variable", environ={"TRACKER_DATA_DIR": str(data)}, prepare=prepare)
+        environ = {"TRACKER_DATA_DIR": str(data)}
+        webui = start(*QUICK, tracking="variable", environ=environ, prepare=prepare, cold=True)
     finally:
         os.umask(before)
     job_id = webui.post(body(batch_size=2)).headers["x-job-id"]

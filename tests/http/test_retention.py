@@ -23,6 +23,7 @@ def test_over_a_restart(start, clock):
     running = sent.head()[1]["x-job-id"]
     until(lambda: running in webui.records())
     webui.kill()
+    time.sleep(1.1)  # the times of jobs are whole seconds: the running one is to be from before this start
     webui.start()
     purges = until(lambda: [line for line in webui.our_log() if "Purge: removed" in line], what="the purge")
     assert len(purges) == 1

@@ -13,7 +13,7 @@ import httpx
 import pytest
 from system import System
 
-from harness import KINDS, MODE_FLAGS, MODES, Page, Start, Webui, body, open_files, until
+from harness import KINDS, MODE_FLAGS, MODES, Page, Start, Webui, body, fewer, open_files, until
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells which file a descriptor is of")
 
@@ -199,7 +199,7 @@ os.pwrite = write_slowly
 
 def test_a_disk_that_is_slow(start):
     """It answers all the time: whatever waits for it is stored in the end."""
-    size, count = 4 << 20, 6
+    size, count = 2 << 20, 6
     constants = {"UNSTORED_LIMIT": 2 * size}
     webui = start(*MODE_FLAGS[MODES[-1]], scripts={"z-slow-disk": SLOW_DISK}, constants=constants)
     headers = {"Prefer": "respond-async"}
@@ -210,7 +210,7 @@ def test_a_disk_that_is_slow(start):
 
 def test_the_disk_is_waited_for_once(start_on, disk):
     """Who comes while it is known not to answer goes on at once."""
-    patience = 6
+    patience, less = 4, 1.5
     webui = start_on(PATIENCE=patience)
     keyed = {"Idempotency-Key": "one"}
 
@@ -220,16 +220,16 @@ def test_the_disk_is_waited_for_once(start_on, disk):
         return time.monotonic() - begun
 
     with disk:
-        assert seconds(200) >= patience > seconds(200) + 2
-        assert seconds(503, headers=keyed) + 2 < patience
+        assert seconds(200) >= patience > seconds(200) + less
+        assert seconds(503, headers=keyed) + less < patience
     until(lambda: len(webui.records()) == 3 and webui.is_idle())
     seconds(200, headers={"Idempotency-Key": "two"})
     until(webui.is_idle)
     with disk:
         assert seconds(503, headers=keyed) >= patience
         for _ in range(4):  # more than there are threads to look for keys
-            assert seconds(503, headers=keyed) + 2 < patience
-        assert seconds(200) + 2 < patience
+            assert seconds(503, headers=keyed) + less < patience
+        assert seconds(200) + less < patience
     until(lambda: len(webui.records()) == 5 and webui.is_idle())
     assert "x-job-id" in webui.post(body(), headers=keyed).headers
 
@@ -276,7 +276,7 @@ def memory(webui: Webui) -> int:
 
 def test_answers_do_not_fill_the_memory(start_on, disk):
     """Of jobs whose clients were told nothing, only the record waits for a disk that is away for long."""
-    size, count = 8 << 20, 20
+    size, count = 8 << 20, fewer(20)
     webui = start_on(PATIENCE=0.1, GIVE_UP_AFTER=1)
     big = body("large", {"image_bytes": size})
     webui.post(big)

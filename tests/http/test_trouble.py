@@ -23,7 +23,7 @@ def broken(start_shared, tmp_path_factory):
     """A webui whose system can be made to fail: `broken.fails(…)`, as in system.py."""
     system = System(tmp_path_factory.mktemp("system"))
     # No ID is dealt ahead of time, so that it can be seen what happens when none can be.
-    webui = start_shared(*QUICK, scripts=system.scripts, constants={"SPARE_IDS": 0})
+    webui = start_shared(*QUICK, scripts=system.scripts, constants={"SPARE_IDS": 0, "RETRY": 0.5})
     webui.fails = system.fails
     return webui
 
@@ -137,7 +137,7 @@ def test_generation_survives_our_failure(mended, alone, name):
 
 
 @pytest.mark.parametrize("name", UNTRACKED)
-@pytest.mark.parametrize("standin", [{}, {"seconds": 1.5}, {"fail": "ValueError"}], ids=str)
+@pytest.mark.parametrize("standin", [{}, {"seconds": 1.2}, {"fail": "ValueError"}], ids=str)
 def test_untracked_generations_name_no_job(mended, name, standin):
     """Whatever the client prefers, and whatever comes of it."""
     for prefer in ("respond-async", "respond-async, wait=1", "respond-async, wait=30"):

@@ -30,8 +30,9 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple, Union
 
+import forking
 import httpx
 
 import environment
@@ -55,6 +56,7 @@ UNKNOWN, UNKNOWN_STATUS = (
 )
 CLOSE = {"Connection": "close"}  # Forge ends the connection after an error, and a client may reuse it just then
 SECONDS = 60.0  # the longest that anything here is waited for
+ONCE = "EACH_PROMISE_ONCE"  # set by conftest.py for the short run, and in the environment, so that all processes know
 
 # A red square of 8x8.
 PNG = "iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAIAAABLbSncAAAAEklEQVR4nGP8z4AdMOEQH6QSAM1BAQ/oQeJvAAAAAElFTkSuQmCC"
@@ -70,6 +72,11 @@ def until(condition: Callable[[], Any], seconds: float = SECONDS, what: str = ""
         if time.monotonic() > end:
             raise AssertionError(f"not within {seconds:g} s: {what or condition}")
         time.sleep(0.005)
+
+
+def fewer(times: int) -> int:
+    """A third in the short run, of what is tried again and again and is another thing each time."""
+    return max(1, times // 3) if os.environ.get(ONCE) else times
 
 
 def body(
@@ -123,17 +130,20 @@ from modules import script_callbacks, script_loading
 VALUES = {values!r}
 found = set()
 
-def change(owner):
-    for name in VALUES.keys() & vars(owner).keys():
-        setattr(owner, name, VALUES[name])
+def change(names, put):
+    for name in VALUES.keys() & names.keys():
+        put(name, VALUES[name])
         found.add(name)
 
 build = builtins.__build_class__
 
 def build_and_change(body, *arguments, **options):
+    is_ours = body.__code__.co_filename.endswith("job_tracker.py")
+    if is_ours:  # those of the script, before a class takes them for its defaults
+        change(body.__globals__, body.__globals__.__setitem__)
     made = build(body, *arguments, **options)
-    if body.__code__.co_filename.endswith("job_tracker.py"):
-        change(made)
+    if is_ours:
+        change(vars(made), lambda *item: setattr(made, *item))
     return made
 
 builtins.__build_class__ = build_and_change
@@ -141,7 +151,7 @@ builtins.__build_class__ = build_and_change
 def change_modules(*_):
     for path, module in script_loading.loaded_scripts.items():
         if path.endswith("job_tracker.py"):
-            change(module)
+            change(vars(module), lambda *item: setattr(module, *item))
     if found != VALUES.keys():
         print("Job Tracker has no constant", *(VALUES.keys() - found), flush=True)
         os._exit(1)
@@ -282,7 +292,9 @@ class Webui:
     `tracking` is "config" (config.json says on), "variable" (TRACKER_ENABLED does), or None (off, as shipped).
     `copies` is how many times Job Tracker is installed. `scripts` maps names of further extensions to the source of
     their script; they are loaded in the order of their names. `constants` are those of Job Tracker that have another
-    value. `prepare` is called with this object before the start.
+    value. `prepare` is called with this object before the start. `cold` starts a new Python, for tests that are about
+    the start itself, or of the process's own umask or limits: else, where it can be, it is a fork of one that has
+    imported the packages (forking.py).
     """
 
     alive: List[Webui] = []
@@ -298,6 +310,7 @@ class Webui:
         constants: Optional[Dict[str, float]] = None,
         step_time: float = 0.002,
         shape: str = SHAPE,
+        cold: bool = False,
     ):
         self.flags = [*flags, "--shape", shape, "--step-time", str(step_time), "--data-dir", str(folder / "webui")]
         if shape == "sdnext":
@@ -305,13 +318,16 @@ class Webui:
         if SERVER == "httptools":
             self.flags.append("--httptools")
         self.environ = dict(environ or {})
+        # Other variables than the extension's may be for Python or a package at its import.
+        is_ours = all(name.startswith("TRACKER_") for name in self.environ)
+        self._is_forked = forking.IS_POSSIBLE and is_ours and not cold
         if tracking == "variable":
             self.environ["TRACKER_ENABLED"] = "1"
         self.folder = folder
         self.extension = folder / "webui" / "extensions" / "job-tracker"
         self.data = Path(self.environ.get("TRACKER_DATA_DIR", self.extension))
         self.log_path = folder / "webui.log"
-        self.process: Optional[subprocess.Popen[bytes]] = None
+        self.process: Union[subprocess.Popen[bytes], forking.ForkedProcess, None] = None
         self.port = 0
         self.client = httpx.Client()
         self._log_start = 0
@@ -329,7 +345,8 @@ class Webui:
 
     @staticmethod
     def _install(target: Path, enabled: bool) -> None:
-        shutil.copytree(str(PROJECT / "scripts"), str(target / "scripts"), ignore=shutil.ignore_patterns("__pycache__"))
+        # With what Python has made of it, which saves each first start as long as it takes to compile it.
+        shutil.copytree(str(PROJECT / "scripts"), str(target / "scripts"))
         shutil.copy(str(PROJECT / "install.py"), str(target))
         if enabled:
             (target / "config.json").write_text('{"enabled": true, "retention_days": 30}')
@@ -345,14 +362,19 @@ class Webui:
         self.port = free_port()
         self._log_start = self.log_path.stat().st_size if self.log_path.exists() else 0
         environ = {name: value for name, value in os.environ.items() if not name.startswith("TRACKER_")}
+        environ.update(self.environ)
+        arguments = ["--port", str(self.port), *self.flags]
         with self.log_path.open("ab") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, str(TESTS / "webui" / "launch.py"), "--port", str(self.port), *self.flags],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env={**environ, **self.environ},
-            )
+            if self._is_forked:
+                self.process = forking.fork_server.start(arguments, environ, self.log_path)
+            else:
+                self.process = subprocess.Popen(
+                    [sys.executable, str(TESTS / "webui" / "launch.py"), *arguments],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    env=environ,
+                )
         self.alive.append(self)
         self.client.close()
         self.client = httpx.Client(base_url=self.url, auth=self.auth, timeout=SECONDS, trust_env=False)

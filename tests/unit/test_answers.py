@@ -19,7 +19,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from inside import SmallWebui, a_job, an_answer, load_script, make_tracker, pixels, when_ended
 
-from harness import until
+from harness import fewer, until
 
 SCRIPT = load_script()
 PIECE = 1 << 20  # bytes: at most so much is made at once
@@ -36,7 +36,7 @@ JSON = st.recursive(
 LAYOUT = st.sampled_from([{}, {"indent": 2}, {"separators": (",", ":")}, {"separators": (" ,\t", "\r\n: ")}])
 
 
-@hypothesis_settings(max_examples=300, deadline=None)
+@hypothesis_settings(max_examples=fewer(300), deadline=None)
 @given(st.dictionaries(st.text(), JSON, max_size=6), LAYOUT, st.booleans(), st.text('\\"x', max_size=700))
 def test_places_of_members(data, layout, ascii_only, text):
     data["text"] = text
@@ -59,7 +59,9 @@ def test_no_places(data):
 
 
 @pytest.mark.parametrize(
-    "value", ['"' + "x" * 3_000_000 + '"', '"' + '\\"' * 1_500_000 + '"', "[" + "[],1," * 600_000 + "1]"]
+    "value",
+    ['"' + "x" * 3_000_000 + '"', '"' + '\\"' * 1_500_000 + '"', "[" + "[],1," * 600_000 + "1]"],
+    ids=lambda value: ascii(value[:20]),
 )
 def test_places_are_found_in_a_time_that_grows_with_size(value):
     taken = []
@@ -99,7 +101,7 @@ def test_brief_parameters_are_bounded(name):
     assert alone != BIG[name] and len(SCRIPT.as_json(alone)) < 1.1 * SCRIPT.BRIEF_SIZE
 
 
-@hypothesis_settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@hypothesis_settings(max_examples=fewer(200), deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.dictionaries(st.text(max_size=9), JSON, max_size=9), st.sampled_from([20, 100, 300, 1 << 16]))
 def test_any_brief_parameters(parameters, size):
     script = load_script()
@@ -261,8 +263,9 @@ class Counted:
 def test_after_a_crash(script, tracker, tmp_path, name):
     """The record was never written, and what lies in images/ says all that it did."""
     job = a_job(script, random.Random(), status="Processing", prompt="", owner="00000000")
-    tracker.store.put(job, new=True).result()
+    # In this order, for the housekeeper may look for jobs of the dead at any moment.
     saved = tracker.images.save(job, script.split_answer(ANSWERS[name]))
+    tracker.store.put(job, new=True).result()
     tracker.close().result(60)
     again = make_tracker(script, tmp_path)
     ended = again.get(job.id)

@@ -17,6 +17,8 @@ from hypothesis import strategies as st
 from inside import a_job, completed, load_script
 from journal import FOREIGN, MUTATION, damaged, every, lines, mutated
 
+from harness import fewer
+
 SCRIPT = load_script()
 SIZE = 150_000  # bytes
 CEILING = 20.0  # seconds of processor time for 0.6 MB: it takes less than one
@@ -174,7 +176,7 @@ LAYOUTS = [name for name in FOREIGN if "jq" not in name] + ["our own"]
 MANY_MUTATIONS = st.lists(MUTATION, min_size=1, max_size=6)
 
 
-@hypothesis_settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
+@hypothesis_settings(max_examples=fewer(400), deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.integers(0, 1000), st.integers(1, 30), st.sampled_from(LAYOUTS), MANY_MUTATIONS)
 def test_nothing_is_lost(seed, count, layout, mutations):
     dice = random.Random(seed)
@@ -199,7 +201,7 @@ def test_nothing_is_lost(seed, count, layout, mutations):
     assert position == len(data)
 
 
-@hypothesis_settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@hypothesis_settings(max_examples=fewer(300), deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.integers(1, 30), st.sampled_from([None, 2]), st.booleans(), MANY_MUTATIONS)
 def test_nothing_is_lost_of_the_predecessor(count, indent, old, mutations):
     def an_entry(number: int) -> Dict[str, Any]:

@@ -15,7 +15,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from inside import load_script, make_tracker
 
-from harness import strictly
+from harness import fewer, strictly
 
 SCRIPT = load_script()
 FUZZ = {"deadline": None, "suppress_health_check": list(HealthCheck)}
@@ -109,7 +109,7 @@ def entry_of(key: str, record: Any, ascii_only: bool) -> bytes:
         return entry_of(key, record, True)
 
 
-@hypothesis_settings(max_examples=120, **FUZZ)
+@hypothesis_settings(max_examples=fewer(120), **FUZZ)
 @given(st.lists(ENTRY, max_size=7), st.sampled_from(sorted(LAYOUTS)), st.booleans(), st.sampled_from([200, 1 << 16]))
 @example([(name, {**GOOD, "id": name, **fields}) for name, fields in WRONG.items()], "lines", True, 1 << 16)
 def test_any_record(tmp_path_factory, entries, layout, ascii_only, piece):
@@ -196,7 +196,7 @@ def settings_are_sane(settings: Any) -> None:
     assert days is None or (isinstance(days, (int, float)) and 0 < days < math.inf)
 
 
-@hypothesis_settings(max_examples=150, **FUZZ)
+@hypothesis_settings(max_examples=fewer(150), **FUZZ)
 @given(CONFIG, st.sampled_from([None, 2]), st.booleans())
 @example({"enabled": True, "other": math.nan}, None, True)
 @example({"enabled": True, "retention_days": 10**400}, None, True)
@@ -242,7 +242,7 @@ BOOLEAN_LIKE = st.sampled_from(["TRUE", " off ", "y", "1\n", "0x1", "tRuE", "\uf
 NUMBER_LIKE = st.sampled_from(["1e400", "-0", "1_0", "\u0663", "nan", "+7", " 7 ", "7\n", "1e-400", "9" * 5000, "0b1"])
 
 
-@hypothesis_settings(max_examples=100, **FUZZ)
+@hypothesis_settings(max_examples=fewer(100), **FUZZ)
 @given(st.one_of(NO_ZERO, BOOLEAN_LIKE), st.one_of(NO_ZERO, NUMBER_LIKE))
 def test_any_variables(tmp_path_factory, enabled, retention):
     folder = tmp_path_factory.getbasetemp() / "variables"
@@ -277,7 +277,7 @@ TOKENS = [*'"\\=,;: \tq0.1*', "respond-async", "gzip", "x-gzip", "\xe9"]
 HEADER = st.lists(st.sampled_from(TOKENS), min_size=1, max_size=5)
 
 
-@hypothesis_settings(max_examples=100, **FUZZ)
+@hypothesis_settings(max_examples=fewer(100), **FUZZ)
 @given(HEADER, HEADER, HEADER)
 @example(['"'], ["\\", '"'], ["x"])
 def test_any_header_is_read_at_once(start, repeated, end):

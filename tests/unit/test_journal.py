@@ -17,6 +17,8 @@ from hypothesis import strategies as st
 from inside import WrappedOs, a_job, alive, completed, load_script, read_jobs, until
 from journal import FOREIGN, MUTATION, damaged, every, lines, mutated, settled
 
+from harness import fewer
+
 EMPTY = b"{\n}\n"
 
 
@@ -170,8 +172,9 @@ def open_damaged(script: Any, opened: Any, path: Any, dice: random.Random) -> Di
 
 def test_cut_at_every_byte_of_the_last_two_records(script, opened, path, three, dice):
     whole = lines(script, *three)
-    after_first = len(lines(script, three[0])) - 3
-    for end in range(after_first, len(whole)):
+    records = min(2, fewer(3))  # the last one in the short run
+    before = len(lines(script, *three[:-records])) - 3
+    for end in range(before, len(whole)):
         for other in path.parent.glob("*"):
             other.unlink()
         path.write_bytes(whole[:end])
@@ -428,7 +431,7 @@ def good_lines(script: Any, data: bytes) -> Dict[str, Any]:
     return found
 
 
-@hypothesis_settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@hypothesis_settings(max_examples=fewer(150), deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     st.integers(0, 1000), st.lists(MUTATION, min_size=1, max_size=4), st.sampled_from([64, 500, 1 << 16]), st.booleans()
 )

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from inside import a_job, load_script
 from journal import lines
 
+from harness import fewer
+
 WORST = ["a" * 250 + "b" + "a" * 249, "a" * 498 + "ba", "b" + "a" * 499, "a" * 499 + "b", "ab" * 249 + "aa"]
 PROMPTS = ["a" * 990] * 4000
 
@@ -124,7 +126,7 @@ ALPHABET = st.text(alphabet="aAbB.*[\\ßﬃÄ猫\ud800\0", max_size=12)
 PROMPT = st.builds(lambda text, times: text * times, ALPHABET, st.sampled_from([0, 1, 2, 90, 400]))
 
 
-@hypothesis_settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
+@hypothesis_settings(max_examples=fewer(120), deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.lists(PROMPT, min_size=1, max_size=40), ALPHABET, st.integers(1, 40))
 def test_the_same_is_found(script, tmp_path_factory, prompts, wanted, times):
     prompts = [script.without_surrogates(prompt) for prompt in prompts]

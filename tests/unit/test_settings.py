@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from inside import load_script
 from journal import MUTATION, mutated
 
-from harness import PROJECT, TESTS
+from harness import PROJECT, TESTS, fewer
 
 
 @pytest.fixture(scope="module")
@@ -579,7 +579,7 @@ def test_the_installer_makes_nothing(tmp_path):
 LOADED = load_script()
 
 
-@hypothesis_settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@hypothesis_settings(max_examples=fewer(300), deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     st.sampled_from(
         [b'{"enabled": true, "retention_days": 7}', b'{\n    "enabled": false,\n    "retention_days": null\n}\n']
