@@ -1958,7 +1958,7 @@ class JobStore:
 
         return self._look(find)
 
-    def set_aside_ids(self) -> Optional[Set[str]]:
+    def quarantined_ids(self) -> Optional[Set[str]]:
         """IDs of jobs in what was, or is to be, set aside; None if they cannot be told. Raises StoreError.
 
         Before `get` knows nothing of a job whose record is damaged, it is among them.
@@ -4248,7 +4248,7 @@ class Housekeeper:
                 unknown.add(job_id)
             if job is None or (job.ended and name not in self.images.files_of(job)):
                 orphans.append((job_id, name))
-        kept = self.store.set_aside_ids() if orphans else None  # records that somebody may read yet
+        kept = self.store.quarantined_ids() if orphans else None  # records that somebody may read yet
         if kept is None:
             return Purged()
         if len(unknown) > self.REMOVED_AT_ONCE:
@@ -4408,9 +4408,8 @@ class OriginGuard:
 
 
 def refusal() -> JSONResponse:
-    return JSONResponse(
-        {"detail": OriginGuard.REFUSAL, "error": OriginGuard.REFUSAL}, 403
-    )  # gradio's page shows `error`
+    # What gradio's page shows is `error`.
+    return JSONResponse({"detail": OriginGuard.REFUSAL, "error": OriginGuard.REFUSAL}, 403)
 
 
 def exposed(names: Iterable[str]) -> Dict[str, str]:
@@ -4902,9 +4901,7 @@ class ClientResponse:
             headers["Location"] = path_of(self.scope).rpartition("/")[0] + f"/job/{job.id}"
             with contextlib.suppress(StoreError):  # then as it was
                 job = await self.tracker.find(job.id) or job
-            pool = self.tracker.pool_for(job)
-            chunks = await self.tracker.in_pool(self.tracker.as_json, job, False, pool=pool)
-            content: Any = await self._begin(chunks, pool)
+            content: Any = await self._begin(self.tracker.as_json(job, images=False), self.tracker.pool_for(job))
         elif ended.done():
             content = await result()
         else:
@@ -5998,14 +5995,7 @@ class TabHtml:
     ROWS = 50
     INFOTEXTS = 20
     IMAGE = "/job-tracker/{id}/{n}"  # for whom gradio shows the page; the API has credentials of its own
-    MEDIA_TYPES = (
-        "image/png",
-        "image/jpeg",
-        "image/webp",
-        "image/gif",
-        "image/avif",
-        "image/bmp",
-    )  # that browsers show
+    SHOWN_FORMATS = ("png", "jpg", "webp", "gif", "avif", "bmp")  # by browsers
 
     def __init__(self, tracker: Tracker, housekeeper: Housekeeper):
         self.tracker = tracker
@@ -6013,7 +6003,8 @@ class TabHtml:
         # Every value is escaped that is not Markup, and an unknown name raises.
         environment = Environment(autoescape=True, undefined=StrictUndefined)
         environment.filters.update(text=as_text, time=as_time, duration=as_duration, size=as_size)
-        environment.globals.update(texts=Texts, columns=COLUMNS, media_types=self.MEDIA_TYPES, image_path=self.IMAGE)
+        shown = [MEDIA_TYPES[name] for name in self.SHOWN_FORMATS]
+        environment.globals.update(texts=Texts, columns=COLUMNS, media_types=shown, image_path=self.IMAGE)
         # Line breaks between two tags, and what indents the second, are for the template's readers only.
         self._template = environment.from_string(re.sub(r"(?<=[>}])\n\s*(?=[<{])", "", TAB_TEMPLATE.strip()))
 

@@ -304,7 +304,7 @@ class Work:
         """Nothing is left that nobody names."""
         tracker = self.tracker
         named = {name for job in jobs.values() for name in tracker.images.files_of(job)}
-        doubtful = tracker.store.set_aside_ids()
+        doubtful = tracker.store.quarantined_ids()
         for path in tracker_files(tracker, "images/*/*"):
             name = "/".join(path.parts[-2:])
             assert name in named or doubtful is None or path.name[:8] in doubtful, f"nobody names {name}"

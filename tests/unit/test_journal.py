@@ -368,7 +368,7 @@ def test_damage_without_room_to_set_it_aside(script, opened, path, three, dice, 
             store.put(job).result()
     assert store.recover(lambda job: job).result() is None
     assert hurt in path.read_bytes()
-    assert not damaged(path) and store.set_aside_ids() is None
+    assert not damaged(path) and store.quarantined_ids() is None
     assert caplog.text.count("jobs.json cannot be set aside") == 1
     script.os = os
     assert store.recover(lambda job: job).result() is None
@@ -382,7 +382,7 @@ def test_a_key_that_is_spoilt_still_names_the_files_of_its_job(script, opened, p
     path.write_bytes(lines(script, *three).replace(b'\n"' + three[1].id.encode(), b'\n"Spoilt00', 1))
     store = opened()
     assert set(every(script, store)) == {three[0].id, three[2].id}
-    assert store.set_aside_ids() >= {three[1].id}
+    assert store.quarantined_ids() >= {three[1].id}
 
 
 def test_changed_by_an_editor_while_it_is_used(script, opened, path, three, dice, caplog):
