@@ -243,7 +243,7 @@ CREATE_NEW = os.O_CREAT | os.O_EXCL | BINARY
 
 
 class Access(NamedTuple):
-    """Who may use a file."""
+    """Owner, group and mode of a file."""
 
     owner: int  # as the system numbers them; -1 stands for whoever makes the file
     group: int  # the same
@@ -256,7 +256,7 @@ def group_as_others(mode: int) -> int:
 
 
 def access_of(*paths: str) -> Access:
-    """Access for those who may read all of some files, as far as these are there, by the owner and group of the first.
+    """Access for those who may read all of the given files that exist, by the owner and group of the first.
 
     If none is there, the umask decides. Raises OSError if that cannot be told.
     """
@@ -291,7 +291,7 @@ def give_access(file: int, access: Access) -> None:
 
 
 def create_like(path: str, *others: str, flags: int = os.O_WRONLY, mask: int = 0) -> int:
-    """Opens a new file for those who may read all of some others, if these are there, without the bits of `mask`."""
+    """Opens a new file for those who may read all of the others that exist, without the mode bits of `mask`."""
     access = access_of(*others)
     file = os.open(path, flags | CREATE_NEW, 0o600)
     give_access(file, access._replace(mode=access.mode & ~mask))
@@ -299,7 +299,7 @@ def create_like(path: str, *others: str, flags: int = os.O_WRONLY, mask: int = 0
 
 
 def narrow_access(path: str, other: str) -> None:
-    """Takes a file of ours, if it is there, from those who may not read another. Does not open it. Never raises."""
+    """Hides a file of ours from those who may not read another. Does not open it. Never raises."""
     with contextlib.suppress(OSError):  # it is not there, or somebody else's
         os.chmod(path, access_of(path, other).mode)
 
@@ -307,7 +307,7 @@ def narrow_access(path: str, other: str) -> None:
 def make_folder(path: str, like: str = "") -> None:
     """Makes a folder, and those above it, so that they survive a power cut.
 
-    It is for those who may read the file `like`, if that is there, but no more than the umask says.
+    It is for those who may read the file `like`, if that exists, but for no more than the umask allows.
     """
     if os.path.isdir(path):
         return
@@ -360,7 +360,7 @@ def create_file(path: str, data: bytes) -> None:
 def replace_file(path: str, data: bytes, like: str = "") -> None:
     """Puts a new file in the place of an old one: after a crash there is the one or the other, whole.
 
-    It is for those who may read the old one, and the file `like`, as far as these are there.
+    It is for those who may read the old one and the file `like`, where these exist.
     """
     part = f"{path}.{secrets.token_hex(4)}.part"
     fill_file(create_like(part, path, like), part, [data], path)
@@ -669,7 +669,7 @@ class Settings:
         self.folder = folder  # the extension's
         self.path = os.path.join(folder, "config.json")
         self.locked: Dict[str, str] = {}
-        self.trouble: Optional[str] = None  # what is wrong with config.json now, for everybody's eyes
+        self.trouble: Optional[str] = None  # what is wrong with config.json now, for users
         self._lock = threading.Lock()
         self._config = NO_CONFIG  # what config.json said when it was last understood, or written here
         self._data: Optional[bytes] = None  # the same as it stood there
@@ -835,7 +835,7 @@ IP_LIMIT = 100  # characters: a server that trusts a proxy takes what that says 
 
 
 class Image(NamedTuple):
-    """An image of a job, and what is to be known of it without opening its file."""
+    """An image of a job, with what lists need to know, so that no list opens its file."""
 
     name: str  # which the image store made and understands
     size: Optional[int]  # in bytes; None in a record of an earlier version
@@ -1023,7 +1023,7 @@ def raising_store_error() -> Iterator[None]:
 HEAD, TAIL, EMPTY = b"{", b"\n}\n", b"{\n}\n"
 JOURNAL_CHUNK = 1 << 16  # bytes that are read at a time
 ENTRY_LIMIT = 1 << 23  # bytes; a longer line is damage
-CHECKED = 1 << 12  # bytes by which the end of what is known is told
+CHECKED = 1 << 12  # bytes before `indexed_to` whose checksum the index keeps
 
 
 class Entry(NamedTuple):
@@ -1062,7 +1062,9 @@ def parse_int(digits: str) -> int:
 
 ENTRY_DECODER = json.JSONDecoder(parse_int=parse_int, parse_constant=refuse_constant)
 HOST_DECODER = json.JSONDecoder(parse_constant=refuse_constant)  # for what the host wrote, and so reads
-REACH = 8  # keys in a damaged record that may look like the begin of another one: a later version may have such fields
+REACH = (
+    8  # keys in a damaged record that may look like the beginning of another one: a later version may have such fields
+)
 
 
 def parse_entry(job_id: str, record: bytes, offset: int) -> Entry:
@@ -1076,7 +1078,7 @@ def parse_entry(job_id: str, record: bytes, offset: int) -> Entry:
 
 
 def parse_entries(data: bytes, base: int) -> Iterator[Union[Entry, Damage]]:
-    """The entries, and what is none, of a part of jobs.json that lies at `base`, which is where an entry ends."""
+    """The entries, and the damage, in a part of jobs.json that begins at offset `base`, where an entry ends."""
     position = 0
     for match in ENTRY.finditer(data):
         if bool(match.group(1)) != (base + match.start() > len(HEAD)):
@@ -1134,7 +1136,7 @@ def parse_damaged(data: bytes, base: int) -> Iterator[Union[Entry, Damage]]:
 
 
 def read_entries(file: int, start: int, end: int) -> Iterator[Tuple[List[Union[Entry, Damage]], int]]:
-    """All between two ends of entries, a chunk at a time, each with where it ends. Needs no lock."""
+    """Entries and damage between two ends of entries, in chunks, each with the offset of its end. Needs no lock."""
     size = JOURNAL_CHUNK
     while start < end:
         data = read_at(file, min(size, end - start), start)
@@ -1143,7 +1145,7 @@ def read_entries(file: int, start: int, end: int) -> Iterator[Tuple[List[Union[E
         found, position = list(parse_entries(data, start)), start + len(data)
         if isinstance(found[-1], Damage) and position < end:
             if found[-1].offset > start or size < ENTRY_LIMIT:
-                position = found.pop().offset  # the begin of an entry, perhaps
+                position = found.pop().offset  # perhaps the beginning of an entry
         size = 2 * size if position == start else JOURNAL_CHUNK
         if position > start:
             yield found, position
@@ -1172,7 +1174,7 @@ def find_last_entry(file: int, job_id: str) -> Optional[Entry]:
 
 
 def find_end(file: int, known: int) -> int:
-    """Where the last entry ends; 0 if the file has not even a begin. `known` is where one ends, or the head."""
+    """Where the last entry ends; 0 if not even its first byte is ours. `known` is where an entry, or the head, ends."""
     size = os.fstat(file).st_size
     end = size - len(TAIL)
     if (end == len(HEAD) or end > 16) and read_at(file, len(TAIL), end) == TAIL:
@@ -1262,7 +1264,7 @@ class JournalCopy(OpenJournal):
 
 
 def quarantine_damage(path: str, file: int, damages: List[Damage]) -> str:
-    """Copies damaged parts to a file of their own, for somebody who may read more in them. Raises OSError."""
+    """Copies damaged parts to a file of their own, since people may be able to read them. Raises OSError."""
 
     def chunks() -> Iterator[bytes]:
         for damage in damages:
@@ -1287,7 +1289,7 @@ def casefold_bytes(text: str) -> bytes:
 
 
 def bindable(text: Optional[str]) -> Optional[str]:
-    """Text in a form that SQLite takes: half a character is none."""
+    """Text in a form that SQLite takes: it refuses lone surrogates."""
     return None if text is None else without_surrogates(text)
 
 
@@ -1332,7 +1334,7 @@ class IndexState(NamedTuple):
     needs_rewrite: bool  # it holds what this program would have written in another way
     side: int  # 0 or 1: which of the two offsets of a row counts
     compactor: str  # the process that writes the other file, in which the other offsets count
-    epoch: int  # differs each time that the index is made anew, and rows are numbered anew
+    epoch: int  # another one after each rebuild, which numbers the rows afresh
 
 
 class Place(NamedTuple):
@@ -1348,7 +1350,7 @@ class Place(NamedTuple):
 class Index:
     """Where each job's record lies in jobs.json, and the fields that filters need, as an SQLite database.
 
-    A view that can be made anew at any time from jobs.json: what it says is no truth of its own. It is a file beside
+    A view that can be rebuilt from jobs.json at any time: it holds nothing that is not there. It is a file beside
     jobs.json, shared by all processes on the folder, or lies in memory where SQLite cannot have a file. A job is a row,
     whose number counts up in order of acceptance. A transaction brings rows and state together from one end of an
     entry to another, so that a crash leaves the one or the other; what a power cut takes from it is read again.
@@ -1385,7 +1387,7 @@ class Index:
         self._inode = 0
         self._free: "queue.SimpleQueue[sqlite3.Connection]" = queue.SimpleQueue()
         self._closed = False
-        self.failure: Optional[Exception] = None  # for which it is to be opened anew
+        self.failure: Optional[Exception] = None  # because of which it must be reopened
         if path:
             try:
                 close_file(create_like(path, like))
@@ -1418,7 +1420,7 @@ class Index:
         return connection
 
     def narrow_access(self, like: str) -> None:
-        """Takes the files from those who may not read the file `like`."""
+        """Hides the files from those who may not read the file `like`."""
         for ending in self.FILES if self.path else ():
             narrow_access(self.path + ending, like)
 
@@ -1484,7 +1486,7 @@ class Index:
     # Writing
 
     def begin(self, inode: int, start: int, needs_rewrite: bool) -> IndexState:
-        """Forgets everything: a file is to be read from its start on."""
+        """Empties the index: a file is to be read from its start."""
         with self._transaction("IMMEDIATE") as view:
             for (name,) in view.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall():
                 view.execute(f'DROP TABLE "{name}"')
@@ -1528,7 +1530,7 @@ class Index:
             view.execute("DELETE FROM damages")
 
     def move(self, compactor: str, offsets: Dict[str, int]) -> bool:
-        """Where records, by their IDs, lie in the other file. False if another process writes one by now."""
+        """Notes where records, by their IDs, lie in the new file. False if another process has begun a newer one."""
         with self._transaction("IMMEDIATE") as view:
             if view.state.compactor != compactor:
                 return False
@@ -1615,7 +1617,7 @@ class IndexView:
         return self._places("WHERE status IN (?, ?) ORDER BY row", *map(STATUSES.index, (PENDING, PROCESSING)))
 
     def places(self, above: int, count: int) -> List[Place]:
-        """Of so many jobs that come after a row, oldest first."""
+        """The next `count` jobs above a row, oldest first."""
         return self._places("WHERE row > ? ORDER BY row LIMIT ?", above, count)
 
     def summary(self, job_id: str) -> Optional[Tuple[str, int]]:
@@ -1712,7 +1714,7 @@ class Page(NamedTuple):
 
 
 class Cursor(NamedTuple):
-    """Where a page ended. Its text is nobody's business but the store's."""
+    """Where a page ended. Its text is opaque to all but the store."""
 
     epoch: int  # of the index, see IndexState
     row: int
@@ -1732,7 +1734,7 @@ class Cursor(NamedTuple):
         return "-".join(map(str, self))
 
     def row_in(self, view: IndexView) -> int:
-        """The row below which the next page begins: that of the job, or, if it is gone, where that was, or its time."""
+        """The row below which the next page begins: the job's, or, if it was removed, where it or its time was."""
         row = view.row_of(self.id)
         if row is not None:
             return row
@@ -1742,8 +1744,8 @@ class Cursor(NamedTuple):
 class Pending(NamedTuple):
     """A change that the index does not have yet."""
 
-    job: Optional[Job]  # None: its end
-    shown: Optional[Job]  # what everybody sees of it now
+    job: Optional[Job]  # None: it is removed
+    shown: Optional[Job]  # how readers see it until it is stored
     is_stored: bool = False  # its entry is on disk
 
 
@@ -1753,7 +1755,7 @@ Overlay = Dict[str, Pending]  # by the IDs of the jobs
 class Change(NamedTuple):
     """What waits to be written to jobs.json."""
 
-    jobs: Dict[str, Optional[Job]]  # None: its end
+    jobs: Dict[str, Optional[Job]]  # None: it is removed
     is_new: bool
     is_patient: bool  # `written` ends only when it is on disk
     written: Future
@@ -1801,11 +1803,11 @@ class JobStore:
     RETRY = 5.0  # seconds until a write that failed is tried again
     COMPACT_RETRY = 600.0  # the same for a compaction
     SPARE_IDS = 100  # that are looked for ahead of time
-    YIELD = 0.0005  # seconds between two steps of work for which somebody waits
+    YIELD = 0.0005  # seconds between two steps of work that a caller waits for
     INDEX_FAILURES = 3  # after which the index is in memory
-    LONG = 1 << 20  # bytes that the index does not know, for which nobody is to wait
+    LONG = 1 << 20  # bytes to be indexed, for which `get` does not wait
     COPIED_AT_ONCE = 200  # records, in a compaction
-    TAIL_ROUNDS = 4  # in which a compaction copies what came meanwhile, before it holds the lock for the rest
+    TAIL_ROUNDS = 4  # of copying what was appended during a compaction, before the rest is copied under the lock
 
     def __init__(self, folder: str, check: Callable[[], None] = lambda: None):
         """`check` raises OSError as long as jobs.json is not to be opened."""
@@ -1816,7 +1818,7 @@ class JobStore:
         self._lock = threading.Lock()  # guards these two; held for a moment, never for the disk
         self._pending: Overlay = {}
         self._spare_ids: List[str] = []
-        self._reading = threading.Lock()  # who holds it may use the open file, which stays so
+        self._reading = threading.Lock()  # while it is held, the file is not closed
         self._journal = OpenJournal()
         self._index: Optional[Index] = None
         self._index_failures = 0
@@ -1824,7 +1826,7 @@ class JobStore:
         self._is_building = False  # the index has a long way to go
         self._is_appending = False  # what the file has beyond the index is this process's own
         self.progress = 0  # of the index, in bytes: it changes as long as jobs.json is read
-        self.trouble = ""  # why records cannot be written now, for everybody's eyes; empty while they can
+        self.trouble = ""  # why records cannot be written now, for users; empty while they can
         self._work = threading.Condition()  # guards these six
         self._queue: List[Change] = []
         self._sync_requested: Optional[Future] = None
@@ -1853,7 +1855,7 @@ class JobStore:
         return self._enqueue({job.id: Pending(job, meanwhile or job)}, new, meanwhile is not None)
 
     def remove(self, ids: List[str]) -> Future:
-        """Ends jobs. The Future ends when that is on disk, or with StoreError; then it is tried again."""
+        """Removes jobs. The Future ends when that is on disk, or with StoreError; then it is tried again."""
         return self._enqueue(dict.fromkeys(ids, Pending(None, None)), False, False)
 
     def reserve_id(self) -> str:
@@ -1870,7 +1872,7 @@ class JobStore:
                     return job_id
 
     def _find_spare_ids(self, view: IndexView) -> None:
-        """Looks for free IDs ahead of time: who needs one must not wait for a disk."""
+        """Looks for free IDs ahead of time, so that no request waits for the disk to get one."""
         while len(self._spare_ids) < self.SPARE_IDS:
             job_id = new_id()
             if not view.has_spelling(job_id):
@@ -1959,9 +1961,9 @@ class JobStore:
         return self._look(find)
 
     def quarantined_ids(self) -> Optional[Set[str]]:
-        """IDs of jobs in what was, or is to be, set aside; None if they cannot be told. Raises StoreError.
+        """IDs of jobs in quarantined parts of jobs.json; None if they cannot be told. Raises StoreError.
 
-        Before `get` knows nothing of a job whose record is damaged, it is among them.
+        A job whose record is damaged is among them before `get` says that there is no such job.
         """
         folder, name = os.path.split(self.path)
         found: Set[str] = set()
@@ -1981,7 +1983,7 @@ class JobStore:
         return found
 
     def recover(self, end: Callable[[Job], Job], ended: Callable[[Job], None] = lambda job: None) -> Future:
-        """Changes each unfinished job of a process that is gone by `end`, once among all processes that try.
+        """Changes each unfinished job of a dead process by `end`, once among all processes that try.
 
         The Future ends when that is done, or with StoreError if the file cannot be read. If this is called before
         anything else, nobody sees such a job unchanged, as long as the disk takes it. A change that cannot be written
@@ -2067,7 +2069,7 @@ class JobStore:
         return length == state.indexed_to or (self._is_appending and length > state.indexed_to)
 
     def _read(self, state: IndexState, place: Place) -> Optional[Entry]:
-        """None if the record has moved to another file since, or all is to be read again."""
+        """None if jobs.json was replaced since, or its index must be rebuilt."""
         with self._reading:
             journal = self._journal
             if journal.file is None or journal.inode != state.inode:
@@ -2122,7 +2124,7 @@ class JobStore:
                 self._catch_up_if_requested()
                 if self._is_worth_compacting():
                     self._compact()
-            except Exception:  # a fault of ours: everybody waits for this thread, so it goes on
+            except Exception:  # a bug of ours. All callers wait for this thread, so it goes on
                 log.exception("The store failed")
         self._end()
 
@@ -2141,7 +2143,7 @@ class JobStore:
         self._step_began = time.monotonic()
 
     def _with_index(self, work: Callable[..., None], *args: Any) -> None:
-        """Does work again after trouble with the index alone: that is opened anew, and lies in memory at last."""
+        """Repeats work after trouble with the index, which is reopened meanwhile, and in the end lies in memory."""
         while True:
             try:
                 return work(*args)
@@ -2244,7 +2246,7 @@ class JobStore:
     def _find_end(self) -> Tuple[IndexState, int]:
         """The index's state, and where the next entry goes. Mends a file that does not end as it should.
 
-        An index that does not belong to the file, as it is, begins anew.
+        An index that does not belong to the file is emptied.
         """
         journal, index = self._journal, self._index
         with index.reading() as view:
@@ -2323,7 +2325,7 @@ class JobStore:
                 if state.indexed_to == end:
                     self._finish_catching_up(journal, state)
                     break
-                sync_file(journal.file)  # who wrote what follows may have ended, or failed, before that was done
+                sync_file(journal.file)  # another process may have died between writing and syncing what follows
                 self._is_building = end - state.indexed_to > self.LONG
             self._index_up_to(journal, state.indexed_to, end, self._pause)
         if time.monotonic() - began > 1:
@@ -2413,8 +2415,8 @@ class JobStore:
     def _append(self, jobs: Dict[str, Optional[Job]]) -> None:
         """Appends entries, has them written to disk, and then shows what they say. Raises OSError, NotUndone.
 
-        The caller holds the lock until then: no other process shows what a power cut may take back. Who looks meanwhile
-        does not see them.
+        The caller holds the lock until then: no other process shows what a power cut may take back. Readers of
+        this process do not see them before.
         """
         state, end = self._find_end()
         self._is_appending = is_indexed = state.indexed_to == end
@@ -2488,7 +2490,7 @@ class JobStore:
                 with self._index.reading() as view:
                     state, damages = view.state, view.damages()
                 if damages:
-                    return  # they could not be set aside, and would be gone
+                    return  # they could not be set aside, and a compaction would lose them
                 self._index.update(compactor=self.owner)  # a process that has begun before gives up
             if state.needs_rewrite:
                 log.warning("jobs.json was not as this program writes it: it is written anew")
@@ -2547,7 +2549,7 @@ class JobStore:
             self._replace(copy, state)
 
     def _copy(self, journal: OpenJournal, copy: JournalCopy, entries: Sequence[Union[Entry, Place]]) -> None:
-        """Raises StoreError if these are no entries, or the index is another one by now."""
+        """Raises StoreError if these are not entries any more, or the index was rebuilt."""
         records = {entry.id: read_at(journal.file, entry.length, entry.offset) for entry in entries}
         for job_id, record in records.items():
             try:
@@ -2564,7 +2566,7 @@ class JobStore:
         give_access(copy.file, access_of(self.path))  # somebody may have made it private meanwhile
         sync_file(copy.file)
         with self._reading:
-            # Some systems replace no open file. What fails here leaves jobs.json to be opened anew.
+            # Windows replaces no open file. After a failure here, the next write reopens jobs.json.
             self._journal.close()
             copy.close()
             os.replace(copy.path, self.path)
@@ -2582,7 +2584,7 @@ class JobStore:
             compactor="",
         )
 
-    # Jobs of processes that are gone
+    # Jobs of dead processes
 
     def _recover(self) -> None:
         """Ends them if that is due. Raises StoreError if they cannot be read."""
@@ -2623,7 +2625,7 @@ class JobStore:
             self._fail([change], error)
 
     def _left_behind(self, end: Callable[[Job], Job]) -> Overlay:
-        """The unfinished jobs of processes that are gone, each with its end."""
+        """The unfinished jobs of dead processes, each with its end."""
         with self._index.reading() as view:
             state, places = view.state, view.unfinished()
         pending, is_gone = self._pending_now(), functools.lru_cache(maxsize=None)(self._is_gone)
@@ -2658,7 +2660,7 @@ class JobStore:
             self._report(f"searched for what process {owner} left", failure)
 
     def _remove_leftovers(self) -> None:
-        """Removes the files of processes that are gone."""
+        """Removes the files of dead processes."""
         folder, name = os.path.split(self.path)
         form = re.compile(re.escape(name) + r"\.(?:owner-([0-9a-f]{8})|([0-9a-f]{8})\.part)\Z")
         for entry in os.listdir(folder):
@@ -2833,7 +2835,7 @@ def brief_parameters(parameters: Any) -> Any:
 
 
 def shorten(value: Any, room: float, depth: int = 0) -> Tuple[Any, int]:
-    """A copy of a value for so many bytes, see `brief_parameters`, and the bytes that it has as JSON."""
+    """A copy of a value that fits into `room` bytes of JSON, see `brief_parameters`, and its size as JSON."""
     if isinstance(value, str) and (len(value) > BRIEF_TEXT or len(as_json(value)) > room):
         value = f"({len(value):,} characters)"
     if not isinstance(value, (dict, list)):
@@ -2898,12 +2900,14 @@ class ImageStore:
 
     def __init__(self, folder: str):
         self.folder = folder
-        self._sources = (os.path.join(os.path.dirname(folder), "jobs.json"),)  # who may not read them reads no image
+        self._sources = (
+            os.path.join(os.path.dirname(folder), "jobs.json"),
+        )  # whoever may not read this file may read no image
         with contextlib.suppress(OSError):
             self._make_folder(folder)
 
     def as_private_as(self, paths: Iterable[str]) -> "ImageStore":
-        """The same, whose new files are for nobody who may not read some others."""
+        """The same store, whose new files are only for those who may also read the files at `paths`."""
         store = copy.copy(self)
         store._sources = (*self._sources, *paths)
         return store
@@ -2938,7 +2942,7 @@ class ImageStore:
 
     @raising_store_error()
     def save(self, job: Job, answer: Answer) -> Job:
-        """Stores an answer, safe from a power cut, and returns the job with what is to be known of its files.
+        """Stores an answer, safe from a power cut, and returns the job with what its record says of its files.
 
         A job without a prompt gets the one that the host used. The host's answer comes last, when all else is safe:
         where it is, all is, see `find`.
@@ -3214,7 +3218,7 @@ class ImageStore:
     @staticmethod
     @raising_store_error()
     def _list(folder: str) -> List[str]:
-        """The names in a folder, of which there are none if it is gone."""
+        """The names in a folder; none if it does not exist."""
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             return os.listdir(folder)
         return []
@@ -3268,7 +3272,7 @@ def read_legacy_file(path: str) -> Optional[LegacyFile]:
 
 
 def read_legacy_entries(text: str) -> Tuple[List[Any], int]:
-    """The entries of a JSON array, and how many of them, at least, are lost where it is damaged."""
+    """The entries of a JSON array, and how many are lost at least, where it is damaged."""
     with contextlib.suppress(ValueError, RecursionError):  # then each entry is read by itself
         return LEGACY_DECODER.decode(text), 0
     entries, failed, position = [], 0, 0
@@ -3653,7 +3657,7 @@ class LiveJob:
     """A job of this process from its acceptance until its end is on disk. Guarded by the tracker's lock."""
 
     def __init__(self, job: Job, accepted: Future, cancel: Callable[[], bool]):
-        self.job = job  # as everybody sees it
+        self.job = job  # as readers see it
         self.end: Optional[Job] = None  # as it has ended, which nobody sees before it is on disk
         self.end_given = False  # the store has its end
         self.clock = Clock()
@@ -3757,7 +3761,7 @@ class Tracker:
         return written
 
     def patience(self) -> float:
-        """Seconds that a request waits for the disk now: a moment only where another has waited in vain."""
+        """Seconds that a request waits for the disk now: a moment only after another has waited too long."""
         with self._lock:
             since = [live.accepted_at for live in self._live.values() if not live.accepted.done()]
         has_hung = since and time.monotonic() - min(since) >= self.PATIENCE
@@ -3788,14 +3792,14 @@ class Tracker:
         return has_room
 
     def free_memory(self, size: int) -> None:
-        """An answer for which there was room has been stored, or given up."""
+        """An answer that was counted has been stored, or given up."""
         with self._lock:
             self._unstored -= size
 
     def finish(self, job_id: str, answer: Answer) -> None:
         """The host answered with success. Stores the images; a job whose images cannot be stored has failed.
 
-        A trouble that may pass is waited for, for minutes, in which the job is shown Processing and says so.
+        After a temporary failure it tries again, for minutes, in which the job is Processing and its `error` says why.
         """
         for pause in (*self.STORE_AGAIN, None):
             job = self.running(job_id)
@@ -4035,14 +4039,14 @@ class Tracker:
             return own, False
         job = self.store.with_key(key)
         if job is not None and not job.ended and job.owner != self.store.owner:
-            self.recover().result()  # the webui that had it may be gone
+            self.recover().result()  # the webui that had it may be dead
         if job is not None and not self._is_free(job.id):
             return KeyReservation(job.digest or "", job.id), False
         reservation = self._reservations[key] = KeyReservation(digest)
         return reservation, True
 
     def _is_free(self, job_id: Optional[str]) -> bool:
-        """Whether the key of a job can be used anew."""
+        """Whether the key of a job can be used again."""
         job = None if job_id is None else self.get(job_id)
         return job is None or job.status == FAILED
 
@@ -4094,7 +4098,7 @@ class Tracker:
         return Purged(len(jobs), sum(len(job.images) for job in jobs), freed)
 
     def recover(self) -> Future:
-        """Ends the jobs of webuis that are gone. The Future ends when that is done, or with StoreError."""
+        """Ends the jobs of dead webuis. The Future ends when that is done, or with StoreError."""
         return self.store.recover(self._end_left, self._ended)
 
     def _end_left(self, job: Job) -> Job:
@@ -4138,7 +4142,7 @@ class Housekeeper:
     """A thread that removes what is too old, ends what other webuis left behind, and looks at what may have changed."""
 
     LOOK_EVERY = 5  # seconds between two looks at config.json, and at the host
-    RECOVER_EVERY = 60  # seconds between two looks for processes that are gone, and until a failed purge is repeated
+    RECOVER_EVERY = 60  # seconds between two looks for dead processes, and until a failed purge is repeated
     PURGE_EVERY = 6 * 3600
     REMOVED_AT_ONCE = 100  # jobs: a crash leaves the files of no more
     ORPHAN_AGE = 3600  # seconds; a younger file may belong to a job that is being stored
@@ -4229,7 +4233,8 @@ class Housekeeper:
             return expired
         young = self.store.expired(now - days * 86400, after=started - 1)
         newest = self.store.query(Filter(before=min(started, self._started_by_clock)), 1).jobs
-        if newest:  # what was too old by its time already goes: who starts a webui now and then has a retention, too
+        if newest:
+            # What was too old when the newest was accepted still goes: a webui may be started only now and then.
             young = self.store.expired(newest[0].timestamp - days * 86400) + young
         self.kept_for_clock = len(expired) - len(young)
         if self.kept_for_clock:
@@ -4854,7 +4859,9 @@ class ClientResponse:
 
         async def result() -> ThreadedChunks:
             if generation.response.failed:
-                await self.tracker.wait_until_stored(generation.job.id)  # who sees the abort finds the job Failed
+                await self.tracker.wait_until_stored(
+                    generation.job.id
+                )  # a client that sees the abort finds the job Failed
                 raise NoResult(500, generation.response.reason())
             return await self._begin(generation.response.chunks_for_client(), self.tracker.senders)
 
@@ -5468,7 +5475,7 @@ CHANGING = ("POST", "DELETE")
 
 
 def endpoint(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A method of the Api that answers requests: who may not ask, and what cannot be done, gets a status of its own.
+    """A method of the Api that answers requests. Refusals and failures become HTTP statuses.
 
     The host has checked the credentials before.
     """
@@ -5615,7 +5622,7 @@ class Api:
         known = [tag.strip() for tag in request.headers.get("If-None-Match", "").replace("W/", "").split(",")]
         if headers["ETag"] in known or known == ["*"]:
             return Response(None, 304, {**headers, **exposed(headers)})
-        # Unless it is packed already, the host would compress the image, in the event loop and in vain.
+        # Otherwise the host would compress the image itself, on the event loop and to no use.
         headers.update({"Content-Encoding": "gzip"} if gzip else {"Content-Length": str(size)})
         chunks = iter(()) if request.method == "HEAD" else self.tracker.images.read(image.name)
         try:
@@ -5808,7 +5815,7 @@ def as_text(text: Optional[str], limit: int = 20_000) -> Markup:
 
 
 def as_time(moment: float) -> Markup:
-    """A moment in Unix seconds as HTML, in UTC; the page's script turns it into the time of who looks at it."""
+    """A moment in Unix seconds as HTML, in UTC; the page's script turns it into the reader's local time."""
     text = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(moment))
     return Markup(f'<time datetime="{text}">{text}</time>')
 
@@ -5994,7 +6001,7 @@ class TabHtml:
 
     ROWS = 50
     INFOTEXTS = 20
-    IMAGE = "/job-tracker/{id}/{n}"  # for whom gradio shows the page; the API has credentials of its own
+    IMAGE = "/job-tracker/{id}/{n}"  # guarded as gradio guards the page; the API's route wants its own credentials
     SHOWN_FORMATS = ("png", "jpg", "webp", "gif", "avif", "bmp")  # by browsers
 
     def __init__(self, tracker: Tracker, housekeeper: Housekeeper):
@@ -6031,7 +6038,7 @@ class TabHtml:
         return (Texts.IN_HOURS if hours else Texts.IN_MINUTES).format(hours=hours, minutes=minutes)
 
     def _table(self, state: PageState, filter_: Filter, counts: Dict[str, int]) -> Dict[str, Any]:
-        """A page of the jobs that match, the first one where there are not so many."""
+        """A page of the jobs that match. A page beyond the last one becomes the first."""
         page, total = state.page, None
         if filter_ == Filter(status=filter_.status):  # all others would have to be counted
             total = sum(counts.values()) if filter_.status is None else counts[filter_.status]
@@ -6571,7 +6578,7 @@ class Host:
     def extra_worker_thread(self) -> Iterator[bool]:
         """Gives the host one worker thread more, unless it has too many already. In the event loop only.
 
-        A generation holds a thread for as long as it waits in the queue: 40 of them would leave none for anybody else.
+        A generation holds a thread for as long as it waits in the queue: 40 of them would leave none for others.
         """
         limiter = anyio.to_thread.current_default_thread_limiter()
         added = limiter.total_tokens < self.WORKER_THREADS + self.SPARE_THREADS
@@ -6630,7 +6637,7 @@ class Host:
                 raise UnsupportedHost(f"this webui is not supported, its {route.path} is of another kind")
 
     def find_add_api_route(self, routes: List[Any]) -> Callable[..., Any]:
-        """The host's own way to add a route, by which it guards it as its own. Raises UnsupportedHost."""
+        """The host's own add_api_route, which guards a route as it guards the host's. Raises UnsupportedHost."""
         owners = [route.endpoint.__self__ for route in routes]
         for owner in (*owners, getattr(self._shared, "api", None)):  # SD.Next has it in the latter place
             if callable(getattr(owner, "add_api_route", None)):
@@ -6660,7 +6667,7 @@ class Host:
             demo.blocked_paths = [*demo.blocked_paths, *folders, *map(os.path.realpath, folders)]
 
     def add_page_routes(self, app: Any, routes: Dict[str, Callable[..., Any]]) -> None:
-        """Adds what a page asks for besides gradio: for everyone whom gradio lets see the page, --api-auth or not."""
+        """Adds routes for the tab. Whoever gradio lets see the page may use them, with or without --api-auth."""
         paths = {route.path: route for route in app.routes if hasattr(route, "dependencies")}
         login = next((route.dependencies for path, route in paths.items() if path.startswith("/file=")), None)
         if login is None:
