@@ -862,7 +862,7 @@ class Job(NamedTuple):
     images: Tuple[Image, ...] = ()  # in the host's order
     bytes: int = 0  # of their files and of the answer beside them
     owner: Optional[str] = None  # the process that runs it
-    key: Optional[str] = None  # of its idempotency, see idempotency_key
+    key: Optional[str] = None  # of its idempotency, hashed with user and path
     digest: Optional[str] = None  # of the request's body, for a job with a key
     has_brief: bool = False  # beside the answer lies a brief one, see brief_parameters
     ranges: Tuple[int, ...] = ()  # of a large answer, see ranges_of
@@ -1062,9 +1062,7 @@ def parse_int(digits: str) -> int:
 
 ENTRY_DECODER = json.JSONDecoder(parse_int=parse_int, parse_constant=refuse_constant)
 HOST_DECODER = json.JSONDecoder(parse_constant=refuse_constant)  # for what the host wrote, and so reads
-REACH = (
-    8  # keys in a damaged record that may look like the beginning of another one: a later version may have such fields
-)
+REACH = 8  # keys in a damaged record that may look like another one's beginning: a later version may have such fields
 
 
 def parse_entry(job_id: str, record: bytes, offset: int) -> Entry:
@@ -2900,9 +2898,8 @@ class ImageStore:
 
     def __init__(self, folder: str):
         self.folder = folder
-        self._sources = (
-            os.path.join(os.path.dirname(folder), "jobs.json"),
-        )  # whoever may not read this file may read no image
+        # Whoever may not read these may read no image.
+        self._sources = (os.path.join(os.path.dirname(folder), "jobs.json"),)
         with contextlib.suppress(OSError):
             self._make_folder(folder)
 
@@ -4841,7 +4838,8 @@ class ClientResponse:
         if is_accepted and self.preference.wait is not None:
             self.connection.error_headers = self._job_headers(generation.job.id)
         if generation.job is not None and response.failed:
-            await self.tracker.wait_until_stored(generation.job.id)  # a client that has the answer finds the job Failed
+            # A client that has the answer is to find the job Failed.
+            await self.tracker.wait_until_stored(generation.job.id)
         if response.error is not None or response.head is None:
             raise response.error or RuntimeError(response.reason())
         body = response.body
@@ -4859,9 +4857,8 @@ class ClientResponse:
 
         async def result() -> ThreadedChunks:
             if generation.response.failed:
-                await self.tracker.wait_until_stored(
-                    generation.job.id
-                )  # a client that sees the abort finds the job Failed
+                # A client that sees the abort is to find the job Failed.
+                await self.tracker.wait_until_stored(generation.job.id)
                 raise NoResult(500, generation.response.reason())
             return await self._begin(generation.response.chunks_for_client(), self.tracker.senders)
 
