@@ -6760,7 +6760,7 @@ class Extension:
                 first = next((route for route in self._app.routes if route.matches(dict(asked))[0] is Match.FULL), None)
             except Exception:  # a route of a kind that we do not know
                 return
-            if first is not own:
+            if first is not own and trouble is None:
                 module = getattr(getattr(first, "endpoint", None), "__module__", None)
                 trouble = f"{own.path} was taken away by {module or 'another extension'}"
         if trouble != self.trouble:

@@ -82,7 +82,7 @@ time.sleep(600)
 
 def test_it_ends_with_whoever_started_it(tmp_path):
     """However that one ended."""
-    command = [sys.executable, "-c", STARTS, str(TESTS), str(tmp_path)]
+    command = [sys.executable, "-c", STARTS, str(TESTS / "support"), str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as tests:
         port = int(tests.stdout.readline())
         assert serves(port)

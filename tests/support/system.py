@@ -24,7 +24,7 @@ CALLS = (
 
 # An extension that is loaded before ours. A rule says what is to go wrong, in a file that is there for so long.
 SCRIPT = """
-import builtins, errno, json, os, secrets, time
+import builtins, errno, json, os, secrets, threading, time
 from modules import shared
 
 RULE = {rule!r}
@@ -87,7 +87,8 @@ def choose(among):
 decode = json.JSONDecoder.raw_decode  # by which all else reads, too
 
 def read_json(decoder, text, *args, **options):
-    if len(text) > 100 and text.startswith('{{"images":[]'):
+    is_stored = "look" in threading.current_thread().name  # it is read for somebody who looks at jobs
+    if len(text) > 100 and text.startswith('{{"images":[]') and not is_stored:
         go_wrong("loads", None)
     return decode(decoder, text, *args, **options)
 
