@@ -2085,7 +2085,7 @@ class JobStore:
         """A job that the index does not know yet. By a descriptor of its own, for it may take long."""
         file: Optional[int] = None
         try:
-            file = open_regular(self.path)
+            file = os.open(self.path, os.O_RDWR | BINARY)  # Windows syncs no file that is open for reading only
             entry = find_last_entry(file, job_id)
             if entry is not None:
                 sync_file(file)  # nobody is shown what a power cut may take back

@@ -14,7 +14,20 @@ from pathlib import Path
 from typing import Any, Dict, List
 
 import pytest
-from inside import alive, an_answer, files_are_whole, ids, load_script, make_tracker, read_jobs, until, when_ended
+from inside import (
+    a_job,
+    alive,
+    an_answer,
+    files_are_whole,
+    ids,
+    load_script,
+    make_tracker,
+    read_jobs,
+    until,
+    when_ended,
+    within,
+)
+from journal import lines
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="stands in for Windows on Linux")
 if sys.platform == "linux":
@@ -150,6 +163,20 @@ def test_compaction_while_others_read(script, tracker, caplog):
     assert sorted(ids(script, one)) == sorted(job.id for job in jobs)
     until(lambda: not list(Path(one.store.path).parent.glob("*.part")), what="a compaction that is under way")
     assert "could not be compacted" not in caplog.text
+
+
+def test_one_job_of_many_is_found_before_all_are_indexed(script, tmp_path, monkeypatch, dice):
+    jobs = [a_job(script, dice, status="Completed") for _ in range(500)]
+    (tmp_path / "jobs.json").write_bytes(lines(script, *jobs))
+    monkeypatch.setattr(script.JobStore, "LONG", 1 << 16)
+    gate, pause = threading.Event(), script.JobStore._pause
+    monkeypatch.setattr(script.JobStore, "_pause", lambda store: pause(store) or gate.wait(60))
+    store = script.JobStore(str(tmp_path))
+    try:
+        assert within(20, store.get, jobs[-1].id) == jobs[-1]
+    finally:
+        gate.set()
+        store.close()
 
 
 def test_purge_and_recovery(script, tracker, tmp_path):
