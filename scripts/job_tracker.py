@@ -1356,7 +1356,7 @@ class Index:
     Reading needs no lock, and many threads may; one at a time writes. All methods raise sqlite3.Error.
     """
 
-    VERSION = 2
+    VERSION = 1  # an earlier program that shares the folder makes the index anew where it finds another
     FILES = ("", "-wal", "-shm")  # what SQLite adds to the name
     BUSY = 0.5  # seconds that another process may hold the database
     KEPT = 4  # connections that stay open while nobody needs them
@@ -1374,7 +1374,6 @@ class Index:
         "CREATE INDEX by_id ON jobs (id COLLATE NOCASE)",
         *(f"CREATE INDEX by_{column} ON jobs ({column})" for column in ("timestamp", "status", "type", "ip")),
         "CREATE INDEX by_key ON jobs (key) WHERE key IS NOT NULL",
-        f"CREATE TRIGGER added AFTER INSERT ON jobs BEGIN {COUNT_NEW}; END",
         f"CREATE TRIGGER removed AFTER DELETE ON jobs BEGIN {COUNT_OLD}; END",
         f"CREATE TRIGGER changed AFTER UPDATE OF status, bytes ON jobs BEGIN {COUNT_OLD}; {COUNT_NEW}; END",
     )
@@ -1571,6 +1570,8 @@ class IndexView:
         if row is None:
             statement = f"INSERT INTO jobs ({', '.join(values)}, id) VALUES ({'?, ' * len(values)}?)"
             row = self.execute(statement, (*values.values(), job.id)).lastrowid
+            statement = "UPDATE totals SET jobs = jobs + 1, bytes = bytes + ? WHERE status = ?"
+            self.execute(statement, (values["bytes"], values["status"]))
         else:
             statement = f"UPDATE jobs SET {', '.join(f'{name} = ?' for name in values)} WHERE row = ?"
             self.execute(statement, (*values.values(), row))

@@ -25,6 +25,7 @@ from journal import lines
 from harness import TESTS
 
 BEFORE = "9945b77"  # the last commit without an index
+EARLIER = "78461e1"  # one with it
 
 
 @pytest.fixture
@@ -360,10 +361,9 @@ def test_one_of_the_two_is_restored(script, opened, index, tmp_path_factory, dic
 # Neighbours and builds
 
 
-@pytest.fixture
-def before() -> Any:
-    """The version before, which knows of no index."""
-    command = ["git", "show", f"{BEFORE}:scripts/{SCRIPT.name}"]
+def program_of(commit: str) -> Any:
+    """An earlier version."""
+    command = ["git", "show", f"{commit}:scripts/{SCRIPT.name}"]
     shown = subprocess.run(command, cwd=str(SCRIPT.parent), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     if shown.returncode:
         pytest.skip("needs the history")
@@ -371,6 +371,12 @@ def before() -> Any:
     module.__file__ = str(SCRIPT)
     exec(compile(shown.stdout, SCRIPT.name, "exec"), module.__dict__)
     return module
+
+
+@pytest.fixture
+def before() -> Any:
+    """The version before, which knows of no index."""
+    return program_of(BEFORE)
 
 
 def test_the_version_before_is_a_neighbour(script, opened, before, index, dice):
@@ -397,6 +403,30 @@ def test_the_version_before_is_a_neighbour(script, opened, before, index, dice):
     assert every(script, new) == known
     assert set(alive(index.parent / "jobs.json")) == set(known)
     assert {job.id for job in old.query(before.Filter(), 1000)[0]} == set(known)
+
+
+def test_an_earlier_version_shares_the_index(script, opened, index, dice, monkeypatch):
+    """Neither takes it from the other, also after a compaction, and both count the same."""
+    earlier = program_of(EARLIER)
+    earlier.JobStore.MIN_DEAD_ENTRIES = 20
+    set_constants(script, MIN_DEAD_ENTRIES=20)
+    stores = [(opened(), script), (opened(program=earlier), earlier)]
+    for store, _ in stores:
+        within(20, store.recover(lambda job: job).result)
+    builds: List[Any] = []
+    for program in (script, earlier):
+        monkeypatch.setattr(program.Index, "begin", lambda *_: builds.append(1) or pytest.fail("it is made anew"))
+    for number in range(200):
+        store, program = stores[number % 2]
+        fields = a_job(script, dice)._asdict()
+        job = program.Job(**{**fields, "bytes": number, "status": "Pending"})
+        within(20, store.put(job, new=True).result)
+        store, program = dice.choice(stores)
+        within(20, store.put(program.Job(**{**fields, "bytes": 10, "status": "Completed"})).result)
+    for store, _ in stores:
+        assert store.idle(20)
+        assert store.stats() == ({"Pending": 0, "Processing": 0, "Completed": 200, "Failed": 0}, 2000)
+    assert not builds
 
 
 def test_the_first_build_keeps_nobody_waiting(script, opened, index, dice):
