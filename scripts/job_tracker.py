@@ -1245,8 +1245,7 @@ class JournalCopy(OpenJournal):
         super().__init__(create_like(path, like, flags=os.O_RDWR))
         self.path = path
         self.source_end = source_end  # the old file was copied up to here
-        self.end = cut_end(self.file, 0)
-        self.entries = 0
+        self.end = self.entries = 0
 
     def add(self, records: Dict[str, bytes]) -> Dict[str, int]:
         """Returns the offsets of the records."""
@@ -2494,6 +2493,7 @@ class JobStore:
             if state.needs_rewrite:
                 log.warning("jobs.json was not as this program writes it: it is written anew")
             copy = JournalCopy(f"{self.path}.{self.owner}.part", self.path, state.indexed_to)
+            copy.end = cut_end(copy.file, 0)
 
             def pause() -> None:
                 sync_file(copy.file)  # often, so that no sync takes long

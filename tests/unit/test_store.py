@@ -27,6 +27,7 @@ from inside import (
     load_script,
     make_tracker,
     read_jobs,
+    set_constants,
     until,
 )
 from journal import all_pages, every, lines, settled
@@ -329,6 +330,27 @@ def test_full_disk_in_a_compaction(script, opened, path, dice, full_disk):
         job.id: completed(job, 2) for job in jobs[2:]
     }
     assert not list(path.parent.glob("*.part"))
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="which file a descriptor is cannot be told here")
+def test_a_disk_without_room_for_the_first_bytes_of_a_compaction(script, opened, path, dice):
+    set_constants(script, MIN_DEAD_ENTRIES=10, COMPACT_RETRY=0)
+
+    def pwrite(file: int, *args: Any) -> int:
+        if os.readlink(f"/proc/self/fd/{file}").endswith(".part"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return os.pwrite(file, *args)
+
+    script.os = WrappedOs(pwrite=pwrite)
+    store, job = opened(), a_job(script, dice)
+    store.put(job, new=True).result()
+    inode = path.stat().st_ino
+    for number in range(40):
+        store.put(job._replace(bytes=number)).result()
+    assert store.idle() and path.stat().st_ino == inode and not list(path.parent.glob("*.part"))
+    script.os = os
+    store.put(job).result()
+    until(lambda: path.stat().st_ino != inode)
 
 
 def test_closing_tries_once_more(script, opened, path, dice, full_disk):
