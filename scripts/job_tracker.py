@@ -2565,12 +2565,12 @@ class JobStore:
         give_access(copy.file, access_of(self.path))  # somebody may have made it private meanwhile
         sync_file(copy.file)
         with self._reading:
-            # Windows replaces no open file. After a failure here, the next write reopens jobs.json.
+            # Windows replaces no open file. After a failure, the next write reopens jobs.json and syncs its folder.
             self._journal.close()
             copy.close()
             os.replace(copy.path, self.path)
+            sync_folder(os.path.dirname(self.path))
             self._journal = OpenJournal(self._open_file())
-        sync_folder(os.path.dirname(self.path))
         file = self._journal.file
         self._index.update(
             inode=self._journal.inode,

@@ -353,6 +353,28 @@ def test_a_disk_without_room_for_the_first_bytes_of_a_compaction(script, opened,
     until(lambda: path.stat().st_ino != inode)
 
 
+def test_a_folder_that_is_not_synced_after_a_compaction(script, opened, path, dice, monkeypatch):
+    """A power cut could put the old file back, so nothing is stored in the new one before."""
+    set_constants(script, MIN_DEAD_ENTRIES=10)
+    store, job, failed, synced = opened(), a_job(script, dice), [], set()
+    store.put(job, new=True).result()
+    first, sync_folder = path.stat().st_ino, script.sync_folder
+
+    def fail_once(folder: str) -> None:
+        if path.stat().st_ino != first and not failed:
+            failed.append(folder)
+            raise OSError(errno.EMFILE, "Too many open files")
+        sync_folder(folder)
+        synced.add(path.stat().st_ino)
+
+    monkeypatch.setattr(script, "sync_folder", fail_once)
+    for number in range(40):
+        store.put(job._replace(bytes=number)).result()
+    assert store.idle() and failed
+    store.put(job).result()
+    assert path.stat().st_ino in synced
+
+
 def test_closing_tries_once_more(script, opened, path, dice, full_disk):
     store = opened()
     job = a_job(script, dice)
