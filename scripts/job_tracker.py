@@ -2176,9 +2176,10 @@ class JobStore:
         """Holds the lock between processes, with the file open that the name stands for now, and its index."""
         with self._process_lock:
             file, index = self._journal.file, self._index
-            if file is None or not is_same_file(self.path, file):
+            # Without an index, it was opened in part: its name may not be safe yet.
+            if file is None or index is None or not is_same_file(self.path, file):
                 self._open()
-            elif index is None or index.failure is not None or not index.is_in_place():
+            elif index.failure is not None or not index.is_in_place():
                 self._open_index()
             yield self._journal
 

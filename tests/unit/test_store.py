@@ -375,6 +375,23 @@ def test_a_folder_that_is_not_synced_after_a_compaction(script, opened, path, di
     assert path.stat().st_ino in synced
 
 
+def test_a_folder_that_is_not_synced_at_the_start(script, opened, path, dice, monkeypatch):
+    calls, sync_folder = [], script.sync_folder
+
+    def fail_once(folder: str) -> None:
+        calls.append(folder)
+        if len(calls) == 1:
+            raise OSError(errno.EMFILE, "Too many open files")
+        sync_folder(folder)
+
+    store = opened()
+    monkeypatch.setattr(script, "sync_folder", fail_once)
+    with pytest.raises(script.StoreError):
+        store.put(a_job(script, dice), new=True).result()
+    store.put(a_job(script, dice), new=True).result()
+    assert calls == [str(path.parent)] * 2
+
+
 def test_closing_tries_once_more(script, opened, path, dice, full_disk):
     store = opened()
     job = a_job(script, dice)
