@@ -2542,9 +2542,11 @@ class JobStore:
         """Copies what is left and replaces the file, while nobody can append to it."""
         with self._exclusive() as now:
             state, end = self._find_end()
-            self._index_up_to(now, state.indexed_to, end, lambda: None)
-            if now is not journal or state.compactor != self.owner or self._indexed_to() != end:
+            if now is not journal or state.compactor != self.owner:  # and all may have to be indexed anew
                 raise StoreError("it was changed meanwhile")
+            self._index_up_to(now, state.indexed_to, end, lambda: None)
+            if self._indexed_to() != end:
+                raise StoreError("another process indexes it")
             self._copy_tail(journal, copy, end, lambda: None)
             self._replace(copy, state)
 

@@ -12,7 +12,7 @@ from concurrent.futures import wait
 from typing import Any
 
 import pytest
-from inside import WrappedOs, a_job, alive, completed, load_script, make_tracker, until
+from inside import WrappedOs, a_job, alive, completed, load_script, make_tracker, until, within
 from journal import all_pages, every, lines
 
 
@@ -182,6 +182,30 @@ def test_much_is_written_during_a_compaction(script, path, opened, dice, piece):
     assert path.stat().st_ino != inode
     assert every(script, one) == every(script, other)
     assert {job_id: script.job_from_record(record) for job_id, record in alive(path).items()} == every(script, one)
+
+
+def test_touched_during_a_compaction(script, path, opened, dice, monkeypatch):
+    """It is read anew, and that keeps nobody waiting."""
+    script.JobStore.MIN_DEAD_ENTRIES = 0
+    jobs, touched, add = [a_job(script, dice) for _ in range(6000)], threading.Event(), script.Index.add
+    path.write_bytes(lines(script, *jobs, *jobs, *jobs[:10]))
+
+    def touch(store: Any, *args: Any) -> None:
+        os.utime(path)
+        touched.set()
+        copy_rest(store, *args)
+
+    def add_slowly(*args: Any) -> bool:
+        time.sleep(0.05 if touched.is_set() else 0)
+        return add(*args)
+
+    copy_rest = script.JobStore._copy_rest
+    monkeypatch.setattr(script.JobStore, "_copy_rest", touch)
+    monkeypatch.setattr(script.Index, "add", add_slowly)
+    store = opened()
+    store.stats()
+    assert touched.wait(60)
+    within(1, store.put(a_job(script, dice), new=True).result)
 
 
 def test_paging_while_jobs_come_and_go(script, opened, dice):
