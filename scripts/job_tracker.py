@@ -2324,7 +2324,6 @@ class JobStore:
                 if state.indexed_to == end:
                     self._finish_catching_up(journal, state)
                     break
-                sync_file(journal.file)  # another process may have died between writing and syncing what follows
                 self._is_building = end - state.indexed_to > self.LONG
             self._index_up_to(journal, state.indexed_to, end, self._pause)
         if time.monotonic() - began > 1:
@@ -2332,6 +2331,7 @@ class JobStore:
 
     def _index_up_to(self, journal: OpenJournal, start: int, end: int, pause: Callable[[], None]) -> None:
         """As far as nobody else does it."""
+        sync_file(journal.file)  # another process may have died between writing and syncing what follows
         for found, position in read_entries(journal.file, start, end):
             if not self._index.add(journal.inode, start, found, position, checksum_before(journal.file, position)):
                 return

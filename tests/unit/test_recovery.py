@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Callable, List
 
 import pytest
-from inside import WrappedOs, an_answer, files_are_whole, make_tracker, pixels, set_constants
+from inside import WrappedOs, a_job, an_answer, files_are_whole, make_tracker, pixels, set_constants
 
 from harness import until
 
@@ -48,6 +48,37 @@ def test_a_line_of_a_neighbour_is_synced_before_it_is_shown(script, tmp_path):
     assert tracker.get(job.id).status == "Pending"
     assert str(tmp_path / "jobs.json") in calls
     tracker.close()
+
+
+def test_such_a_line_is_also_synced_before_a_compaction_shows_it(script, opened, path, dice, monkeypatch):
+    script.JobStore.MIN_DEAD_ENTRIES = 10
+    copy_rest, add, calls, left = script.JobStore._copy_rest, script.Index.add, [], a_job(script, dice)
+
+    def after_a_death(store: Any, *args: Any) -> None:
+        with open(str(path), "r+b") as file:
+            end = path.stat().st_size - len(script.TAIL)
+            script.append_records(file.fileno(), end, {left.id: script.record_of(left)})
+        calls.clear()
+        copy_rest(store, *args)
+
+    def note_sync(file: int) -> None:
+        os.fsync(file)
+        calls.append(os.readlink(f"/proc/self/fd/{file}"))
+
+    def note_add(index: Any, inode: int, start: int, found: Any, *args: Any) -> bool:
+        calls.extend(entry.id for entry in found)
+        return add(index, inode, start, found, *args)
+
+    store, job = opened(), a_job(script, dice)
+    store.put(job, new=True).result()
+    inode = path.stat().st_ino
+    monkeypatch.setattr(script.JobStore, "_copy_rest", after_a_death)
+    monkeypatch.setattr(script.Index, "add", note_add)
+    script.os = WrappedOs(fsync=note_sync)
+    for number in range(40):
+        store.put(job._replace(bytes=number)).result()
+    assert store.idle() and path.stat().st_ino != inode
+    assert calls.index(str(path)) < calls.index(left.id)
 
 
 def left_behind(script: Any, folder: Path, images: int, lost: Callable[[Any, Any], Any]) -> Any:
