@@ -1525,8 +1525,13 @@ class Index:
         with self._transaction("IMMEDIATE") as view:
             view.execute("DELETE FROM damages")
 
+    def abandon_move(self, compactor: str) -> None:
+        """A process writes no new file any more."""
+        with self._transaction("IMMEDIATE") as view:
+            view.execute("UPDATE state SET compactor = '' WHERE compactor = ?", (compactor,))
+
     def move(self, compactor: str, offsets: Dict[str, int]) -> bool:
-        """Notes where records, by their IDs, lie in the new file. False if another process has begun a newer one."""
+        """Notes where records, by their IDs, lie in the new file. False if the index was rebuilt since that began."""
         with self._transaction("IMMEDIATE") as view:
             if view.state.compactor != compactor:
                 return False
@@ -2488,9 +2493,10 @@ class JobStore:
             with self._exclusive() as journal:
                 with self._index.reading() as view:
                     state, damages = view.state, view.damages()
-                if damages:
-                    return  # they could not be set aside, and a compaction would lose them
-                self._index.update(compactor=self.owner)  # a process that has begun before gives up
+                is_free = state.compactor in ("", self.owner) or self._is_gone(state.compactor)
+                if damages or not is_free:  # what could not be set aside would be lost
+                    return
+                self._index.update(compactor=self.owner)
             if state.needs_rewrite:
                 log.warning("jobs.json was not as this program writes it: it is written anew")
             copy = JournalCopy(f"{self.path}.{self.owner}.part", self.path, state.indexed_to)
@@ -2514,6 +2520,9 @@ class JobStore:
         finally:
             if copy is not None:
                 copy.discard()
+            if self._index is not None:
+                with contextlib.suppress(sqlite3.Error):  # whoever comes next looks whether this process lives
+                    self._index.abandon_move(self.owner)
 
     def _indexed_to(self) -> int:
         with self._index.reading() as view:
@@ -2561,7 +2570,7 @@ class JobStore:
                 raise StoreError("it was changed meanwhile") from None
             records[job_id] = record.replace(b"\n", b" ")  # it may have been laid out in another way
         if not self._index.move(self.owner, copy.add(records)):
-            raise StoreError("another process compacts it, or its index was made anew meanwhile")
+            raise StoreError("its index was made anew meanwhile")
 
     def _replace(self, copy: JournalCopy, state: IndexState) -> None:
         """Puts the new file in the place of the old, and has the index know it."""

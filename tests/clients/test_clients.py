@@ -467,7 +467,7 @@ class BadLine:
             limits = {"in the request": (self._chance.randrange(300), None), "before the answer": (None, 0)}
             up, down = limits.get(place or "", (None, None))
             if place == "in the answer":
-                down = self._chance.randrange(1, 12000)
+                down = self._chance.randrange(1, self._chance.choice((300, 300, 300, 12000)))  # most answers are short
             ways = {
                 asyncio.ensure_future(self._pass(reader, back, up)),
                 asyncio.ensure_future(self._pass(there, writer, down)),
