@@ -157,9 +157,9 @@ def close_file(file: Optional[int]) -> None:
             os.close(file)
 
 
-def open_regular(path: str) -> int:
+def open_regular(path: str, flags: int = 0) -> int:
     """Opens a file for reading. Raises OSError, also for a folder, and for a pipe without waiting for its other end."""
-    file = os.open(path, os.O_RDONLY | O_NONBLOCK | BINARY)
+    file = os.open(path, os.O_RDONLY | O_NONBLOCK | BINARY | flags)
     if not stat.S_ISREG(os.fstat(file).st_mode):
         os.close(file)
         raise OSError(errno.EINVAL, "it is no file", path)
@@ -3050,7 +3050,7 @@ class ImageStore:
         with raising_store_error():
             if os.path.islink(os.path.dirname(path)) or os.path.islink(path):
                 raise OSError(errno.ELOOP, "a symbolic link is not followed", path)
-            file = os.open(path, os.O_RDONLY | NO_FOLLOW | BINARY)
+            file = open_regular(path, NO_FOLLOW)
             try:
                 yield file
             finally:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from disks import mounted
-from inside import WrappedOs, a_job, an_answer, files_are_whole, generate, make_tracker, pixels, when_ended
+from inside import WrappedOs, a_job, an_answer, files_are_whole, generate, make_tracker, pixels, when_ended, within
 
 
 @pytest.fixture
@@ -142,6 +142,17 @@ def test_no_link_below_images_is_followed(script, images, today, tmp_path, caplo
     images.remove(images.files_of(saved))
     assert not os.path.lexists(str(tmp_path / "images" / name))
     assert (outside / f"{today.id}_0.png").exists()
+
+
+@pytest.mark.parametrize("make", ["mkdir", "mkfifo"])
+def test_what_is_no_file_is_no_image(images, today, tmp_path, make):
+    """And nobody waits for the other end of a pipe."""
+    if not hasattr(os, make):
+        pytest.skip("Windows has no such pipes")
+    day = tmp_path / "images" / images.day_of(today)
+    day.mkdir()
+    getattr(os, make)(str(day / f"{today.id}_0.png"))
+    assert within(20, images.size, f"{images.day_of(today)}/{today.id}_0.png") is None
 
 
 def test_images_gone_or_cut(script, tmp_path, dice):
