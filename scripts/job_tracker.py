@@ -2775,7 +2775,7 @@ def members(data: bytes) -> Iterator[Tuple[str, Any, int, int]]:
 
     gap = skip(0, "{")
     if text.startswith("}", gap.end()):
-        return
+        gap = skip(gap.end(), "}")
     while gap.group(1) != "}":
         name, end = decode(text, gap.end())
         if not isinstance(name, str):
@@ -2784,6 +2784,8 @@ def members(data: bytes) -> Iterator[Tuple[str, Any, int, int]]:
         value, end = decode(text, start)
         yield name, value, offset(start), offset(end)
         gap = skip(end, ",}")
+    if gap.end() < len(text):
+        raise ValueError("it does not end with the object")
 
 
 def contents_of(rest: bytes) -> Contents:
