@@ -77,6 +77,7 @@ from typing import (
     Tuple,
     Union,
 )
+from urllib.parse import quote
 from weakref import WeakSet
 
 import anyio.to_thread
@@ -4294,7 +4295,7 @@ def header_of(scope: Scope, name: bytes) -> str:
 def path_of(scope: Scope) -> str:
     """The path as the client sent it: with the prefix that a proxy took away, which servers add or do not."""
     root, path = scope.get("root_path", ""), scope["path"]
-    return path if path.startswith(root + "/") else root + path
+    return quote(path if path.startswith(root + "/") else root + path)
 
 
 def accepts_gzip(scope: Scope) -> bool:

@@ -209,6 +209,14 @@ def test_a_repeat_right_after_a_failure(script, webui):
     assert sorted(when_ended(webui.tracker, job.id).status for job in webui.jobs()) == ["Completed", "Failed"]
 
 
+def test_location_below_a_root_of_any_letters(webui):
+    webui.generate = lambda request: GOOD
+    webui.app.root_path = "/\u753b\u50cf"
+    answer = asyncio.run(webui.post(REQUEST, {"Prefer": "respond-async"}))
+    location = f"/%E7%94%BB%E5%83%8F/sdapi/v1/job/{answer.headers['x-job-id']}"
+    assert (answer.status_code, answer.headers["location"]) == (202, location)
+
+
 @pytest.mark.parametrize(
     "one, two, same",
     [
