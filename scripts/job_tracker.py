@@ -5624,7 +5624,7 @@ class Api:
             return Response(None, 304, {**headers, **exposed(headers)})
         # Otherwise the host would compress the image itself, on the event loop and to no use.
         headers.update({"Content-Encoding": "gzip"} if gzip else {"Content-Length": str(size)})
-        chunks = iter(()) if request.method == "HEAD" else self.tracker.images.read(image.name)
+        chunks = (b"" for _ in ()) if request.method == "HEAD" else self.tracker.images.read(image.name)
         try:
             return await self._stream(chunks, headers, image.media_type, level=0)
         except StoreError as error:

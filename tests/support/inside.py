@@ -203,9 +203,9 @@ class SmallWebui:
         async with self._client() as client:
             return await client.post("/sdapi/v1/txt2img", json=data, headers=headers)
 
-    async def get(self, path: str) -> httpx.Response:
+    async def get(self, path: str, method: str = "GET", **options: Any) -> httpx.Response:
         async with self._client() as client:
-            return await client.get(f"/sdapi/v1/{path}")
+            return await client.request(method, f"/sdapi/v1/{path}", **options)
 
     def _client(self) -> httpx.AsyncClient:
         return httpx.AsyncClient(transport=httpx.ASGITransport(app=self.app), base_url="http://webui", timeout=60)

@@ -209,6 +209,24 @@ def test_a_repeat_right_after_a_failure(script, webui):
     assert sorted(when_ended(webui.tracker, job.id).status for job in webui.jobs()) == ["Completed", "Failed"]
 
 
+def test_a_head_that_is_refused(webui, caplog, monkeypatch):
+    """Too much waits already: that is a 503, and nothing goes wrong besides."""
+    webui.generate = lambda request: GOOD
+    job_id = asyncio.run(webui.post(REQUEST)).headers["x-job-id"]
+    assert when_ended(webui.tracker, job_id).status == "Completed"
+    submit = webui.tracker.pool.submit
+
+    def refuse_chunks(function: Any, *arguments: Any) -> Any:
+        if function.__name__ == "_make":
+            raise webui.script.StoreError("too many wait already", temporary=True)
+        return submit(function, *arguments)
+
+    monkeypatch.setattr(webui.tracker.pool, "submit", refuse_chunks)
+    plain = {"Accept-Encoding": "identity"}
+    assert asyncio.run(webui.get(f"job/{job_id}/images/0", "HEAD", headers=plain)).status_code == 503
+    assert caplog.text == ""
+
+
 def test_location_below_a_root_of_any_letters(webui):
     webui.generate = lambda request: GOOD
     webui.app.root_path = "/\u753b\u50cf"
