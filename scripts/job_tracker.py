@@ -4543,9 +4543,10 @@ class ThreadedChunks:
 
 
 async def after_heartbeats(
-    ended: "asyncio.Future[Any]", result: Callable[[], Any], gzip: Optional[Gzip]
+    wait: Callable[[], Any], result: Callable[[], Any], gzip: Optional[Gzip]
 ) -> AsyncIterator[bytes]:
-    """White space until `ended` is done, and then the chunks that the coroutine `result` gives."""
+    """White space until what `wait` gives is done, and then the chunks that the coroutine `result` gives."""
+    ended = asyncio.ensure_future(wait())  # not before: nothing ends a generator that was never begun
     try:
         while not ended.done():
             yield gzip.encode(b" ") if gzip else b" "
@@ -4912,7 +4913,7 @@ class ClientResponse:
         elif ended.done():
             content = await result()
         else:
-            content = after_heartbeats(ended, result, self.gzip)
+            content = after_heartbeats(lambda: ended, result, self.gzip)
         headers.update(self._job_headers(job.id, is_early))
         headers["Vary"] = "Accept-Encoding"
         headers["X-Accel-Buffering"] = "no"  # nginx would keep the head back until the end
@@ -5549,7 +5550,6 @@ class Api:
     def _wait_on(self, request: Request, job_id: str, images: bool, seconds: float) -> AsyncIterator[bytes]:
         """White space while the job goes on, and then the job. The head is out: for trouble, the connection is cut."""
         gzip = Gzip() if accepts_gzip(request.scope) else None
-        ended = asyncio.get_running_loop().create_task(self.tracker.wait(job_id, seconds))
 
         async def result() -> ThreadedChunks:
             job = await self._get(job_id)
@@ -5557,7 +5557,7 @@ class Api:
             chunks = gzip.encode_all(chunks) if gzip else chunks
             return ThreadedChunks(self.tracker.pool_for(job), chunks, self.tracker.sending)
 
-        return after_heartbeats(ended, result, gzip)
+        return after_heartbeats(lambda: self.tracker.wait(job_id, seconds), result, gzip)
 
     @endpoint
     async def get_jobs(

@@ -216,6 +216,7 @@ class SmallWebui:
         async def receive() -> Any:
             await asyncio.get_running_loop().create_future()
 
+        path, _, query = path.partition("?")
         scope = {
             "type": "http",
             "asgi": {"version": "3.0"},
@@ -224,7 +225,7 @@ class SmallWebui:
             "method": "GET",
             "path": f"/sdapi/v1/{path}",
             "raw_path": f"/sdapi/v1/{path}".encode(),
-            "query_string": b"",
+            "query_string": query.encode(),
             "root_path": "",
             "headers": [(b"host", b"webui")],
             "client": ("::1", 1),

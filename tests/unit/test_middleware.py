@@ -11,7 +11,7 @@ import threading
 from typing import Any, Dict, Iterator
 
 import pytest
-from inside import SmallWebui, WrappedOs, pixels, until, when_ended
+from inside import SmallWebui, WrappedOs, pixels, set_constants, until, when_ended
 
 IMAGE = base64.b64encode(pixels("odd", 0)).decode()
 GOOD = {"images": [IMAGE], "parameters": {}, "info": ""}
@@ -207,6 +207,27 @@ def test_a_repeat_right_after_a_failure(script, webui):
     webui.generate = generate
     asyncio.run(run())
     assert sorted(when_ended(webui.tracker, job.id).status for job in webui.jobs()) == ["Completed", "Failed"]
+
+
+def test_a_long_wait_whose_head_cannot_be_sent(webui):
+    """Nobody waits for the job's end any more."""
+    goes_on = threading.Event()
+    webui.generate = lambda request: goes_on.wait(60) and GOOD
+    set_constants(webui.script, HEARTBEAT=0.05)
+
+    async def send(message: Any) -> None:
+        raise OSError("the client has left")
+
+    async def run() -> None:
+        generating = asyncio.ensure_future(webui.post(REQUEST))
+        (job,) = await asyncio.get_running_loop().run_in_executor(None, until, webui.jobs)
+        await webui.send(f"job/{job.id}?wait=300", send)
+        await asyncio.sleep(0.1)
+        assert "Tracker.wait" not in [task.get_coro().__qualname__ for task in asyncio.all_tasks()]
+        goes_on.set()
+        await generating
+
+    asyncio.run(run())
 
 
 def test_a_head_that_is_refused(webui, caplog, monkeypatch):
