@@ -3665,7 +3665,7 @@ class LiveJob:
         self.accepted_at = time.monotonic()
         self.cancel = cancel
         self.answered = False  # its client may have the answer, which is being stored
-        self.left = uncancellable_future()  # done once it is no longer in the tracker
+        self.waiting: Set["asyncio.Future[Any]"] = set()  # which are cancelled once it is no longer in the tracker
 
 
 class Threads(ThreadPoolExecutor):
@@ -3870,8 +3870,10 @@ class Tracker:
     def _leave(self, job: Job) -> None:
         with self._lock:
             live = self._live.pop(job.id, None)
-        if live is not None:
-            live.left.set_result(None)
+            waiting = [] if live is None else list(live.waiting)
+        for left in waiting:
+            with contextlib.suppress(RuntimeError):  # its event loop is closed
+                left.get_loop().call_soon_threadsafe(left.cancel)
 
     # Looking at jobs
 
@@ -3934,13 +3936,17 @@ class Tracker:
 
     async def wait(self, job_id: str, seconds: float) -> None:
         """Returns when a job has ended or is unknown, or after some seconds. Holds no thread."""
-        live = self._live_job(job_id)
+        left = asyncio.get_running_loop().create_future()
+        with self._lock:
+            live = self._live.get(job_id)
+            if live is not None:
+                live.waiting.add(left)
         if live is not None:
-            left = asyncio.wrap_future(live.left)
             try:
                 await asyncio.wait({left}, timeout=seconds)
             finally:
-                left.cancel()  # the event loop may be closed by the time that the job leaves
+                with self._lock:
+                    live.waiting.discard(left)
             return
         until = time.monotonic() + seconds
         while time.monotonic() < until:  # another process on the same folder may have it
