@@ -5065,14 +5065,14 @@ class Generation:
     def on_lock_wanted(self) -> None:
         """The host's route asks for the queue lock: that makes it a job."""
         with self._lock:
-            if self.phase is not Phase.CHECKING or self.reserved_id is None:  # it has no ID where that went wrong
+            if self.phase is not Phase.CHECKING:
                 return
             self.phase = Phase.WAITING
         written = None
         with log_errors("accepting a job"):
             client = self.scope.get("client")
             self.job = Job(
-                id=self.reserved_id,
+                id=self.reserved_id or self.tracker.store.reserve_id(),
                 type=self.middleware.type,
                 status=PENDING,
                 timestamp=int(time.time()),

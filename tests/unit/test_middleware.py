@@ -209,6 +209,17 @@ def test_a_repeat_right_after_a_failure(script, webui):
     assert sorted(when_ended(webui.tracker, job.id).status for job in webui.jobs()) == ["Completed", "Failed"]
 
 
+def test_an_endpoint_that_another_extension_has_put_in_the_place_of_ours(webui):
+    """The request cannot be read, but is a job all the same."""
+    webui.generate = lambda request: {**GOOD, "parameters": REQUEST}
+    for route in webui.app.routes:
+        if route.path == "/sdapi/v1/txt2img":
+            route.dependant.call = route.endpoint
+    job_id = asyncio.run(webui.post(REQUEST)).headers["x-job-id"]
+    job = when_ended(webui.tracker, job_id)
+    assert (job.status, job.prompt, len(job.images)) == ("Completed", REQUEST["prompt"], 1)
+
+
 def test_a_long_wait_whose_head_cannot_be_sent(webui):
     """Nobody waits for the job's end any more."""
     goes_on = threading.Event()
