@@ -4052,7 +4052,8 @@ class Tracker:
             self.recover().result()  # the webui that had it may be dead
         if job is not None and not self._is_free(job.id):
             return KeyReservation(job.digest or "", job.id), False
-        reservation = self._reservations[key] = KeyReservation(digest)
+        with self._lock:  # whoever frees that of a failed job does it before or after
+            reservation = self._reservations[key] = KeyReservation(digest)
         return reservation, True
 
     def _is_free(self, job_id: Optional[str]) -> bool:

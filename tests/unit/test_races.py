@@ -83,3 +83,23 @@ def test_who_has_waited_leaves_nothing(script, tracker):
     finally:
         tracemalloc.stop()
     tracker.fail(job.id, "")
+
+
+def test_a_key_that_is_freed_and_reserved_at_once(tracker):
+    """Who repeats a request that came to nothing just as that frees its key has the key."""
+    first, _ = tracker.reserve_key("key", "digest")
+    first.outcome.set_result(None)
+    repeats = []
+
+    class Reservations(dict):
+        def get(self, key: str) -> Any:
+            found = super().get(key)
+            if threading.current_thread() is threading.main_thread() and not repeats:
+                repeats.append(tracker.key_readers.submit(tracker._reserve_key, "key", "digest"))
+                time.sleep(0.3)
+            return found
+
+    tracker._reservations = Reservations(tracker._reservations)
+    tracker.free_key("key", first)
+    reservation, is_own = repeats[0].result(20)
+    assert is_own and dict.get(tracker._reservations, "key") is reservation
