@@ -77,6 +77,7 @@ from typing import (
     Tuple,
     Union,
 )
+from urllib.parse import quote
 from weakref import WeakSet
 
 import anyio.to_thread
@@ -157,9 +158,9 @@ def close_file(file: Optional[int]) -> None:
             os.close(file)
 
 
-def open_regular(path: str) -> int:
+def open_regular(path: str, flags: int = 0) -> int:
     """Opens a file for reading. Raises OSError, also for a folder, and for a pipe without waiting for its other end."""
-    file = os.open(path, os.O_RDONLY | O_NONBLOCK | BINARY)
+    file = os.open(path, os.O_RDONLY | O_NONBLOCK | BINARY | flags)
     if not stat.S_ISREG(os.fstat(file).st_mode):
         os.close(file)
         raise OSError(errno.EINVAL, "it is no file", path)
@@ -2788,7 +2789,7 @@ def members(data: bytes) -> Iterator[Tuple[str, Any, int, int]]:
 
     gap = skip(0, "{")
     if text.startswith("}", gap.end()):
-        return
+        gap = skip(gap.end(), "}")
     while gap.group(1) != "}":
         name, end = decode(text, gap.end())
         if not isinstance(name, str):
@@ -2797,6 +2798,8 @@ def members(data: bytes) -> Iterator[Tuple[str, Any, int, int]]:
         value, end = decode(text, start)
         yield name, value, offset(start), offset(end)
         gap = skip(end, ",}")
+    if gap.end() < len(text):
+        raise ValueError("it does not end with the object")
 
 
 def contents_of(rest: bytes) -> Contents:
@@ -3063,7 +3066,7 @@ class ImageStore:
         with raising_store_error():
             if os.path.islink(os.path.dirname(path)) or os.path.islink(path):
                 raise OSError(errno.ELOOP, "a symbolic link is not followed", path)
-            file = os.open(path, os.O_RDONLY | NO_FOLLOW | BINARY)
+            file = open_regular(path, NO_FOLLOW)
             try:
                 yield file
             finally:
@@ -3674,8 +3677,8 @@ class LiveJob:
         self.accepted = accepted  # done when it is on disk
         self.accepted_at = time.monotonic()
         self.cancel = cancel
-        self.answered = False  # its client may have the answer, which is being stored
-        self.left = uncancellable_future()  # done once it is no longer in the tracker
+        self.answered_at = math.inf  # by time.monotonic(); from then on its client may have the answer
+        self.waiting: Set["asyncio.Future[Any]"] = set()  # which are cancelled once it is no longer in the tracker
 
 
 class Threads(ThreadPoolExecutor):
@@ -3792,7 +3795,7 @@ class Tracker:
         """The host answered, and the client may have that answer before it is stored."""
         with self._lock:
             if job_id in self._live:
-                self._live[job_id].answered = True
+                self._live[job_id].answered_at = time.monotonic()
 
     def reserve_memory(self, size: int) -> bool:
         """Counts an answer of a size in bytes that waits to be stored. False if there is no room for it yet."""
@@ -3810,16 +3813,20 @@ class Tracker:
         """The host answered with success. Stores the images; a job whose images cannot be stored has failed.
 
         After a temporary failure it tries again, for minutes, in which the job is Processing and its `error` says why.
+        All answers that wait share these minutes, or whoever stops the webui would wait for each of them.
         """
         for pause in (*self.STORE_AGAIN, None):
-            job = self.running(job_id)
-            if job is None:
+            live = self._live_job(job_id)
+            if live is None:
                 return
+            job = live.job
             try:
                 stored = self.images.save(job, answer)
                 break
             except Exception as error:
-                if pause is None or not getattr(error, "temporary", False):
+                since = max(live.answered_at, self.stored_at)  # for so long nothing was stored
+                is_late = pause is None or time.monotonic() - since > sum(self.STORE_AGAIN)
+                if is_late or not getattr(error, "temporary", False):
                     details = getattr(error, "details", error)
                     log.error("Job %s was generated, but its images could not be stored: %s", job_id, details)
                     self.fail(job_id, f"Generated, but the images could not be stored: {reason_of(error)}")
@@ -3880,8 +3887,10 @@ class Tracker:
     def _leave(self, job: Job) -> None:
         with self._lock:
             live = self._live.pop(job.id, None)
-        if live is not None:
-            live.left.set_result(None)
+            waiting = [] if live is None else list(live.waiting)
+        for left in waiting:
+            with contextlib.suppress(RuntimeError):  # its event loop is closed
+                left.get_loop().call_soon_threadsafe(left.cancel)
 
     # Looking at jobs
 
@@ -3944,13 +3953,17 @@ class Tracker:
 
     async def wait(self, job_id: str, seconds: float) -> None:
         """Returns when a job has ended or is unknown, or after some seconds. Holds no thread."""
-        live = self._live_job(job_id)
+        left = asyncio.get_running_loop().create_future()
+        with self._lock:
+            live = self._live.get(job_id)
+            if live is not None:
+                live.waiting.add(left)
         if live is not None:
-            left = asyncio.wrap_future(live.left)
             try:
                 await asyncio.wait({left}, timeout=seconds)
             finally:
-                left.cancel()  # the event loop may be closed by the time that the job leaves
+                with self._lock:
+                    live.waiting.discard(left)
             return
         until = time.monotonic() + seconds
         while time.monotonic() < until:  # another process on the same folder may have it
@@ -3965,7 +3978,7 @@ class Tracker:
         A client that has the answer must not see the job as Processing.
         """
         live = self._live_job(job_id)
-        if live is not None and (live.answered or live.end is not None):
+        if live is not None and (live.answered_at < math.inf or live.end is not None):
             await self.wait(job_id, self.STORE_WAIT)
 
     def describe(self, job: Job, whole: bool = False) -> Dict[str, Any]:
@@ -4052,7 +4065,8 @@ class Tracker:
             self.recover().result()  # the webui that had it may be dead
         if job is not None and not self._is_free(job.id):
             return KeyReservation(job.digest or "", job.id), False
-        reservation = self._reservations[key] = KeyReservation(digest)
+        with self._lock:  # whoever frees that of a failed job does it before or after
+            reservation = self._reservations[key] = KeyReservation(digest)
         return reservation, True
 
     def _is_free(self, job_id: Optional[str]) -> bool:
@@ -4305,7 +4319,7 @@ def header_of(scope: Scope, name: bytes) -> str:
 def path_of(scope: Scope) -> str:
     """The path as the client sent it: with the prefix that a proxy took away, which servers add or do not."""
     root, path = scope.get("root_path", ""), scope["path"]
-    return path if path.startswith(root + "/") else root + path
+    return quote(path if path.startswith(root + "/") else root + path)
 
 
 def accepts_gzip(scope: Scope) -> bool:
@@ -4553,9 +4567,10 @@ class ThreadedChunks:
 
 
 async def after_heartbeats(
-    ended: "asyncio.Future[Any]", result: Callable[[], Any], gzip: Optional[Gzip]
+    wait: Callable[[], Any], result: Callable[[], Any], gzip: Optional[Gzip]
 ) -> AsyncIterator[bytes]:
-    """White space until `ended` is done, and then the chunks that the coroutine `result` gives."""
+    """White space until what `wait` gives is done, and then the chunks that the coroutine `result` gives."""
+    ended = asyncio.ensure_future(wait())  # not before: nothing ends a generator that was never begun
     try:
         while not ended.done():
             yield gzip.encode(b" ") if gzip else b" "
@@ -4922,7 +4937,7 @@ class ClientResponse:
         elif ended.done():
             content = await result()
         else:
-            content = after_heartbeats(ended, result, self.gzip)
+            content = after_heartbeats(lambda: ended, result, self.gzip)
         headers.update(self._job_headers(job.id, is_early))
         headers["Vary"] = "Accept-Encoding"
         headers["X-Accel-Buffering"] = "no"  # nginx would keep the head back until the end
@@ -5064,14 +5079,14 @@ class Generation:
     def on_lock_wanted(self) -> None:
         """The host's route asks for the queue lock: that makes it a job."""
         with self._lock:
-            if self.phase is not Phase.CHECKING or self.reserved_id is None:  # it has no ID where that went wrong
+            if self.phase is not Phase.CHECKING:
                 return
             self.phase = Phase.WAITING
         written = None
         with log_errors("accepting a job"):
             client = self.scope.get("client")
             self.job = Job(
-                id=self.reserved_id,
+                id=self.reserved_id or self.tracker.store.reserve_id(),
                 type=self.middleware.type,
                 status=PENDING,
                 timestamp=int(time.time()),
@@ -5559,7 +5574,6 @@ class Api:
     def _wait_on(self, request: Request, job_id: str, images: bool, seconds: float) -> AsyncIterator[bytes]:
         """White space while the job goes on, and then the job. The head is out: for trouble, the connection is cut."""
         gzip = Gzip() if accepts_gzip(request.scope) else None
-        ended = asyncio.get_running_loop().create_task(self.tracker.wait(job_id, seconds))
 
         async def result() -> ThreadedChunks:
             job = await self._get(job_id)
@@ -5567,7 +5581,7 @@ class Api:
             chunks = gzip.encode_all(chunks) if gzip else chunks
             return ThreadedChunks(self.tracker.pool_for(job), chunks, self.tracker.sending)
 
-        return after_heartbeats(ended, result, gzip)
+        return after_heartbeats(lambda: self.tracker.wait(job_id, seconds), result, gzip)
 
     @endpoint
     async def get_jobs(
@@ -5634,7 +5648,7 @@ class Api:
             return Response(None, 304, {**headers, **exposed(headers)})
         # Otherwise the host would compress the image itself, on the event loop and to no use.
         headers.update({"Content-Encoding": "gzip"} if gzip else {"Content-Length": str(size)})
-        chunks = iter(()) if request.method == "HEAD" else self.tracker.images.read(image.name)
+        chunks = (b"" for _ in ()) if request.method == "HEAD" else self.tracker.images.read(image.name)
         try:
             return await self._stream(chunks, headers, image.media_type, level=0)
         except StoreError as error:

@@ -203,9 +203,9 @@ class SmallWebui:
         async with self._client() as client:
             return await client.post("/sdapi/v1/txt2img", json=data, headers=headers)
 
-    async def get(self, path: str) -> httpx.Response:
+    async def get(self, path: str, method: str = "GET", **options: Any) -> httpx.Response:
         async with self._client() as client:
-            return await client.get(f"/sdapi/v1/{path}")
+            return await client.request(method, f"/sdapi/v1/{path}", **options)
 
     def _client(self) -> httpx.AsyncClient:
         return httpx.AsyncClient(transport=httpx.ASGITransport(app=self.app), base_url="http://webui", timeout=60)
@@ -216,6 +216,7 @@ class SmallWebui:
         async def receive() -> Any:
             await asyncio.get_running_loop().create_future()
 
+        path, _, query = path.partition("?")
         scope = {
             "type": "http",
             "asgi": {"version": "3.0"},
@@ -224,7 +225,7 @@ class SmallWebui:
             "method": "GET",
             "path": f"/sdapi/v1/{path}",
             "raw_path": f"/sdapi/v1/{path}".encode(),
-            "query_string": b"",
+            "query_string": query.encode(),
             "root_path": "",
             "headers": [(b"host", b"webui")],
             "client": ("::1", 1),

@@ -50,7 +50,8 @@ def test_places_of_members(data, layout, ascii_only, text):
 @pytest.mark.parametrize(
     "data",
     [b"", b"[]", b"{", b'{"a"', b'{"a":', b'{"a":}', b'{"a":1', b'{"a":[1', b'{"a":"x', b'{"a":"x\\', b'{"a":"x\\"}']
-    + [b'{"a":1,}', b'{"a":1 "b":2}', b"{1:2}", b'{"a":1,,}', b'{"a" 1}', b'{"a":"' + b"\\" * 70_000, b"nul"],
+    + [b'{"a":1,}', b'{"a":1 "b":2}', b"{1:2}", b'{"a":1,,}', b'{"a" 1}', b'{"a":"' + b"\\" * 70_000, b"nul"]
+    + [b"{} x", b'{"a":1} x', b'{"a":1}}', b"{}{}"],
     ids=lambda data: ascii(data[:20]),
 )
 def test_no_places(data):

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from disks import mounted
-from inside import WrappedOs, a_job, an_answer, files_are_whole, generate, make_tracker, pixels, when_ended
+from inside import WrappedOs, a_job, an_answer, files_are_whole, generate, make_tracker, pixels, when_ended, within
 
 
 @pytest.fixture
@@ -144,6 +144,17 @@ def test_no_link_below_images_is_followed(script, images, today, tmp_path, caplo
     assert (outside / f"{today.id}_0.png").exists()
 
 
+@pytest.mark.parametrize("make", ["mkdir", "mkfifo"])
+def test_what_is_no_file_is_no_image(images, today, tmp_path, make):
+    """And nobody waits for the other end of a pipe."""
+    if not hasattr(os, make):
+        pytest.skip("Windows has no such pipes")
+    day = tmp_path / "images" / images.day_of(today)
+    day.mkdir()
+    getattr(os, make)(str(day / f"{today.id}_0.png"))
+    assert within(20, images.size, f"{images.day_of(today)}/{today.id}_0.png") is None
+
+
 def test_images_gone_or_cut(script, tmp_path, dice):
     tracker = make_tracker(script, tmp_path, TRACKER_RETENTION="off")
     job = a_job(script, dice, timestamp=int(time.time()))
@@ -192,6 +203,31 @@ def test_images_that_cannot_be_read_for_a_moment(script, tmp_path, dice, opened)
             shown()
     assert shown() == whole
     script.os = os
+    tracker.close()
+
+
+def test_answers_that_cannot_be_stored_wait_together(script, tmp_path, dice, monkeypatch):
+    """However many they are, so that a webui that is stopped comes to its end."""
+    tracker = make_tracker(script, tmp_path, TRACKER_RETENTION="off")
+    tracker.STORE_AGAIN = (0.5, 0.5)
+
+    def hang(*_: Any) -> None:
+        raise script.StoreError("Stale file handle", temporary=True)
+
+    monkeypatch.setattr(tracker.images, "save", hang)
+    jobs = [a_job(script, dice, timestamp=int(time.time())) for _ in range(20)]
+    for job in jobs:
+        tracker.accept(job, lambda: True).result()
+        tracker.start(job.id)
+        tracker.answered(job.id)
+        tracker.storers.submit(tracker.finish, job.id, an_answer(script, job.id, 1))
+    began = time.monotonic()
+    tracker.close().result(60)
+    assert time.monotonic() - began < 5
+    tracker = make_tracker(script, tmp_path, TRACKER_RETENTION="off")
+    assert {tracker.get(job.id).error for job in jobs} == {
+        "Generated, but the images could not be stored: Stale file handle"
+    }
     tracker.close()
 
 

@@ -11,7 +11,7 @@ import threading
 from typing import Any, Dict, Iterator
 
 import pytest
-from inside import SmallWebui, WrappedOs, pixels, until, when_ended
+from inside import SmallWebui, WrappedOs, pixels, set_constants, until, when_ended
 
 IMAGE = base64.b64encode(pixels("odd", 0)).decode()
 GOOD = {"images": [IMAGE], "parameters": {}, "info": ""}
@@ -207,6 +207,64 @@ def test_a_repeat_right_after_a_failure(script, webui):
     webui.generate = generate
     asyncio.run(run())
     assert sorted(when_ended(webui.tracker, job.id).status for job in webui.jobs()) == ["Completed", "Failed"]
+
+
+def test_an_endpoint_that_another_extension_has_put_in_the_place_of_ours(webui):
+    """The request cannot be read, but is a job all the same."""
+    webui.generate = lambda request: {**GOOD, "parameters": REQUEST}
+    for route in webui.app.routes:
+        if route.path == "/sdapi/v1/txt2img":
+            route.dependant.call = route.endpoint
+    job_id = asyncio.run(webui.post(REQUEST)).headers["x-job-id"]
+    job = when_ended(webui.tracker, job_id)
+    assert (job.status, job.prompt, len(job.images)) == ("Completed", REQUEST["prompt"], 1)
+
+
+def test_a_long_wait_whose_head_cannot_be_sent(webui):
+    """Nobody waits for the job's end any more."""
+    goes_on = threading.Event()
+    webui.generate = lambda request: goes_on.wait(60) and GOOD
+    set_constants(webui.script, HEARTBEAT=0.05)
+
+    async def send(message: Any) -> None:
+        raise OSError("the client has left")
+
+    async def run() -> None:
+        generating = asyncio.ensure_future(webui.post(REQUEST))
+        (job,) = await asyncio.get_running_loop().run_in_executor(None, until, webui.jobs)
+        await webui.send(f"job/{job.id}?wait=300", send)
+        await asyncio.sleep(0.1)
+        assert "Tracker.wait" not in [task.get_coro().__qualname__ for task in asyncio.all_tasks()]
+        goes_on.set()
+        await generating
+
+    asyncio.run(run())
+
+
+def test_a_head_that_is_refused(webui, caplog, monkeypatch):
+    """Too much waits already: that is a 503, and nothing goes wrong besides."""
+    webui.generate = lambda request: GOOD
+    job_id = asyncio.run(webui.post(REQUEST)).headers["x-job-id"]
+    assert when_ended(webui.tracker, job_id).status == "Completed"
+    submit = webui.tracker.pool.submit
+
+    def refuse_chunks(function: Any, *arguments: Any) -> Any:
+        if function.__name__ == "_make":
+            raise webui.script.StoreError("too many wait already", temporary=True)
+        return submit(function, *arguments)
+
+    monkeypatch.setattr(webui.tracker.pool, "submit", refuse_chunks)
+    plain = {"Accept-Encoding": "identity"}
+    assert asyncio.run(webui.get(f"job/{job_id}/images/0", "HEAD", headers=plain)).status_code == 503
+    assert caplog.text == ""
+
+
+def test_location_below_a_root_of_any_letters(webui):
+    webui.generate = lambda request: GOOD
+    webui.app.root_path = "/\u753b\u50cf"
+    answer = asyncio.run(webui.post(REQUEST, {"Prefer": "respond-async"}))
+    location = f"/%E7%94%BB%E5%83%8F/sdapi/v1/job/{answer.headers['x-job-id']}"
+    assert (answer.status_code, answer.headers["location"]) == (202, location)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import random
 import sys
 import threading
 import time
+import tracemalloc
 from typing import Any
 
 from inside import WrappedOs, a_job, an_answer
@@ -62,3 +63,43 @@ def test_who_waits_for_a_job_that_comes_to_nothing(script, tracker):
     assert asyncio.run(wait()) < 15
     assert isinstance(written.exception(), script.StoreError)
     assert tracker.get(job.id) is None
+
+
+def test_who_has_waited_leaves_nothing(script, tracker):
+    """A job may wait for hours, and be asked for again and again."""
+    job = a_job(script, random.Random(1), timestamp=int(time.time()))
+    tracker.accept(job, lambda: True).result()
+
+    async def wait(times: int) -> None:
+        for _ in range(times):
+            await tracker.wait(job.id, 0.0001)
+
+    asyncio.run(wait(100))
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        asyncio.run(wait(1000))
+        assert tracemalloc.get_traced_memory()[0] - before < 50_000
+    finally:
+        tracemalloc.stop()
+    tracker.fail(job.id, "")
+
+
+def test_a_key_that_is_freed_and_reserved_at_once(tracker):
+    """Who repeats a request that came to nothing just as that frees its key has the key."""
+    first, _ = tracker.reserve_key("key", "digest")
+    first.outcome.set_result(None)
+    repeats = []
+
+    class Reservations(dict):
+        def get(self, key: str) -> Any:
+            found = super().get(key)
+            if threading.current_thread() is threading.main_thread() and not repeats:
+                repeats.append(tracker.key_readers.submit(tracker._reserve_key, "key", "digest"))
+                time.sleep(0.3)
+            return found
+
+    tracker._reservations = Reservations(tracker._reservations)
+    tracker.free_key("key", first)
+    reservation, is_own = repeats[0].result(20)
+    assert is_own and dict.get(tracker._reservations, "key") is reservation
