@@ -3677,7 +3677,7 @@ class LiveJob:
         self.accepted = accepted  # done when it is on disk
         self.accepted_at = time.monotonic()
         self.cancel = cancel
-        self.answered_at = math.inf  # by time.monotonic(); from then on its client may have the answer
+        self.answered = False  # its client may have the answer, which is being stored
         self.waiting: Set["asyncio.Future[Any]"] = set()  # which are cancelled once it is no longer in the tracker
 
 
@@ -3795,7 +3795,7 @@ class Tracker:
         """The host answered, and the client may have that answer before it is stored."""
         with self._lock:
             if job_id in self._live:
-                self._live[job_id].answered_at = time.monotonic()
+                self._live[job_id].answered = True
 
     def reserve_memory(self, size: int) -> bool:
         """Counts an answer of a size in bytes that waits to be stored. False if there is no room for it yet."""
@@ -3813,20 +3813,16 @@ class Tracker:
         """The host answered with success. Stores the images; a job whose images cannot be stored has failed.
 
         After a temporary failure it tries again, for minutes, in which the job is Processing and its `error` says why.
-        All answers that wait share these minutes, or whoever stops the webui would wait for each of them.
         """
         for pause in (*self.STORE_AGAIN, None):
-            live = self._live_job(job_id)
-            if live is None:
+            job = self.running(job_id)
+            if job is None:
                 return
-            job = live.job
             try:
                 stored = self.images.save(job, answer)
                 break
             except Exception as error:
-                since = max(live.answered_at, self.stored_at)  # for so long nothing was stored
-                is_late = pause is None or time.monotonic() - since > sum(self.STORE_AGAIN)
-                if is_late or not getattr(error, "temporary", False):
+                if pause is None or not getattr(error, "temporary", False):
                     details = getattr(error, "details", error)
                     log.error("Job %s was generated, but its images could not be stored: %s", job_id, details)
                     self.fail(job_id, f"Generated, but the images could not be stored: {reason_of(error)}")
@@ -3978,7 +3974,7 @@ class Tracker:
         A client that has the answer must not see the job as Processing.
         """
         live = self._live_job(job_id)
-        if live is not None and (live.answered_at < math.inf or live.end is not None):
+        if live is not None and (live.answered or live.end is not None):
             await self.wait(job_id, self.STORE_WAIT)
 
     def describe(self, job: Job, whole: bool = False) -> Dict[str, Any]:

@@ -206,31 +206,6 @@ def test_images_that_cannot_be_read_for_a_moment(script, tmp_path, dice, opened)
     tracker.close()
 
 
-def test_answers_that_cannot_be_stored_wait_together(script, tmp_path, dice, monkeypatch):
-    """However many they are, so that a webui that is stopped comes to its end."""
-    tracker = make_tracker(script, tmp_path, TRACKER_RETENTION="off")
-    tracker.STORE_AGAIN = (0.5, 0.5)
-
-    def hang(*_: Any) -> None:
-        raise script.StoreError("Stale file handle", temporary=True)
-
-    monkeypatch.setattr(tracker.images, "save", hang)
-    jobs = [a_job(script, dice, timestamp=int(time.time())) for _ in range(20)]
-    for job in jobs:
-        tracker.accept(job, lambda: True).result()
-        tracker.start(job.id)
-        tracker.answered(job.id)
-        tracker.storers.submit(tracker.finish, job.id, an_answer(script, job.id, 1))
-    began = time.monotonic()
-    tracker.close().result(60)
-    assert time.monotonic() - began < 5
-    tracker = make_tracker(script, tmp_path, TRACKER_RETENTION="off")
-    assert {tracker.get(job.id).error for job in jobs} == {
-        "Generated, but the images could not be stored: Stale file handle"
-    }
-    tracker.close()
-
-
 def test_an_image_that_was_no_image_and_is_damaged(script, images, today, tmp_path):
     saved = images.save(today, script.Answer([b"no base64"], b"{}"))
     (tmp_path / "images" / saved.images[0].name).write_bytes(b"\xff\xfe")
