@@ -3714,7 +3714,6 @@ class Tracker:
 
     PATIENCE = 10.0  # seconds that a request waits for the disk before it goes on without it, or is refused
     MOMENT = 0.5  # the same while the disk does not answer
-    STORE_AGAIN = (0.5, 1, 2, 5, 10, 20, 30, 45, 60, 75)  # seconds between tries to store what may pass
     UNSTORED_LIMIT = 1 << 29  # bytes of answers that wait for the disk: more could cost the webui its memory
     STORE_WAIT = 1.0  # seconds that `wait_until_stored` waits
     PLAIN_FIELDS = ("id", "type", "status", "prompt", "timestamp", "ip", "started", "finished")  # shown as they are
@@ -3809,32 +3808,32 @@ class Tracker:
         with self._lock:
             self._unstored -= size
 
-    def finish(self, job_id: str, answer: Answer) -> None:
+    def finish(self, job_id: str, answer: Answer, is_last: bool = True) -> bool:
         """The host answered with success. Stores the images; a job whose images cannot be stored has failed.
 
-        After a temporary failure it tries again, for minutes, in which the job is Processing and its `error` says why.
+        False after a temporary failure, except at the last try: the job is Processing, its `error` says why, and the
+        caller is to try again.
         """
-        for pause in (*self.STORE_AGAIN, None):
-            job = self.running(job_id)
-            if job is None:
-                return
-            try:
-                stored = self.images.save(job, answer)
-                break
-            except Exception as error:
-                if pause is None or not getattr(error, "temporary", False):
-                    details = getattr(error, "details", error)
-                    log.error("Job %s was generated, but its images could not be stored: %s", job_id, details)
-                    self.fail(job_id, f"Generated, but the images could not be stored: {reason_of(error)}")
-                    return
-                note = f"Generated, but the images cannot be stored yet: {error}"
+        job = self.running(job_id)
+        if job is None:
+            return True
+        try:
+            stored = self.images.save(job, answer)
+        except Exception as error:
+            if is_last or not getattr(error, "temporary", False):
+                details = getattr(error, "details", error)
+                log.error("Job %s was generated, but its images could not be stored: %s", job_id, details)
+                self.fail(job_id, f"Generated, but the images could not be stored: {reason_of(error)}")
+                return True
+            note = f"Generated, but the images cannot be stored yet: {error}"
             if note != job.error:
                 log.warning("Job %s: %s", job_id, note)
                 self._change(job_id, error=note)
-            time.sleep(pause)
+            return False
         self.stored_at = time.monotonic()
         changes = {name: getattr(stored, name) for name in ("prompt", "images", "bytes", "has_brief", "ranges")}
         self._change(job_id, "finished", status=COMPLETED, error=None, **changes)
+        return True
 
     def fail(self, job_id: str, error: str) -> None:
         """The job ends without images. `error` is for its user."""
@@ -4756,6 +4755,7 @@ def without_chunk_sizes(send: Send, cycle: Any) -> Send:
 #  6. The route ends with a `HostResponse`. The ClientResponse sends it, and the Generation stores it as the job's end.
 
 STORE_DELAY = 0.1  # seconds that an answer may take to be sent before its images are stored meanwhile
+STORE_AGAIN = (0.5, 1, 2, 5, 10, 20, 30, 45, 60, 75)  # seconds between tries to store after temporary failures
 GIVE_UP_AFTER = 60.0  # seconds that an answer waits for a disk that has not taken its job yet
 EARLY_FAILURE_WINDOW = 0.02  # seconds in which a generation that has just begun may fail with the host's own answer
 INTERRUPT_EVERY = 0.2  # seconds
@@ -5196,18 +5196,25 @@ class Generation:
                 await asyncio.wait({self.client_done}, timeout=STORE_DELAY)
         finally:  # also if the server is stopped
             pool = self.tracker.senders if failed else self.tracker.storers  # a failure needs no disk of ours
-            storing = pool.submit(self._store)
+            storing = pool.submit(self._store, False)
+        for tries, pause in enumerate(STORE_AGAIN, 1):
+            if await asyncio.shield(asyncio.wrap_future(storing)):
+                return
+            await asyncio.sleep(pause)  # in no thread, for other answers may be stored meanwhile
+            storing = pool.submit(self._store, tries == len(STORE_AGAIN))
         await asyncio.shield(asyncio.wrap_future(storing))
 
-    def _store(self) -> None:
+    def _store(self, is_last: bool) -> bool:
+        """False if it is to be tried again."""
         if self.response.failed:
             self.tracker.fail(self.job.id, self.response.reason())
-            return
+            return True
         try:
-            self.tracker.finish(self.job.id, self.response.answer())
+            return self.tracker.finish(self.job.id, self.response.answer(), is_last)
         except Exception as error:  # the job is to say whatever it was, and the client has its images
             log.error("Job %s was generated, but could not be stored: %s", self.job.id, escape_for_log(repr(error)))
             self.tracker.fail(self.job.id, f"Generated, but it could not be stored: {reason_of(error)}")
+            return True
 
 
 @contextlib.contextmanager

@@ -259,6 +259,35 @@ def test_a_head_that_is_refused(webui, caplog, monkeypatch):
     assert caplog.text == ""
 
 
+def test_answers_that_cannot_be_stored_yet_keep_no_other_from_the_disk(webui, monkeypatch):
+    """However many they are. They are stored as soon as that is possible."""
+    script, save, is_stuck = webui.script, webui.tracker.images.save, True
+    script.STORE_AGAIN = (0.2,) * 300
+    webui.generate = lambda request: GOOD
+
+    def save_some(job: Any, answer: Any) -> Any:
+        if is_stuck and job.prompt == "stuck":
+            raise script.StoreError("Stale file handle", temporary=True)
+        return save(job, answer)
+
+    monkeypatch.setattr(webui.tracker.images, "save", save_some)
+
+    async def run() -> None:
+        nonlocal is_stuck
+        stuck = [asyncio.create_task(webui.post({"prompt": "stuck"})) for _ in range(3)]
+        await asyncio.sleep(1)
+        answer = await asyncio.wait_for(webui.post(REQUEST), 20)
+        assert when_ended(webui.tracker, answer.headers["x-job-id"]).status == "Completed"
+        (job, *_), _ = webui.tracker.store.query(script.Filter(status="Processing"), 9)
+        assert webui.tracker.get(job.id).error == "Generated, but the images cannot be stored yet: Stale file handle"
+        is_stuck = False
+        for answer in await asyncio.wait_for(asyncio.gather(*stuck), 20):
+            job = when_ended(webui.tracker, answer.headers["x-job-id"])
+            assert (job.status, job.error) == ("Completed", None)
+
+    asyncio.run(run())
+
+
 def test_location_below_a_root_of_any_letters(webui):
     webui.generate = lambda request: GOOD
     webui.app.root_path = "/\u753b\u50cf"
