@@ -1233,6 +1233,7 @@ class OpenJournal:
         self.file = file
         self.inode = 0 if file is None else os.fstat(file).st_ino
         self.needs_reading = False  # somebody changed it where the index knows it
+        self.access: Tuple[int, ...] = ()  # its mode, owner and group when the index was last made as private
 
     def close(self) -> None:
         file, self.file, self.inode = self.file, None, 0
@@ -2257,7 +2258,10 @@ class JobStore:
         with index.reading() as view:
             state = view.state
         status = os.fstat(journal.file)
-        index.narrow_access(self.path)  # somebody may have made it private
+        access = status.st_mode, status.st_uid, status.st_gid
+        if access != journal.access:  # somebody may have made it private
+            index.narrow_access(self.path)
+            journal.access = access
         if journal.needs_reading or not self._belongs(state, status):
             is_foreign = read_at(journal.file, 1, 0) != HEAD
             state = index.begin(journal.inode, 0 if is_foreign else len(HEAD), is_foreign)
