@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import py_compile
 import random
 import shutil
 import signal
@@ -30,6 +32,9 @@ def pytest_configure(config: pytest.Config) -> None:
     if not hasattr(config, "workerinput"):  # who names a file wants all of it
         named = config.args_source == pytest.Config.ArgsSource.ARGS
         os.environ[ONCE] = "" if named or config.getoption("--all") else "1"
+        # The script is loaded two thousand times, which took a minute and a half of compiling it.
+        with contextlib.suppress(OSError):
+            py_compile.compile(str(harness.PROJECT / "scripts" / "job_tracker.py"))
 
     def end(number: int, frame: Any) -> None:
         raise KeyboardInterrupt  # ends the fixtures, and so the webuis

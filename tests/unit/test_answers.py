@@ -12,6 +12,7 @@ import time
 import tracemalloc
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List
+from unittest import mock
 
 import pytest
 from hypothesis import HealthCheck, given
@@ -105,10 +106,9 @@ def test_brief_parameters_are_bounded(name):
 @hypothesis_settings(max_examples=fewer(200), deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.dictionaries(st.text(max_size=9), JSON, max_size=9), st.sampled_from([20, 100, 300, 1 << 16]))
 def test_any_brief_parameters(parameters, size):
-    script = load_script()
-    script.BRIEF_SIZE = size
     before = json.dumps(parameters)
-    brief = script.brief_parameters(parameters)
+    with mock.patch.object(SCRIPT, "BRIEF_SIZE", size):
+        brief = SCRIPT.brief_parameters(parameters)
     assert json.dumps(parameters) == before
     assert brief != parameters or len(before) < 30 * size
     scalars = {key: value for key, value in parameters.items() if not isinstance(value, (str, list, dict))}
