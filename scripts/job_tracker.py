@@ -4507,11 +4507,12 @@ def json_array(items: Iterable[Iterator[bytes]]) -> Iterator[bytes]:
 
 
 class ThreadedChunks:
-    """The chunks of a generator, made in a thread of a pool, small ones together."""
+    """The chunks of a generator, made and packed in a thread of a pool, small ones together."""
 
-    def __init__(self, pool: Threads, chunks: Iterator[bytes], sending: Any):
+    def __init__(self, pool: Threads, chunks: Iterator[bytes], sending: Any, gzip: Optional[Gzip] = None):
         """It stands in the set `sending` for as long as it needs the pool."""
-        self._pool, self._chunks, self._sending = pool, chunks, sending
+        self._pool, self._sending = pool, sending
+        self._chunks = gzip.encode_all(chunks) if gzip else chunks
         self._making: "Future[bytes]" = Future()
         self._making.set_result(b"")
         self._first = b""
@@ -4947,8 +4948,7 @@ class ClientResponse:
         await response(self.scope, self.receive, self.send)
 
     async def _begin(self, chunks: Iterator[bytes], pool: Threads) -> ThreadedChunks:
-        chunks = self.gzip.encode_all(chunks) if self.gzip else chunks
-        return await ThreadedChunks(pool, chunks, self.tracker.sending).begin()
+        return await ThreadedChunks(pool, chunks, self.tracker.sending, self.gzip).begin()
 
     def _job_headers(self, job_id: str, respond_async: bool = False) -> Dict[str, str]:
         return {JOB_HEADER: job_id, **self.preference.applied(respond_async)}
@@ -5584,9 +5584,8 @@ class Api:
 
         async def result() -> ThreadedChunks:
             job = await self._get(job_id)
-            chunks = self.tracker.as_json(job, images)
-            chunks = gzip.encode_all(chunks) if gzip else chunks
-            return ThreadedChunks(self.tracker.pool_for(job), chunks, self.tracker.sending)
+            chunks, pool = self.tracker.as_json(job, images), self.tracker.pool_for(job)
+            return ThreadedChunks(pool, chunks, self.tracker.sending, gzip)
 
         return after_heartbeats(lambda: self.tracker.wait(job_id, seconds), result, gzip)
 
@@ -5731,9 +5730,8 @@ class Api:
         pool: Optional[Threads] = None,
     ) -> Response:
         """A response that is made as it is sent, packed if `headers` say so."""
-        if "Content-Encoding" in headers:
-            chunks = Gzip(level).encode_all(chunks)
-        made = ThreadedChunks(pool or self.tracker.pool, chunks, self.tracker.sending)
+        gzip = Gzip(level) if "Content-Encoding" in headers else None
+        made = ThreadedChunks(pool or self.tracker.pool, chunks, self.tracker.sending, gzip)
         return ClosingStreamingResponse(await made.begin(), 200, headers, media_type)
 
 

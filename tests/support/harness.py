@@ -48,7 +48,6 @@ QUICK = MODE_FLAGS[MODES[-1]]  # for what is the same in both
 AUTH = ("--api-auth", "user:secret")
 ORIGIN = "http://example.org"  # which the webuis that tests share let in
 ASYNC = {"Prefer": "respond-async"}
-TRACKING = ("config", "variable")
 KINDS = ("txt2img", "img2img")
 # What each webui refuses before it asks for its queue lock, and how.
 UNKNOWN, UNKNOWN_STATUS = (

@@ -84,10 +84,6 @@ def alive(path: Path) -> Dict[str, Dict[str, Any]]:
     return {job_id: record for job_id, record in read_jobs(path).items() if record is not None}
 
 
-def lines_of(path: Path) -> List[bytes]:
-    return path.read_bytes().split(b"\n")
-
-
 class NoHost:
     """What a tracker asks the webui, where there is none."""
 

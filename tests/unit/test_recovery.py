@@ -81,22 +81,26 @@ def test_such_a_line_is_also_synced_before_a_compaction_shows_it(script, opened,
     assert calls.index(str(path)) < calls.index(left.id)
 
 
+def save_and_die(script: Any, tracker: Any, images: int = 1, **fields: Any) -> Any:
+    """The job of a process that has stored so many images of it, but not its end."""
+    until(lambda: tracker.housekeeper.next_purge, what="it has looked for jobs left behind")
+    job_id, now = tracker.store.reserve_id(), int(time.time())
+    job = script.Job(job_id, "txt2img", script.PROCESSING, now, None, "", owner="00000000", **fields)
+    tracker.store.put(job, new=True).result()
+    return tracker.images.save(job, an_answer(script, job.id, images))
+
+
 def left_behind(script: Any, folder: Path, images: int, lost: Callable[[Any, Any], Any]) -> Any:
     """The job, at the next start, of a process that was killed after storing so many images; some files were lost."""
     tracker = make_tracker(script, folder)
-    until(lambda: tracker.housekeeper.next_purge, what="it has looked for jobs left behind")
-    job = script.Job(
-        tracker.store.reserve_id(), "txt2img", script.PROCESSING, int(time.time()), None, "", started=time.time()
-    )
-    tracker.store.put(job._replace(owner="00000000"), new=True).result()
-    saved = tracker.images.save(job, an_answer(script, job.id, images))
+    saved = save_and_die(script, tracker, images, started=time.time())
     tracker.images.remove(lost(tracker.images, saved))
     tracker.close().result(60)
     tracker = make_tracker(script, folder)
-    found = tracker.get(job.id)
+    found = tracker.get(saved.id)
     if found.status == script.COMPLETED:
         assert files_are_whole(tracker, found)
-        assert found.bytes == saved.bytes and found.images == saved.images and found.prompt == job.id
+        assert found.bytes == saved.bytes and found.images == saved.images and found.prompt == saved.id
     tracker.close()
     return found
 
@@ -104,12 +108,7 @@ def left_behind(script: Any, folder: Path, images: int, lost: Callable[[Any, Any
 def test_a_folder_that_is_a_link(script, tmp_path):
     """Nothing is taken from behind it, and the job does not stay without an end."""
     tracker = make_tracker(script, tmp_path)
-    until(lambda: tracker.housekeeper.next_purge, what="it has looked for jobs left behind")
-    job = script.Job(
-        tracker.store.reserve_id(), "txt2img", script.PROCESSING, int(time.time()), None, "", owner="00000000"
-    )
-    tracker.store.put(job, new=True).result()
-    tracker.images.save(job, an_answer(script, job.id, 1))
+    job = save_and_die(script, tracker)
     (tmp_path / "images" / tracker.images.day_of(job)).rename(tmp_path / "elsewhere")
     (tmp_path / "images" / tracker.images.day_of(job)).symlink_to(tmp_path / "elsewhere")
     tracker.close().result(60)
@@ -147,12 +146,7 @@ def test_images_that_cannot_be_looked_at_now(script, tmp_path):
         return os.listdir(path)
 
     tracker = make_tracker(script, tmp_path)
-    until(lambda: tracker.housekeeper.next_purge, what="it has looked for jobs left behind")
-    job = script.Job(
-        tracker.store.reserve_id(), "txt2img", script.PROCESSING, int(time.time()), None, "", owner="00000000"
-    )
-    tracker.store.put(job, new=True).result()
-    tracker.images.save(job, an_answer(script, job.id, 1))
+    job = save_and_die(script, tracker)
     tracker.close().result(60)
     script.os = WrappedOs(listdir=listdir)
     set_constants(script, LOOK_EVERY=0.05, RECOVER_EVERY=0.1)
