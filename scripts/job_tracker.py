@@ -55,6 +55,7 @@ import traceback
 import zlib
 from collections import Counter, deque
 from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout
 from concurrent.futures import wait as wait_for_futures
 from datetime import datetime
 from string import Template
@@ -82,8 +83,9 @@ from weakref import WeakSet
 
 import anyio.to_thread
 import PIL.Image
-from fastapi import HTTPException, Path, Query, Request, Response
+from fastapi import FastAPI, HTTPException, Path, Query, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.routing import APIRoute
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 from pydantic import VERSION as PYDANTIC
@@ -628,6 +630,8 @@ SETTINGS = (
     # Whoever meant something else is not given the default, which might remove what he wants to keep.
     Setting("retention_days", 30, "TRACKER_RETENTION", parse_days, check_days, when_invalid=(None, "retention is off")),
     Setting("data_folder", "", "TRACKER_DATA_DIR", parse_folder),
+    Setting("resume", "async", "TRACKER_RESUME", str.lower),
+    Setting("max_pending", None, "TRACKER_MAX_PENDING", int),
 )
 IN_CONFIG = {setting.name: setting for setting in SETTINGS if setting.check}
 DEFAULT_CONFIG = {name: setting.default for name, setting in IN_CONFIG.items()}
@@ -867,6 +871,11 @@ class Job(NamedTuple):
     digest: Optional[str] = None  # of the request's body, for a job with a key
     has_brief: bool = False  # beside the answer lies a brief one, see brief_parameters
     ranges: Tuple[int, ...] = ()  # of a large answer, see ranges_of
+    has_request: bool = False  # the request's body is kept, and counts in `bytes`
+    promised: bool = False  # it was answered 202: while it is Pending, it outlives its webui
+    parked: bool = False  # no request and no thread holds it, and the runner of any webui may start it
+    retry_of: Optional[str] = None  # the job whose request it has
+    cancel_wanted: bool = False  # its owner is to cancel it, as another process was asked to
 
     @property
     def ended(self) -> bool:
@@ -966,12 +975,13 @@ def job_from_record(record: Any) -> Job:
             raise ValueError("timestamp, started or finished is no valid time")
     if ranges and any(end != 0 and start >= end for start, end in (ranges[0:2], ranges[3:5])):
         raise ValueError("a range ends before it starts")
-    if not isinstance(job.prompt, str) or not isinstance(job.has_brief, bool):
-        raise ValueError("prompt is no text, or has_brief neither true nor false")
-    for text in (job.ip, job.error, job.owner, job.key, job.digest):
+    flags = (job.has_brief, job.has_request, job.promised, job.parked, job.cancel_wanted)
+    if not isinstance(job.prompt, str) or not all(isinstance(flag, bool) for flag in flags):
+        raise ValueError("prompt is no text, or a flag neither true nor false")
+    for text in (job.ip, job.error, job.owner, job.key, job.digest, job.retry_of):
         if text is not None and not isinstance(text, str):
-            raise ValueError("ip, error, owner, key or digest is no text")
-    return job
+            raise ValueError("ip, error, owner, key, digest or retry_of is no text")
+    return job._replace(parked=job.parked and job.status == PENDING)
 
 
 TEMPORARY_ERRNOS = (
@@ -1063,6 +1073,7 @@ def parse_int(digits: str) -> int:
 
 ENTRY_DECODER = json.JSONDecoder(parse_int=parse_int, parse_constant=refuse_constant)
 HOST_DECODER = json.JSONDecoder(parse_constant=refuse_constant)  # for what the host wrote, and so reads
+CANCEL_WANTED = b'"cancel_wanted":true'  # in a record. A text cannot have it, for its quotes are escaped there
 REACH = 8  # keys in a damaged record that may look like another one's beginning: a later version may have such fields
 
 
@@ -1357,7 +1368,7 @@ class Index:
     Reading needs no lock, and many threads may; one at a time writes. All methods raise sqlite3.Error.
     """
 
-    VERSION = 1  # an earlier program that shares the folder makes the index anew where it finds another
+    VERSION = 2  # stands in the file's name, so that an earlier program on the same folder keeps its own
     FILES = ("", "-wal", "-shm")  # what SQLite adds to the name
     BUSY = 0.5  # seconds that another process may hold the database
     KEPT = 4  # connections that stay open while nobody needs them
@@ -1369,12 +1380,12 @@ class Index:
         "CREATE TABLE state (inode, indexed_to, checksum, mtime, entries, needs_rewrite, side, compactor, epoch)",
         "CREATE TABLE damages (offset, length)",
         "CREATE TABLE jobs"
-        " (row INTEGER PRIMARY KEY, id, timestamp, type, ip, status, bytes, key, offset0, offset1, length)",
+        " (row INTEGER PRIMARY KEY, id, timestamp, type, ip, status, bytes, key, parked, offset0, offset1, length)",
         "CREATE TABLE texts (row INTEGER PRIMARY KEY, text)",
         "CREATE TABLE totals (status INTEGER PRIMARY KEY, jobs, bytes)",
         "CREATE INDEX by_id ON jobs (id COLLATE NOCASE)",
         *(f"CREATE INDEX by_{column} ON jobs ({column})" for column in ("timestamp", "status", "type", "ip")),
-        "CREATE INDEX by_key ON jobs (key) WHERE key IS NOT NULL",
+        *(f"CREATE INDEX by_{column} ON jobs ({column}) WHERE {column} IS NOT NULL" for column in ("key", "parked")),
         f"CREATE TRIGGER removed AFTER DELETE ON jobs BEGIN {COUNT_OLD}; END",
         f"CREATE TRIGGER changed AFTER UPDATE OF status, bytes ON jobs BEGIN {COUNT_OLD}; {COUNT_NEW}; END",
     )
@@ -1570,6 +1581,7 @@ class IndexView:
             "status": STATUSES.index(job.status),
             "bytes": job.bytes,
             "key": bindable(job.key),
+            "parked": 1 if job.parked else None,
             f"offset{self.state.side}": entry.offset,
             "length": entry.length,
         }
@@ -1618,8 +1630,17 @@ class IndexView:
         found = self.execute(statement, (bindable(key),)).fetchone()
         return found and found[0]
 
-    def unfinished(self) -> List[Place]:
-        return self._places("WHERE status IN (?, ?) ORDER BY row", *map(STATUSES.index, (PENDING, PROCESSING)))
+    def unfinished(self, parked: bool) -> List[Place]:
+        """Jobs that have not ended, oldest first, with those that are parked or without."""
+        unfinished = map(STATUSES.index, (PENDING, PROCESSING))
+        return self._places("WHERE status IN (?, ?) AND (? OR parked IS NULL) ORDER BY row", *unfinished, parked)
+
+    def parked(self, count: int) -> List[Place]:
+        """The oldest parked jobs, at most `count`, oldest first."""
+        return self._places("WHERE parked = 1 ORDER BY row LIMIT ?", count)
+
+    def count_parked(self, below: int) -> int:
+        return self.execute("SELECT count(*) FROM jobs WHERE parked = 1 AND row < ?", (below,)).fetchone()[0]
 
     def places(self, above: int, count: int) -> List[Place]:
         """The next `count` jobs above a row, oldest first."""
@@ -1766,9 +1787,33 @@ class Change(NamedTuple):
     written: Future
 
 
+class Decision(NamedTuple):
+    """A change that depends on what jobs.json says."""
+
+    ids: List[str]
+    decide: Callable[[Job], Optional[Job]]  # what becomes of each; None: it stays as it is
+    decided: Future  # the jobs that were changed
+    is_undoing: bool = False  # it is tried again until it is written
+
+
+def decision_to_undo(before: Dict[str, Job], changed: Dict[str, Job]) -> Decision:
+    """Puts jobs back, where nobody has changed them since."""
+
+    def undo(job: Job) -> Optional[Job]:
+        return before[job.id] if job == changed[job.id] else None
+
+    return Decision(list(changed), undo, uncancellable_future(), is_undoing=True)
+
+
 def uncancellable_future() -> Future:
     future: Future = Future()
     future.set_running_or_notify_cancel()
+    return future
+
+
+def failed_future(error: Exception) -> Future:
+    future = uncancellable_future()
+    future.set_exception(error)
     return future
 
 
@@ -1827,15 +1872,17 @@ class JobStore:
         self._journal = OpenJournal()
         self._index: Optional[Index] = None
         self._index_failures = 0
+        self._followed = (0, 0)  # the file's inode, and up to where `follow` has read it
         self._is_ready = False  # jobs that dead processes left have been looked for
         self._is_building = False  # the index has a long way to go
         self._is_appending = False  # what the file has beyond the index is this process's own
         self.progress = 0  # of the index, in bytes: it changes as long as jobs.json is read
         self.trouble = ""  # why records cannot be written now, for users; empty while they can
-        self._work = threading.Condition()  # guards these six
+        self._work = threading.Condition()  # guards these seven
         self._queue: List[Change] = []
+        self._decisions: List[Decision] = []
         self._sync_requested: Optional[Future] = None
-        self._recovery: Optional[Tuple[Callable[[Job], Job], Callable[[Job], None]]] = None  # see `recover`
+        self._recovery: Optional[Tuple[Callable[[Job], Job], Callable[[Job], None], bool]] = None  # see `recover`
         self._waiters = 0
         self._closing = self._closed = False
         self._is_busy = False
@@ -1843,6 +1890,7 @@ class JobStore:
         self._process_lock = FileLock(self.path + ".lock", self.path)
         self._owner_lock = FileLock(f"{self.path}.owner-{self.owner}", self.path)
         self._retry: List[Change] = []  # that could not be written
+        self._undo: List[Decision] = []  # the same for what is to be put back
         self._retry_at = self._compact_at = self._step_began = 0.0
         self._troubles: Dict[str, str] = {}
         self._thread = threading.Thread(target=self._run, name="job-tracker-store", daemon=True)
@@ -1862,6 +1910,21 @@ class JobStore:
     def remove(self, ids: List[str]) -> Future:
         """Removes jobs. The Future ends when that is on disk, or with StoreError; then it is tried again."""
         return self._enqueue(dict.fromkeys(ids, Pending(None, None)), False, False)
+
+    def change(self, ids: Iterable[str], decide: Callable[[Job], Optional[Job]]) -> Future:
+        """Changes jobs by what is on disk now: no other process can change them between that look and this change.
+
+        `decide` is given each job that is there, and gives what becomes of it, or None if it is to stay as it is. It is
+        not to wait for anything. The Future ends with the jobs that were changed, when that is on disk, or with
+        StoreError: then all are as they were, and nothing is tried again.
+        """
+        with self._work:
+            if self._closed:
+                return failed_future(StoreError("the store is closed"))
+            decided = uncancellable_future()
+            self._decisions.append(Decision(list(ids), decide, decided))
+            self._work.notify_all()
+            return decided
 
     def reserve_id(self) -> str:
         """An ID that no job has, in any spelling. Waits for nothing.
@@ -1956,6 +2019,25 @@ class JobStore:
 
         return self._look(count)
 
+    def oldest_parked(self) -> Optional[Job]:
+        """The parked job that was accepted first, None if none is parked. Raises StoreError."""
+
+        def find(view: IndexView, pending: Overlay) -> Optional[str]:
+            taken = {job_id for job_id, change in pending.items() if not (change.shown and change.shown.parked)}
+            return next((place.id for place in view.parked(len(taken) + 1) if place.id not in taken), None)
+
+        job_id = self._look(find)
+        job = None if job_id is None else self.get(job_id)
+        return job if job is not None and job.parked else None
+
+    def parked_before(self, job_id: str) -> int:
+        """How many parked jobs were accepted before another job. Raises StoreError."""
+
+        def count(view: IndexView, pending: Overlay) -> int:
+            return view.count_parked(view.row_of(job_id) or view.top() + 1)
+
+        return self._look(count)
+
     def expired(self, before: float, after: Optional[float] = None) -> List[str]:
         """IDs of ended jobs accepted between two times (Unix seconds, exclusive), oldest first. Raises StoreError."""
 
@@ -1987,23 +2069,50 @@ class JobStore:
             return None
         return found
 
-    def recover(self, end: Callable[[Job], Job], ended: Callable[[Job], None] = lambda job: None) -> Future:
+    def follow(self) -> Optional[Dict[str, bool]]:
+        """The IDs of jobs that were changed since the last call, by whatever process. Waits for nothing but the disk.
+
+        With each, whether its owner is asked to cancel it. None if it cannot be told what was changed. One thread may
+        call this, again and again. What it says is a hint: it may come before the change can be seen by `get`.
+        """
+        with self._reading:
+            journal, (inode, start) = self._journal, self._followed
+            try:
+                if journal.file is None or not is_same_file(self.path, journal.file):
+                    self._sync()  # another process replaced it
+                    return {}
+                end = os.fstat(journal.file).st_size - len(TAIL)
+                is_known = journal.inode == inode and start <= end <= start + self.LONG
+                data = read_at(journal.file, end - start, start) if is_known else b""
+            except OSError:  # whoever needs the disk says so
+                return {}
+            entries = list(ENTRY.finditer(data))
+            # An entry that is just being written is read the next time.
+            self._followed = journal.inode, (start + entries[-1].end() if entries else start) if is_known else end
+        if not is_known:
+            return None
+        return {entry.group(2).decode(): CANCEL_WANTED in entry.group(3) for entry in entries}
+
+    def recover(
+        self, end: Callable[[Job], Job], ended: Callable[[Job], None] = lambda job: None, parked: bool = False
+    ) -> Future:
         """Changes each unfinished job of a dead process by `end`, once among all processes that try.
 
-        The Future ends when that is done, or with StoreError if the file cannot be read. If this is called before
-        anything else, nobody sees such a job unchanged, as long as the disk takes it. A change that cannot be written
-        is tried again. `end` may raise StoreError for a job that cannot be judged now: it stays as it is. `ended` is
-        called with each job that was ended so, once that is on disk, and is not to wait for anything.
+        That is without those that it has parked, unless `parked` is set: for these no process is needed. The Future
+        ends when that is done, or with StoreError if the file cannot be read. If this is called before anything else,
+        nobody sees such a job unchanged, as long as the disk takes it. A change that cannot be written is tried again.
+        `end` may raise StoreError for a job that cannot be judged now: it stays as it is. `ended` is called with each
+        job that was changed so, once that is on disk, and is not to wait for anything.
         """
         with self._work:
-            self._recovery = self._recovery or (end, ended)
+            self._recovery = self._recovery or (end, ended, parked)
             return self._sync()
 
     def idle(self, seconds: float = 60.0) -> bool:
         """Waits until nothing is left to be written, read or compacted. False if that takes too long."""
         with self._work:
             return self._work.wait_for(
-                lambda: self._closed or not (self._is_busy or self._retry or self._has_work()), seconds
+                lambda: self._closed or not (self._is_busy or self._retry or self._undo or self._has_work()), seconds
             )
 
     def close(self) -> None:
@@ -2021,16 +2130,15 @@ class JobStore:
 
     def _enqueue(self, changes: Overlay, is_new: bool, is_patient: bool) -> Future:
         jobs = {job_id: change.job for job_id, change in changes.items()}
-        written = uncancellable_future()
         with self._lock:
             self._pending.update(changes)
             with self._work:
-                if not self._closed:
-                    self._queue.append(Change(jobs, is_new, is_patient, written))
-                    self._work.notify_all()
-                    return written
-        written.set_exception(StoreError("the store is closed"))
-        return written
+                if self._closed:
+                    return failed_future(StoreError("the store is closed"))
+                written = uncancellable_future()
+                self._queue.append(Change(jobs, is_new, is_patient, written))
+                self._work.notify_all()
+                return written
 
     def _look(self, question: Callable[[IndexView, Overlay], Any]) -> Any:
         """Asks an index that knows all that the file held when this was called. Raises StoreError.
@@ -2113,14 +2221,14 @@ class JobStore:
             return self._sync_requested
 
     def _has_work(self) -> bool:
-        return bool(self._queue or self._sync_requested or self._closing)
+        return bool(self._queue or self._decisions or self._sync_requested or self._closing)
 
     def _run(self) -> None:
         while not self._closed:
             with self._work:
                 self._is_busy = False
                 self._work.notify_all()
-                pause = max(0, self._retry_at - time.monotonic()) if self._retry else None
+                pause = max(0, self._retry_at - time.monotonic()) if self._retry or self._undo else None
                 self._work.wait_for(self._has_work, pause)
                 self._is_busy = True
             self._step_began = time.monotonic()
@@ -2140,7 +2248,7 @@ class JobStore:
         """
         with self._work:
             self._work.notify_all()
-            if not (self._queue or self._closing):
+            if not (self._queue or self._decisions or self._closing):
                 self._work.wait(self.YIELD if self._waiters else 2 * (time.monotonic() - self._step_began))
         self._write_waiting()
         if self._closing:
@@ -2215,7 +2323,7 @@ class JobStore:
 
     def _open_index(self) -> None:
         """Opens the index, makes one if there is none or it is broken, or one in memory where it cannot be a file."""
-        path, failure = self.path + ".index", None
+        path, failure = f"{self.path}.index{Index.VERSION}", None
         if self._index is not None:
             failure = self._index.failure
             self._index.close()
@@ -2223,7 +2331,7 @@ class JobStore:
             self._index_failures += failure is not None
             try:
                 if isinstance(failure, sqlite3.DatabaseError) and not isinstance(failure, sqlite3.OperationalError):
-                    log.warning("jobs.json.index is damaged, and is made anew: %s", failure)
+                    log.warning("The index of jobs.json is damaged, and is made anew: %s", failure)
                     self._remove_index(path)
                 self._index = Index(path, self.path)
                 return
@@ -2371,9 +2479,14 @@ class JobStore:
     def _write_waiting(self) -> None:
         with self._work:
             changes, self._queue = self._queue, []
-            self._closed = self._closing and not changes
+            decisions, self._decisions = self._decisions, []
+            self._closed = self._closing and not (changes or decisions)
         if changes or (self._retry and (self._closed or time.monotonic() >= self._retry_at)):
             self._write(changes)
+        if self._undo and (self._closed or time.monotonic() >= self._retry_at):
+            decisions, self._undo = [*self._undo, *decisions], []
+        for decision in decisions:
+            self._decide(decision)
 
     def _write(self, changes: List[Change]) -> None:
         changes, self._retry = [*self._retry, *changes], []
@@ -2420,6 +2533,62 @@ class JobStore:
             for job_id, job in jobs.items():
                 if job_id in self._pending and self._pending[job_id].job is job:
                     del self._pending[job_id]
+
+    def _decide(self, decision: Decision) -> None:
+        changed: Dict[str, Job] = {}
+        try:
+            self._with_index(self._append_decided, decision, changed)
+        except Exception as error:
+            cause = error.__cause__ if isinstance(error, NotUndone) else error
+            if not isinstance(cause, StoreError):
+                self._report("written", cause)
+            self._retry_at = time.monotonic() + self.RETRY
+            if decision.is_undoing:
+                self._undo.append(decision)
+            else:
+                decision.decided.set_exception(StoreError.of(cause))
+        else:
+            self._report("written", None)
+            decision.decided.set_result(list(changed.values()))
+
+    def _append_decided(self, decision: Decision, changed: Dict[str, Job]) -> None:
+        """Decides about jobs as they are now, and puts those that it has changed into `changed`."""
+        changed.clear()  # of a try before
+        with self._exclusive() as journal:
+            while True:
+                state, end = self._find_end()
+                if state.indexed_to == end:
+                    break
+                if end - state.indexed_to > self.LONG:
+                    raise StoreError("jobs.json is being read", temporary=True)
+                self._index_up_to(journal, state.indexed_to, end, lambda: None)
+            before = {}
+            for job in filter(None, map(self._current, decision.ids)):
+                after = decision.decide(job)
+                if after is not None:
+                    before[job.id], changed[job.id] = job, after
+            if not changed:
+                return
+            with self._lock:
+                self._pending.update({job_id: Pending(job, before[job_id]) for job_id, job in changed.items()})
+            try:
+                self._append(changed)
+            except Exception as error:
+                if isinstance(error, NotUndone):  # it may stand in the file all the same, and must go from there
+                    self._undo.append(decision_to_undo(before, changed.copy()))
+                self._give_up(changed)
+                raise
+
+    def _current(self, job_id: str) -> Optional[Job]:
+        """A job as the file says, or what waits to be written to it. For who holds the lock, with a whole index."""
+        with self._lock:
+            pending = self._pending.get(job_id)
+        if pending is not None:
+            return pending.job
+        with self._index.reading() as view:
+            state, place = view.state, view.place(job_id)
+        entry = None if place is None else self._read(state, place)
+        return entry and entry.job
 
     def _append(self, jobs: Dict[str, Optional[Job]]) -> None:
         """Appends entries, has them written to disk, and then shows what they say. Raises OSError, NotUndone.
@@ -2615,8 +2784,8 @@ class JobStore:
                 self._recovery = self._recovery or recovery
             raise
 
-    def _end_left(self, end: Callable[[Job], Job], ended: Callable[[Job], None]) -> None:
-        left = self._left_behind(end)
+    def _end_left(self, end: Callable[[Job], Job], ended: Callable[[Job], None], parked: bool) -> None:
+        left = self._left_behind(end, parked)
         with contextlib.suppress(OSError):
             self._remove_leftovers()
         if not left:
@@ -2632,18 +2801,18 @@ class JobStore:
         try:
             self._append(changed)
             statuses = Counter(job.status for job in changed.values())
-            ends = ", ".join(f"{statuses[status]} {status}" for status in ENDED if status in statuses)
-            log.warning("%d jobs that a webui left behind have ended: %s", len(left), ends)
+            counts = ", ".join(f"{statuses[status]} {status}" for status in STATUSES if status in statuses)
+            log.warning("%d jobs that a webui left behind are now: %s", len(left), counts)
             change.written.set_result(None)
         except OSError as error:
             with self._lock:
                 self._pending.update(left)
             self._fail([change], error)
 
-    def _left_behind(self, end: Callable[[Job], Job]) -> Overlay:
+    def _left_behind(self, end: Callable[[Job], Job], parked: bool) -> Overlay:
         """The unfinished jobs of dead processes, each with its end."""
         with self._index.reading() as view:
-            state, places = view.state, view.unfinished()
+            state, places = view.state, view.unfinished(parked)
         pending, is_gone = self._pending_now(), functools.lru_cache(maxsize=None)(self._is_gone)
         left: Overlay = {}
         failure: Optional[StoreError] = None
@@ -2676,14 +2845,21 @@ class JobStore:
             self._report(f"searched for what process {owner} left", failure)
 
     def _remove_leftovers(self) -> None:
-        """Removes the files of dead processes."""
+        """Removes the files of dead processes, and, where no other lives, the indexes of other versions."""
         folder, name = os.path.split(self.path)
-        form = re.compile(re.escape(name) + r"\.(?:owner-([0-9a-f]{8})|([0-9a-f]{8})\.part)\Z")
-        for entry in os.listdir(folder):
-            match = form.match(entry)
-            if match and self._is_gone(match.group(1) or match.group(2)):
+        form = re.compile(re.escape(name) + r"\.(?:owner-([0-9a-f]{8})|([0-9a-f]{8})\.part|index(\d*)(?:-wal|-shm)?)\Z")
+        matches = sorted(filter(None, map(form.match, os.listdir(folder))), key=lambda match: match.lastindex == 3)
+        is_alone = True
+        for match in matches:
+            owner, version = match.group(1) or match.group(2), match.group(3)
+            if owner is None:
+                is_left = is_alone and version != str(Index.VERSION)
+            else:
+                is_left = self._is_gone(owner)
+                is_alone = is_alone and (is_left or owner == self.owner)
+            if is_left:
                 with contextlib.suppress(OSError):
-                    os.unlink(os.path.join(folder, entry))
+                    os.unlink(os.path.join(folder, match.string))
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -2693,7 +2869,7 @@ class JobStore:
 DAY_FORM = re.compile(r"\d{4}-\d\d-\d\d\Z")
 OWN_FILE_FORM = re.compile(
     r"\d{4}-\d\d-\d\d/[A-Za-z0-9]{8}"
-    r"((\.brief)?\.json|_\d{1,6}\.[a-z]{3,4}|(_\d{1,6}|\.brief)?\.[0-9a-f]{8}\.part)\Z"
+    r"((\.brief|\.request)?\.json|_\d{1,6}\.[a-z]{3,4}|(_\d{1,6}|\.brief|\.request)?\.[0-9a-f]{8}\.part)\Z"
 )
 IMAGE_STARTS = {  # ending -> how such a file begins
     "png": re.compile(rb"\x89PNG\r\n\x1a\n"),
@@ -2947,10 +3123,15 @@ class ImageStore:
         return f"{cls.day_of(job)}/{job.id}.brief.json" if job.has_brief else cls.answer_name(job)
 
     @classmethod
+    def request_name(cls, job: Job) -> str:
+        """The file with the request's body."""
+        return f"{cls.day_of(job)}/{job.id}.request.json"
+
+    @classmethod
     def files_of(cls, job: Job) -> List[str]:
         """All files that a record stands for."""
         names = [*(image.name for image in job.images), cls.answer_name(job), cls.brief_answer_name(job)]
-        return list(dict.fromkeys(names))
+        return list(dict.fromkeys([*names, cls.request_name(job)] if job.has_request else names))
 
     def _path(self, name: str) -> str:
         return os.path.join(self.folder, *name.split("/"))
@@ -2964,14 +3145,12 @@ class ImageStore:
         A job without a prompt gets the one that the host used. The host's answer comes last, when all else is safe:
         where it is, all is, see `find`.
         """
-        folder = os.path.join(self.folder, self.day_of(job))
-        self._make_folder(self.folder)
-        self._make_folder(folder, links=False)
+        folder = self._make_day(job)
         contents = answer.contents or contents_of(answer.rest)
         brief = brief_answer_of(answer.rest, contents)
         ranges = ranges_of(answer.rest, contents) if len(answer.rest) >= LARGE else ()
         known = {"prompt": job.prompt or contents.prompt, "has_brief": brief is not None, "ranges": ranges}
-        job = job._replace(images=(), bytes=0, **known)
+        job = job._replace(images=(), bytes=0, has_request=False, **known)
         try:
             for number, data in enumerate(answer.images):
                 image = self._save_image(f"{self.day_of(job)}/{job.id}_{number}", data)
@@ -2987,6 +3166,34 @@ class ImageStore:
             self.remove(self.files_of(job))
             raise
         return job
+
+    @raising_store_error()
+    def save_request(self, job: Job, body: bytes) -> None:
+        """Keeps the body of a job's request, safe from a power cut."""
+        folder = self._make_day(job)
+        self._write(self.request_name(job), [body])
+        sync_folder(folder)
+        sync_folder(self.folder)
+
+    def read_request(self, job: Job) -> Optional[bytes]:
+        """The body of a job's request, None if it is no longer there. Raises only a temporary StoreError."""
+        try:
+            return b"".join(self.read(self.request_name(job)))
+        except StoreError as error:
+            if error.temporary:
+                raise
+            return None
+
+    def remove_request(self, job: Job) -> None:
+        """Removes the body of a job's request, if it was kept. Does not raise."""
+        self.remove([self.request_name(job)])
+
+    def _make_day(self, job: Job) -> str:
+        """The folder of a job's files."""
+        folder = os.path.join(self.folder, self.day_of(job))
+        self._make_folder(self.folder)
+        self._make_folder(folder, links=False)
+        return folder
 
     def _make_folder(self, path: str, links: bool = True) -> None:
         """Sets aside what stands where a folder should be."""
@@ -3052,7 +3259,7 @@ class ImageStore:
         if answer not in sizes or sorted(numbers) != list(range(len(numbers))):
             return None
         images = tuple(self._image(name, sizes[name]) for _, name in sorted(numbers.items()))
-        job = job._replace(images=images, has_brief=f"{day}/{job.id}.brief.json" in sizes)
+        job = job._replace(images=images, has_brief=f"{day}/{job.id}.brief.json" in sizes, has_request=False)
         if sizes[answer] >= LARGE or not job.prompt:
             with contextlib.suppress(ValueError, RecursionError):
                 rest = b"".join(self.read(answer))
@@ -3644,6 +3851,16 @@ class Conflict(Exception):
     """The job's status does not allow what was asked for."""
 
 
+class Gone(Exception):
+    """The job's request is no longer kept."""
+
+
+class TooMany(Exception):
+    """So many jobs wait that no other is to be accepted."""
+
+    RETRY_AFTER = 30  # seconds
+
+
 class KeyReservation:
     """Reserves an idempotency key for the first request that uses it. Later requests wait for its job."""
 
@@ -3655,6 +3872,24 @@ class KeyReservation:
 
 
 Progress = Optional[float]  # 0 to 1; None where unknown
+
+CANCELLED = "Cancelled"
+LEFT_BEHIND = "The webui ended before the generation did"
+
+
+def failed_job(job: Job, error: str) -> Job:
+    """A job that did not begin, as it ends now."""
+    return job._replace(status=FAILED, parked=False, error=error, finished=time.time())
+
+
+def promised_job(job: Job) -> Optional[Job]:
+    is_new = job.status == PENDING and job.has_request and not job.promised
+    return job._replace(promised=True) if is_new else None
+
+
+def details_of(error: BaseException) -> str:
+    """What the log says of an error: with the path, where a StoreError has one."""
+    return str(getattr(error, "details", error))
 
 
 class Clock:
@@ -3673,16 +3908,17 @@ class Clock:
 class LiveJob:
     """A job of this process from its acceptance until its end is on disk. Guarded by the tracker's lock."""
 
-    def __init__(self, job: Job, accepted: Future, cancel: Callable[[], bool]):
+    def __init__(self, job: Job, accepted: Future, cancel: Callable[[], bool], clock: Optional[Clock] = None):
         self.job = job  # as readers see it
         self.end: Optional[Job] = None  # as it has ended, which nobody sees before it is on disk
         self.end_given = False  # the store has its end
-        self.clock = Clock()
+        self.clock = clock or Clock()
         self.accepted = accepted  # done when it is on disk
+        self.written = accepted  # the same for its last change
+        self.kept = uncancellable_future()  # whether its request could be kept
         self.accepted_at = time.monotonic()
         self.cancel = cancel
         self.answered = False  # its client may have the answer, which is being stored
-        self.waiting: Set["asyncio.Future[Any]"] = set()  # which are cancelled once it is no longer in the tracker
 
 
 class Threads(ThreadPoolExecutor):
@@ -3714,13 +3950,27 @@ class Tracker:
     `accept`, `start`, and `finish` or `fail` are called in this order, from any thread, and never raise for the disk:
     a trouble is logged and stands in the job. What the first two set is seen by `get` and by the store's queries at
     once. That a job has ended is seen by nobody before its record is on disk, so that no crash can take it back.
+
+    A job that needs no client is parked: `park` takes the place of `accept`, and `start_parked` that of `start`. In
+    between it is a record on disk, and belongs to nobody: the runner of any webui on the folder may start it.
     """
 
     PATIENCE = 10.0  # seconds that a request waits for the disk before it goes on without it, or is refused
     MOMENT = 0.5  # the same while the disk does not answer
     UNSTORED_LIMIT = 1 << 29  # bytes of answers that wait for the disk: more could cost the webui its memory
     STORE_WAIT = 1.0  # seconds that `wait_until_stored` waits
-    PLAIN_FIELDS = ("id", "type", "status", "prompt", "timestamp", "ip", "started", "finished")  # shown as they are
+    FOLLOW_EVERY = 0.5  # seconds between two looks at what other webuis on the folder did
+    PLAIN_FIELDS = (
+        "id",
+        "type",
+        "status",
+        "prompt",
+        "timestamp",
+        "ip",
+        "started",
+        "finished",
+        "retry_of",
+    )  # as they are
 
     def __init__(self, settings: Settings, host: Any, store: JobStore, images: ImageStore):
         """`host` says what the generation does that has its queue lock, and can be told to end it.
@@ -3739,6 +3989,7 @@ class Tracker:
         self.searchers = Threads(2, "search", limit=100)  # all prompts to be searched, which can take long
         self.key_readers = Threads(1, "key")  # the disk, for requests with an idempotency key, one after another
         self.storers = Threads(2, "store")  # the disk, to store answers on it
+        self.keepers = Threads(2, "keep")  # the disk, to keep requests on it
         self.senders = Threads(2, "send")  # nothing: what is in memory goes to clients
         self.sending: "WeakSet[Any]" = WeakSet()  # what is on its way to clients, and needs the pool for its rest
         self.closing = threading.Event()  # set when the webui unloads its scripts
@@ -3746,48 +3997,130 @@ class Tracker:
         self._storing = threading.Lock()  # around this lock: jobs go to the store in the order of their changes
         self._lock = threading.Lock()  # held for a moment, never while the store is asked: the event loop takes it
         self._live: Dict[str, LiveJob] = {}  # in order of acceptance
+        self._lock_queue: Dict[str, None] = {}  # the jobs that ask for the host's queue lock, in that order
+        self._waiting: Dict[str, Set["asyncio.Future[None]"]] = {}  # for the end of a job; cancelled when it has ended
+        self._admitting = threading.Lock()  # around a count of the jobs that wait
+        self._admitted = 0  # requests that were let in, and are not on disk yet
+        self.on_parked: Callable[[], None] = lambda: None  # called from any thread when a job may have been parked
         self.stored_at = time.monotonic()  # when the last answer was stored
         self._unstored = 0  # bytes of all answers that wait to be stored
         self._holder: Optional[str] = None  # the job that has the host's queue lock
         self._begun: Any = None  # what the host said when it got that
         self._reservations: Dict[str, KeyReservation] = {}  # by idempotency key
-        self._hung_reserving: Optional[Future] = None  # the last of a key that took too long
+        self._hung: Optional[Future] = None  # the last work for a request that took too long
         self.recover()  # before anything else, so that nobody sees a job that was left behind
+        helper = threading.Thread(target=self._follow, name="job-tracker-follow", daemon=True)
+        self.helpers.append(helper)
+        helper.start()
 
-    # A job's way
+    # A job's way, from a request whose client waits
 
-    def accept(self, job: Job, cancel: Callable[[], bool]) -> Future:
+    def admit(self) -> None:
+        """Lets a request in that is to wait. Raises TooMany. Call `admitted` when it is on disk, or came to be no job.
+
+        A disk that cannot be read lets everybody in.
+        """
+        limit = self.settings.max_pending
+        with self._admitting:
+            admitted, waiting = self._admitted, 0
+            if limit is not None:
+                with contextlib.suppress(StoreError, FutureTimeout):
+                    waiting = self.pool.submit(self.store.stats).result(self.patience())[0][PENDING]
+                if admitted + waiting >= limit:
+                    raise TooMany(f"{admitted + waiting:,} generations wait already")
+            with self._lock:
+                self._admitted += 1
+
+    def admitted(self) -> None:
+        with self._lock:
+            self._admitted -= 1
+
+    def accept(self, job: Job, cancel: Callable[[], bool], body: bytes) -> Future:
         """A new job. The Future ends when it is on disk, or with StoreError: then there is no job.
 
         `cancel` is called for a job that is to be cancelled; its generation then sees to it that the job fails, or
-        returns False, since it has ended.
+        returns False, since it has ended. If the job has a request, its `body` is kept a little later, if possible.
         """
         job = job._replace(owner=self.store.owner)
         with self._storing:
             written = self.store.put(job, new=True)
             with self._lock:
-                self._live[job.id] = LiveJob(job, written, cancel)
+                live = self._live[job.id] = LiveJob(job, written, cancel)
+                self._lock_queue[job.id] = None
 
-        def forget_if_lost(written: Future) -> None:
-            if written.exception() is not None:
+        def go_on(written: Future) -> None:
+            if written.exception() is None:
+                self._keep_request(live, body)
+            else:
                 log.error("A generation is not tracked, since its job could not be stored")
                 self._leave(job)
 
-        written.add_done_callback(forget_if_lost)
+        written.add_done_callback(go_on)
         return written
+
+    def _keep_request(self, live: LiveJob, body: bytes) -> None:
+        """Keeps the request of a job that goes on, whether that can be done or not. Waits for nothing."""
+        job = live.job
+        if not job.has_request:
+            live.kept.set_result(False)
+            return
+
+        def report(kept: Future) -> None:
+            failure = kept.exception()
+            if failure is not None:
+                log.error("Job %s cannot be retried, for its request was not kept: %s", job.id, details_of(failure))
+                self._change(job.id, has_request=False, bytes=0)
+            live.kept.set_result(failure is None)
+
+        self._save_request(job, body).add_done_callback(report)
+
+    def _save_request(self, job: Job, body: bytes) -> Future:
+        """Keeps a request, in a thread. The Future ends when it is on disk, or with StoreError."""
+        if not self.reserve_memory(len(body)):
+            return failed_future(StoreError("the disk does not take what waits for it", temporary=True))
+        try:
+            saving = self.keepers.submit(self.images.save_request, job, body)
+        except StoreError as error:
+            saving = failed_future(error)
+        saving.add_done_callback(lambda _: self.free_memory(len(body)))
+        return saving
+
+    def promise(self, job_id: str) -> None:
+        """Has a job outlive its webui while it is Pending: that is on disk when this returns. Raises StoreError."""
+        live = self._live_job(job_id)
+        try:
+            if live is None:  # it is parked, or another webui has it
+                self.store.change([job_id], promised_job).result(self.patience())
+            elif live.job.status == PENDING and not live.job.promised:
+                if not live.kept.result(self.patience()):
+                    raise StoreError("its request could not be kept")
+                self._change(job_id, promised=True)
+                live.written.result(self.patience())
+        except FutureTimeout:
+            raise StoreError("the disk does not answer", temporary=True) from None
 
     def patience(self) -> float:
         """Seconds that a request waits for the disk now: a moment only after another has waited too long."""
         with self._lock:
             since = [live.accepted_at for live in self._live.values() if not live.accepted.done()]
         has_hung = since and time.monotonic() - min(since) >= self.PATIENCE
-        if has_hung or (self._hung_reserving is not None and not self._hung_reserving.done()):
+        if has_hung or (self._hung is not None and not self._hung.done()):
             return self.MOMENT
         return self.PATIENCE
+
+    def ask_for_lock(self, job_id: str) -> None:
+        """A parked job asks for the host's queue lock, as an accepted one does from its acceptance on."""
+        with self._lock:
+            self._lock_queue[job_id] = None
+
+    def leave_lock_queue(self, job_id: str) -> None:
+        with self._lock:
+            self._lock_queue.pop(job_id, None)
 
     def start(self, job_id: str) -> None:
         """The job has the queue lock: generation begins."""
         self._holder, self._begun = job_id, self.host.begun()
+        self.leave_lock_queue(job_id)
         self._change(job_id, "started", status=PROCESSING)
 
     def generated(self) -> None:
@@ -3835,7 +4168,8 @@ class Tracker:
                 self._change(job_id, error=note)
             return False
         self.stored_at = time.monotonic()
-        changes = {name: getattr(stored, name) for name in ("prompt", "images", "bytes", "has_brief", "ranges")}
+        names = ("prompt", "images", "bytes", "has_brief", "ranges", "has_request")
+        changes = {name: getattr(stored, name) for name in names}
         self._change(job_id, "finished", status=COMPLETED, error=None, **changes)
         return True
 
@@ -3852,6 +4186,7 @@ class Tracker:
             changed = live.job._replace(**{moment: live.clock()} if moment else {}, **changes)
             if changed.ended:
                 live.end = changed
+                self._lock_queue.pop(job_id, None)
             else:
                 live.job = changed
         # The callback runs here and now if the job is accepted already.
@@ -3865,7 +4200,7 @@ class Tracker:
                 if live.end_given or live.accepted.exception() is not None:
                     return
                 live.end_given = end is not None
-            written = self.store.put(end or shown, meanwhile=shown if end else None)
+            live.written = written = self.store.put(end or shown, meanwhile=shown if end else None)
 
         def report(written: Future) -> None:
             failure = written.exception()
@@ -3881,15 +4216,205 @@ class Tracker:
 
         It may be called by the store, which is not to wait for anything.
         """
-        self._leave(job)
+        live = self._leave(job)
+        if job.status == COMPLETED:
 
-    def _leave(self, job: Job) -> None:
+            def remove_request(_: Any) -> None:
+                with contextlib.suppress(StoreError):  # the housekeeper finds it
+                    self.keepers.submit(self.images.remove_request, job)
+
+            if live is None:
+                remove_request(None)
+            else:  # otherwise it could be kept after that
+                live.kept.add_done_callback(remove_request)
+
+    def _leave(self, job: Job) -> Optional[LiveJob]:
+        """The job has ended, or came to be none."""
         with self._lock:
             live = self._live.pop(job.id, None)
-            waiting = [] if live is None else list(live.waiting)
-        for left in waiting:
+            self._lock_queue.pop(job.id, None)
+        self._wake(job.id)
+        return live
+
+    def _wake(self, job_id: str) -> None:
+        """Whoever waits for the end of a job waits no longer."""
+        with self._lock:
+            waiting = list(self._waiting.get(job_id, ()))
+        for ended in waiting:
             with contextlib.suppress(RuntimeError):  # its event loop is closed
-                left.get_loop().call_soon_threadsafe(left.cancel)
+                ended.get_loop().call_soon_threadsafe(ended.cancel)
+
+    # A job's way without a client
+
+    def park(self, job: Job, body: bytes) -> Future:
+        """A new parked job. The Future ends when it and its request are on disk, or with StoreError: then is none.
+
+        Waits for nothing.
+        """
+        job = job._replace(owner=self.store.owner)
+        parked = uncancellable_future()
+
+        def put(kept: Future) -> None:
+            if kept.exception() is None:
+                self.store.put(job, new=True).add_done_callback(tell)
+            else:
+                parked.set_exception(StoreError.of(kept.exception()))
+
+        def tell(written: Future) -> None:
+            if written.exception() is None:
+                parked.set_result(None)
+                self.on_parked()
+            else:
+                parked.set_exception(written.exception())
+                with contextlib.suppress(StoreError):
+                    self.keepers.submit(self.images.remove_request, job)
+
+        self._save_request(job, body).add_done_callback(put)
+        return parked
+
+    def withdraw(self, job: Job, parked: Future) -> None:
+        """Gives up a job that took too long to be parked: its client was told that there is none."""
+
+        def remove() -> None:
+            self.remove(self.fail_parked(job.id, CANCELLED).result())
+
+        def remove_if_parked(parked: Future) -> None:
+            if parked.exception() is None:
+                with contextlib.suppress(StoreError):
+                    self.keepers.submit(remove)
+
+        self._hung = parked
+        parked.add_done_callback(remove_if_parked)
+
+    def next_parked(self) -> Optional[Tuple[Job, bytes]]:
+        """The oldest parked job and its request's body, None if none is parked. Raises StoreError."""
+        while True:
+            job = self.store.oldest_parked()
+            if job is None:
+                return None
+            body = self.images.read_request(job)
+            if body is not None:
+                return job, body
+            self.fail_parked(job.id, "The request that was kept is no longer on disk").result()
+
+    def start_parked(self, job_id: str, cancel: Callable[[], bool]) -> bool:
+        """A parked job has the queue lock. True if its generation begins, and that it does is on disk.
+
+        Otherwise nothing is to be generated: it is no longer parked, since another webui was first, or it was
+        cancelled; or that cannot be told or written now, and it stays parked. `cancel` is as for `accept`.
+        """
+        clock = Clock()
+
+        def start(job: Job) -> Optional[Job]:
+            changes = {"status": PROCESSING, "owner": self.store.owner, "started": clock(), "parked": False}
+            return job._replace(**changes) if job.parked else None
+
+        self.leave_lock_queue(job_id)
+        starting = self.store.change([job_id], start)
+        try:
+            started = starting.result(self.patience())
+        except FutureTimeout:  # others wait for the lock
+            self._hung = starting
+            starting.add_done_callback(self._park_again)
+            return False
+        except StoreError:  # it is logged
+            return False
+        if started:
+            live = LiveJob(started[0], starting, cancel, clock)
+            live.kept.set_result(True)
+            with self._lock:
+                self._live[job_id] = live
+            self._holder, self._begun = job_id, self.host.begun()
+        return bool(started)
+
+    def _park_again(self, starting: Future) -> None:
+        """A job was started on disk too late, and is not generated."""
+
+        def park(job: Job) -> Optional[Job]:
+            return job._replace(status=PENDING, started=None, parked=True) if job.status == PROCESSING else None
+
+        if starting.exception() is None:
+            self.store.change([job.id for job in starting.result()], park)
+
+    def fail_parked(self, job_id: str, error: str) -> Future:
+        """Ends a job that is still parked. The Future ends when that is on disk, with the job if it was."""
+        return self._change_stored(job_id, lambda job: failed_job(job, error[:2000]) if job.parked else None)
+
+    def _change_stored(self, job_id: str, decide: Callable[[Job], Optional[Job]]) -> Future:
+        """Changes a job as the store does, and tells whoever waits for its end."""
+
+        def tell(changed: Future) -> None:
+            for job in changed.result() if changed.exception() is None else ():
+                if job.ended:
+                    self._ended(job)
+
+        changed = self.store.change([job_id], decide)
+        changed.add_done_callback(tell)
+        return changed
+
+    def retry(self, job_id: str) -> Optional[Job]:
+        """Parks a new job with the request of a Failed one, and returns it. None if there is no such job.
+
+        It is on disk then. Raises Conflict, Gone, TooMany and StoreError.
+        """
+        job = self.get(job_id)
+        if job is None:
+            return None
+        if job.status != FAILED:
+            raise Conflict(f"The job is {job.status}")
+        body = self.images.read_request(job) if job.has_request else None
+        if body is None:
+            raise Gone("The request of this job is no longer kept")
+        again = Job(
+            id=self.store.reserve_id(),
+            type=job.type,
+            status=PENDING,
+            timestamp=int(time.time()),
+            ip=job.ip,
+            prompt=job.prompt,
+            bytes=len(body),
+            has_request=True,
+            promised=True,
+            parked=True,
+            retry_of=job.id,
+        )
+        self.admit()
+        try:
+            parked = self.park(again, body)
+            try:
+                parked.result(self.patience())
+            except FutureTimeout:
+                self.withdraw(again, parked)
+                raise StoreError("the disk does not answer", temporary=True) from None
+        finally:
+            self.admitted()
+        return self.get(again.id) or again
+
+    def _follow(self) -> None:
+        """Notices what other webuis on the folder do: they park and end jobs, and ask for the end of ours."""
+        unsure: Set[str] = set()  # whose end could not be looked up
+        while not self.closing.wait(self.FOLLOW_EVERY):
+            changed = self.store.follow()
+            with self._lock:
+                live, waiting = dict(self._live), set(self._waiting).difference(self._live)
+            if changed is None:
+                changed = dict.fromkeys((*live, *waiting), False)
+            if changed:
+                self.on_parked()
+            for job_id in live:
+                if changed.get(job_id):
+                    live[job_id].cancel()
+            unsure = {job_id for job_id in waiting & {*changed, *unsure} if not self._wake_if_ended(job_id)}
+
+    def _wake_if_ended(self, job_id: str) -> bool:
+        """False if that cannot be told."""
+        try:
+            job = self.get(job_id)
+        except StoreError:
+            return False
+        if job is None or job.ended:
+            self._wake(job_id)
+        return True
 
     # Looking at jobs
 
@@ -3901,8 +4426,8 @@ class Tracker:
         return await asyncio.shield(asyncio.wrap_future((pool or self.pool).submit(function, *args)))
 
     def pool_for(self, job: Optional[Job]) -> Threads:
-        """Threads for work on a job: where it has not ended, that needs no disk, and is not to wait for one."""
-        return self.pool if job is None or job.ended else self.senders
+        """Threads for work on a job: where it waits or runs here, that needs no disk, and is not to wait for one."""
+        return self.pool if job is None or job.ended or job.parked else self.senders
 
     def running(self, job_id: str) -> Optional[Job]:
         """A job of this process that has not ended, None for any other. Waits for nothing."""
@@ -3928,11 +4453,18 @@ class Tracker:
         """The numbers of a job's images that are no longer on disk. Raises a temporary StoreError."""
         return {number for number, image in enumerate(job.images) if self.images.size(image.name) is None}
 
-    def position(self, job_id: str) -> Optional[int]:
-        """Where a Pending job stands in the queue, 1 is next. None for any other, or one of another process."""
+    def position(self, job: Job) -> Optional[int]:
+        """Where a Pending job stands in the queue, 1 is next. None for any other. Raises StoreError for a parked one.
+
+        What asks for the queue lock gets it in that order. One parked job at a time does, and so those behind it have
+        all that ask now before them. None for a job whose client waits at another webui.
+        """
         with self._lock:
-            pending = [live.job.id for live in self._live.values() if live.job.status == PENDING]
-        return pending.index(job_id) + 1 if job_id in pending else None
+            asking = list(self._lock_queue)
+            connected = len(self._lock_queue.keys() & self._live.keys())
+        if job.status == PENDING and job.id in asking:
+            return asking.index(job.id) + 1
+        return connected + self.store.parked_before(job.id) + 1 if job.parked else None
 
     def progress_of(self, job: Job) -> Tuple[Progress, Optional[float]]:
         """How far a Processing job is, by the host's state, never that of another generation, and the seconds left."""
@@ -3951,25 +4483,23 @@ class Tracker:
         return None if job.started is None or until is None else max(until - job.started, 0.0)
 
     async def wait(self, job_id: str, seconds: float) -> None:
-        """Returns when a job has ended or is unknown, or after some seconds. Holds no thread."""
-        left = asyncio.get_running_loop().create_future()
-        with self._lock:
-            live = self._live.get(job_id)
-            if live is not None:
-                live.waiting.add(left)
-        if live is not None:
-            try:
-                await asyncio.wait({left}, timeout=seconds)
-            finally:
-                with self._lock:
-                    live.waiting.discard(left)
-            return
+        """Returns when a job has ended or is unknown, after some seconds, or at the webui's end. Holds no thread."""
         until = time.monotonic() + seconds
-        while time.monotonic() < until:  # another process on the same folder may have it
-            job = await self.in_pool(self.get, job_id)
-            if job is None or job.ended:
-                return
-            await asyncio.sleep(min(until - time.monotonic(), 0.5))
+        ended = asyncio.get_running_loop().create_future()
+        with self._lock:
+            self._waiting.setdefault(job_id, set()).add(ended)
+            is_live = job_id in self._live
+        try:
+            if not is_live:
+                job = await self.in_pool(self.get, job_id)
+                if job is None or job.ended or self.closing.is_set():
+                    return
+            await asyncio.wait({ended}, timeout=max(until - time.monotonic(), 0))
+        finally:
+            with self._lock:
+                self._waiting[job_id].discard(ended)
+                if not self._waiting[job_id]:
+                    del self._waiting[job_id]
 
     async def wait_until_stored(self, job_id: str) -> None:
         """Waits a moment for a job whose end is being stored. Does not raise.
@@ -4000,7 +4530,7 @@ class Tracker:
         return {
             **{name: getattr(job, name) for name in self.PLAIN_FIELDS},
             "error": error,
-            "queue_position": self.position(job.id),
+            "queue_position": self.position(job),
             "progress": progress,
             "eta": eta,
             "parameters": parameters,
@@ -4044,7 +4574,7 @@ class Tracker:
             before, progress = progress, self.store.progress
             if progress == before:  # otherwise a long jobs.json is being read
                 if not reserving.cancel():
-                    self._hung_reserving = reserving
+                    self._hung = reserving
                     reserving.add_done_callback(lambda _: self._free_late_key(key, reserving))
                 raise StoreError("the disk does not answer", temporary=True)
         return reserving.result()
@@ -4087,17 +4617,29 @@ class Tracker:
         """Takes a job out of the queue or interrupts it. False if there is none. Raises Conflict, StoreError.
 
         A Pending job fails at once, and is shown so when that is on disk. A Processing one fails when the host has
-        stopped it.
+        stopped it. One of another webui on the folder fails when that has noticed, within about a second.
         """
-        live = self._live_job(job_id)
-        if live is not None:
-            if not live.cancel():
-                raise Conflict("The generation has ended, and is being stored")
-            return True
-        job = self.get(job_id)
-        if job is None:
-            return False
-        raise Conflict(f"The job is {job.status}" if job.ended else "The job belongs to another webui on this folder")
+        while True:
+            live = self._live_job(job_id)
+            if live is not None:
+                if not live.cancel():
+                    raise Conflict("The generation has ended, and is being stored")
+                return True
+            job = self.get(job_id)
+            if job is None:
+                return False
+            if job.ended:
+                raise Conflict(f"The job is {job.status}")
+            if self._change_stored(job_id, self._cancelled).result():
+                return True
+            time.sleep(0.01)  # it has just been started here, or has just ended
+
+    def _cancelled(self, job: Job) -> Optional[Job]:
+        """What becomes of a job that is to be cancelled and does not live here."""
+        if job.parked:
+            return failed_job(job, CANCELLED)
+        is_others = not job.ended and job.owner != self.store.owner
+        return job._replace(cancel_wanted=True) if is_others else None
 
     def delete(self, job_id: str) -> bool:
         """Removes a job that has ended and its files. False if there is none. Raises Conflict, StoreError."""
@@ -4121,15 +4663,29 @@ class Tracker:
         return Purged(len(jobs), sum(len(job.images) for job in jobs), freed)
 
     def recover(self) -> Future:
-        """Ends the jobs of dead webuis. The Future ends when that is done, or with StoreError."""
-        return self.store.recover(self._end_left, self._ended)
+        """Ends the jobs of dead webuis, or has them go on. The Future ends when that is done, or with StoreError."""
 
-    def _end_left(self, job: Job) -> Job:
-        """How a job ends that a webui left behind. Nobody knows when it did. Raises StoreError if it cannot be told."""
+        def recovered(job: Job) -> None:
+            if job.ended:
+                self._ended(job)
+            else:
+                self.on_parked()
+
+        return self.store.recover(self._recovered, recovered, parked=self.settings.resume == "off")
+
+    def _recovered(self, job: Job) -> Job:
+        """What becomes of a job that a webui left behind. Raises StoreError if that cannot be told now.
+
+        One that was Processing is never generated again by itself: it may be what ended the webui. Nobody knows when a
+        job ended that did.
+        """
         found = self.images.find(job)
-        if found is None:
-            return job._replace(status=FAILED, error="The webui ended before the generation did")
-        return found._replace(status=COMPLETED, error=None)
+        if found is not None:
+            return found._replace(status=COMPLETED, parked=False, error=None)
+        is_resumed = job.promised if self.settings.resume == "async" else self.settings.resume == "all"
+        if job.status == PENDING and is_resumed and self.images.size(self.images.request_name(job)) is not None:
+            return job._replace(promised=True, parked=True)
+        return job._replace(status=FAILED, parked=False, error=LEFT_BEHIND)
 
     def close(self) -> Future:
         """Closes the store and the threads once the last running job has ended and the last answer is sent.
@@ -4139,6 +4695,11 @@ class Tracker:
         """
         closed = uncancellable_future()
         self.closing.set()
+        self.on_parked()
+        with self._lock:
+            waiting = set(self._waiting).difference(self._live)
+        for job_id in waiting:  # nobody would tell them
+            self._wake(job_id)
 
         def drain() -> None:
             for helper in self.helpers:
@@ -4146,7 +4707,7 @@ class Tracker:
             while self._live or self.sending:
                 time.sleep(0.2)
             self.store.close()
-            for pool in (self.pool, self.searchers, self.key_readers, self.storers, self.senders):
+            for pool in (self.pool, self.searchers, self.key_readers, self.storers, self.keepers, self.senders):
                 pool.shutdown(wait=False)
             closed.set_result(None)
 
@@ -4758,6 +5319,9 @@ def without_chunk_sizes(send: Send, cycle: Any) -> Send:
 #     request a job, which is on its way to the disk from now on. Once it is there, the client is told of it.
 #  5. The endpoint gets the lock, generates, and gives the lock back: `on_lock_acquired`, `on_lock_released`.
 #  6. The route ends with a `HostResponse`. The ClientResponse sends it, and the Generation stores it as the job's end.
+#
+# A request that need not wait with its connection is parked in step 4: an exception takes it out of the host's route,
+# and so it holds no thread, no memory and no place in the queue. The `Runner` sends it through the route again.
 
 STORE_DELAY = 0.1  # seconds that an answer may take to be sent before its images are stored meanwhile
 STORE_AGAIN = (0.5, 1, 2, 5, 10, 20, 30, 45, 60, 75)  # seconds between tries to store after temporary failures
@@ -4765,7 +5329,6 @@ GIVE_UP_AFTER = 60.0  # seconds that an answer waits for a disk that has not tak
 EARLY_FAILURE_WINDOW = 0.02  # seconds in which a generation that has just begun may fail with the host's own answer
 INTERRUPT_EVERY = 0.2  # seconds
 IDEMPOTENCY_KEY_LIMIT = 255  # characters
-CANCELLED = "Cancelled"
 
 current: "contextvars.ContextVar[Optional[Generation]]" = contextvars.ContextVar("job_tracker_current", default=None)
 
@@ -4775,6 +5338,14 @@ class DuplicateRequest(Exception):
 
     def __init__(self, reservation: KeyReservation):
         self.reservation = reservation
+
+
+class Parked(Exception):
+    """Ends a host's route: the job waits on disk, and is generated by another run of it."""
+
+
+class NotStarted(Exception):
+    """Ends a host's route: the parked job is not to be generated here and now."""
 
 
 class Cancelled(NoResult):
@@ -4831,11 +5402,15 @@ class ClientResponse:
     async def _generate(self, body: List[Message]) -> bool:
         """False if the generation repeats one that came to nothing, so that another is due."""
         self.connection.error_headers = {}
-        generation = Generation(self.middleware, self.scope, body)
+        parks = self.preference.respond_async and not self.preference.wait
+        generation = Generation(self.middleware, self.scope, body, parks=parks)
         self.connection.work = generation.begin()
         over = generation.over
         try:
             is_accepted = await generation.is_accepted()
+            if isinstance(generation.response.error, Parked):
+                await self._tell_parked(generation, is_accepted)
+                return True
             if is_accepted:
                 # For so long it may still end with the host's own answer and status.
                 seconds = EARLY_FAILURE_WINDOW if generation.phase >= Phase.GENERATING else 0
@@ -4852,8 +5427,8 @@ class ClientResponse:
             return True
         except StoreError as error:  # before a head is out
             job_id = self.connection.error_headers.get(JOB_HEADER)
-            log.error("Job %s: the stored answer cannot be read: %s", job_id, error.details)
-            raise HTTPException(503, f"The stored answer cannot be read: {error}") from None
+            log.error("Job %s: its client cannot be told of it: %s", job_id, error.details)
+            raise HTTPException(503, f"The job cannot be read, or kept beyond this request: {error}") from None
         finally:
             set_once(generation.passed_on, False)
             set_once(generation.client_done, None)
@@ -4893,6 +5468,14 @@ class ClientResponse:
 
         await self._tell(generation.job, asyncio.shield(generation.over), result, is_replay=False)
 
+    async def _tell_parked(self, generation: "Generation", is_on_disk: bool) -> None:
+        """202 if the job is on disk. Otherwise there is none, and is not to be one later."""
+        if not is_on_disk:
+            generation.withdraw()
+            raise HTTPException(503, "The job cannot be kept now, so it was not accepted")
+        never = asyncio.get_running_loop().create_future()
+        await self._tell(generation.job, never, lambda: never, is_replay=False)
+
     async def _repeat(self, reservation: KeyReservation) -> bool:
         """Answers from the job that was first with the idempotency key. False if there is none any more."""
         job_id = await asyncio.shield(asyncio.wrap_future(reservation.outcome))  # not ours to cancel
@@ -4923,7 +5506,7 @@ class ClientResponse:
     # Telling of a job
 
     async def _tell(self, job: Job, ended: "asyncio.Future[Any]", result: Callable[[], Any], is_replay: bool) -> None:
-        """202 now, or 200 now and the result when there is one.
+        """202 now, which is a promise, or 200 now and the result when there is one.
 
         That is when `ended` is done. The coroutine `result` gives ThreadedChunks. Raises NoResult before the head.
         """
@@ -4931,6 +5514,8 @@ class ClientResponse:
         is_early = self.preference.respond_async and not in_time
         headers = {"Idempotent-Replayed": "true"} if is_replay else {}
         if is_early:
+            if job.status == PENDING and not job.promised:
+                await self.tracker.in_pool(self.tracker.promise, job.id)
             headers["Location"] = path_of(self.scope).rpartition("/")[0] + f"/job/{job.id}"
             with contextlib.suppress(StoreError):  # then as it was
                 job = await self.tracker.find(job.id) or job
@@ -4973,7 +5558,15 @@ class Generation:
 
     tasks: Set["asyncio.Task[None]"] = set()  # asyncio holds its tasks only weakly
 
-    def __init__(self, middleware: Middleware, scope: Scope, body: List[Message]):
+    def __init__(
+        self,
+        middleware: Middleware,
+        scope: Scope,
+        body: List[Message],
+        parks: bool = False,
+        parked: Optional[Job] = None,
+    ):
+        """With `parks` the request becomes a parked job; with the job `parked` it is the run of one, for no client."""
         self.middleware = middleware
         self.tracker = middleware.tracker
         self.host = middleware.host
@@ -4990,15 +5583,25 @@ class Generation:
         self.over: "asyncio.Future[None]" = loop.create_future()  # the client need not wait any longer
         self.passed_on: "asyncio.Future[bool]" = loop.create_future()  # whether the client gets the host's own answer
         self.client_done: "asyncio.Future[None]" = loop.create_future()  # it has its answer, or has left
+        self.started: "asyncio.Future[None]" = loop.create_future()  # the parked job is being generated
 
         # What is known of the request by the time that it becomes a job, and then of this.
         self.has_thread = False  # a worker thread was added, for it to wait for the queue lock in
         self.key: Optional[str] = None
         self.reservation: Optional[KeyReservation] = None  # of the key
         self.reserved_id: Optional[str] = None
+        self.is_admitted = False  # it counts among the jobs that wait
         self.prompt = ""
         self.task_id: Optional[str] = None  # the host's own name for it
-        self.job: Optional[Job] = None  # as it was accepted
+        self.job = parked  # as it was accepted
+        self.written: Optional[Future] = None  # ends when that is on disk
+        self.parks = parks
+        self.was_parked = parked is not None
+        self.is_live = False  # the job ends as this run does
+        if self.was_parked:
+            self.on_disk.set_result(True)
+            self.passed_on.set_result(False)
+            self.client_done.set_result(None)
 
     # The task
 
@@ -5020,13 +5623,18 @@ class Generation:
             self.phase = Phase.ENDED
         if self.cancelled:  # the host may answer with what there was of the images by then
             self.response.error = Cancelled()
-        if self.job is not None:
+        if self.is_live:
             self.tracker.answered(self.job.id)  # before its client can ask for the job
         set_once(self.over, None)
         try:
-            if self.job is not None:
+            if self.is_live:
                 await self._end_job()
+            elif self.was_parked:
+                await self._end_unstarted()
+            elif isinstance(self.response.error, Parked):
+                await asyncio.wait({self.on_disk})  # until then, a repeat of the request cannot be told of the job
         finally:
+            self._set_admitted()
             if self.reservation:
                 self.tracker.free_key(self.key, self.reservation)
         await asyncio.wait({self.client_done})
@@ -5047,15 +5655,31 @@ class Generation:
 
     def on_endpoint(self, arguments: Dict[str, Any]) -> None:
         """The host has checked credentials and body, and its endpoint is about to run. Raises what is to end it."""
-        if any(name == b"idempotency-key" for name, _ in self.scope["headers"]):
-            self._reserve_key(header_of(self.scope, b"idempotency-key"))
-        if not self.has_thread:
-            self.scope[OuterMiddleware.KEY].error_headers = {"Retry-After": "60"}
-            raise HTTPException(429, f"{self.host.SPARE_THREADS:,} generations wait already")
+        if not self.was_parked:
+            self._check_request()
         with log_errors("reading a request"):
-            self.reserved_id = self.tracker.store.reserve_id()
+            self.reserved_id = self.job.id if self.was_parked else self.tracker.store.reserve_id()
             adapted = self.host.adapt_request(arguments, self.reserved_id)
             self.prompt, self.response.hide_images, self.task_id = adapted
+
+    def _check_request(self) -> None:
+        """Raises what refuses it."""
+        if any(name == b"idempotency-key" for name, _ in self.scope["headers"]):
+            self._reserve_key(header_of(self.scope, b"idempotency-key"))
+        try:
+            if not self.has_thread:
+                raise TooMany(f"{self.host.SPARE_THREADS:,} generations wait already")
+            self.tracker.admit()
+            self.is_admitted = True
+        except TooMany as reason:
+            self.scope[OuterMiddleware.KEY].error_headers = {"Retry-After": str(TooMany.RETRY_AFTER)}
+            raise HTTPException(429, str(reason)) from None
+
+    def _set_admitted(self) -> None:
+        """The request is a job on disk, or is over."""
+        if self.is_admitted:
+            self.is_admitted = False
+            self.tracker.admitted()
 
     def _reserve_key(self, key: str) -> None:
         if not 1 <= len(key) <= IDEMPOTENCY_KEY_LIMIT:
@@ -5077,12 +5701,16 @@ class Generation:
     # CHECKING -> WAITING -> GENERATING -> ENCODING, on the host's worker thread
 
     def on_lock_wanted(self) -> None:
-        """The host's route asks for the queue lock: that makes it a job."""
+        """The host's route asks for the queue lock: that makes it a job. Raises Parked."""
         with self._lock:
             if self.phase is not Phase.CHECKING:
                 return
             self.phase = Phase.WAITING
-        written = None
+        if self.was_parked:
+            self.tracker.ask_for_lock(self.job.id)
+            return
+        body = b"".join(message.get("body", b"") for message in self.body)
+        self.body.clear()
         with log_errors("accepting a job"):
             client = self.scope.get("client")
             self.job = Job(
@@ -5094,26 +5722,51 @@ class Generation:
                 prompt=self.prompt[:PROMPT_LIMIT],
                 key=self.key,
                 digest=self.reservation.digest if self.reservation else None,
+                bytes=len(body),
+                has_request=True,
+                promised=self.parks,
+                parked=self.parks,
             )
-            written = self.tracker.accept(self.job, self.cancel)
-        self.body.clear()
-        if written is None:
+            if self.parks:
+                self.written = self.tracker.park(self.job, body)
+            else:
+                self.is_live = True
+                self.written = self.tracker.accept(self.job, self.cancel, body)
+        if self.written is None:
             self._in_loop(self._set_on_disk, False)
         else:
-            written.add_done_callback(lambda written: self._in_loop(self._set_on_disk, written.exception() is None))
+            self.written.add_done_callback(
+                lambda written: self._in_loop(self._set_on_disk, written.exception() is None)
+            )
+        if self.parks:
+            self.host.dequeue(self.task_id)
+            raise Parked
+
+    def withdraw(self) -> None:
+        """The client is told that the job could not be parked."""
+        if self.written is not None:
+            self.tracker.withdraw(self.job, self.written)
 
     def _set_on_disk(self, on_disk: bool) -> None:
+        self._set_admitted()
         set_once(self.on_disk, on_disk)
         if on_disk and self.reservation:
             set_once(self.reservation.outcome, self.job.id)
 
     def on_lock_acquired(self) -> None:
-        """The route has the queue lock. Raises Cancelled if it is to give it back at once."""
+        """The route has the queue lock. Raises Cancelled or NotStarted if it is to give it back at once."""
         with self._lock:
             if self.cancelled:
                 raise Cancelled
             self.phase = max(self.phase, Phase.GENERATING)
-        if self.job is not None:
+        if self.was_parked:
+            if self.is_live:  # it has had the lock before
+                return
+            if self.tracker.closing.is_set() or not self.tracker.start_parked(self.job.id, self.cancel):
+                raise NotStarted
+            self.is_live = True
+            self._in_loop(set_once, self.started, None)
+        elif self.job is not None:
             with log_errors("starting a job"):
                 self.tracker.start(self.job.id)
 
@@ -5150,6 +5803,15 @@ class Generation:
                 self._loop.call_later(INTERRUPT_EVERY, self._interrupt)
 
     # ENDED, in the task
+
+    async def _end_unstarted(self) -> None:
+        """The host refused a parked job before it was generated, as it may after an update, or it did not begin."""
+        if isinstance(self.response.error, (NotStarted, asyncio.CancelledError)):
+            return
+        reason = self.response.reason() if self.response.failed else "The webui answered without its queue lock"
+        log.warning("Job %s failed: %s", self.job.id, escape_for_log(reason))
+        with contextlib.suppress(StoreError):  # it is logged, and the job still parked
+            await asyncio.wrap_future(self.tracker.fail_parked(self.job.id, reason))
 
     async def _end_job(self) -> None:
         """Stores the job's end, once the job itself is on disk."""
@@ -5340,6 +6002,106 @@ class HostResponse:
         return f"The webui answered {self.head['status']}: {self.body[:1000].decode('utf-8', 'replace')}"
 
 
+def with_error_kept(app: ASGIApp) -> ASGIApp:
+    """A route's application whose error is the current generation's, before the layers around make an answer of it."""
+
+    async def call(scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await app(scope, receive, send)
+        except Exception as error:
+            current.get().response.error = error
+
+    return call
+
+
+class Runner:
+    """Generates parked jobs, in order of acceptance, in a thread with an event loop of its own.
+
+    It always has one of them ask for the host's queue lock, so that parked and connected requests take turns. Which
+    webui on the folder generates a job is decided when it has the lock: whoever is free first starts it, on disk.
+    """
+
+    DELAY = 1.0  # seconds at the start, in which other extensions are told of it, too
+    RETRY = 5.0  # seconds after trouble
+    IDLE = 10.0  # seconds between two looks while nobody says that a job was parked
+
+    def __init__(self, routes: Dict[str, Middleware], tracker: Tracker):
+        """`routes` are copies of the host's generation routes that need no credentials, by type."""
+        self.routes = routes
+        self.tracker = tracker
+        self._loop: Optional[asyncio.AbstractEventLoop] = None
+        self._trouble = ""
+        threading.Thread(target=lambda: asyncio.run(self._run()), name="job-tracker-runner", daemon=True).start()
+
+    async def _run(self) -> None:
+        self._loop, self._parked = asyncio.get_running_loop(), asyncio.Event()
+        self.tracker.on_parked = self._wake
+        pause = self.DELAY
+        runs: Set["asyncio.Task[None]"] = set()  # that have begun to generate
+        while True:
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._parked.wait(), pause)
+            if self.tracker.closing.is_set():
+                break
+            self._parked.clear()
+            try:
+                pause = await self._start_next(runs)
+            except Exception as error:
+                self._report(error)
+                pause = self.RETRY
+        await asyncio.gather(*runs, return_exceptions=True)
+
+    def _wake(self) -> None:
+        """Called from any thread."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            self._loop.call_soon_threadsafe(self._parked.set)
+
+    def _report(self, error: Exception) -> None:
+        """Logs a trouble when it begins, not each time that it shows."""
+        trouble = f"{type(error).__name__}: {details_of(error)}"
+        if trouble != self._trouble:
+            log.error("Jobs that wait cannot be generated now: %s", trouble, exc_info=not isinstance(error, StoreError))
+        self._trouble = trouble
+
+    async def _start_next(self, runs: Set["asyncio.Task[None]"]) -> float:
+        """Has the oldest parked job generated. Returns when that begins, with seconds until the next look."""
+        found = await self.tracker.in_pool(self.tracker.next_parked)
+        self._trouble = ""
+        if found is None:
+            return self.IDLE
+        job, body = found
+        generation = self._generation(job, body)
+        run = generation.begin()
+        await asyncio.wait({run, generation.started}, return_when=asyncio.FIRST_COMPLETED)
+        if generation.started.done():
+            runs.add(run)
+            run.add_done_callback(runs.discard)
+            return 0
+        left = await self.tracker.in_pool(self.tracker.get, job.id)
+        return self.RETRY if left is not None and left.parked else 0
+
+    def _generation(self, job: Job, body: bytes) -> Generation:
+        """A run of the host's route for a kept request."""
+        middleware = self.routes[job.type]
+        scope = {
+            "type": "http",
+            "asgi": {"version": "3.0"},
+            "http_version": "1.1",
+            "method": "POST",
+            "scheme": "http",
+            "path": f"/sdapi/v1/{job.type}",
+            "raw_path": f"/sdapi/v1/{job.type}".encode(),
+            "query_string": b"",
+            "root_path": "",
+            "headers": [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))],
+            "client": (job.ip or "127.0.0.1", 0),
+            "server": ("127.0.0.1", 80),
+            OuterMiddleware.KEY: ConnectionState(),
+        }
+        message = {"type": "http.request", "body": body, "more_body": False}
+        return Generation(middleware, scope, [message], parked=job)
+
+
 # ------------------------------------------------------------------------------------------------------------------
 # API: the routes under /sdapi/v1/job
 # ------------------------------------------------------------------------------------------------------------------
@@ -5365,6 +6127,7 @@ class JobSummary(BaseModel):
     queue_position: Optional[int] = nullable("while Pending: 1 is next")
     progress: Optional[float] = nullable("while Processing: 0 to 1")
     eta: Optional[float] = nullable("while Processing: seconds that are left, if that can be told")
+    retry_of: Optional[str] = nullable("the Failed job that this one repeats")
     parameters: Optional[Dict[str, Any]] = nullable(
         "as the webui answered. Except in a job with its images, with a note in the place of each text of more than "
         "1,000 characters, and of lists and objects that are too much, so that it has some 64 kB at most. null until "
@@ -5438,6 +6201,16 @@ FOREIGN_DOCS = {
 }
 JOB_DOCS = {200: {"description": "The job", "content": example({**COMPLETED_EXAMPLE, "images": ["iVBORw0K…"]})}}
 CANCEL_DOCS = {200: {"description": "The job", "content": example(CANCELLED_EXAMPLE)}, **CONFLICT_DOCS}
+RETRY_DOCS = {
+    202: {
+        "description": "The new job",
+        "content": example({**PENDING_EXAMPLE, "retry_of": "c7Rm2QzB"}),
+        "headers": {JOB_HEADER: text_header("the new job's ID"), "Location": text_header("the new job's path")},
+    },
+    **CONFLICT_DOCS,
+    410: problem("The request of this job is no longer kept", "The request of this job is no longer kept"),
+    429: problem("Too many jobs wait already: try again after `Retry-After` seconds"),
+}
 JOBS_DOCS = {
     200: {
         "description": "The jobs, newest first",
@@ -5514,9 +6287,9 @@ def endpoint(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     async def answer(api: "Api", request: Request, **arguments: Any) -> Response:
-        if OuterMiddleware.KEY in request.scope:
-            # A cache may keep a 404 (RFC 9111, 4.2.2), and what is not there now may be there in a moment.
-            request.scope[OuterMiddleware.KEY].error_headers = {"Cache-Control": "no-store"}
+        connection = request.scope.get(OuterMiddleware.KEY) or ConnectionState()
+        # A cache may keep a 404 (RFC 9111, 4.2.2), and what is not there now may be there in a moment.
+        connection.error_headers = {"Cache-Control": "no-store"}
         if request.method in CHANGING:
             if api.origins.refuses(request.scope, f"call {request.method} {request.scope['route'].path}"):
                 raise HTTPException(403, OriginGuard.REFUSAL)
@@ -5524,6 +6297,11 @@ def endpoint(function: Callable[..., Any]) -> Callable[..., Any]:
             return await function(api, request, **arguments)
         except Conflict as reason:
             raise HTTPException(409, str(reason)) from None
+        except Gone as reason:
+            raise HTTPException(410, str(reason)) from None
+        except TooMany as reason:
+            connection.error_headers["Retry-After"] = str(TooMany.RETRY_AFTER)
+            raise HTTPException(429, str(reason)) from None
         except StoreError as error:
             raise HTTPException(503, f"The jobs cannot be read or changed: {error}") from None
 
@@ -5550,6 +6328,7 @@ class Api:
         add("GET", f"{job}/images/{{n}}", self.get_image, IMAGE_DOCS, response_class=Response)
         add("HEAD", f"{job}/images/{{n}}", self.get_image, {}, include_in_schema=False)
         add("POST", f"{job}/cancel", self.cancel_job, CANCEL_DOCS, response_model=JobSummary)
+        add("POST", f"{job}/retry", self.retry_job, RETRY_DOCS, response_model=JobSummary, status_code=202)
         add("DELETE", job, self.delete_job, CONFLICT_DOCS, status_code=204)
 
     # The endpoints
@@ -5667,6 +6446,16 @@ class Api:
         return await self._respond(request, await self._get(id), images=False)
 
     @endpoint
+    async def retry_job(self, request: Request, id: str = Path(description="the job's ID")) -> Response:
+        """Generates a Failed job once more, from the request that was kept: as a new job, which needs no client."""
+        await self.tracker.wait_until_stored(id)
+        job = await self.tracker.in_pool(self.tracker.retry, id)
+        if job is None:
+            raise HTTPException(404, "Job not found")
+        headers = {JOB_HEADER: job.id, "Location": path_of(request.scope).rsplit("/", 2)[0] + f"/{job.id}"}
+        return await self._respond(request, job, images=False, status=202, headers=headers)
+
+    @endpoint
     async def delete_job(self, request: Request, id: str = Path(description="the job's ID")) -> Response:
         """Removes a job that has ended, and its images."""
         await self.tracker.wait_until_stored(id)
@@ -5717,9 +6506,11 @@ class Api:
         packed = {"Content-Encoding": "gzip"} if accepts_gzip(request.scope) else {}
         return {"Vary": "Accept-Encoding", "Cache-Control": "no-store", **packed}
 
-    async def _respond(self, request: Request, job: Job, images: bool) -> Response:
+    async def _respond(
+        self, request: Request, job: Job, images: bool, status: int = 200, headers: Optional[Dict[str, str]] = None
+    ) -> Response:
         chunks, pool = self.tracker.as_json(job, images), self.tracker.pool_for(job)
-        return await self._stream(chunks, self._json_headers(request), pool=pool)
+        return await self._stream(chunks, {**self._json_headers(request), **(headers or {})}, pool=pool, status=status)
 
     async def _stream(
         self,
@@ -5728,11 +6519,12 @@ class Api:
         media_type: str = "application/json",
         level: int = 1,
         pool: Optional[Threads] = None,
+        status: int = 200,
     ) -> Response:
         """A response that is made as it is sent, packed if `headers` say so."""
         gzip = Gzip(level) if "Content-Encoding" in headers else None
         made = ThreadedChunks(pool or self.tracker.pool, chunks, self.tracker.sending, gzip)
-        return ClosingStreamingResponse(await made.begin(), 200, headers, media_type)
+        return ClosingStreamingResponse(await made.begin(), status, headers, media_type)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -6089,7 +6881,7 @@ class TabHtml:
     def _shown(self, job: Job) -> Dict[str, Any]:
         """A job with what its record does not say. `seconds` are those of its generation, until now."""
         progress, eta = self.tracker.progress_of(job)
-        position, seconds = self.tracker.position(job.id), self.tracker.seconds(job)
+        position, seconds = self.tracker.position(job), self.tracker.seconds(job)
         return {"job": job, "progress": progress, "eta": eta, "position": position, "seconds": seconds}
 
     def _open(self, job_id: str) -> Dict[str, Any]:
@@ -6656,6 +7448,10 @@ class Host:
         routes = [route for route in app.routes if getattr(route, "path", "").endswith(paths)]
         return [route for route in routes if "POST" in (route.methods or ())]
 
+    @staticmethod
+    def type_of(route: Any) -> str:
+        return route.path.rpartition("/")[2]
+
     def check(self, routes: List[Any]) -> None:
         """Raises UnsupportedHost, or whatever else, where something is missing that we use."""
         for route in routes:
@@ -6680,6 +7476,18 @@ class Host:
             if not isinstance(owner.queue_lock, ObservedLock):  # the routes share one
                 owner.queue_lock = ObservedLock(owner.queue_lock)
             route.dependant.call = observed_endpoint(route.dependant.call)
+
+    def private_app(self, route: Any) -> ASGIApp:
+        """A copy of a generation route that needs no credentials, and is never served, for requests that had them.
+
+        It stands in an application of its own, since newer fastapis want what only an application gives to a route.
+        """
+        app, path = FastAPI(openapi_url=None), f"/sdapi/v1/{self.type_of(route)}"
+        private = APIRoute(path, route.endpoint, methods=["POST"], response_model=route.response_model)
+        private.dependant.call = observed_endpoint(private.dependant.call)
+        private.app = with_error_kept(private.app)
+        app.router.routes.append(private)
+        return app
 
     def put_around(self, app: Any, layer: Callable[[ASGIApp], ASGIApp]) -> None:
         """Puts a layer around all others, whether these are built already (Forge, or after a first request) or not."""
@@ -6760,13 +7568,16 @@ class Extension:
             raise UnsupportedHost("the API is off. Start the webui with --api")
         self.host.check(routes)
         add_api_route = self.host.find_add_api_route(routes)
+        apps = {self.host.type_of(route): self.host.private_app(route) for route in routes}
+        private = {type_: Middleware(private, type_, self.tracker, self.host) for type_, private in apps.items()}
 
         self.host.put_around(app, OuterMiddleware)
         self.api.add_to(add_api_route)
         self.host.observe(routes)
         for route in routes:
-            route.app = Middleware(route.app, route.path.rpartition("/")[2], self.tracker, self.host)
+            route.app = Middleware(route.app, self.host.type_of(route), self.tracker, self.host)
             route.openapi_extra = {**(route.openapi_extra or {}), **GENERATION_DOCS}
+        Runner(private, self.tracker)
         app.openapi_schema = None  # it may have been asked for already
         self._app, self._routes = app, routes
         self.housekeeper.watch = self._watch_routes

@@ -202,7 +202,7 @@ class Work:
         job = script.Job(tracker.store.reserve_id(), dice.choice(script.TYPES), script.PENDING, timestamp, None, prompt)
         if old:
             self.say("going", job.id)  # a purge removes it as soon as it has ended
-        tracker.accept(job, lambda: True).result()
+        tracker.accept(job, lambda: True, b"").result()
         self.say("accepted", job.id)
         time.sleep(dice.random() * 0.02)
         tracker.start(job.id)
@@ -496,7 +496,7 @@ def record_session(script: Any, folder: Path, dice: random.Random, recorder: los
         job = script.Job(tracker.store.reserve_id(), "txt2img", script.PENDING, timestamp, None, prompt)
         if old:
             recorder.said("going", job.id)
-        tracker.accept(job, lambda: True).result()
+        tracker.accept(job, lambda: True, b"").result()
         recorder.said("accepted", job.id)
         tracker.start(job.id)
         if dice.random() < 0.2:
@@ -544,7 +544,7 @@ def check_state(script: Any, folder: Path, said: List[Any]) -> bool:
 
 def epoch_of(folder: Path) -> Optional[int]:
     """What an index has for as long as it is not made anew; None if there is none."""
-    path = folder / "jobs.json.index"
+    path = folder / "jobs.json.index2"
     if not path.exists():
         return None
     with contextlib.closing(sqlite3.connect(str(path))) as connection:

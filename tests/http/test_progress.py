@@ -74,7 +74,7 @@ def test_a_job_that_ends_while_it_is_described(tmp_path):
     script = load_script()
     tracker = make_tracker(script, tmp_path)
     job = script.Job(tracker.store.reserve_id(), "txt2img", script.PENDING, int(time.time()), None, "a cat")
-    tracker.accept(job, lambda: True).result()
+    tracker.accept(job, lambda: True, b"").result()
     tracker.start(job.id)
     running = tracker.get(job.id)
     tracker.generated()

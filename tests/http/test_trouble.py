@@ -277,7 +277,7 @@ def fill(folder, but=0):
 
 def test_full_disk(start, alone, small_disk):
     """The generation's answer comes all the same, and when there is room again everything works, without a restart."""
-    (small_disk / "jobs.json.index").mkdir()  # it is in memory then, and takes and gives back no room
+    (small_disk / "jobs.json.index2").mkdir()  # it is in memory then, and takes and gives back no room
     webui = start(*QUICK, environ={"TRACKER_DATA_DIR": str(small_disk)})
     own = alone(webui).post(body())
     assert_tracks(webui)

@@ -283,7 +283,7 @@ def within(seconds: float, function: Callable[..., Any], *args: Any) -> Any:
 
 def generate(script: Any, tracker: Any, job: Any) -> str:
     """Takes a job from its acceptance to its end, and returns its status."""
-    if tracker.accept(job, lambda: True).exception() is not None:
+    if tracker.accept(job, lambda: True, b"").exception() is not None:
         until(lambda: tracker.get(job.id) is None)
         return "refused"
     tracker.start(job.id)

@@ -148,7 +148,7 @@ ANSWERS: Dict[str, bytes] = {
 def stored(tracker: Any, answer: bytes) -> Any:
     """A Completed job with such an answer, as the store has it."""
     job = a_job(SCRIPT, random.Random(), status="Processing", prompt="")
-    tracker.accept(job, lambda: True).result()
+    tracker.accept(job, lambda: True, b"").result()
     tracker.start(job.id)
     tracker.finish(job.id, SCRIPT.split_answer(answer))
     return until(lambda: (lambda done: done if done.ended else None)(tracker.get(job.id)))

@@ -133,7 +133,7 @@ def test_any_record(tmp_path_factory, entries, layout, ascii_only, piece):
                 if job.key and keys.count(job.key) == 1:
                     assert tracker.store.with_key(job.key) == job
         job = SCRIPT.Job("NewJob01", "txt2img", "Pending", 1736712000, None, "new")
-        tracker.accept(job, lambda: False).result(20)
+        tracker.accept(job, lambda: False, b"").result(20)
         assert tracker.store.idle()
         kept = {job_id for job_id, record in strictly(path.read_bytes()).items() if record is not None}
         assert {*expected, "NewJob01"} <= kept

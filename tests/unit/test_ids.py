@@ -29,7 +29,7 @@ def tracker(script, tracker):
 
 def accept(script, tracker, job_id):
     job = script.Job(job_id, "txt2img", "Pending", int(time.time()), "127.0.0.1", "a lighthouse")
-    tracker.accept(job, lambda: False).result()
+    tracker.accept(job, lambda: False, b"").result()
 
 
 def deal(monkeypatch, script, tracker, ids):
@@ -100,7 +100,7 @@ def test_id_of_a_job_that_is_being_written(script, tracker, monkeypatch):
     lock.acquire()
     try:
         job = script.Job("AbCdEf12", "txt2img", "Pending", int(time.time()), None, "")
-        written = tracker.accept(job, lambda: False)
+        written = tracker.accept(job, lambda: False, b"")
         ids, by_chance = iter(["AbCdEf12", "abcdef12", "AbCdEf13"]), script.new_id
         monkeypatch.setattr(script, "new_id", lambda: next(ids, "") or by_chance())
         tracker.store.reserve_id()  # which was looked for ahead of time

@@ -158,7 +158,7 @@ def test_what_is_no_file_is_no_image(images, today, tmp_path, make):
 def test_images_gone_or_cut(script, tmp_path, dice):
     tracker = make_tracker(script, tmp_path, TRACKER_RETENTION="off")
     job = a_job(script, dice, timestamp=int(time.time()))
-    tracker.accept(job, lambda: True).result()
+    tracker.accept(job, lambda: True, b"").result()
     tracker.start(job.id)
     tracker.finish(job.id, an_answer(script, job.id, 3))
     done = when_ended(tracker, job.id)

@@ -71,7 +71,7 @@ def look_for_left(tracker: Any) -> None:
 def generate(script: Any, tracker: Any, images: int = 2, age: float = 0, fails: bool = False) -> Any:
     """A job's whole way; returns the job as it ended."""
     job = script.Job(tracker.store.reserve_id(), "txt2img", script.PENDING, int(time.time() - age), None, "a cat")
-    tracker.accept(job, lambda: True).result()
+    tracker.accept(job, lambda: True, b"").result()
     tracker.start(job.id)
     if fails:
         tracker.fail(job.id, "as it happens")
@@ -260,7 +260,7 @@ def test_two_processes_on_one_folder(script, tracker, tmp_path):
                 assert job.status == "Completed"
                 os.write(says, f"{job.id}\n".encode())
             left = script.Job(other.store.reserve_id(), "txt2img", script.PENDING, int(time.time()), None, "left")
-            other.accept(left, lambda: True).result()
+            other.accept(left, lambda: True, b"").result()
             other.start(left.id)
             until(lambda: '"Processing"' in Path(other.store.path).read_text().split(left.id)[-1])
             os.write(says, f"left {left.id}\n".encode())

@@ -25,7 +25,7 @@ def test_what_was_deleted_as_soon_as_it_ended_stays_so(script, tracker):
     sys.setswitchinterval(often)  # threads take turns as often as can be
     try:
         for job in jobs:
-            tracker.accept(job, lambda: True).result()
+            tracker.accept(job, lambda: True, b"").result()
             tracker.start(job.id)
             ending = threading.Thread(target=tracker.finish, args=(job.id, an_answer(script, job.id, 1)))
             ending.start()
@@ -50,7 +50,7 @@ def test_who_waits_for_a_job_that_comes_to_nothing(script, tracker):
     tracker.store.get("AAAAAAAA")  # all is loaded
     script.os = WrappedOs(pwrite=full)
     job = a_job(script, random.Random(1))
-    written = tracker.accept(job, lambda: True)
+    written = tracker.accept(job, lambda: True, b"")
 
     async def wait() -> float:
         began = time.monotonic()
@@ -68,7 +68,7 @@ def test_who_waits_for_a_job_that_comes_to_nothing(script, tracker):
 def test_who_has_waited_leaves_nothing(script, tracker):
     """A job may wait for hours, and be asked for again and again."""
     job = a_job(script, random.Random(1), timestamp=int(time.time()))
-    tracker.accept(job, lambda: True).result()
+    tracker.accept(job, lambda: True, b"").result()
 
     async def wait(times: int) -> None:
         for _ in range(times):

@@ -209,7 +209,7 @@ def test_every_end_is_told_once_and_not_before_it_is_on_disk(script, tmp_path):
     until(lambda: tracker.housekeeper.next_purge, what="it has looked for jobs left behind")
     jobs = {prompt: a_job(prompt) for prompt in ("done", "failed", "cancelled")}
     for job in jobs.values():
-        tracker.accept(job, lambda: tracker.fail(jobs["cancelled"].id, "Cancelled") or True).result()
+        tracker.accept(job, lambda: tracker.fail(jobs["cancelled"].id, "Cancelled") or True, b"").result()
     tracker.finish(jobs["done"].id, an_answer(script, jobs["done"].id, 1))
     tracker.fail(jobs["failed"].id, "no reason")
     tracker.fail(jobs["failed"].id, "again")

@@ -354,7 +354,7 @@ def test_asked_for_all_that_is_old_goes(script, tracker_for, add):
 def test_times_on_disk(script, tracker_for, tmp_path):
     one = tracker_for("off")
     job = script.Job(one.store.reserve_id(), "txt2img", script.PENDING, int(time.time()), None, "")
-    one.accept(job, lambda: True).result()
+    one.accept(job, lambda: True, b"").result()
     one.start(job.id)
     one.fail(job.id, "no")
     until(lambda: one.get(job.id).ended)

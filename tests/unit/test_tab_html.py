@@ -83,7 +83,7 @@ def shown(tmp_path: Path) -> Iterator[Tab]:
     running = [script.Job(name, "img2img", "Pending", done.timestamp, "::1", "") for name in ("RUNNING1", "WAITING1")]
     try:
         for job in running:
-            tracker.accept(job, lambda: True).result()
+            tracker.accept(job, lambda: True, b"").result()
         tracker.start("RUNNING1")
         yield Tab(script, script.Tab(tracker, tracker.housekeeper, None, lambda: FOREIGN))
     finally:
