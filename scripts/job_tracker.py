@@ -3993,6 +3993,7 @@ class Tracker:
         self.senders = Threads(2, "send")  # nothing: what is in memory goes to clients
         self.sending: "WeakSet[Any]" = WeakSet()  # what is on its way to clients, and needs the pool for its rest
         self.closing = threading.Event()  # set when the webui unloads its scripts
+        self.stopping = threading.Event()  # set when no parked job is to begin here any more
         self.helpers: List[threading.Thread] = []  # which use the stores, and end soon after that
         self._storing = threading.Lock()  # around this lock: jobs go to the store in the order of their changes
         self._lock = threading.Lock()  # held for a moment, never while the store is asked: the event loop takes it
@@ -4687,6 +4688,19 @@ class Tracker:
             return job._replace(promised=True, parked=True)
         return job._replace(status=FAILED, parked=False, error=LEFT_BEHIND)
 
+    async def stop(self) -> None:
+        """The server ends, and has waited for its requests. Returns when the parked job that is generated has ended."""
+        self.stopping.set()
+        self.on_parked()
+        while True:
+            with self._lock:
+                ending = [job_id for job_id, live in self._live.items() if live.end is not None]
+                is_idle = len(ending) == len(self._live)
+            if is_idle:
+                break
+            await asyncio.sleep(0.1)
+        await asyncio.gather(*(self.wait(job_id, self.PATIENCE) for job_id in ending))
+
     def close(self) -> Future:
         """Closes the store and the threads once the last running job has ended and the last answer is sent.
 
@@ -4695,6 +4709,7 @@ class Tracker:
         """
         closed = uncancellable_future()
         self.closing.set()
+        self.stopping.set()
         self.on_parked()
         with self._lock:
             waiting = set(self._waiting).difference(self._live)
@@ -5427,8 +5442,8 @@ class ClientResponse:
             return True
         except StoreError as error:  # before a head is out
             job_id = self.connection.error_headers.get(JOB_HEADER)
-            log.error("Job %s: its client cannot be told of it: %s", job_id, error.details)
-            raise HTTPException(503, f"The job cannot be read, or kept beyond this request: {error}") from None
+            log.error("Job %s: the stored answer cannot be read: %s", job_id, error.details)
+            raise HTTPException(503, f"The stored answer cannot be read: {error}") from None
         finally:
             set_once(generation.passed_on, False)
             set_once(generation.client_done, None)
@@ -5514,8 +5529,7 @@ class ClientResponse:
         is_early = self.preference.respond_async and not in_time
         headers = {"Idempotent-Replayed": "true"} if is_replay else {}
         if is_early:
-            if job.status == PENDING and not job.promised:
-                await self.tracker.in_pool(self.tracker.promise, job.id)
+            await self._promise(job)
             headers["Location"] = path_of(self.scope).rpartition("/")[0] + f"/job/{job.id}"
             with contextlib.suppress(StoreError):  # then as it was
                 job = await self.tracker.find(job.id) or job
@@ -5531,6 +5545,15 @@ class ClientResponse:
             headers["Content-Encoding"] = "gzip"
         response = ClosingStreamingResponse(content, 202 if is_early else 200, headers, "application/json")
         await response(self.scope, self.receive, self.send)
+
+    async def _promise(self, job: Job) -> None:
+        if job.ended or job.promised:
+            return
+        try:
+            await self.tracker.in_pool(self.tracker.promise, job.id)
+        except StoreError as error:
+            log.error("Job %s goes on, but does not outlive the webui: %s", job.id, error.details)
+            raise HTTPException(503, f"The job cannot be kept beyond this request: {error}") from None
 
     async def _begin(self, chunks: Iterator[bytes], pool: Threads) -> ThreadedChunks:
         return await ThreadedChunks(pool, chunks, self.tracker.sending, self.gzip).begin()
@@ -5762,7 +5785,8 @@ class Generation:
         if self.was_parked:
             if self.is_live:  # it has had the lock before
                 return
-            if self.tracker.closing.is_set() or not self.tracker.start_parked(self.job.id, self.cancel):
+            if self.tracker.stopping.is_set() or not self.tracker.start_parked(self.job.id, self.cancel):
+                self.host.dequeue(self.task_id)
                 raise NotStarted
             self.is_live = True
             self._in_loop(set_once, self.started, None)
@@ -6036,12 +6060,13 @@ class Runner:
     async def _run(self) -> None:
         self._loop, self._parked = asyncio.get_running_loop(), asyncio.Event()
         self.tracker.on_parked = self._wake
-        pause = self.DELAY
+        pause = 0.0
         runs: Set["asyncio.Task[None]"] = set()  # that have begun to generate
+        await asyncio.sleep(self.DELAY)
         while True:
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._parked.wait(), pause)
-            if self.tracker.closing.is_set():
+            if self.tracker.stopping.is_set():
                 break
             self._parked.clear()
             try:
@@ -7496,6 +7521,11 @@ class Host:
         if getattr(app, "middleware_stack", None) is not None:
             app.middleware_stack = layer(app.middleware_stack)
 
+    def on_shutdown(self, app: Any, function: Callable[[], Any]) -> None:
+        """The server calls a coroutine at its end, and waits for it, where the webui lets it end in good order."""
+        with contextlib.suppress(AttributeError):  # a later starlette
+            app.router.on_shutdown.append(function)
+
     # For the tab: what gradio serves
 
     def keep_from_gradio(self, demo: Any, folders: Iterable[str]) -> None:
@@ -7572,6 +7602,7 @@ class Extension:
         private = {type_: Middleware(private, type_, self.tracker, self.host) for type_, private in apps.items()}
 
         self.host.put_around(app, OuterMiddleware)
+        self.host.on_shutdown(app, self.tracker.stop)
         self.api.add_to(add_api_route)
         self.host.observe(routes)
         for route in routes:

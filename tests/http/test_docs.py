@@ -19,6 +19,7 @@ ROUTES = {
     ("/sdapi/v1/job/{id}", "get"),
     ("/sdapi/v1/job/{id}", "delete"),
     ("/sdapi/v1/job/{id}/cancel", "post"),
+    ("/sdapi/v1/job/{id}/retry", "post"),
     ("/sdapi/v1/job/{id}/images/{n}", "get"),
     ("/sdapi/v1/jobs", "get"),
 }
@@ -57,6 +58,7 @@ def test_every_answer_is_there(document):
         ("/sdapi/v1/job/{id}", "get"): {"200"},
         ("/sdapi/v1/job/{id}", "delete"): {"204", "403", "409"},
         ("/sdapi/v1/job/{id}/cancel", "post"): {"200", "403", "409"},
+        ("/sdapi/v1/job/{id}/retry", "post"): {"202", "403", "409", "410", "429"},
         ("/sdapi/v1/job/{id}/images/{n}", "get"): {"200", "304"},
         ("/sdapi/v1/jobs", "get"): {"200"},
     }
@@ -118,7 +120,7 @@ def test_examples(document, webui):
     for schema, example in found:
         check(document, schema, example)
     for operation in operations(document):
-        for status in {"200", "403", "409"} & set(operation["responses"]):
+        for status in {"200", "202", "403", "409", "410"} & set(operation["responses"]):
             answer = operation["responses"][status].get("content", {}).get("application/json")
             assert answer is None or "example" in answer
     job_id = webui.post(body()).headers["x-job-id"]
@@ -126,7 +128,7 @@ def test_examples(document, webui):
     example = document["paths"]["/sdapi/v1/job/{id}"]["get"]["responses"]["200"]["content"]["application/json"][
         "example"
     ]
-    null = {"error", "queue_position", "progress", "eta"}  # FastAPI leaves them out of an example
+    null = {"error", "queue_position", "progress", "eta", "retry_of"}  # FastAPI leaves them out of an example
     assert set(example) | null == set(real)
     check(document, {"$ref": "#/components/schemas/JobWithImages"}, real)
     schema = document["components"]["schemas"]["JobWithImages"]
@@ -143,6 +145,7 @@ def test_wrong_methods(webui):
         "/sdapi/v1/job/AAAAAAAA": ("POST", "PUT", "PATCH"),
         "/sdapi/v1/jobs": ("POST", "PUT", "PATCH", "DELETE"),
         "/sdapi/v1/job/AAAAAAAA/cancel": ("GET", "PUT", "PATCH", "DELETE"),
+        "/sdapi/v1/job/AAAAAAAA/retry": ("GET", "PUT", "PATCH", "DELETE"),
         "/sdapi/v1/job/AAAAAAAA/images/0": ("POST", "PUT", "PATCH", "DELETE"),
     }.items():
         for method in methods:
@@ -180,8 +183,8 @@ def test_document_is_valid(programs, document, tmp_path):
 
 CONFIG = """
 [checks]
-# 409 is said of jobs that there are, of which the description knows nothing.
-positive_data_acceptance.expected-statuses = ["2xx", 401, 404, 409]
+# 409 and 410 are said of jobs that there are, of which the description knows nothing.
+positive_data_acceptance.expected-statuses = ["2xx", 401, 404, 409, 410]
 """
 
 

@@ -6,6 +6,7 @@ import base64
 import gzip
 import io
 import json
+from typing import List
 
 import pytest
 from inside import load_script
@@ -249,6 +250,10 @@ def test_nothing_but_images_and_their_answer_is_kept(webui):
     """No part of a file is left over."""
     job_id = webui.post(body(batch_size=2)).headers["X-Job-ID"]
     until(webui.is_idle)
-    mine = [path.name for path in webui.images() if job_id in path.name]
-    assert sorted(mine) == [f"{job_id}.json", f"{job_id}_0.png", f"{job_id}_1.png"]
+
+    def mine() -> List[str]:
+        return sorted(path.name for path in webui.images() if job_id in path.name)
+
+    until(lambda: f"{job_id}.request.json" not in mine(), what="the request is gone")
+    assert mine() == [f"{job_id}.json", f"{job_id}_0.png", f"{job_id}_1.png"]
     assert not [path for path in webui.images() if path.suffix == ".part"]

@@ -15,7 +15,22 @@ import pytest
 from disks import ROOT, mounted, moved_away
 from system import System
 
-from harness import CLOSE, MODE_FLAGS, MODES, QUICK, Page, Webui, assert_tracks, body, until, without_time
+from harness import (
+    ASYNC,
+    CLOSE,
+    MODE_FLAGS,
+    MODES,
+    QUICK,
+    Page,
+    Webui,
+    assert_tracks,
+    body,
+    hold_the_queue,
+    is_cut,
+    submit,
+    until,
+    without_time,
+)
 
 
 @pytest.fixture(scope="module")
@@ -273,6 +288,27 @@ def fill(folder, but=0):
             file.write(bytes(PAGE))
     os.truncate(str(path), path.stat().st_size - but * PAGE)
     return path
+
+
+def test_full_disk_while_jobs_are_parked(start, small_disk):
+    """202 is refused, nothing is half-kept, and who waits for his answer gets it."""
+    (small_disk / "jobs.json.index2").mkdir()
+    webui = start(*QUICK, environ={"TRACKER_DATA_DIR": str(small_disk)})
+    assert_tracks(webui)
+    hold_the_queue(webui)
+    filler = fill(small_disk)
+    before = set(small_disk.rglob("*.request.json"))
+    for room in (0, 1):  # with none, and with some for the request but not for the record
+        answer = webui.post(body("x" * 2000), headers=ASYNC)
+        assert answer.status_code == 503 and "x-job-id" not in answer.headers, room
+        os.truncate(str(filler), filler.stat().st_size - PAGE)
+    waiting = webui.send(body())
+    filler.unlink()
+    webui.gates[-1].open()
+    assert not is_cut(waiting)
+    assert webui.job(submit(webui), wait=30)["status"] == "Completed"
+    until(lambda: not set(small_disk.rglob("*.request.json")) - before, what="no request is left")
+    assert {record["status"] for record in webui.records().values()} == {"Completed"}
 
 
 def test_full_disk(start, alone, small_disk):

@@ -1,4 +1,4 @@
-"""jobs.json.index2, the view beside jobs.json: whatever becomes of it costs no job, no answer and nobody else's file."""
+"""The index, the view beside jobs.json: whatever becomes of it costs no job, no answer and nobody else's file."""
 
 from __future__ import annotations
 
