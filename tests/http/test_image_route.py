@@ -16,7 +16,7 @@ import httpx
 import pytest
 from PIL import Image
 
-from harness import MODES, QUICK, Sent, Webui, body, open_files, submit, until
+from harness import MODES, QUICK, Sent, Webui, body, connect, open_files, submit, until
 
 pytestmark = pytest.mark.one_mode
 
@@ -331,7 +331,7 @@ def test_delete_of_a_job_of_another_process(pair):
     one, two = pair
     ended = ended_job(one)["id"]
     gate = one.gate()
-    running = submit(one, standin={"hold": gate})
+    running = connect(one, standin={"hold": gate})
     one.until_status(running, "Processing")
     assert delete(two, running).status_code == 409
     assert delete(two, ended).status_code == 204

@@ -11,7 +11,7 @@ from typing import Any, List
 
 import pytest
 
-from harness import ASYNC, AUTH, MODE_FLAGS, MODES, QUICK, Webui, body, hold_the_queue, saved, submit, until
+from harness import ASYNC, AUTH, MODE_FLAGS, MODES, QUICK, Webui, body, connect, hold_the_queue, saved, submit, until
 
 MODE = pytest.mark.parametrize("mode", MODES)
 LEFT_BEHIND = "The webui ended before the generation did"
@@ -55,7 +55,7 @@ def test_what_waits_goes_on_after_a_restart(start, how, mode):
     running = hold_the_queue(webui)
     gate = webui.gates[-1]
     waiting = [submit(webui, f"job {number}", save_images=True) for number in range(5)]
-    connected = webui.send(body("connected")).job_id()
+    connected = connect(webui, "connected")
     until(lambda: len(requests_of(webui)) == 7)
     for _ in range(2):
         if how != "kill":
@@ -90,7 +90,7 @@ def test_any_number_of_restarts(start):
 def test_the_variable(start, resume, goes_on):
     webui = start(*QUICK, environ={"TRACKER_RESUME": resume})
     hold_the_queue(webui)
-    parked, connected = submit(webui), webui.send(body()).job_id()
+    parked, connected = submit(webui), connect(webui)
     until(lambda: len(requests_of(webui)) == 3)
     webui.restart()
     for job_id, is_resumed in zip((parked, connected), goes_on):
@@ -143,21 +143,20 @@ def test_positions(webui):
     hold_the_queue(webui)
     parked = [submit(webui) for _ in range(3)]
     until(lambda: webui.job(parked[0])["queue_position"] == 1)
-    connected = [webui.send(body()) for _ in range(2)]
-    connected_ids = [sent.job_id() for sent in connected]
+    connected = [connect(webui) for _ in range(2)]
     time.sleep(0.1)
     positions = {job["id"]: job["queue_position"] for job in webui.jobs(status="Pending")}
     assert [positions[job_id] for job_id in parked] == [1, 4, 5]
-    assert [positions[job_id] for job_id in connected_ids] == [2, 3]
+    assert [positions[job_id] for job_id in connected] == [2, 3]
     webui.gates[-1].open()
-    order = sorted([*parked, *connected_ids], key=lambda job_id: webui.job(job_id, wait=30)["started"])
-    assert order == [parked[0], *connected_ids, *parked[1:]] or order[:2] == [parked[0], connected_ids[0]]
+    order = sorted([*parked, *connected], key=lambda job_id: webui.job(job_id, wait=30)["started"])
+    assert order == [parked[0], *connected, *parked[1:]] or order[:2] == [parked[0], connected[0]]
 
 
 def test_parked_and_connected_take_turns(webui):
     hold_the_queue(webui)
     parked = [submit(webui) for _ in range(4)]
-    connected = [webui.send(body()).job_id() for _ in range(4)]
+    connected = [connect(webui) for _ in range(4)]
     webui.gates[-1].open()
     started = {job_id: webui.job(job_id, wait=30)["started"] for job_id in (*parked, *connected)}
     assert [*parked] == sorted(parked, key=started.get)
@@ -297,14 +296,12 @@ def test_two_webuis_share_them(start, tmp_path):
     """Whoever is free takes the oldest, and each is generated once."""
     environ = {"TRACKER_DATA_DIR": str(tmp_path)}
     webuis = [start(*QUICK, environ=environ) for _ in range(2)]
-    gates = []
     for webui in webuis:
-        gates.append(webui.gate())
-        webui.until_status(webui.send(body(standin={"hold": gates[-1]})).job_id(), "Processing")
+        hold_the_queue(webui)
     jobs = [submit(webuis[number % 2], save_images=True, standin={"seconds": 0.2}) for number in range(12)]
-    gates[1].open()
+    webuis[1].gates[-1].open()
     assert webuis[0].job(jobs[3], wait=30)["status"] == "Completed"  # by the other one, for this one is busy
-    gates[0].open()
+    webuis[0].gates[-1].open()
     done = [webuis[number % 2].job(job_id, wait=30) for number, job_id in enumerate(jobs)]
     assert [job["status"] for job in done] == ["Completed"] * 12
     images = [len(saved(webui)) for webui in webuis]
@@ -314,11 +311,10 @@ def test_two_webuis_share_them(start, tmp_path):
 def test_the_other_webui_takes_them_over(start, tmp_path):
     environ = {"TRACKER_DATA_DIR": str(tmp_path)}
     one, two = (start(*QUICK, environ=environ) for _ in range(2))
-    gate = two.gate()
-    two.until_status(two.send(body(standin={"hold": gate})).job_id(), "Processing")
+    hold_the_queue(two)
     hold_the_queue(one)
     jobs = [submit(one, save_images=True) for _ in range(4)]
     one.kill()
-    gate.open()
+    two.gates[-1].open()
     assert [two.job(job_id, wait=30)["status"] for job_id in jobs] == ["Completed"] * 4
     assert len(saved(two)) == 4

@@ -11,7 +11,7 @@ import pytest
 from inside import an_answer, load_script, make_tracker, when_ended
 from neighbours import HOLDS, UI, FromUi, held_at, reached
 
-from harness import QUICK, SHAPE, Start, Webui, body, submit, until
+from harness import QUICK, SHAPE, Start, Webui, body, connect, submit, until
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def webui(start_shared: Start) -> Webui:
 
 def held_job(webui: Webui, **fields: Any) -> Dict[str, Any]:
     """A job that waits with its last step undone until the latest gate is opened."""
-    job_id = submit(webui, standin={"hold": webui.gate()}, **fields)
+    job_id = connect(webui, standin={"hold": webui.gate()}, **fields)
     steps = fields.get("steps", 2)
 
     def is_held() -> Any:
@@ -133,7 +133,7 @@ def test_after_it_ended(webui):
 
 def test_a_job_of_another_process(pair):
     one, two = pair
-    jobs = [held_job(one)["id"], submit(one)]
+    jobs = [held_job(one)["id"], connect(one)]
     held_job(two)
     for job_id, status in zip(jobs, ("Processing", "Pending")):
         job = two.job(job_id)

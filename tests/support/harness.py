@@ -536,15 +536,20 @@ Start = Callable[..., Webui]
 
 
 def submit(webui: Webui, *prompt: str, **fields: Any) -> str:
-    """A request that does not wait for its job. Gives the ID."""
+    """A request that does not wait for its job, which any webui on the folder may run. Gives the ID."""
     answer = webui.post(body(*prompt, **fields), headers=ASYNC)
     assert answer.status_code == 202, answer.text
     return answer.headers["x-job-id"]
 
 
+def connect(webui: Webui, *prompt: str, **fields: Any) -> str:
+    """A request that waits for its job at this webui, until its client leaves, which it does now. Gives the ID."""
+    return webui.send(body(*prompt, **fields)).job_id()
+
+
 def hold_the_queue(webui: Webui, **standin: Any) -> str:
-    """A job that runs until the latest gate is opened."""
-    job_id = submit(webui, standin={"hold": webui.gate(), **standin})
+    """A job that this webui runs until the latest gate is opened."""
+    job_id = connect(webui, standin={"hold": webui.gate(), **standin})
     webui.until_status(job_id, "Processing")
     return job_id
 
