@@ -4399,13 +4399,23 @@ class Tracker:
             with self._lock:
                 live, waiting = dict(self._live), set(self._waiting).difference(self._live)
             if changed is None:
-                changed = dict.fromkeys((*live, *waiting), False)
-            if changed:
+                changed = {
+                    **dict.fromkeys(waiting, False),
+                    **{job_id: self._is_cancel_wanted(job_id) for job_id in live},
+                }
+                self.on_parked()
+            elif changed:
                 self.on_parked()
             for job_id in live:
                 if changed.get(job_id):
                     live[job_id].cancel()
             unsure = {job_id for job_id in waiting & {*changed, *unsure} if not self._wake_if_ended(job_id)}
+
+    def _is_cancel_wanted(self, job_id: str) -> bool:
+        with contextlib.suppress(StoreError):  # whoever wants it asks again
+            job = self.store.get(job_id)
+            return job is not None and job.cancel_wanted
+        return False
 
     def _wake_if_ended(self, job_id: str) -> bool:
         """False if that cannot be told."""
@@ -6285,8 +6295,9 @@ GENERATION_DOCS = {
             }
         },
         "429": {"description": "Too many generations wait already: try again after `Retry-After` seconds"},
+        "503": {"description": "The job cannot be kept, as Prefer: respond-async or Idempotency-Key needs it"},
         "202": {
-            "description": "The job is accepted, as Prefer: respond-async asked for",
+            "description": "The job is accepted, as Prefer: respond-async asked for: it outlives the webui",
             "headers": {
                 JOB_HEADER: text_header("the job's ID"),
                 "Location": text_header("the job's path"),

@@ -1,0 +1,153 @@
+"""A change that depends on what is on disk: no other process gets between the look and the write."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from typing import Any, List
+
+import pytest
+from inside import WrappedOs, a_job, alive, load_script, set_constants
+
+
+@pytest.fixture
+def stores(script, tmp_path):
+    made = []
+
+    def make(program: Any = script) -> Any:
+        made.append(program.JobStore(str(tmp_path)))
+        return made[-1]
+
+    yield make
+    for store in made:
+        store.close()
+
+
+def parked(script: Any, dice: Any, store: Any, count: int) -> List[Any]:
+    jobs = [a_job(script, dice, parked=True, promised=True, owner=store.owner) for _ in range(count)]
+    for written in [store.put(job, new=True) for job in jobs]:
+        written.result(20)
+    return jobs
+
+
+def claim(store: Any) -> Any:
+    """What a runner does with the job that it was given."""
+    return lambda job: job._replace(status="Processing", parked=False, owner=store.owner) if job.parked else None
+
+
+def test_what_was_decided_is_on_disk(script, dice, stores, tmp_path):
+    store = stores()
+    one, other = parked(script, dice, store, 2)
+    assert store.change([one.id, "AAAAAAAA", other.id], lambda job: None).result(20) == []
+    (changed,) = store.change([one.id, "AAAAAAAA"], claim(store)).result(20)
+    assert changed == one._replace(status="Processing", parked=False)
+    assert alive(tmp_path / "jobs.json")[one.id]["status"] == "Processing"
+    assert store.get(one.id) == changed and store.get(other.id) == other
+    assert store.change([one.id], claim(store)).result(20) == []
+    assert store.oldest_parked() == other and store.parked_before("AAAAAAAA") == 1
+
+
+def test_in_order_of_acceptance(script, dice, stores):
+    store = stores()
+    jobs = parked(script, dice, store, 20)
+    store.put(a_job(script, dice), new=True).result(20)  # somebody waits for that one
+    assert [store.parked_before(job.id) for job in jobs] == list(range(20))
+    for job in jobs:
+        assert store.oldest_parked() == job
+        assert store.change([job.id], claim(store)).result(20)
+    assert store.oldest_parked() is None
+
+
+def test_each_is_claimed_once(script, dice, stores):
+    """By four threads of two stores, which see each other only by the file."""
+    one, other = stores(), stores()
+    jobs = parked(script, dice, one, 60)
+    claimed: List[str] = []
+
+    def run(store: Any) -> None:
+        while True:
+            job = store.oldest_parked()
+            if job is None:
+                return
+            claimed.extend(job.id for job in store.change([job.id], claim(store)).result(20))
+
+    threads = [threading.Thread(target=run, args=(store,)) for store in (one, other, one, other)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert sorted(claimed) == sorted(job.id for job in jobs)
+    for store in (one, other):
+        assert store.stats()[0]["Processing"] == 60
+        assert store.oldest_parked() is None
+
+
+@pytest.mark.parametrize("broken", ["write", "fsync"])
+def test_a_disk_that_fails(script, dice, stores, broken, monkeypatch):
+    """Nothing has changed then, and nothing changes later, also where another process has been faster since."""
+    store, other = stores(), stores(load_script())
+    jobs = parked(script, dice, store, 3)
+    assert other.oldest_parked()._asdict() == jobs[0]._asdict()
+    set_constants(script, RETRY=0.3)
+    failing = [True]
+
+    def fail(function: Any) -> Any:
+        def call(*args: Any) -> Any:
+            if failing[0]:
+                raise OSError(28, "No space left on device")
+            return function(*args)
+
+        return call
+
+    names = ("pwrite",) if broken == "write" else ("fsync",)
+    monkeypatch.setattr(script, "os", WrappedOs(**{name: fail(getattr(os, name)) for name in names}))
+    with pytest.raises(script.StoreError, match="No space"):
+        store.change([job.id for job in jobs[:2]], claim(store)).result(20)
+    assert store.get(jobs[1].id) == jobs[1]
+    (taken,) = other.change([jobs[0].id], claim(other)).result(20)
+    time.sleep(0.5)
+    failing[0] = False
+    assert store.idle(20)
+    assert store.get(jobs[0].id) == other.get(jobs[0].id) == taken  # these are tuples
+    assert store.get(jobs[1].id) == jobs[1]
+    assert store.change([jobs[1].id], claim(store)).result(20)
+
+
+def test_a_closed_store(script, dice, stores):
+    store = stores()
+    (job,) = parked(script, dice, store, 1)
+    store.close()
+    with pytest.raises(script.StoreError):
+        store.change([job.id], claim(store)).result(20)
+
+
+def test_what_others_changed(script, dice, stores):
+    store, other = stores(), stores()
+    other.stats()
+    assert other.follow() is None
+    (job,) = parked(script, dice, store, 1)
+    assert other.follow() == {job.id: False}
+    assert other.follow() == {}
+    other.change([job.id], lambda job: job._replace(cancel_wanted=True)).result(20)
+    store.follow()
+    store.put(job._replace(prompt='"cancel_wanted":true')).result(20)
+    assert store.follow() == {job.id: False}
+    store.change([job.id], lambda job: job._replace(cancel_wanted=True)).result(20)
+    assert other.follow() == {job.id: True}
+
+
+def test_the_file_was_replaced(script, dice, stores):
+    set_constants(script, MIN_DEAD_ENTRIES=20)
+    store, other = stores(), stores()
+    (job,) = parked(script, dice, store, 1)
+    other.stats()
+    assert other.follow() is None
+    for _ in range(50):
+        store.put(job).result(20)
+    assert store.idle(20)
+    deadline = time.monotonic() + 20
+    while other.follow() is not None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert other.follow() == {}
