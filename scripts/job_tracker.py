@@ -2019,6 +2019,11 @@ class JobStore:
 
         return self._look(count)
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether looks at many jobs do not wait for a long jobs.json to be read, as at the first start."""
+        return self._is_ready and not self._is_building
+
     def oldest_parked(self) -> Optional[Job]:
         """The parked job that was accepted first, None if none is parked. Raises StoreError."""
 
@@ -4024,7 +4029,7 @@ class Tracker:
         limit = self.settings.max_pending
         with self._admitting:
             admitted, waiting = self._admitted, 0
-            if limit is not None:
+            if limit is not None and self.store.is_ready:
                 with contextlib.suppress(StoreError, FutureTimeout):
                     waiting = self.pool.submit(self.store.stats).result(self.patience())[0][PENDING]
                 if admitted + waiting >= limit:
@@ -4475,7 +4480,9 @@ class Tracker:
             connected = len(self._lock_queue.keys() & self._live.keys())
         if job.status == PENDING and job.id in asking:
             return asking.index(job.id) + 1
-        return connected + self.store.parked_before(job.id) + 1 if job.parked else None
+        if not job.parked or not self.store.is_ready:
+            return None
+        return connected + self.store.parked_before(job.id) + 1
 
     def progress_of(self, job: Job) -> Tuple[Progress, Optional[float]]:
         """How far a Processing job is, by the host's state, never that of another generation, and the seconds left."""

@@ -44,6 +44,7 @@ from harness import (
     Start,
     Webui,
     body,
+    hold_the_queue,
     saved,
     until,
 )
@@ -555,6 +556,40 @@ def test_retry_py(webui):
             retry.generate(line.url, REFUSED, webui.auth)
         with pytest.raises(RuntimeError, match="OutOfMemoryError"):
             retry.generate(line.url, FAILING, webui.auth)
+
+
+@pytest.mark.parametrize(
+    "client", ["python", *(pytest.param(client, marks=pytest.mark.all_only) for client in ("node", "bash"))]
+)
+def test_retry_through_kills(start, client, tmp_path):
+    """The webui is killed again and again while the jobs wait. Each is generated once, and its client has it."""
+    webui = start(*QUICK, *AUTH, constants={"DELAY": 3})  # so that it is killed before it generates
+    requests = requests_of(client, 4)
+    hold_the_queue(webui)
+
+    def generate(url: str) -> Any:
+        if client == "python":
+            with ThreadPoolExecutor(len(requests)) as executor:
+                return list(executor.map(lambda request: load_retry().generate(url, request, webui.auth), requests))
+        if client == "node":
+            done = [in_node(tmp_path, url, requests, authorization(webui))]
+        else:
+            with ThreadPoolExecutor(len(requests)) as executor:
+                options = ("-u", ":".join(webui.auth))
+                done = list(executor.map(lambda request: in_bash(url, request, *options), requests))
+        assert not any(it.returncode for it in done), [it.stderr for it in done]
+        return json.loads(done[0].stdout) if client == "node" else [json.loads(it.stdout) for it in done]
+
+    with bad_line(webui, BadLine.PLACES[:3]) as line, ThreadPoolExecutor(1) as executor:
+        generating = executor.submit(generate, line.url)
+        for _ in range(3):
+            until(lambda: webui.jobs(status="Pending"))
+            time.sleep(random.random())
+            webui.restart()
+            line.port = webui.port
+        jobs = generating.result()
+        check(webui, line, requests, jobs)
+    assert len(saved(webui)) == len(requests)
 
 
 @OFF
