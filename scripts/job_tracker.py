@@ -589,16 +589,34 @@ def check_boolean(value: Any) -> bool:
     return value
 
 
-def parse_days(text: str) -> Optional[float]:
-    return check_days(float(text) if NUMBER.match(text) else text)
+def parse_amount(text: str, unit: str) -> Optional[float]:
+    return check_amount(float(text) if NUMBER.match(text) else text, unit)
 
 
-def check_days(value: Any) -> Optional[float]:
+def check_amount(value: Any, unit: str) -> Optional[float]:
+    """A number of something, None for off."""
     if value is None or (isinstance(value, str) and value.strip().lower() == "off"):
         return None
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-        raise ValueError("it must be a number of days >= 0, or off")
+        raise ValueError(f"it must be a number of {unit} >= 0, or off")
     return value or None
+
+
+def parse_count(text: str) -> Optional[int]:
+    if text.lower() == "off":
+        return None
+    if not re.match(r"[0-9]{1,15}\Z", text):
+        raise ValueError("it must be a whole number >= 0, or off")
+    return int(text) or None
+
+
+RESUMES = ("async", "all", "off")
+
+
+def parse_resume(text: str) -> str:
+    if text.lower() not in RESUMES:
+        raise ValueError("it must be one of " + ", ".join(RESUMES))
+    return text.lower()
 
 
 def parse_folder(text: str) -> str:
@@ -626,8 +644,18 @@ class Setting(NamedTuple):
 SETTINGS = (
     Setting("enabled", False, "TRACKER_ENABLED", parse_boolean, check_boolean, until_read=False),
     # Whoever meant something else is not given the default, which might remove what he wants to keep.
-    Setting("retention_days", 30, "TRACKER_RETENTION", parse_days, check_days, when_invalid=(None, "retention is off")),
+    Setting(
+        "retention_days",
+        30,
+        "TRACKER_RETENTION",
+        functools.partial(parse_amount, unit="days"),
+        functools.partial(check_amount, unit="days"),
+        when_invalid=(None, "retention is off"),
+    ),
     Setting("data_folder", "", "TRACKER_DATA_DIR", parse_folder),
+    Setting("resume", "async", "TRACKER_RESUME", parse_resume),
+    Setting("max_gb", None, "TRACKER_MAX_GB", functools.partial(parse_amount, unit="GB")),
+    Setting("max_pending", None, "TRACKER_MAX_PENDING", parse_count),
 )
 IN_CONFIG = {setting.name: setting for setting in SETTINGS if setting.check}
 DEFAULT_CONFIG = {name: setting.default for name, setting in IN_CONFIG.items()}
@@ -665,6 +693,9 @@ class Settings:
     enabled: bool
     retention_days: Optional[float]  # None: off
     data_folder: str  # where jobs.json and images/ lie
+    resume: str  # one of RESUMES: which Pending jobs go on after a restart
+    max_gb: Optional[float]  # 10^9 bytes that the files of ended jobs may have; None: off
+    max_pending: Optional[int]  # jobs that may wait; None: off
 
     def __init__(self, folder: str, environ: Dict[str, str]):
         self.folder = folder  # the extension's
