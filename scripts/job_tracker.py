@@ -1686,6 +1686,11 @@ class IndexView:
         )
         return [job_id for (job_id,) in found]
 
+    def ended(self) -> Iterator[Tuple[str, int]]:
+        """IDs of all ended jobs and the bytes of their files, oldest first, read as they are asked for."""
+        statement = "SELECT id, bytes FROM jobs NOT INDEXED WHERE status IN (?, ?) ORDER BY row"
+        yield from self.execute(statement, tuple(map(STATUSES.index, ENDED)))
+
     def find(
         self, filter_: Filter, below: int, limit: int, skip: int, without: List[int], abandoned: Abandoned
     ) -> List[Place]:
@@ -1968,24 +1973,58 @@ class JobStore:
         last = found[limit - 1][0] if len(found) > limit else None
         return Page(jobs, last and str(Cursor(state.epoch, last.row, last.timestamp, last.id)))
 
-    def stats(self) -> Tuple[Dict[str, int], int]:
-        """Jobs by status, and the bytes of all their files. Raises StoreError."""
+    def totals(self) -> Dict[str, Tuple[int, int]]:
+        """By status, the number of jobs and the bytes of their files. Raises StoreError."""
 
-        def count(view: IndexView, pending: Overlay) -> Tuple[Dict[str, int], int]:
+        def count(view: IndexView, pending: Overlay) -> Dict[str, Tuple[int, int]]:
             totals = view.totals()
-            counts = {status: jobs for status, (jobs, _) in totals.items()}
-            size = sum(size for _, size in totals.values())
+
+            def add(sign: int, status: str, size: int) -> None:
+                jobs, total = totals[status]
+                totals[status] = jobs + sign, total + sign * size
+
             for job_id, change in pending.items():
                 known = view.summary(job_id)
                 if known is not None:  # what the index says of it is no longer true
-                    counts[known[0]] -= 1
-                    size -= known[1]
+                    add(-1, *known)
                     if change.shown is not None:
-                        counts[change.shown.status] += 1
-                        size += change.shown.bytes
-            return counts, size
+                        add(1, change.shown.status, change.shown.bytes)
+            return totals
 
         return self._look(count)
+
+    def stats(self) -> Tuple[Dict[str, int], int]:
+        """Jobs by status, and the bytes of all their files. Raises StoreError."""
+        totals = self.totals()
+        return {status: jobs for status, (jobs, _) in totals.items()}, sum(size for _, size in totals.values())
+
+    def ended_bytes(self) -> int:
+        """The bytes of the files of all jobs that have ended. Raises StoreError."""
+        totals = self.totals()
+        return sum(totals[status][1] for status in ENDED)
+
+    def oldest_ended(self, size: int, limit: int) -> List[Job]:
+        """The oldest ended jobs, in order of acceptance: as many as it takes to have files of `size` bytes.
+
+        At most `limit`, and never the newest one. Looks no further than to the last of them. Raises StoreError.
+        """
+
+        def find(view: IndexView, pending: Overlay) -> List[str]:
+            found: List[str] = []
+            left, last = size, None  # which is known not to be the newest once there is another
+            for job_id, bytes_ in view.ended():
+                if job_id in pending and pending[job_id].shown is None:
+                    continue
+                if last is not None:
+                    found.append(last[0])
+                    left -= last[1]
+                    if left <= 0 or len(found) == limit:
+                        break
+                last = job_id, bytes_
+            return found
+
+        jobs = map(self.get, self._look(find))
+        return [job for job in jobs if job is not None and job.ended]
 
     def expired(self, before: float, after: Optional[float] = None) -> List[str]:
         """IDs of ended jobs accepted between two times (Unix seconds, exclusive), oldest first. Raises StoreError."""
@@ -3751,6 +3790,7 @@ class Tracker:
     MOMENT = 0.5  # the same while the disk does not answer
     UNSTORED_LIMIT = 1 << 29  # bytes of answers that wait for the disk: more could cost the webui its memory
     STORE_WAIT = 1.0  # seconds that `wait_until_stored` waits
+    REMOVED_AT_ONCE = 100  # jobs: a crash leaves the files of no more
     PLAIN_FIELDS = ("id", "type", "status", "prompt", "timestamp", "ip", "started", "finished")  # shown as they are
 
     def __init__(self, settings: Settings, host: Any, store: JobStore, images: ImageStore):
@@ -4198,7 +4238,6 @@ class Housekeeper:
     LOOK_EVERY = 5  # seconds between two looks at config.json, and at the host
     RECOVER_EVERY = 60  # seconds between two looks for dead processes, and until a failed purge is repeated
     PURGE_EVERY = 6 * 3600
-    REMOVED_AT_ONCE = 100  # jobs: a crash leaves the files of no more
     ORPHAN_AGE = 3600  # seconds; a younger file may belong to a job that is being stored
 
     def __init__(self, tracker: Tracker, predecessor: Predecessor):
@@ -4211,6 +4250,7 @@ class Housekeeper:
         self.kept_for_clock = 0  # jobs that the last purge kept though they are old, since the clock may be wrong
         self._started, self._started_by_clock = time.monotonic(), int(time.time())
         self._purging = threading.Lock()
+        self._unremoved: List[Job] = []  # chosen by `keep_below_limit`, and not known to be removed
         self._stop = tracker.closing
         helper = threading.Thread(target=self._keep_house, name="job-tracker-housekeeping", daemon=True)
         tracker.helpers.append(helper)
@@ -4237,6 +4277,7 @@ class Housekeeper:
                     purge_at = now + self.RECOVER_EVERY
                     self.purge(asked_for=False)
                     self.next_purge = purge_at = now + self.PURGE_EVERY
+                self.keep_below_limit()
             except Exception as error:
                 cause = error.__cause__ or error  # which names the path
                 text = f"{type(cause).__name__}: {cause}"
@@ -4263,19 +4304,52 @@ class Housekeeper:
             purged, expired = Purged(), [] if days is None else self.store.expired(now - days * 86400)
             if not asked_for:
                 expired = self._without_doubtful(expired, now, days)
-            for start in range(0, len(expired), self.REMOVED_AT_ONCE):
+            at_once = self.tracker.REMOVED_AT_ONCE
+            for start in range(0, len(expired), at_once):
                 if self._stop.is_set():
                     break
                 self.settings.refresh()  # this may take minutes
                 if days is not None and self.settings.retention_days != days:
                     break  # what is too old is another question now
-                jobs = [self.store.get(job_id) for job_id in expired[start : start + self.REMOVED_AT_ONCE]]
+                jobs = [self.store.get(job_id) for job_id in expired[start : start + at_once]]
                 purged = purged.plus(self.tracker.remove([job for job in jobs if job is not None and job.ended]))
             if asked_for or not self.kept_for_clock:
                 purged = purged.plus(self._remove_orphans())
             if any(purged):
                 log.info("Purge: removed %s", purged)
             return purged
+
+    def keep_below_limit(self) -> None:
+        """Removes the oldest ended jobs while the files of all that have ended exceed TRACKER_MAX_GB.
+
+        The newest stays, whatever its size. Does nothing while a purge is at work. Raises StoreError. What could not be
+        removed is removed by a later call, once the store has written that: it would not name these jobs again.
+        """
+        if self.settings.max_gb is None or (self._unremoved and self.store.trouble):
+            return
+        if not self._purging.acquire(blocking=False):
+            return
+        purged, limit = Purged(), self.settings.max_gb * 10**9
+        try:
+            left = self.store.ended_bytes()
+            size = left + sum(job.bytes for job in self._unremoved)
+            while not self._stop.is_set():
+                if left > limit and not self._unremoved:
+                    self._unremoved = self.store.oldest_ended(math.ceil(left - limit), self.tracker.REMOVED_AT_ONCE)
+                if not self._unremoved:
+                    break
+                purged = purged.plus(self.tracker.remove(self._unremoved))
+                self._unremoved = []
+                left = self.store.ended_bytes()
+        finally:
+            self._purging.release()
+            if purged.jobs:
+                log.info(
+                    "TRACKER_MAX_GB is %g, and the files of ended jobs had %s bytes. Removed the oldest: %s",
+                    self.settings.max_gb,
+                    f"{size:,}",
+                    purged,
+                )
 
     def _without_doubtful(self, expired: List[str], now: float, days: Optional[float]) -> List[str]:
         """Leaves out the jobs from before this start, if all of them were too old by then: is the clock ahead?
@@ -4310,7 +4384,7 @@ class Housekeeper:
         kept = self.store.quarantined_ids() if orphans else None  # records that somebody may read yet
         if kept is None:
             return Purged()
-        if len(unknown) > self.REMOVED_AT_ONCE:
+        if len(unknown) > self.tracker.REMOVED_AT_ONCE:
             log.warning("%d jobs in images/ are not in jobs.json. Is it whole? Their files are kept", len(unknown))
             kept |= unknown
         orphans = [name for job_id, name in orphans if job_id not in kept]
@@ -5802,7 +5876,7 @@ class Texts:
     NOT_READABLE = "The jobs cannot be read: {reason}"
 
     # The figures
-    ON_DISK, NEXT_PURGE = "On disk", "Next purge"
+    ON_DISK, ON_DISK_OF, NEXT_PURGE = "On disk", "On disk, of {limit:g} GB", "Next purge"
     NEVER, SOON, IN_MINUTES, IN_HOURS = "Off", "soon", "in {minutes} min", "in {hours} h {minutes:02} min"
 
     # The table of jobs
@@ -5959,7 +6033,7 @@ TAB_TEMPLATE = with_names(
   {% if counts is defined %}
     <div class="$figures">
       {% for name, count in counts.items() %}<div><b>{{ "{:,}".format(count) }}</b>{{ status(name) }}</div>{% endfor %}
-      <div><b>{{ size | size }}</b>{{ texts.ON_DISK }}</div>
+      <div><b>{{ size | size }}</b>{{ texts.ON_DISK if limit is none else texts.ON_DISK_OF.format(limit=limit) }}</div>
       <div><b>{{ next_purge }}</b>{{ texts.NEXT_PURGE }}</div>
     </div>
   {% endif %}
@@ -6080,7 +6154,7 @@ class TabHtml:
         parts: Dict[str, Any] = {"notes": [*notes]}
         try:
             counts, size = self.tracker.store.stats()
-            parts.update(counts=counts, size=size, next_purge=self._next_purge())
+            parts.update(counts=counts, size=size, limit=self.tracker.settings.max_gb, next_purge=self._next_purge())
             parts["table"] = self._table(state, filter_, counts)
             if state.job:
                 parts["open"] = self._open(state.job)
