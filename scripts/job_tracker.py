@@ -70,6 +70,7 @@ from typing import (
     Iterator,
     List,
     Literal,
+    Mapping,
     NamedTuple,
     Optional,
     Sequence,
@@ -89,6 +90,7 @@ from markupsafe import Markup, escape
 from pydantic import VERSION as PYDANTIC
 from pydantic import BaseModel, Field
 from starlette.datastructures import URL, MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -3808,6 +3810,7 @@ class Tracker:
         # Threads by what they may have to wait for, so that no look at jobs holds up an answer, whatever the disk does.
         self.pool = Threads(4, "look")  # the disk, for whoever looks at jobs
         self.searchers = Threads(2, "search", limit=100)  # all prompts to be searched, which can take long
+        self.bulk = Threads(1, "bulk", limit=100)  # many jobs to be cancelled or deleted, which can take longer
         self.key_readers = Threads(1, "key")  # the disk, for requests with an idempotency key, one after another
         self.storers = Threads(2, "store")  # the disk, to store answers on it
         self.senders = Threads(2, "send")  # nothing: what is in memory goes to clients
@@ -4042,14 +4045,19 @@ class Tracker:
                 return
             await asyncio.sleep(min(until - time.monotonic(), 0.5))
 
-    async def wait_until_stored(self, job_id: str) -> None:
-        """Waits a moment for a job whose end is being stored. Does not raise.
+    async def wait_until_stored(self, job_id: Optional[str] = None) -> None:
+        """Waits a moment for a job whose end is being stored, or for all of them. Does not raise.
 
         A client that has the answer must not see the job as Processing.
         """
-        live = self._live_job(job_id)
-        if live is not None and (live.answered or live.end is not None):
-            await self.wait(job_id, self.STORE_WAIT)
+        until = time.monotonic() + self.STORE_WAIT
+        with self._lock:
+            lives = list(self._live.values()) if job_id is None else [self._live.get(job_id)]
+        for live in lives:
+            left = until - time.monotonic()
+            if live is not None and (live.answered or live.end is not None) and left > 0:
+                if self._live_job(live.job.id) is live:  # it may have left while another was waited for
+                    await self.wait(live.job.id, left)
 
     def describe(self, job: Job, whole: bool = False) -> Dict[str, Any]:
         """A job as the API shows it, without its images. Reads the file with the answer.
@@ -4180,6 +4188,51 @@ class Tracker:
         self.remove([job])
         return True
 
+    def cancel_all(self, filter_: Filter) -> int:
+        """Cancels all jobs that match and have not ended. Returns how many. Raises StoreError."""
+        count = 0
+        with self._logged_if_it_fails(lambda: f"{count} jobs were cancelled"):
+            # Those that wait come first, so that none of them begins when one that runs is interrupted.
+            for status in (PENDING, PROCESSING) if filter_.status is None else {filter_.status}.difference(ENDED):
+                for job in itertools.chain.from_iterable(self._pages(filter_._replace(status=status))):
+                    with contextlib.suppress(Conflict):  # it has ended meanwhile
+                        count += self.cancel(job.id)
+        return count
+
+    def delete_all(self, filter_: Filter) -> int:
+        """Removes all jobs that match and have ended, and their files. Returns how many. Raises StoreError."""
+        purged = Purged()
+        with self._logged_if_it_fails(lambda: f"{purged} were removed"):
+            for jobs in self._pages(filter_):
+                purged = purged.plus(self.remove([job for job in jobs if job.ended]))
+        if purged.jobs:
+            log.info("Removed, as a client asked for: %s", purged)
+        return purged.jobs
+
+    def _pages(self, filter_: Filter) -> Iterator[List[Job]]:
+        """All jobs that match, newest first, `REMOVED_AT_ONCE` at a time, whatever changes meanwhile.
+
+        Raises StoreError, also once the webui unloads its scripts.
+        """
+        cursor = None
+        while True:
+            page = self.store.query(filter_, self.REMOVED_AT_ONCE, cursor, abandoned=self.closing)
+            if self.closing.is_set():
+                raise StoreError("the webui is being reloaded", temporary=True)
+            yield page.jobs
+            cursor = page.cursor
+            if cursor is None:
+                return
+
+    @contextlib.contextmanager
+    def _logged_if_it_fails(self, done: Callable[[], str]) -> Iterator[None]:
+        """Around work on many jobs: who asked for it learns only that it failed."""
+        try:
+            yield
+        except StoreError as error:
+            log.error("%s, then this failed: %s", done(), error.details)
+            raise
+
     def remove(self, jobs: List[Job]) -> Purged:
         """Removes jobs that have ended, and their files. Raises StoreError."""
         if not jobs:
@@ -4214,6 +4267,7 @@ class Tracker:
         def drain() -> None:
             for helper in self.helpers:
                 helper.join()
+            self.bulk.shutdown()
             while self._live or self.sending:
                 time.sleep(0.2)
             self.store.close()
@@ -5487,6 +5541,12 @@ class JobWithImages(JobSummary):
     )
 
 
+class JobCount(BaseModel):
+    """What was done to all jobs that match."""
+
+    jobs: int = Field(description="how many there were")
+
+
 class Problem(BaseModel):
     """Why a request was not answered."""
 
@@ -5508,6 +5568,37 @@ def problem(description: str, detail: Optional[str] = None) -> Dict[str, Any]:
         "description": description,
         **({"content": example({"detail": detail})} if detail else {}),
     }
+
+
+# The filters of all routes that have some: what each means, and the schema that its values must fit
+FILTERS: Dict[str, Tuple[str, Dict[str, Any]]] = {
+    "ip": ("address of the client", {"type": "string"}),
+    "status": ("case ignored", {"type": "string", "enum": list(STATUSES)}),
+    "type": ("case ignored", {"type": "string", "enum": list(TYPES)}),
+    "after": ("accepted after this moment, in Unix seconds", {"type": "number"}),
+    "before": ("accepted before this moment, in Unix seconds", {"type": "number"}),
+    "q": ("text in the prompt, case ignored", {"type": "string", "maxLength": Filter.LIMIT}),
+}
+
+
+def filter_value(name: str, value: Any, is_json: bool) -> Any:
+    """The value of a filter, from JSON or from the text in a URL. Raises ValueError that says what it must be."""
+    _, schema = FILTERS[name]
+    if schema["type"] == "number":
+        with contextlib.suppress(ValueError, OverflowError):
+            if type(value) in ((int, float) if is_json else (str,)) and math.isfinite(float(value)):
+                return float(value)
+        raise ValueError("it must be a finite number")
+    if not isinstance(value, str):
+        raise ValueError("it must be text")
+    if len(value) > schema.get("maxLength", math.inf):
+        raise ValueError(f"it must have at most {schema['maxLength']} characters")
+    if "enum" not in schema:
+        return value
+    for one in schema["enum"]:
+        if one.lower() == value.lower():
+            return one
+    raise ValueError("it must be one of " + ", ".join(schema["enum"]))
 
 
 # What is null is in no example: fastapi leaves it out.
@@ -5549,6 +5640,37 @@ JOBS_DOCS = {
         "content": example([PENDING_EXAMPLE, COMPLETED_EXAMPLE]),
         "headers": {"Link": text_header('the next page: <…>; rel="next"')},
     }
+}
+FILTERS_DOCS = {
+    "parameters": [
+        {"name": name, "in": "query", "required": False, "description": description, "schema": schema}
+        for name, (description, schema) in FILTERS.items()
+    ]
+}
+FILTERS_BODY_DOCS = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/json": {
+                "schema": {
+                    "type": "object",
+                    "properties": {
+                        name: {"description": description, **schema} for name, (description, schema) in FILTERS.items()
+                    },
+                    "additionalProperties": False,
+                    "minProperties": 1,
+                },
+                "example": {"status": PENDING, "ip": "192.0.2.7"},
+            }
+        },
+    }
+}
+COUNT_DOCS = {
+    200: {"description": "It is done", "content": example({"jobs": 3})},
+    422: {
+        "description": "There is no filter, or one that is unknown or invalid",
+        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/HTTPValidationError"}}},
+    },
 }
 IMAGE_DOCS = {
     200: {
@@ -5638,6 +5760,8 @@ def endpoint(function: Callable[..., Any]) -> Callable[..., Any]:
 class Api:
     """The endpoints. They look at jobs in threads of the tracker's own, so that the host's are never needed."""
 
+    BODY_LIMIT = 1 << 16  # bytes of JSON that hold some filters
+
     def __init__(self, tracker: Tracker, origins: OriginGuard):
         self.tracker = tracker
         self.origins = origins
@@ -5651,11 +5775,14 @@ class Api:
 
         job, jobs = "/sdapi/v1/job/{id}", "/sdapi/v1/jobs"
         add("GET", job, self.get_job, JOB_DOCS, response_model=JobWithImages)
-        add("GET", jobs, self.get_jobs, JOBS_DOCS, response_model=List[JobSummary])
+        add("GET", jobs, self.get_jobs, JOBS_DOCS, response_model=List[JobSummary], openapi_extra=FILTERS_DOCS)
         add("GET", f"{job}/images/{{n}}", self.get_image, IMAGE_DOCS, response_class=Response)
         add("HEAD", f"{job}/images/{{n}}", self.get_image, {}, include_in_schema=False)
         add("POST", f"{job}/cancel", self.cancel_job, CANCEL_DOCS, response_model=JobSummary)
         add("DELETE", job, self.delete_job, CONFLICT_DOCS, status_code=204)
+        count: Dict[str, Any] = {"docs": COUNT_DOCS, "response_model": JobCount}
+        add("POST", f"{jobs}/cancel", self.cancel_jobs, openapi_extra=FILTERS_BODY_DOCS, **count)
+        add("DELETE", jobs, self.delete_jobs, openapi_extra=FILTERS_DOCS, **count)
 
     # The endpoints
 
@@ -5698,28 +5825,18 @@ class Api:
     async def get_jobs(
         self,
         request: Request,
-        ip: Optional[str] = Query(None, description="address of the client"),
-        status: Optional[str] = Query(None, description="case ignored", enum=STATUSES),
-        type: Optional[str] = Query(None, enum=TYPES),
-        after: Optional[float] = Query(None, description="accepted after this moment, in Unix seconds"),
-        before: Optional[float] = Query(None, description="accepted before this moment, in Unix seconds"),
-        q: Optional[str] = Query(None, max_length=Filter.LIMIT, description="text in the prompt, case ignored"),
         limit: int = Query(50, ge=1, le=1000, description="jobs at most"),
         cursor: Optional[str] = Query(None, description="from the Link header of the page before"),
     ) -> Response:
         """Jobs that match all filters. When there are more, the header `Link` with `rel="next"` has the next page."""
-        status, type = self._one_of("status", status, STATUSES), self._one_of("type", type, TYPES)
-        for name, moment in (("after", after), ("before", before)):
-            if moment is not None and not math.isfinite(moment):
-                raise self._invalid(name, "it must be a finite number")
-        filter_ = Filter(ip, status, type, after, before, q)
+        filter_ = self._filter("query", request.query_params)
         abandoned = threading.Event()
         pool = self.tracker.searchers if filter_.text else self.tracker.pool
         looking = self.tracker.in_pool(self.tracker.store.query, filter_, limit, cursor, 0, abandoned, pool=pool)
         try:
             page = await self._while_connected(request, looking)
         except InvalidCursor as error:
-            raise self._invalid("cursor", str(error)) from None
+            raise self._invalid(str(error), "query", "cursor") from None
         finally:
             abandoned.set()
         headers = self._json_headers(request)
@@ -5778,7 +5895,71 @@ class Api:
         await self._end(self.tracker.delete, id)
         return Response(None, 204)
 
+    @endpoint
+    async def cancel_jobs(self, request: Request) -> Response:
+        """Cancels all jobs that match all filters, of which there must be one, and have not ended."""
+        filter_ = self._required_filter("body", await self._json_members(request))
+        count = await self.tracker.in_pool(self.tracker.cancel_all, filter_, pool=self.tracker.bulk)
+        await self.tracker.wait_until_stored()  # so that no list shows one of them as Pending any more
+        return self._count(count)
+
+    @endpoint
+    async def delete_jobs(self, request: Request) -> Response:
+        """Removes all jobs that match all filters, of which there must be one, and have ended, and their images."""
+        filter_ = self._required_filter("query", request.query_params.multi_items())
+        await self.tracker.wait_until_stored()
+        return self._count(await self.tracker.in_pool(self.tracker.delete_all, filter_, pool=self.tracker.bulk))
+
     # What they share
+
+    def _filter(self, where: str, values: Mapping[str, Any]) -> Filter:
+        """The filters among some parameters. Raises HTTPException for one that is invalid."""
+        found = {}
+        for name in FILTERS:
+            if name in values:
+                try:
+                    found[name] = filter_value(name, values[name], where == "body")
+                except ValueError as error:
+                    raise self._invalid(str(error), where, name) from None
+        return Filter(**found)
+
+    def _required_filter(self, where: str, given: List[Tuple[str, Any]]) -> Filter:
+        """The filter for what is done to many jobs: never of more than was meant. Raises HTTPException."""
+        values = dict(given)
+        for name in values:
+            if name not in FILTERS:
+                raise self._invalid("there is no such filter", where, without_surrogates(name[:100]))
+        if len(values) < len(given):
+            raise self._invalid("a filter is given more than once", where)
+        filter_ = self._filter(where, values)
+        if all(value in (None, "") for value in filter_):
+            raise self._invalid("at least one filter is required: " + ", ".join(FILTERS), where)
+        return filter_
+
+    @staticmethod
+    def _count(jobs: int) -> Response:
+        return JSONResponse({"jobs": jobs}, headers={"Cache-Control": "no-store"})
+
+    async def _json_members(self, request: Request) -> List[Tuple[str, Any]]:
+        """The members of the JSON object in a request's body. Raises HTTPException for all else."""
+        data = b""
+        try:
+            async for chunk in request.stream():
+                data += chunk
+                if len(data) > self.BODY_LIMIT:
+                    raise self._invalid(f"it must have at most {self.BODY_LIMIT:,} bytes", "body")
+            members = json.loads(data, object_pairs_hook=tuple)
+        except ClientDisconnect:
+            raise self._client_left() from None
+        except (ValueError, RecursionError):
+            members = None
+        if not isinstance(members, tuple):  # which JSON has for an object only
+            raise self._invalid("it must be a JSON object", "body")
+        return list(members)
+
+    @staticmethod
+    def _client_left() -> HTTPException:
+        return HTTPException(503, "The client has left")  # which nobody reads
 
     async def _while_connected(self, request: Request, work: Coroutine[Any, Any, Any]) -> Any:
         """The result of some work, which is given up when the client leaves."""
@@ -5787,7 +5968,7 @@ class Api:
         try:
             await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
             if not working.done():
-                raise HTTPException(503, "The client has left")  # which nobody reads
+                raise self._client_left()
             return working.result()
         finally:
             working.cancel()
@@ -5806,16 +5987,9 @@ class Api:
             raise HTTPException(404, "Job not found")
 
     @staticmethod
-    def _invalid(name: str, message: str) -> HTTPException:
-        return HTTPException(422, [{"loc": ["query", name], "msg": message, "type": "value_error"}])
-
-    def _one_of(self, name: str, value: Optional[str], allowed: Tuple[str, ...]) -> Optional[str]:
-        if value is None:
-            return None
-        for one in allowed:
-            if one.lower() == value.lower():
-                return one
-        raise self._invalid(name, "it must be one of " + ", ".join(allowed))
+    def _invalid(message: str, *place: str) -> HTTPException:
+        """`place` is where it stands: in the query or in the body, and by which name."""
+        return HTTPException(422, [{"loc": place, "msg": message, "type": "value_error"}])
 
     @staticmethod
     def _json_headers(request: Request) -> Dict[str, str]:

@@ -21,6 +21,8 @@ ROUTES = {
     ("/sdapi/v1/job/{id}/cancel", "post"),
     ("/sdapi/v1/job/{id}/images/{n}", "get"),
     ("/sdapi/v1/jobs", "get"),
+    ("/sdapi/v1/jobs", "delete"),
+    ("/sdapi/v1/jobs/cancel", "post"),
 }
 
 
@@ -59,12 +61,33 @@ def test_every_answer_is_there(document):
         ("/sdapi/v1/job/{id}/cancel", "post"): {"200", "403", "409"},
         ("/sdapi/v1/job/{id}/images/{n}", "get"): {"200", "304"},
         ("/sdapi/v1/jobs", "get"): {"200"},
+        ("/sdapi/v1/jobs", "delete"): {"200", "403"},
+        ("/sdapi/v1/jobs/cancel", "post"): {"200", "403"},
     }
     images = document["paths"]["/sdapi/v1/job/{id}/images/{n}"]["get"]["responses"]["200"]
     assert {"image/png", "image/jpeg", "image/webp"} <= set(images["content"])
     assert "application/json" not in images["content"]
     assert {"ETag", "Cache-Control"} <= set(images["headers"])
     assert "Link" in document["paths"]["/sdapi/v1/jobs"]["get"]["responses"]["200"]["headers"]
+
+
+def test_every_filter_is_there(document):
+    """In the same words wherever there are some."""
+    filters = {"ip", "status", "type", "after", "before", "q"}
+    jobs = document["paths"]["/sdapi/v1/jobs"]
+    listed, deleted = ({one["name"]: one for one in jobs[method]["parameters"]} for method in ("get", "delete"))
+    assert set(listed) == filters | {"limit", "cursor"} and set(deleted) == filters
+    assert all(listed[name] == deleted[name] for name in filters)
+    cancel = document["paths"]["/sdapi/v1/jobs/cancel"]["post"]["requestBody"]
+    assert cancel["required"]
+    schema = cancel["content"]["application/json"]["schema"]
+    assert schema["properties"] == {
+        name: {"description": one["description"], **one["schema"]} for name, one in deleted.items()
+    }
+    assert (schema["additionalProperties"], schema["minProperties"]) == (False, 1)
+    assert listed["status"]["schema"]["enum"] == ["Pending", "Processing", "Completed", "Failed"]
+    assert listed["after"]["schema"] == {"type": "number"}
+    assert listed["q"]["schema"]["maxLength"] == 500
 
 
 @pytest.mark.parametrize("kind", ["txt2img", "img2img"])
@@ -141,7 +164,8 @@ def test_page(webui):
 def test_wrong_methods(webui):
     for path, methods in {
         "/sdapi/v1/job/AAAAAAAA": ("POST", "PUT", "PATCH"),
-        "/sdapi/v1/jobs": ("POST", "PUT", "PATCH", "DELETE"),
+        "/sdapi/v1/jobs": ("POST", "PUT", "PATCH"),
+        "/sdapi/v1/jobs/cancel": ("GET", "PUT", "PATCH", "DELETE"),
         "/sdapi/v1/job/AAAAAAAA/cancel": ("GET", "PUT", "PATCH", "DELETE"),
         "/sdapi/v1/job/AAAAAAAA/images/0": ("POST", "PUT", "PATCH", "DELETE"),
     }.items():
@@ -214,7 +238,7 @@ def test_schemathesis(programs, start, tmp_path):
         PYTHONPATH=str(TESTS / "support"),
         JOB_IDS=",".join(jobs),
     )
-    assert "5 selected" in said and "Tested: 5" in said
+    assert "7 selected" in said and "Tested: 7" in said
     entries = json.loads((tmp_path / "said.har").read_text(encoding="utf-8"))["log"]["entries"]
     got = {(entry["request"]["method"], entry["response"]["status"]) for entry in entries}
     assert {("GET", 200), ("GET", 404), ("GET", 422), ("DELETE", 204), ("DELETE", 409)} <= got
