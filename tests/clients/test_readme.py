@@ -366,7 +366,7 @@ def check_fire_and_forget(run, snippet, request):
     gate.open()
 
 
-@snippet_with("/retry")
+@snippet_with('$ID/retry"')
 def check_retry(run, snippet, request):
     for job in run.site.jobs(status="failed", limit=1000):
         run.site.client.delete(f"/sdapi/v1/job/{job['id']}")
