@@ -4468,14 +4468,11 @@ class Tracker:
             changed = self.store.follow()
             with self._lock:
                 live, waiting = dict(self._live), set(self._waiting).difference(self._live)
+            if changed != {}:
+                self.on_parked()
             if changed is None:
-                changed = {
-                    **dict.fromkeys(waiting, False),
-                    **{job_id: self._is_cancel_wanted(job_id) for job_id in live},
-                }
-                self.on_parked()
-            elif changed:
-                self.on_parked()
+                changed = dict.fromkeys(waiting, False)
+                changed.update({job_id: self._is_cancel_wanted(job_id) for job_id in live})
             for job_id in live:
                 if changed.get(job_id):
                     live[job_id].cancel()
@@ -4747,7 +4744,7 @@ class Tracker:
             for status in (PENDING, PROCESSING) if filter_.status is None else {filter_.status}.difference(ENDED):
                 for jobs in self._pages(filter_._replace(status=status)):
                     parked = [job.id for job in jobs if job.parked]
-                    ended = {job.id for job in self.fail_parked(parked, CANCELLED).result()}
+                    ended = {job.id for job in self.fail_parked(parked, CANCELLED).result()} if parked else set()
                     count += len(ended)
                     for job in jobs:
                         with contextlib.suppress(Conflict):  # it has ended meanwhile
