@@ -847,6 +847,7 @@ class Settings:
 PENDING, PROCESSING, COMPLETED, FAILED = STATUSES = ("Pending", "Processing", "Completed", "Failed")
 ENDED = (COMPLETED, FAILED)
 TYPES = ("txt2img", "img2img")
+LEFT_BEHIND = "The webui ended before the generation did"  # the `error` of a job that its webui could not end
 
 ID_ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
 ID_FORM = re.compile(r"[A-Za-z0-9]{8}\Z")
@@ -3607,7 +3608,7 @@ def parse_legacy_job(entry: Any) -> Optional[LegacyJob]:
     elif str(status).casefold() == FAILED.casefold():
         error = "The generation failed, and it was not kept why"
     else:
-        error = "The webui ended before the generation did"
+        error = LEFT_BEHIND
     job = Job(
         id=job_id,
         type=TYPES[0],  # the predecessor did not keep which
@@ -6852,7 +6853,7 @@ class Texts:
     # The controls
     ENABLED, ENABLED_INFO = "Enable Tracking", "Each generation through the API becomes a job that is kept."
     RETENTION, RETENTION_INFO = "Retention", "Older jobs are removed, with their images."
-    RETENTIONS = {"30 days": 30, "7 days": 7, "3 days": 3, "1 day": 1, "Off": None}
+    RETENTIONS = {"30 days": 30, "7 days": 7, "3 days": 3, "1 day": 1, "Off (keep all)": None}
     OTHER_RETENTION = "{days:g} days"
     LOCKED = "Set by the variable {variable}, and locked by it."
     PURGE, PURGING = "Purge Now", "Purging \u2026"
@@ -6884,6 +6885,7 @@ class Texts:
     ID, TIME, TYPE, STATUS = "ID", "Time", "Type", "Status"
     PROMPT, IMAGES, SECONDS, IP = "Prompt", "Images", "Seconds", "IP"
     NEXT, PLACE = "next", "no. {place}"  # of a job that waits
+    CANCELLED, CRASHED, ERROR = "cancelled", "crashed", "error"  # why a job failed
     NO_JOBS, NO_MATCH = "No jobs yet.", "No job matches these filters."
     NEWEST, NEWER, OLDER, OLDEST = "Newest", "Newer", "Older", "Oldest"
     ROWS, ROWS_OF_ALL = "{first:,} to {last:,}", "{first:,} to {last:,} of {total:,}"
@@ -6894,6 +6896,7 @@ class Texts:
     IMAGE, IMAGE_GONE = "Image {number}", "no longer on disk"
     NEGATIVE_PROMPT, INFOTEXT, INFOTEXT_OF_IMAGE = "Negative prompt", "Infotext", "Infotext of image {number}"
     CLIENT, ACCEPTED, WAITED, TOOK, LEFT, SEED = "Client", "Accepted", "Waited", "Took", "Left", "Seed"
+    RETRY_OF = "Retry of"
 
     # Values
     CUT = "\u2026 and {count:,} characters more"
@@ -6975,6 +6978,13 @@ def as_size(size: float) -> str:
     return largest.format(size)
 
 
+def failure_of(job: Job) -> Optional[str]:
+    """Why a job failed, in a word; its `error` says it in full. None if it has not failed."""
+    if job.status != FAILED:
+        return None
+    return {CANCELLED: Texts.CANCELLED, LEFT_BEHIND: Texts.CRASHED}.get(job.error or "", Texts.ERROR)
+
+
 TAB_TEMPLATE = with_names(
     """
 {% macro status(name, shown=none) %}
@@ -6983,7 +6993,7 @@ TAB_TEMPLATE = with_names(
     <progress value="{{ "{:.2f}".format(shown.progress) }}"></progress>
   {% elif shown and shown.position is not none %} <small>
     {{ texts.NEXT if shown.position == 1 else texts.PLACE.format(place=shown.position) }}
-  </small>{% endif %}
+  </small>{% elif shown and shown.failure %} <small>{{ shown.failure }}</small>{% endif %}
   </span>
 {% endmacro %}
 
@@ -7022,6 +7032,8 @@ TAB_TEMPLATE = with_names(
     <div class="$text">{{ text | text or "\u00a0" }}</div>
   </details>
 {% endmacro %}
+
+{% macro link_to(job_id) %}<button type="button" data-$job="{{ job_id }}">{{ job_id }}</button>{% endmacro %}
 
 {% macro fact(label, value, is_wide=false) %}
   {% if value %}
@@ -7092,6 +7104,7 @@ TAB_TEMPLATE = with_names(
           {{ fact(texts.TOOK, shown.seconds | duration if job.started and job.finished) }}
           {{ fact(texts.LEFT, shown.eta | duration if shown.eta is not none) }}
           {{ fact(texts.ON_DISK, job.bytes | size if job.bytes) }}
+          {{ fact(texts.RETRY_OF, link_to(job.retry_of) if job.retry_of) }}
           {{ fact(texts.SEED, open.seeds | text(1000), is_wide=true) }}
         </dl>
         {% for text in open.infotexts %}
@@ -7196,7 +7209,8 @@ class TabHtml:
         """A job with what its record does not say. `seconds` are those of its generation, until now."""
         progress, eta = self.tracker.progress_of(job)
         position, seconds = self.tracker.position(job), self.tracker.seconds(job)
-        return {"job": job, "progress": progress, "eta": eta, "position": position, "seconds": seconds}
+        shown = {"job": job, "progress": progress, "eta": eta, "position": position, "seconds": seconds}
+        return {**shown, "failure": failure_of(job)}
 
     def _open(self, job_id: str) -> Dict[str, Any]:
         """All there is to know of a job."""
@@ -7542,7 +7556,7 @@ TAB_STYLE = with_names("""
 #$tab :is(table, nav, dl, summary, dt, header button, .$text, .$figures > div) { font-size: var(--text-sm); }
 #$tab :is(.$empty, .$figures, .$frame, aside) { border: 1px solid var(--border-color-primary);
     border-radius: var(--radius-lg); }
-#$tab :is(td, nav, header) button { padding: 4px 12px; border: 1px solid var(--border-color-primary);
+#$tab :is(nav, header) button { padding: 4px 12px; border: 1px solid var(--border-color-primary);
     border-radius: var(--radius-md); background: none; color: var(--body-text-color); cursor: pointer; }
 #$tab :is(nav, header) button:hover { border-color: var(--color-accent); }
 
@@ -7595,7 +7609,9 @@ TAB_STYLE = with_names("""
 #$tab tbody tr { border-top: 1px solid var(--border-color-primary); cursor: pointer; background: none; }
 #$tab tbody tr:is(:hover, .$open) { background: var(--background-fill-secondary); }
 #$tab tbody tr.$open { box-shadow: inset 3px 0 var(--color-accent); }
-#$tab td button { display: block; padding: 0; border: 0; font: inherit; font-family: var(--font-mono); }
+#$tab :is(td, dd) button { display: block; padding: 0; border: 0; background: none; color: var(--body-text-color);
+    font: inherit; font-family: var(--font-mono); cursor: pointer; }
+#$tab dd button { text-decoration: underline; }
 #$tab .$id { width: 100px; }
 #$tab .$time { width: calc(20px + 8.8em); }
 #$tab .$type { width: 80px; }

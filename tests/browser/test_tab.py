@@ -141,7 +141,7 @@ def test_settings_are_kept_and_shown_on_every_page(start, driver):
     (webui.extension / "config.json").write_text('{"enabled": false, "retention_days": 12.5}')
     page.until(lambda: not page.enabled.is_selected(), "a change of the file is seen")
     page.until(lambda: page.retention == "12.5 days", "and offered")
-    page.click("#job_tracker_retention label", "Off")
+    page.click("#job_tracker_retention label", "Off (keep all)")
     until(lambda: config_of(webui) == {"enabled": False, "retention_days": None})
     page.until(lambda: "12.5 days" not in page.text("#job_tracker_retention"), "what was never one of ours is gone")
     page.until(lambda: "Off\nNext purge" in page.text(TOP), "no job grows too old")
@@ -208,7 +208,7 @@ def test_filters_and_pages(start, driver):
 
     page.choose_status("Failed")
     shows(120, 0, 13)
-    assert {row["status"] for row in page.rows()} == {"Failed"}
+    assert {row["status"] for row in page.rows()} == {"Failed error"}
     page.choose_status("All")
     shows(129, 80, 50)
     page.type("text", "walled GARDEN")
@@ -257,7 +257,7 @@ def test_hostile_prompts_are_text(webui, driver):
         row = next(row for row in page.rows() if row["prompt"] == prompt)
         page.open(row["id"])
         assert prompt in page.run(f"return document.querySelector('{OPEN_JOB} .text').textContent")
-    failed = next(row for row in page.rows() if row["status"] == "Failed")
+    failed = next(row for row in page.rows() if row["status"] == "Failed error")
     page.open(failed["id"])
     assert HOSTILE["script"] in page.text(f"{OPEN_JOB} .note.error")
     assert not page.run("return window.hacked")

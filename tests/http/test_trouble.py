@@ -466,7 +466,10 @@ def everything_said(webui: Webui, known: str) -> List[str]:
                 said.append(how_it_goes(webui, answer.headers["X-Job-ID"]))
     page = Page(client)
     page.call("job_tracker_purge")
-    said += [page.call(f"job_tracker_{name}", value).text for name, value in (("enabled", True), ("retention", "Off"))]
+    said += [
+        page.call(f"job_tracker_{name}", value).text
+        for name, value in (("enabled", True), ("retention", "Off (keep all)"))
+    ]
     until(lambda: "Purging" not in page.look(job=known), what="the purge has ended")
     return [*said, page.look(), page.look(job=known)]
 
