@@ -167,7 +167,7 @@ def test_page_from_elsewhere(start, driver, elsewhere, page, name):
         "job_tracker_look": ["{}", True, "30 days", "All", "", ""],
         "job_tracker_enabled": [False],
         "job_tracker_retention": ["1 day"],
-        "job_tracker_purge": [],
+        "job_tracker_action": ["purge"],
     }
     requests = {name: json.loads(functions.request(name, *data)) for name, data in calls.items()}
     driver.get(f"http://{PAGES[page]}:{elsewhere}/")
@@ -273,7 +273,11 @@ def use_tab(page: Page, webui: Webui) -> None:
     for days in (7, 30):
         change("#job_tracker_retention label", f"{days} days", "retention_days", days)
     page.click("#job_tracker_purge")
+    page.confirm("#job_tracker_purge", "Remove stray files?")
     page.until(lambda: "Purge at" in page.text(TOP), "the purge is told")
+    page.open(job_id)
+    page.do("Delete", "Delete for good?")
+    page.until(lambda: not page.find(OPEN_JOB) and not page.row(job_id), "it is deleted, and closed")
 
 
 @pytest.mark.parametrize("how", WAYS)

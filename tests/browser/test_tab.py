@@ -7,7 +7,7 @@ import pytest
 
 import browser
 from browser import MAIN, NARROW, OPEN_JOB, TOP, WIDE, Page
-from harness import SHAPE, body, config_of, fewer, until
+from harness import SHAPE, body, config_of, fewer, hold_the_queue, submit, until
 
 pytestmark = browser.NEEDED
 
@@ -230,21 +230,51 @@ def test_filters_and_pages(start, driver):
 
 
 def test_purge(start, driver):
+    """It says what it will remove before it does."""
     old = list(jobs_of(7, newest=int(time.time()) - 40 * 86400))
     webui = start("--api", prepare=stored(old, retention_days=None))
     page = Page(driver, webui)
     assert len(page.rows()) == 7
     assert webui.post(body("young")).status_code == 200
-    page.click("#job_tracker_purge")
-    page.until(lambda: "removed 0 jobs, 0 images, 0 bytes. Retention is off" in page.text(TOP), "nothing is removed")
     page.click("#job_tracker_retention label", "30 days")
     until(lambda: config_of(webui)["retention_days"] == 30)
+    page.until(lambda: len(page.rows()) == 8, "the new one is shown")
     page.open("J0000003")
     page.click("#job_tracker_purge")
+    page.until(lambda: "removes 7 jobs older than 30 days with their images" in page.text(TOP), "it is said before")
+    page.find("body")[0].send_keys(browser.Keys.ESCAPE)
+    page.until(lambda: page.text("#job_tracker_purge") == "Purge Now", "Escape takes it back")
+    assert len(webui.records()) == 8 and page.find(OPEN_JOB)
+    page.click("#job_tracker_purge")
+    page.confirm("#job_tracker_purge", "Remove 7 jobs?")
     page.until(lambda: "removed 7 jobs, 0 images" in page.text(TOP), "the purge says what it removed")
     page.until(lambda: [row["prompt"] for row in page.rows()] == ["young"], "the old ones are gone")
     assert "no longer kept" in page.text(OPEN_JOB)
     assert len(webui.records()) == 1
+
+
+def test_purge_that_removes_nothing_says_why(start, driver):
+    def old_file(webui, name):
+        path = webui.data / "images" / "2025-01-12" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x")
+
+    old = list(jobs_of(1, newest=int(time.time()) - 2 * 86400))
+    webui = start("--api", prepare=stored(old, retention_days=None))
+    page = Page(driver, webui)
+
+    def purge(why):
+        page.click("#job_tracker_purge")
+        page.until(lambda: f"Purge Now removes no job. {why}" in page.text(TOP), "it is said before")
+        page.confirm("#job_tracker_purge", "Remove stray files?")
+        page.until(lambda: f"removed nothing. {why}" in page.text(TOP), "and after")
+
+    purge("Retention is off: all jobs are kept.")
+    page.click("#job_tracker_retention label", "3 days")
+    until(lambda: config_of(webui)["retention_days"] == 3)
+    old_file(webui, "ORPHAN00_0.png")
+    purge("No job is older than 3 days.")
+    assert "younger than an hour, and are kept: 1." in page.text(TOP)
 
 
 def test_hostile_prompts_are_text(webui, driver):
@@ -341,6 +371,138 @@ def test_a_refresh_leaves_alone_what_is_alike(webui, driver):
     page.run(f"document.querySelector('{MAIN} tr[data-job=\"{job_id}\"] button').focus()")
     driver.switch_to.active_element.send_keys(browser.Keys.ENTER)
     page.until(lambda: page.find(OPEN_JOB), "Enter opens it")
+
+
+def test_cancel_and_delete(start, driver):
+    webui = start("--api")
+    page = Page(driver, webui)
+    running = hold_the_queue(webui)
+    first, second = submit(webui, "first"), submit(webui, "second")
+    page.until(lambda: page.row(second), "the rows appear")
+    for job_id in (first, running):
+        page.open(job_id)
+        assert page.text(f"{OPEN_JOB} [data-action]") == "Cancel"
+        page.do("Cancel")
+        page.until(lambda job_id=job_id: page.row(job_id)["status"] == "Failed cancelled", "the row says why")
+        page.until(lambda: "Failed cancelled" in page.text(f"{OPEN_JOB} header"), "and so does the job")
+        assert webui.job(job_id)["error"] == "Cancelled"
+    assert webui.job(second, wait=30)["status"] == "Completed"
+    page.open(second)
+    page.until(lambda: page.text(f"{OPEN_JOB} [data-action]") == "Delete", "it can only be deleted")
+    page.do("Delete", "Delete for good?")
+    page.until(lambda: not page.find(OPEN_JOB), "the job closes")
+    page.until(lambda: not page.row(second), "its row is gone")
+    assert second not in webui.records()
+    assert not page.errors()
+
+
+def test_what_was_not_done_is_said(start, driver):
+    """Another has done something with the job since the page looked."""
+    webui = start("--api")
+    page = Page(driver, webui)
+    hold_the_queue(webui)
+    job_id = submit(webui, "waits")
+    page.until(lambda: page.row(job_id), "the row appears")
+    page.open(job_id)
+    page.run("window.jobTracker.act({}, 1e6)")  # it does not look
+    assert webui.client.post(f"/sdapi/v1/job/{job_id}/cancel").status_code == 200
+    page.do("Cancel")
+    page.until(lambda: "Not done: The job is Failed" in page.text("body"), "it is said")
+
+
+def test_retry(start, driver):
+    webui = start("--api")
+    webui.send(body("out of memory", {"fail": "RuntimeError", "message": "no"})).to_end()
+    page = Page(driver, webui)
+    page.until(lambda: page.rows() and page.rows()[0]["status"] == "Failed error", "it has failed")
+    failed = page.rows()[0]["id"]
+    page.open(failed)
+    assert page.text(f"{OPEN_JOB} [data-action]") == "Retry,Delete"
+    page.do("Retry")
+    page.until(lambda: f"Retry of\n{failed}" in page.text(f"{OPEN_JOB} dl"), "the new job is open")
+    again = page.find(OPEN_JOB)[0].get_attribute("data-key")
+    page.until(lambda: page.row(again), "it has a row")
+    page.click(f"{OPEN_JOB} dd button", failed)
+    page.until(lambda: page.find(f'{OPEN_JOB}[data-key="{failed}"]'), "the link opens the first")
+    assert not page.errors()
+
+
+def test_cancel_all_that_wait(start, driver):
+    webui = start("--api")
+    page = Page(driver, webui)
+    button = f"{TOP} .figures [data-action]"
+    assert not page.find(button), "nothing waits"
+    running = hold_the_queue(webui)
+    waiting = [submit(webui) for _ in range(3)]
+    page.until(lambda: page.text(button) == "Cancel all that wait", "the button appears")
+    page.click(button)
+    page.confirm(button, "Cancel 3 jobs?")
+    page.until(lambda: not page.find(button), "nothing waits any more")
+    assert {webui.job(job_id, wait=30)["error"] for job_id in waiting} == {"Cancelled"}
+    assert webui.job(running)["status"] == "Processing"
+
+
+def test_why_jobs_failed_in_a_word(start, driver):
+    errors = ["Cancelled", "The webui ended before the generation did", "RuntimeError: Cancelled", None]
+    records = jobs_of(4, status="Failed", error=lambda number: errors[number])
+    page = Page(driver, start("--api", prepare=stored(records)))
+    words = [row["status"] for row in reversed(page.rows())]
+    assert words == ["Failed cancelled", "Failed crashed", "Failed error", "Failed error"]
+
+
+# How long a button asks. What takes less time than that is left alone.
+SET_PATIENCE = """
+const patience = arguments[0];
+window.later ??= window.setTimeout;
+window.setTimeout = (what, delay, ...more) => later(what, delay > 5000 ? patience : delay, ...more);
+"""
+
+
+def test_a_click_that_was_not_meant_deletes_nothing(start, driver):
+    webui = start("--api", prepare=stored(jobs_of(2)))
+    page = Page(driver, webui)
+    button = f"{OPEN_JOB} [data-action]"
+
+    def asks():
+        return page.text(button) == "Delete for good?"
+
+    def clicked_twice():
+        browser.ActionChains(driver).double_click(page.find(button)[0]).perform()
+        page.until(asks, "it only asks")
+
+    page.open("J0000001")
+    clicked_twice()
+    page.open("J0000000")
+    page.until(lambda: page.text(button) == "Delete", "that of another job does not ask")
+    page.open("J0000001")
+    page.run(SET_PATIENCE, 1000)
+    clicked_twice()
+    page.until(lambda: page.text(button) == "Delete", "it no longer asks after some seconds", SOON + 2)
+    page.run("const moment = Date.now(); Date.then = Date.now; Date.now = () => moment")
+    page.click(button)
+    page.until(asks, "it asks")
+    page.click(button)
+    page.run("Date.now = Date.then; window.jobTracker.act()")
+    looks = page.looks()
+    page.until(lambda: page.looks() >= looks + 2, "the page has looked")
+    assert page.row("J0000001"), "a second press in the same moment is none"
+    page.until(lambda: page.text(button) == "Delete", "it no longer asks", SOON + 2)
+
+    page.run(SET_PATIENCE, 1e6)
+    page.run(f"document.querySelector('{button}').focus()")
+    hold = {"type": "keyDown", "key": "Enter", "code": "Enter", "windowsVirtualKeyCode": 13, "text": "\r"}
+    for again in (False, True, True):
+        driver.execute_cdp_cmd("Input.dispatchKeyEvent", {**hold, "autoRepeat": again})
+        time.sleep(0.7)
+    driver.execute_cdp_cmd("Input.dispatchKeyEvent", {**hold, "type": "keyUp"})
+    page.until(asks, "a key that is held down is pressed once")
+    newer = submit(webui, "news")
+    page.until(lambda: page.row(newer), "the page is refreshed")
+    assert asks() and driver.switch_to.active_element.text == "Delete for good?", "the focus stays"
+    assert set(webui.records()) >= {"J0000000", "J0000001"}
+    driver.switch_to.active_element.send_keys(browser.Keys.ENTER)
+    page.until(lambda: not page.row("J0000001"), "another press deletes")
+    assert page.row("J0000000")
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])

@@ -351,7 +351,7 @@ class Soak:
 
     def purge_now(self) -> None:
         """The button, until the purge is done."""
-        assert self.tab.call("job_tracker_purge").status_code == 200, "Purge Now failed"
+        assert self.tab.call("job_tracker_action", "purge").status_code == 200, "Purge Now failed"
         until(lambda: "Purging:" not in self.tab.look(), what="the purge ends")
 
     def purge(self) -> None:

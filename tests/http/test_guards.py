@@ -309,7 +309,7 @@ CALLS = {
     "job_tracker_look": ["{}", True, "30 days", "All", "", ""],
     "job_tracker_enabled": [False],
     "job_tracker_retention": ["1 day"],
-    "job_tracker_purge": [],
+    "job_tracker_action": ["purge"],
 }
 
 

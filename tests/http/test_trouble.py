@@ -465,7 +465,7 @@ def everything_said(webui: Webui, known: str) -> List[str]:
             if "X-Job-ID" in answer.headers:
                 said.append(how_it_goes(webui, answer.headers["X-Job-ID"]))
     page = Page(client)
-    page.call("job_tracker_purge")
+    page.call("job_tracker_action", "purge")
     said += [
         page.call(f"job_tracker_{name}", value).text
         for name, value in (("enabled", True), ("retention", "Off (keep all)"))

@@ -6,6 +6,7 @@ import contextlib
 import shutil
 import tempfile
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional
@@ -13,6 +14,7 @@ from typing import Any, Dict, Iterator, List, Optional
 import pytest
 from selenium import webdriver
 from selenium.common.exceptions import StaleElementReferenceException, WebDriverException
+from selenium.webdriver.common.action_chains import ActionChains as ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
@@ -205,6 +207,18 @@ class Page:
     def open(self, job_id: str) -> None:
         self.click(f'{MAIN} tr[data-job="{job_id}"] td.prompt')
         self.until(lambda: self.seen(f'{OPEN_JOB}[data-key="{job_id}"]'), f"job {job_id} is open")
+
+    def do(self, action: str, confirm: str = "") -> None:
+        """A button of the open job, which asks with a text before it does it."""
+        self.click(f"{OPEN_JOB} [data-action]", action)
+        if confirm:
+            self.confirm(f"{OPEN_JOB} [data-action]", confirm)
+
+    def confirm(self, selector: str, question: str) -> None:
+        """Presses a button that asks, not at once: twice in a moment is one press."""
+        self.until(lambda: question in self.text(selector), f"it asks: {question}")
+        time.sleep(0.6)
+        self.click(selector, question)
 
     def type(self, control: str, text: str) -> None:
         """Replaces the text of a filter."""
