@@ -7626,7 +7626,7 @@ TAB_SCRIPT = with_names(
     if (window.jobTracker) return;  // gradio may load the page's parts again
     const EVERY = 1500, AWAY = 10000;  // milliseconds between two looks, and until an answer is given up
     const PAUSE = 500, CONFIRM = 8000;  // until a button that asks may be pressed again, and until it no longer asks
-    const state = {page: 0, job: "", confirm: ""};
+    const state = {page: 0, job: history.state?.jobTracker ?? "", confirm: ""};
     let due = 0, asked = null, acted = false, watched = null, token = null;
     let wish = "", confirmed = 0, unconfirm = null;
 
@@ -7686,7 +7686,18 @@ TAB_SCRIPT = with_names(
         element.textContent = moment.toLocaleString([], {...day, ...clock});
     };
 
-    const openJob = (job) => act({job, confirm: ""});
+    // An open job has an entry of its own in the browser's history, so that Back closes it.
+    const openJob = (job) => {
+        const isOpen = history.state?.jobTracker;
+        if (!job && isOpen) history.back();
+        else if (job && job !== isOpen)
+            history[isOpen ? "replaceState" : "pushState"]({...history.state, jobTracker: job}, "");
+        act({job, confirm: ""});
+    };
+    addEventListener("popstate", (event) => {
+        const job = event.state?.jobTracker ?? "";
+        if (job !== state.job) act({job, confirm: ""});
+    });
 
     // What cannot be undone is done by a second press, once the page has shown what it does.
     const press = (action, asks) => {
@@ -7857,7 +7868,10 @@ TAB_STYLE = with_names("""
 @media (max-width: 1000px) {
     #$tab .$figures { grid-template-columns: repeat(3, 1fr); }
     #$tab :is(.$type, .$ip) { display: none; }
-    #$tab .$main aside { position: fixed; z-index: 100; inset: 0; max-height: none; border: 0; border-radius: 0; }
+    #$tab .$main aside { position: fixed; z-index: 100; inset: 0; max-width: 100vw; max-height: 100vh; border: 0;
+        border-radius: 0; }
+    /* Where anything on the page is wider than a phone, the job would be as wide, and Close out of sight. */
+    :is(html, body):has(#$tab .$main aside) { overflow-x: clip; }
 }
 @media (max-width: 640px) {
     #$tab .$figures { grid-template-columns: repeat(2, 1fr); }

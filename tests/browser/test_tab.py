@@ -6,7 +6,7 @@ import time
 import pytest
 
 import browser
-from browser import MAIN, NARROW, OPEN_JOB, TOP, WIDE, Page
+from browser import MAIN, NARROW, OPEN_JOB, PHONE, TOP, WIDE, Page
 from harness import SHAPE, body, config_of, fewer, hold_the_queue, submit, until
 
 pytestmark = browser.NEEDED
@@ -424,6 +424,8 @@ def test_retry(start, driver):
     page.until(lambda: page.row(again), "it has a row")
     page.click(f"{OPEN_JOB} dd button", failed)
     page.until(lambda: page.find(f'{OPEN_JOB}[data-key="{failed}"]'), "the link opens the first")
+    driver.back()
+    page.until(lambda: not page.find(OPEN_JOB), "Back closes")
     assert not page.errors()
 
 
@@ -503,6 +505,73 @@ def test_a_click_that_was_not_meant_deletes_nothing(start, driver):
     driver.switch_to.active_element.send_keys(browser.Keys.ENTER)
     page.until(lambda: not page.row("J0000001"), "another press deletes")
     assert page.row("J0000000")
+
+
+def test_back_closes_the_open_job(start, driver):
+    webui = start("--api", prepare=stored(jobs_of(3)))
+    driver.get("about:blank")
+    page = Page(driver, webui)
+
+    def shows(job_id):
+        wanted = [job_id] if job_id else []
+        page.until(lambda: page.run(OPEN_JOBS, OPEN_JOB) == wanted, f"{job_id or 'no job'} is open")
+
+    def close():
+        page.click(f"{OPEN_JOB} header button", "Close")
+
+    for job_id in ("J0000000", "J0000001", "J0000002"):
+        page.open(job_id)
+    driver.back()
+    shows("")
+    driver.forward()
+    shows("J0000002")
+    driver.refresh()
+    page.go_to("Job Tracker")
+    shows("J0000002")
+    close()
+    shows("")
+    page.open("J0000001")
+    close()
+    shows("")
+    assert page.rows(), "the page was never left"
+    driver.back()
+    page.until(lambda: driver.current_url == "about:blank", "what was opened and closed is not gone through again")
+
+
+OPEN_JOBS = "return [...document.querySelectorAll(arguments[0])].map((element) => element.dataset.key)"
+IN_SIGHT = """
+const {left, top, right, bottom} = document.querySelector(arguments[0]).getBoundingClientRect();
+const {offsetLeft, offsetTop, width, height} = visualViewport;
+return left >= offsetLeft && right <= offsetLeft + width && top >= offsetTop && bottom <= offsetTop + height;
+"""
+
+
+@pytest.mark.parametrize("wider", [0, 640], ids=["", "beside something wide"])
+def test_an_open_job_on_a_phone(start, driver, wider):
+    """Also where something of another extension is wider than the screen, and the whole page with it."""
+    webui = start("--api")
+    jobs = [webui.post(body("word " * 300, n_iter=3)).headers["x-job-id"] for _ in range(12)]
+    page = Page(driver, webui)
+    try:
+        page.resize(*PHONE, mobile=True)
+        wide = "const element = new Image(); element.style = `height: 9px; min-width: ${arguments[0]}px`;"
+        page.run(wide + "document.querySelector('.gradio-container .contain').prepend(element)", wider)
+        page.until(lambda: page.run("return innerWidth") >= max(wider, PHONE[0]), "the page has its width")
+        for how in ("Close", "Back"):
+            page.run("scrollTo(300, 700)")
+            page.open(jobs[6])
+            page.until(lambda: page.run(f"return document.querySelector('{OPEN_JOB} img').naturalWidth"), "the image")
+            close = f"{OPEN_JOB} header button"
+            scrolled = page.run(f"const all = document.querySelector('{OPEN_JOB}'); return all.scrollHeight / 2")
+            for script in ("0", f"document.querySelector('{OPEN_JOB}').scrollTop = 1e6", "scrollTo(300, 1e6)"):
+                page.run(script)
+                assert page.run(IN_SIGHT, close), script
+            assert scrolled > PHONE[1] / 2, "there is something to scroll"
+            page.click(close, "Close") if how == "Close" else driver.back()
+            page.until(lambda: not page.find(OPEN_JOB), f"{how} closes it")
+            assert page.rows()
+    finally:
+        page.resize(*WIDE)
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])

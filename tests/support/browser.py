@@ -37,7 +37,7 @@ OPTIONS = (
     "--lang=en-US",
     "--force-prefers-reduced-motion",
 )
-WIDE, NARROW = (1400, 1000), (420, 900)
+WIDE, NARROW, PHONE = (1400, 1000), (420, 900), (390, 844)
 
 # The tab has a second, unseen copy of its HTML: the newest from the webui.
 MAIN = "#job_tracker .main:not(#job_tracker_fresh *)"
@@ -180,11 +180,13 @@ class Page:
 
     # Doing
 
-    def resize(self, width: int, height: int) -> None:
+    def resize(self, width: int, height: int, mobile: bool = False) -> None:
+        """`mobile` is as on a phone: by touch, and what is wider than the screen makes the page wider."""
         self.driver.execute_cdp_cmd(
             "Emulation.setDeviceMetricsOverride",
-            {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False},
+            {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": mobile},
         )
+        self.driver.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": mobile})
 
     def click(self, selector: str, text: str = "") -> None:
         def clicked() -> bool:
