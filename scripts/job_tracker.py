@@ -1014,6 +1014,8 @@ def job_from_record(record: Any) -> Job:
     for text in (job.ip, job.error, job.owner, job.key, job.digest, job.retry_of):
         if text is not None and not isinstance(text, str):
             raise ValueError("ip, error, owner, key, digest or retry_of is no text")
+    if job.retry_of is not None and not ID_FORM.match(job.retry_of):
+        raise ValueError("retry_of is no job ID")
     return job._replace(parked=job.parked and job.status == PENDING)
 
 
@@ -7510,17 +7512,17 @@ class Tab:
             if name == PURGE:
                 self._begin_purge()
             elif name == CANCEL_WAITING:
-                await self.tracker.in_pool(self.tracker.cancel_all, Filter(status=PENDING))
+                await self.tracker.in_pool(self.tracker.cancel_all, Filter(status=PENDING), pool=self.tracker.bulk)
             elif name in (CANCEL, RETRY, DELETE) and ID_FORM.match(job_id):  # anybody can send anything
                 opened = await self._act_on_job(name, job_id)
-        except (Conflict, Gone, StoreError) as error:
+        except (Conflict, Gone, TooMany, StoreError) as error:
             raise self._gr.Error(Texts.NOT_DONE.format(reason=error)) from None
         if opened is None:
             raise self._gr.Error(Texts.NOT_DONE.format(reason=Texts.GONE))
         return f"{job_id} {opened}"
 
     async def _act_on_job(self, name: str, job_id: str) -> Optional[str]:
-        """The ID of the job to be open then, None if there is no such job. Raises Conflict, Gone, StoreError."""
+        """The ID of the job to be open then, None if there is no such job. Raises what the tracker does."""
         tracker = self.tracker
         if name == CANCEL:
             is_there = await tracker.in_pool(tracker.cancel, job_id, pool=tracker.pool_for(tracker.running(job_id)))
