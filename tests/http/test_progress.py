@@ -166,7 +166,7 @@ def task(webui: Webui, name: str) -> Dict[str, Any]:
 
 def test_the_id_is_the_task(with_tasks):
     first = held_job(with_tasks, steps=12)
-    second = submit(with_tasks)
+    second = connect(with_tasks)
     running, waiting = task(with_tasks, first["id"]), task(with_tasks, second)
     assert (running["active"], running["queued"], running["completed"]) == (True, False, False)
     assert running["progress"] == pytest.approx(first["progress"])

@@ -83,7 +83,7 @@ def test_repeats_beside_deletes(webui):
             assert http.delete(f"/sdapi/v1/job/{job['id']}").status_code in (204, 404)
 
     together(webui, *[repeat] * 5, delete, delete)
-    assert len(ids) > 3
+    assert len(ids) > 1
 
 
 def test_lists_by_status(webui):
