@@ -2166,7 +2166,10 @@ class JobStore:
             self._followed = journal.inode, (start + entries[-1].end() if entries else start) if is_known else end
         if not is_known:
             return None
-        return {entry.group(2).decode(): CANCEL_WANTED in entry.group(3) for entry in entries}
+        changed = dict.fromkeys((entry.group(2).decode() for entry in entries), False)
+        # Its owner may have written another line since, which does not say so.
+        changed.update((entry.group(2).decode(), True) for entry in entries if CANCEL_WANTED in entry.group(3))
+        return changed
 
     def recover(
         self, end: Callable[[Job], Job], ended: Callable[[Job], None] = lambda job: None, parked: bool = False
