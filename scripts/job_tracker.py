@@ -4821,6 +4821,8 @@ class Tracker:
         if found is not None:
             return found._replace(status=COMPLETED, parked=False, error=None)
         is_resumed = job.promised if self.settings.resume == "async" else self.settings.resume == "all"
+        if job.cancel_wanted:
+            return job._replace(status=FAILED, parked=False, error=CANCELLED)
         if job.status == PENDING and is_resumed and self.images.size(self.images.request_name(job)) is not None:
             return job._replace(promised=True, parked=True)
         return job._replace(status=FAILED, parked=False, error=LEFT_BEHIND)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import sys
 import time
 from pathlib import Path
@@ -230,3 +231,18 @@ def test_every_end_is_told_once_and_not_before_it_is_on_disk(script, tmp_path):
     tracker.recover().result()
     assert sorted(told) == ["cancelled Failed", "done Completed", "failed Failed", "left Failed", "left again Failed"]
     tracker.close()
+
+
+@pytest.mark.parametrize("status", ["Pending", "Processing"])
+def test_what_was_to_be_cancelled_does_not_go_on(script, tmp_path, status):
+    """Its webui ended before it noticed that another one was asked to."""
+    tracker = make_tracker(script, tmp_path)
+    job = a_job(script, random.Random(), status=status, has_request=True, promised=True, owner="00000000")
+    tracker.images.save_request(job, b"{}")
+    tracker.store.put(job, new=True).result(20)
+    assert tracker.cancel(job.id)
+    tracker.close().result(20)
+    tracker = make_tracker(script, tmp_path)
+    found = tracker.get(job.id)
+    assert (found.status, found.error, found.finished) == ("Failed", "Cancelled", None)
+    tracker.close().result(20)
