@@ -4190,10 +4190,23 @@ class Tracker:
             self._lock_queue.pop(job_id, None)
 
     def start(self, job_id: str) -> None:
-        """The job has the queue lock: generation begins."""
+        """The job has the queue lock: generation begins.
+
+        For one that may have been promised that is on disk first, if the disk answers: otherwise it would be generated
+        once more after a crash. One with a key may have been promised by another webui, which does not say so.
+        """
         self._holder, self._begun = job_id, self.host.begun()
         self.leave_lock_queue(job_id)
         self._change(job_id, "started", status=PROCESSING)
+        live = self._live_job(job_id)
+        if live is not None and (live.job.promised or live.job.key):
+            written = live.written
+            try:
+                written.result(self.patience())
+            except FutureTimeout:  # it goes on all the same
+                self._hung = written
+            except StoreError:  # the same, and it is logged
+                pass
 
     def generated(self) -> None:
         """The job that has the queue lock is about to give it back."""
