@@ -33,6 +33,7 @@ import errno
 import functools
 import glob
 import hashlib
+import importlib
 import io
 import itertools
 import json
@@ -95,6 +96,11 @@ from starlette.datastructures import URL, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+# anyio 3 imports it when a thread first needs it, and hands it half imported to the event loop of another thread that
+# comes meanwhile. The webui has one, and we another.
+with contextlib.suppress(ImportError):
+    importlib.import_module("anyio._backends._asyncio")
 
 log = logging.getLogger("job_tracker")
 
