@@ -7,12 +7,14 @@ trackers    a process that uses the Tracker itself, under load from several thre
             folder, which it checks first. Some are killed while they check.
 webui       the stand-in webui, under load over HTTP; killed, started again, asked for every ID that a client has seen.
 neighbours  three processes on one folder, each of them killed and started again while the others go on.
+parked      two webuis on one folder, both with requests that need no client, that have a key, are retried, and are
+            cancelled by whichever of the two; killed, suspended for some seconds, or reloaded.
 power       what the Tracker asked of the disk is recorded, and opened as it could be left when the power fails after
             each step: all that was not yet synced may be there or not, in any order, with no index, that of any earlier
             moment or the newest. A round is such a state.
 
-Otherwise a round is one kill. Of N, the trackers have six tenths, the neighbours three, the webui one. What is checked:
-every ID that was acknowledged resolves; Completed jobs have all their images, byte for byte;
+Otherwise a round is one kill. Of N, the trackers have six tenths, the neighbours three, the webui and the parked ones
+one each. What is checked: every ID that was acknowledged resolves; Completed jobs have all their images, byte for byte;
 jobs that were running are Failed and say so, once; what was promised waits on, with its whole request, and is generated
 once; what was removed stays so; no file is left that nobody names; jobs.json is valid JSON, and what the index finds is
 what stands in it.
@@ -35,6 +37,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Set
 
@@ -49,6 +52,7 @@ except ImportError:
     sys.exit(environment.call([environment.ensure("a1111", "test"), *sys.argv], cwd=Path.cwd(), env={}))
 
 import lossy
+import parked as two_webuis
 from inside import an_answer, files_are_whole, load_script, make_tracker, pixels, until
 
 import harness
@@ -727,15 +731,43 @@ def webui(rounds: int, progress: Callable[[str], None]) -> str:
     return f"{rounds} kills of a webui, {len(clients.seen)} IDs seen, {clients.whole} answers read to their end"
 
 
+def parked(rounds: int, progress: Callable[[str], None]) -> str:
+    """Two webuis on one folder, and the jobs that wait there for either. The folder of what failed is kept."""
+    done, befell, ends, others, answers = 0, Counter(), Counter(), Counter(), Counter()
+
+    def report(count: int, promised: int) -> None:
+        progress(f"{done + count} of {rounds} rounds, {sum(ends.values()) + promised} jobs")
+
+    while done < rounds:
+        folder = Path(tempfile.mkdtemp(prefix="crash-"))
+        try:
+            result = two_webuis.session(folder, min(25, rounds - done), report)
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{folder}") from None
+        shutil.rmtree(str(folder))
+        done += min(25, rounds - done)
+        befell += result.befell
+        ends += result.ends
+        others += result.others
+        answers += result.answers
+    what = f"{in_words(befell)} of two webuis, {sum(ends.values())} jobs: {in_words(ends)}; {in_words(others)}"
+    return f"{what}; answers: {in_words(answers)}"
+
+
+def in_words(counted: Counter[str]) -> str:
+    return ", ".join(f"{count} {what}" for what, count in counted.most_common())
+
+
 # The command
 
 LOOPS: Dict[str, Callable[..., str]] = {
     "trackers": trackers,
     "webui": webui,
     "neighbours": neighbours,
+    "parked": parked,
     "power": power,
 }
-SHARES = {"trackers": 0.6, "webui": 0.1, "neighbours": 0.3, "power": 10}
+SHARES = {"trackers": 0.6, "webui": 0.1, "neighbours": 0.3, "parked": 0.1, "power": 10}
 
 
 def main(arguments: Optional[List[str]] = None) -> int:

@@ -61,3 +61,8 @@ def test_who_forgets_to_sync_is_found(monkeypatch, forgotten):
 
 def test_webuis_are_killed():
     print(crash.webui(1, print))
+
+
+@needs_fork
+def test_webuis_with_parked_jobs_are_killed():
+    print(crash.parked(fewer(12), print))
