@@ -34,6 +34,7 @@ import functools
 import glob
 import hashlib
 import heapq
+import importlib
 import io
 import itertools
 import json
@@ -96,6 +97,11 @@ from starlette.datastructures import URL, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+# anyio 3 imports it when a thread first needs it, and hands it half imported to the event loop of another thread that
+# comes meanwhile. The webui has one, and we another.
+with contextlib.suppress(ImportError):
+    importlib.import_module("anyio._backends._asyncio")
 
 log = logging.getLogger("job_tracker")
 
@@ -2171,7 +2177,10 @@ class JobStore:
             self._followed = journal.inode, (start + entries[-1].end() if entries else start) if is_known else end
         if not is_known:
             return None
-        return {entry.group(2).decode(): CANCEL_WANTED in entry.group(3) for entry in entries}
+        changed = dict.fromkeys((entry.group(2).decode() for entry in entries), False)
+        # Its owner may have written another line since, which does not say so.
+        changed.update((entry.group(2).decode(), True) for entry in entries if CANCEL_WANTED in entry.group(3))
+        return changed
 
     def recover(
         self, end: Callable[[Job], Job], ended: Callable[[Job], None] = lambda job: None, parked: bool = False
@@ -4192,10 +4201,23 @@ class Tracker:
             self._lock_queue.pop(job_id, None)
 
     def start(self, job_id: str) -> None:
-        """The job has the queue lock: generation begins."""
+        """The job has the queue lock: generation begins.
+
+        For one that may have been promised that is on disk first, if the disk answers: otherwise it would be generated
+        once more after a crash. One with a key may have been promised by another webui, which does not say so.
+        """
         self._holder, self._begun = job_id, self.host.begun()
         self.leave_lock_queue(job_id)
         self._change(job_id, "started", status=PROCESSING)
+        live = self._live_job(job_id)
+        if live is not None and (live.job.promised or live.job.key or self.settings.resume == "all"):
+            written = live.written
+            try:
+                written.result(self.patience())
+            except FutureTimeout:  # it goes on all the same
+                self._hung = written
+            except StoreError:  # the same, and it is logged
+                pass
 
     def generated(self) -> None:
         """The job that has the queue lock is about to give it back."""
@@ -4820,6 +4842,8 @@ class Tracker:
         if found is not None:
             return found._replace(status=COMPLETED, parked=False, error=None)
         is_resumed = job.promised if self.settings.resume == "async" else self.settings.resume == "all"
+        if job.cancel_wanted:
+            return job._replace(status=FAILED, parked=False, error=CANCELLED)
         if job.status == PENDING and is_resumed and self.images.size(self.images.request_name(job)) is not None:
             return job._replace(promised=True, parked=True)
         return job._replace(status=FAILED, parked=False, error=LEFT_BEHIND)

@@ -7,14 +7,17 @@ trackers    a process that uses the Tracker itself, under load from several thre
             folder, which it checks first. Some are killed while they check.
 webui       the stand-in webui, under load over HTTP; killed, started again, asked for every ID that a client has seen.
 neighbours  three processes on one folder, each of them killed and started again while the others go on.
+parked      two webuis on one folder, both with requests that need no client, that have a key, are retried, and are
+            cancelled by whichever of the two; killed, suspended for some seconds, or reloaded.
 power       what the Tracker asked of the disk is recorded, and opened as it could be left when the power fails after
             each step: all that was not yet synced may be there or not, in any order, with no index, that of any earlier
             moment or the newest. A round is such a state.
 
-Otherwise a round is one kill. Of N, the trackers have six tenths, the neighbours three, the webui one. What is checked:
-every ID that was acknowledged resolves; Completed jobs have all their images, byte for byte; jobs that were running are
-Failed and say so, once; what was removed stays so; no file is left that nobody names; jobs.json is valid JSON, and what
-the index finds is what stands in it.
+Otherwise a round is one kill. Of N, the trackers have six tenths, the neighbours three, the webui and the parked ones
+one each. What is checked: every ID that was acknowledged resolves; Completed jobs have all their images, byte for byte;
+jobs that were running are Failed and say so, once; what was promised waits on, with its whole request, and is generated
+once; what was removed stays so; no file is left that nobody names; jobs.json is valid JSON, and what the index finds is
+what stands in it.
 """
 
 from __future__ import annotations
@@ -34,6 +37,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Optional, Set
 
@@ -48,7 +52,8 @@ except ImportError:
     sys.exit(environment.call([environment.ensure("a1111", "test"), *sys.argv], cwd=Path.cwd(), env={}))
 
 import lossy
-from inside import an_answer, files_are_whole, load_script, make_tracker, until
+import parked as two_webuis
+from inside import an_answer, files_are_whole, load_script, make_tracker, pixels, until
 
 import harness
 
@@ -61,6 +66,8 @@ class Known:
 
     def __init__(self) -> None:
         self.accepted: Set[str] = set()
+        self.promised: Set[str] = set()  # of these, what is to be generated after a restart, too
+        self.begun: Set[str] = set()
         self.completed: Set[str] = set()
         self.going: Set[str] = set()  # being removed, perhaps
         self.removed: Set[str] = set()
@@ -70,6 +77,8 @@ class Known:
         word, _, job_id = line.partition(" ")
         if word == "error":
             raise AssertionError(job_id)
+        if word == "begun" and job_id in self.begun:
+            raise AssertionError(f"{job_id} is generated twice")
         if word == "checked":
             self.checks += 1
         else:
@@ -178,7 +187,8 @@ class Work:
                 self.say("checked")
             if self.options.last:
                 time.sleep(3600)
-            loops = [self.generate] * 4 + [self.remove, self.purge] + [self.look] * self.options.together
+            loops = [self.generate] * 4 + [self.park, self.run_parked, self.retry, self.remove, self.purge]
+            loops += [self.look] * self.options.together
             for loop in loops:
                 threading.Thread(target=self.guard, args=(loop,)).start()
         except BaseException as error:
@@ -202,10 +212,20 @@ class Work:
         job = script.Job(tracker.store.reserve_id(), dice.choice(script.TYPES), script.PENDING, timestamp, None, prompt)
         if old:
             self.say("going", job.id)  # a purge removes it as soon as it has ended
-        tracker.accept(job, lambda: True, b"").result()
+        if dice.random() < 0.5:
+            job = job._replace(has_request=True, bytes=len(request_of(job)))
+        tracker.accept(job, lambda: True, request_of(job)).result()
         self.say("accepted", job.id)
+        if job.has_request and not old and dice.random() < 0.3:  # its client waits no longer
+            tracker.promise(job.id)
+            self.say("promised", job.id)
         time.sleep(dice.random() * 0.02)
         tracker.start(job.id)
+        self.say("begun", job.id)
+        self.end(job)
+
+    def end(self, job: Any) -> None:
+        script, tracker, dice = self.script, self.tracker, self.dice
         time.sleep(dice.random() * 0.02)
         if dice.random() < 0.1:
             tracker.fail(job.id, "as it happens")
@@ -216,6 +236,43 @@ class Work:
                 if seen is not None and seen.status == script.COMPLETED:
                     self.say("completed", job.id)
                     break
+
+    def park(self) -> None:
+        script, tracker, dice = self.script, self.tracker, self.dice
+        time.sleep(dice.random() * 0.04)
+        job = script.Job(
+            *(tracker.store.reserve_id(), dice.choice(script.TYPES), script.PENDING, int(time.time()), None, "a dog"),
+            has_request=True,
+            promised=True,
+            parked=True,
+        )
+        tracker.park(job._replace(bytes=len(request_of(job))), request_of(job)).result()
+        self.say("accepted", job.id)
+        self.say("promised", job.id)
+
+    def run_parked(self) -> None:
+        """Any process generates what any has parked."""
+        found = self.tracker.next_parked()
+        if found is None:
+            time.sleep(0.01)
+            return
+        job, body = found
+        assert body == request_of(job), f"{job} has another request"
+        if self.tracker.start_parked(job.id, lambda: True):
+            self.say("begun", job.id)
+            self.end(job)
+
+    def retry(self) -> None:
+        time.sleep(self.dice.random() * 0.1)
+        page = self.tracker.store.query(self.script.Filter(status=self.script.FAILED), 20)
+        jobs = [job for job in page.jobs if job.retry_of is None and job.id not in self.known.going]
+        if jobs:
+            # Another thread may remove it, or it has no request.
+            with contextlib.suppress(self.script.Gone):
+                again = self.tracker.retry(self.dice.choice(jobs).id)
+                if again is not None:
+                    self.say("accepted", again.id)
+                    self.say("promised", again.id)
 
     def remove(self) -> None:
         time.sleep(self.dice.random() * 0.05)
@@ -260,15 +317,27 @@ class Work:
             assert tracker.get(job_id) == jobs[job_id], f"{job_id} is {tracker.get(job_id)}, was {jobs[job_id]}"
         assert not known.removed & set(jobs), "what was removed is back"
         for job in jobs.values():
-            assert job.ended, f"{job.id} is {job.status}, but nobody runs it"
+            assert job.ended or job.parked, f"{job.id} is {job.status}, but nobody runs it"
+            assert not (job.parked and job.id in known.begun), f"{job.id} had begun, and waits again"
             if job.id in known.completed:
                 assert job.status == script.COMPLETED, f"{job.id} was Completed and is {job.status}: {job.error}"
             if job.status == script.COMPLETED:
                 assert files_are_whole(tracker, job), f"{job.id} has not all its images"
-            else:
+            elif job.ended:
                 assert job.error in ("as it happens", END_OF_CRASHED), f"{job.id} has failed for {job.error}"
+            if job.id in known.promised:
+                self.check_promised(job)
         self.check_index(jobs)
         self.check_files(jobs)
+
+    def check_promised(self, job: Any) -> None:
+        """It waits, or had begun. Until it is Completed, its request is there."""
+        assert job.promised, f"{job.id} was promised, and does not know"
+        if job.status != self.script.COMPLETED:
+            assert job.has_request, f"{job.id} was promised and has no request"
+            assert self.tracker.images.read_request(job) == request_of(job), f"{job.id} has not its whole request"
+        if job.error == END_OF_CRASHED:
+            assert job.started, f"{job.id} was promised, had not begun, and has failed"
 
     def check_index(self, jobs: Dict[str, Any]) -> None:
         """Lists, figures and single jobs are those of jobs.json, as everybody reads it."""
@@ -313,6 +382,11 @@ class Work:
             assert not left or tracker.store.owner in path.name, f"{path.name} is left"
 
 
+def request_of(job: Any) -> bytes:
+    """The body of its request: always the same."""
+    return pixels(job.retry_of or job.id, 9)
+
+
 def tracker_files(tracker: Any, pattern: str) -> List[Path]:
     return list(Path(tracker.settings.data_folder).glob(pattern))
 
@@ -350,7 +424,7 @@ def check_history(path: Path) -> None:
     """Every job went its way once: no neighbour has ended it, and nobody has ended it twice."""
     for job_id, steps in history(path).items():
         way = " ".join(steps)
-        assert re.fullmatch("(Pending ?)?(Processing ?)?((Completed|Failed) ?)?(gone ?)*", way), f"{job_id} went {way}"
+        assert re.fullmatch("(Pending ?)*(Processing ?)?((Completed|Failed) ?)?(gone ?)*", way), f"{job_id} went {way}"
 
 
 def trackers(rounds: int, progress: Callable[[str], None]) -> str:
@@ -494,11 +568,34 @@ def record_session(script: Any, folder: Path, dice: random.Random, recorder: los
         timestamp = int(time.time()) - old * 2 * 86400
         prompt = "a cat" * dice.choice([1, 1, 300])
         job = script.Job(tracker.store.reserve_id(), "txt2img", script.PENDING, timestamp, None, prompt)
+        job = job._replace(has_request=dice.random() < 0.7)
         if old:
             recorder.said("going", job.id)
-        tracker.accept(job, lambda: True, b"").result()
+        tracker.accept(job, lambda: True, request_of(job)).result()
         recorder.said("accepted", job.id)
+        if job.has_request and dice.random() < 0.5:
+            tracker.promise(job.id)
+            recorder.said("promised", job.id)
         tracker.start(job.id)
+        recorder.said("begun", job.id)
+        return end(job)
+
+    def park() -> None:
+        job = script.Job(tracker.store.reserve_id(), "img2img", script.PENDING, int(time.time()), None, "a dog")
+        job = job._replace(has_request=True, promised=True, parked=True)
+        tracker.park(job, request_of(job)).result()
+        recorder.said("accepted", job.id)
+        recorder.said("promised", job.id)
+        if dice.random() < 0.7:
+            assert tracker.start_parked(job.id, lambda: True)
+            recorder.said("begun", job.id)
+            end(job)
+            if tracker.get(job.id).status == script.FAILED:
+                again = tracker.retry(job.id)
+                recorder.said("accepted", again.id)
+                recorder.said("promised", again.id)
+
+    def end(job: Any) -> str:
         if dice.random() < 0.2:
             tracker.fail(job.id, "as it happens")
         else:
@@ -511,6 +608,8 @@ def record_session(script: Any, folder: Path, dice: random.Random, recorder: los
 
     def many() -> None:
         for number in range(5):
+            if dice.random() < 0.5:
+                park()
             job_id = generate(number == 2)
             if number == 3:
                 recorder.said("going", job_id)
@@ -632,15 +731,43 @@ def webui(rounds: int, progress: Callable[[str], None]) -> str:
     return f"{rounds} kills of a webui, {len(clients.seen)} IDs seen, {clients.whole} answers read to their end"
 
 
+def parked(rounds: int, progress: Callable[[str], None]) -> str:
+    """Two webuis on one folder, and the jobs that wait there for either. The folder of what failed is kept."""
+    done, befell, ends, others, answers = 0, Counter(), Counter(), Counter(), Counter()
+
+    def report(count: int, promised: int) -> None:
+        progress(f"{done + count} of {rounds} rounds, {sum(ends.values()) + promised} jobs")
+
+    while done < rounds:
+        folder = Path(tempfile.mkdtemp(prefix="crash-"))
+        try:
+            result = two_webuis.session(folder, min(25, rounds - done), report)
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{folder}") from None
+        shutil.rmtree(str(folder))
+        done += min(25, rounds - done)
+        befell += result.befell
+        ends += result.ends
+        others += result.others
+        answers += result.answers
+    what = f"{in_words(befell)} of two webuis, {sum(ends.values())} jobs: {in_words(ends)}; {in_words(others)}"
+    return f"{what}; answers: {in_words(answers)}"
+
+
+def in_words(counted: Counter[str]) -> str:
+    return ", ".join(f"{count} {what}" for what, count in counted.most_common())
+
+
 # The command
 
 LOOPS: Dict[str, Callable[..., str]] = {
     "trackers": trackers,
     "webui": webui,
     "neighbours": neighbours,
+    "parked": parked,
     "power": power,
 }
-SHARES = {"trackers": 0.6, "webui": 0.1, "neighbours": 0.3, "power": 10}
+SHARES = {"trackers": 0.6, "webui": 0.1, "neighbours": 0.3, "parked": 0.1, "power": 10}
 
 
 def main(arguments: Optional[List[str]] = None) -> int:

@@ -31,7 +31,8 @@ def test_the_power_is_cut():
 
 FORGETFUL = {  # what is not synced: by whether it is a folder, and its name
     "jobs.json": lambda is_folder, name: name.startswith("jobs.json"),
-    "images": lambda is_folder, name: not is_folder and not name.startswith("jobs.json"),
+    "images": lambda is_folder, name: not is_folder and not name.startswith("jobs.json") and ".request." not in name,
+    "requests": lambda is_folder, name: ".request." in name,
     "folders": lambda is_folder, name: is_folder,
 }
 
@@ -52,10 +53,16 @@ def test_who_forgets_to_sync_is_found(monkeypatch, forgotten):
 
     monkeypatch.setattr(lossy.Recorder, "open", open_and_note)
     monkeypatch.setattr(lossy.Recorder, "fsync", forget)
-    found = "gone|has not all its images|was Completed and is|Expecting"  # the last of a jobs.json that lost its begin
+    # The last is of a jobs.json that lost its begin.
+    found = "gone|has not (all its images|its whole request)|was Completed and is|Expecting"
     with pytest.raises((AssertionError, json.JSONDecodeError), match=found):
         crash.power(5000, print, random.Random())
 
 
 def test_webuis_are_killed():
     print(crash.webui(1, print))
+
+
+@needs_fork
+def test_webuis_with_parked_jobs_are_killed():
+    print(crash.parked(fewer(12), print))

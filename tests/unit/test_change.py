@@ -151,3 +151,15 @@ def test_the_file_was_replaced(script, dice, stores):
         assert time.monotonic() < deadline
         time.sleep(0.01)
     assert other.follow() == {}
+
+
+def test_a_wish_to_cancel_is_noticed_though_its_job_goes_on(script, dice, stores):
+    """Its owner may write another line before it looks."""
+    store, other = stores(), stores()
+    job = a_job(script, dice, owner=store.owner)
+    store.put(job, new=True).result(20)
+    store.follow()  # from now on
+    assert other.change([job.id], lambda job: job._replace(cancel_wanted=True)).result(20)
+    store.put(job._replace(status="Processing")).result(20)
+    assert store.follow() == {job.id: True}
+    assert store.follow() == {}

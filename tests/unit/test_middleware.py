@@ -7,11 +7,13 @@ import base64
 import contextlib
 import json
 import os
+import subprocess
+import sys
 import threading
 from typing import Any, Dict, Iterator
 
 import pytest
-from inside import SmallWebui, WrappedOs, pixels, set_constants, until, when_ended
+from inside import SCRIPT, SmallWebui, WrappedOs, pixels, set_constants, until, when_ended
 
 IMAGE = base64.b64encode(pixels("odd", 0)).decode()
 GOOD = {"images": [IMAGE], "parameters": {}, "info": ""}
@@ -310,3 +312,9 @@ def test_who_shares_idempotency_keys(script, one, two, same):
     """A user of the webui with whatever password; behind a proxy that checks tokens, only the same token."""
     users = [script.user_of({"headers": [(b"authorization", value.encode())]}) for value in (one, two)]
     assert (users[0] == users[1]) is same
+
+
+def test_two_event_loops_begin_at_once():
+    """anyio gives the second one a module that is half imported, unless it was imported before."""
+    code = f"import runpy, sys; runpy.run_path({str(SCRIPT)!r}); assert 'anyio._backends._asyncio' in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any, Callable, List
 
 import pytest
-from inside import WrappedOs, a_job, an_answer, files_are_whole, make_tracker, pixels, set_constants
+from inside import WrappedOs, a_job, alive, an_answer, files_are_whole, make_tracker, pixels, set_constants, within
 
 from harness import until
 
@@ -230,3 +232,54 @@ def test_every_end_is_told_once_and_not_before_it_is_on_disk(script, tmp_path):
     tracker.recover().result()
     assert sorted(told) == ["cancelled Failed", "done Completed", "failed Failed", "left Failed", "left again Failed"]
     tracker.close()
+
+
+def request_kept(script: Any, tracker: Any, **fields: Any) -> Any:
+    """A job whose client waits, and whose request is on disk."""
+    job = a_job(script, random.Random(), has_request=True, **fields)
+    tracker.accept(job, lambda: True, b"{}").result(20)
+    until(lambda: tracker.images.read_request(job) == b"{}")
+    return job
+
+
+@pytest.mark.parametrize("by", ["itself", "another webui"])
+def test_what_was_promised_begins_only_when_that_is_on_disk(script, tracker, new_tracker, tmp_path, by):
+    """Otherwise it would be generated once more after a crash."""
+
+    def write_late(*arguments: Any) -> int:
+        time.sleep(0.3)
+        return os.pwrite(*arguments)
+
+    job = request_kept(script, tracker, key="a key")
+    (tracker if by == "itself" else new_tracker()).promise(job.id)
+    assert alive(tmp_path / "jobs.json")[job.id]["promised"]
+    script.os = WrappedOs(pwrite=write_late)
+    tracker.start(job.id)
+    assert alive(tmp_path / "jobs.json")[job.id]["status"] == "Processing"
+
+
+def test_a_disk_that_hangs_holds_it_up_for_a_moment_only(script, tracker):
+    set_constants(script, PATIENCE=0.1)
+    job, go = request_kept(script, tracker), threading.Event()
+    tracker.promise(job.id)
+    script.os = WrappedOs(pwrite=lambda *arguments: go.wait(20) and os.pwrite(*arguments))
+    try:
+        within(10, tracker.start, job.id)
+        assert tracker.get(job.id).status == "Processing"
+    finally:
+        go.set()
+
+
+@pytest.mark.parametrize("status", ["Pending", "Processing"])
+def test_what_was_to_be_cancelled_does_not_go_on(script, tmp_path, status):
+    """Its webui ended before it noticed that another one was asked to."""
+    tracker = make_tracker(script, tmp_path)
+    job = a_job(script, random.Random(), status=status, has_request=True, promised=True, owner="00000000")
+    tracker.images.save_request(job, b"{}")
+    tracker.store.put(job, new=True).result(20)
+    assert tracker.cancel(job.id)
+    tracker.close().result(20)
+    tracker = make_tracker(script, tmp_path)
+    found = tracker.get(job.id)
+    assert (found.status, found.error, found.finished) == ("Failed", "Cancelled", None)
+    tracker.close().result(20)
