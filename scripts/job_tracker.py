@@ -71,6 +71,7 @@ from typing import (
     Iterator,
     List,
     Literal,
+    Mapping,
     NamedTuple,
     Optional,
     Sequence,
@@ -91,6 +92,7 @@ from markupsafe import Markup, escape
 from pydantic import VERSION as PYDANTIC
 from pydantic import BaseModel, Field
 from starlette.datastructures import URL, MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -591,16 +593,34 @@ def check_boolean(value: Any) -> bool:
     return value
 
 
-def parse_days(text: str) -> Optional[float]:
-    return check_days(float(text) if NUMBER.match(text) else text)
+def parse_amount(text: str, unit: str) -> Optional[float]:
+    return check_amount(float(text) if NUMBER.match(text) else text, unit)
 
 
-def check_days(value: Any) -> Optional[float]:
+def check_amount(value: Any, unit: str) -> Optional[float]:
+    """A number of something, None for off."""
     if value is None or (isinstance(value, str) and value.strip().lower() == "off"):
         return None
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-        raise ValueError("it must be a number of days >= 0, or off")
+        raise ValueError(f"it must be a number of {unit} >= 0, or off")
     return value or None
+
+
+def parse_count(text: str) -> Optional[int]:
+    if text.lower() == "off":
+        return None
+    if not re.match(r"[0-9]{1,15}\Z", text):
+        raise ValueError("it must be a whole number >= 0, or off")
+    return int(text) or None
+
+
+RESUMES = ("async", "all", "off")
+
+
+def parse_resume(text: str) -> str:
+    if text.lower() not in RESUMES:
+        raise ValueError("it must be one of " + ", ".join(RESUMES))
+    return text.lower()
 
 
 def parse_folder(text: str) -> str:
@@ -628,10 +648,18 @@ class Setting(NamedTuple):
 SETTINGS = (
     Setting("enabled", False, "TRACKER_ENABLED", parse_boolean, check_boolean, until_read=False),
     # Whoever meant something else is not given the default, which might remove what he wants to keep.
-    Setting("retention_days", 30, "TRACKER_RETENTION", parse_days, check_days, when_invalid=(None, "retention is off")),
+    Setting(
+        "retention_days",
+        30,
+        "TRACKER_RETENTION",
+        functools.partial(parse_amount, unit="days"),
+        functools.partial(check_amount, unit="days"),
+        when_invalid=(None, "retention is off"),
+    ),
     Setting("data_folder", "", "TRACKER_DATA_DIR", parse_folder),
-    Setting("resume", "async", "TRACKER_RESUME", str.lower),
-    Setting("max_pending", None, "TRACKER_MAX_PENDING", int),
+    Setting("resume", "async", "TRACKER_RESUME", parse_resume),
+    Setting("max_gb", None, "TRACKER_MAX_GB", functools.partial(parse_amount, unit="GB")),
+    Setting("max_pending", None, "TRACKER_MAX_PENDING", parse_count),
 )
 IN_CONFIG = {setting.name: setting for setting in SETTINGS if setting.check}
 DEFAULT_CONFIG = {name: setting.default for name, setting in IN_CONFIG.items()}
@@ -669,6 +697,9 @@ class Settings:
     enabled: bool
     retention_days: Optional[float]  # None: off
     data_folder: str  # where jobs.json and images/ lie
+    resume: str  # one of RESUMES: which Pending jobs go on after a restart
+    max_gb: Optional[float]  # 10^9 bytes that the files of ended jobs may have; None: off
+    max_pending: Optional[int]  # jobs that may wait; None: off
 
     def __init__(self, folder: str, environ: Dict[str, str]):
         self.folder = folder  # the extension's
@@ -1676,6 +1707,11 @@ class IndexView:
         )
         return [job_id for (job_id,) in found]
 
+    def ended(self) -> Iterator[Tuple[str, int]]:
+        """IDs of all ended jobs and the bytes of their files, oldest first, read as they are asked for."""
+        statement = "SELECT id, bytes FROM jobs NOT INDEXED WHERE status IN (?, ?) ORDER BY row"
+        yield from self.execute(statement, tuple(map(STATUSES.index, ENDED)))
+
     def find(
         self, filter_: Filter, below: int, limit: int, skip: int, without: List[int], abandoned: Abandoned
     ) -> List[Place]:
@@ -2000,22 +2036,23 @@ class JobStore:
         last = found[limit - 1][0] if len(found) > limit else None
         return Page(jobs, last and str(Cursor(state.epoch, last.row, last.timestamp, last.id)))
 
-    def stats(self) -> Tuple[Dict[str, int], int]:
-        """Jobs by status, and the bytes of all their files. Raises StoreError."""
+    def totals(self) -> Dict[str, Tuple[int, int]]:
+        """By status, the number of jobs and the bytes of their files. Raises StoreError."""
 
-        def count(view: IndexView, pending: Overlay) -> Tuple[Dict[str, int], int]:
+        def count(view: IndexView, pending: Overlay) -> Dict[str, Tuple[int, int]]:
             totals = view.totals()
-            counts = {status: jobs for status, (jobs, _) in totals.items()}
-            size = sum(size for _, size in totals.values())
+
+            def add(sign: int, status: str, size: int) -> None:
+                jobs, total = totals[status]
+                totals[status] = jobs + sign, total + sign * size
+
             for job_id, change in pending.items():
                 known = view.summary(job_id)
                 if known is not None:  # what the index says of it is no longer true
-                    counts[known[0]] -= 1
-                    size -= known[1]
+                    add(-1, *known)
                     if change.shown is not None:
-                        counts[change.shown.status] += 1
-                        size += change.shown.bytes
-            return counts, size
+                        add(1, change.shown.status, change.shown.bytes)
+            return totals
 
         return self._look(count)
 
@@ -2042,6 +2079,39 @@ class JobStore:
             return view.count_parked(view.row_of(job_id) or view.top() + 1)
 
         return self._look(count)
+
+    def stats(self) -> Tuple[Dict[str, int], int]:
+        """Jobs by status, and the bytes of all their files. Raises StoreError."""
+        totals = self.totals()
+        return {status: jobs for status, (jobs, _) in totals.items()}, sum(size for _, size in totals.values())
+
+    def ended_bytes(self) -> int:
+        """The bytes of the files of all jobs that have ended. Raises StoreError."""
+        totals = self.totals()
+        return sum(totals[status][1] for status in ENDED)
+
+    def oldest_ended(self, size: int, limit: int) -> List[Job]:
+        """The oldest ended jobs, in order of acceptance: as many as it takes to have files of `size` bytes.
+
+        At most `limit`, and never the newest one. Looks no further than to the last of them. Raises StoreError.
+        """
+
+        def find(view: IndexView, pending: Overlay) -> List[str]:
+            found: List[str] = []
+            left, last = size, None  # which is known not to be the newest once there is another
+            for job_id, bytes_ in view.ended():
+                if job_id in pending and pending[job_id].shown is None:
+                    continue
+                if last is not None:
+                    found.append(last[0])
+                    left -= last[1]
+                    if left <= 0 or len(found) == limit:
+                        break
+                last = job_id, bytes_
+            return found
+
+        jobs = map(self.get, self._look(find))
+        return [job for job in jobs if job is not None and job.ended]
 
     def expired(self, before: float, after: Optional[float] = None) -> List[str]:
         """IDs of ended jobs accepted between two times (Unix seconds, exclusive), oldest first. Raises StoreError."""
@@ -3965,17 +4035,9 @@ class Tracker:
     UNSTORED_LIMIT = 1 << 29  # bytes of answers that wait for the disk: more could cost the webui its memory
     STORE_WAIT = 1.0  # seconds that `wait_until_stored` waits
     FOLLOW_EVERY = 0.5  # seconds between two looks at what other webuis on the folder did
-    PLAIN_FIELDS = (
-        "id",
-        "type",
-        "status",
-        "prompt",
-        "timestamp",
-        "ip",
-        "started",
-        "finished",
-        "retry_of",
-    )  # as they are
+    REMOVED_AT_ONCE = 100  # jobs: a crash leaves the files of no more
+    # Fields of the record that are shown as they are.
+    PLAIN_FIELDS = ("id", "type", "status", "prompt", "timestamp", "ip", "started", "finished", "retry_of")
 
     def __init__(self, settings: Settings, host: Any, store: JobStore, images: ImageStore):
         """`host` says what the generation does that has its queue lock, and can be told to end it.
@@ -3992,6 +4054,7 @@ class Tracker:
         # Threads by what they may have to wait for, so that no look at jobs holds up an answer, whatever the disk does.
         self.pool = Threads(4, "look")  # the disk, for whoever looks at jobs
         self.searchers = Threads(2, "search", limit=100)  # all prompts to be searched, which can take long
+        self.bulk = Threads(1, "bulk", limit=100)  # many jobs to be cancelled or deleted, which can take longer
         self.key_readers = Threads(1, "key")  # the disk, for requests with an idempotency key, one after another
         self.storers = Threads(2, "store")  # the disk, to store answers on it
         self.keepers = Threads(2, "keep")  # the disk, to keep requests on it
@@ -4282,7 +4345,7 @@ class Tracker:
         """Gives up a job that took too long to be parked: its client was told that there is none."""
 
         def remove() -> None:
-            self.remove(self.fail_parked(job.id, CANCELLED).result())
+            self.remove(self.fail_parked([job.id], CANCELLED).result())
 
         def remove_if_parked(parked: Future) -> None:
             if parked.exception() is None:
@@ -4301,7 +4364,7 @@ class Tracker:
             body = self.images.read_request(job)
             if body is not None:
                 return job, body
-            self.fail_parked(job.id, "The request that was kept is no longer on disk").result()
+            self.fail_parked([job.id], "The request that was kept is no longer on disk").result()
 
     def start_parked(self, job_id: str, cancel: Callable[[], bool]) -> bool:
         """A parked job has the queue lock. True if its generation begins, and that it does is on disk.
@@ -4342,19 +4405,19 @@ class Tracker:
         if starting.exception() is None:
             self.store.change([job.id for job in starting.result()], park)
 
-    def fail_parked(self, job_id: str, error: str) -> Future:
-        """Ends a job that is still parked. The Future ends when that is on disk, with the job if it was."""
-        return self._change_stored(job_id, lambda job: failed_job(job, error[:2000]) if job.parked else None)
+    def fail_parked(self, ids: List[str], error: str) -> Future:
+        """Ends those jobs that are still parked. The Future ends when that is on disk, with these."""
+        return self._change_stored(ids, lambda job: failed_job(job, error[:2000]) if job.parked else None)
 
-    def _change_stored(self, job_id: str, decide: Callable[[Job], Optional[Job]]) -> Future:
-        """Changes a job as the store does, and tells whoever waits for its end."""
+    def _change_stored(self, ids: List[str], decide: Callable[[Job], Optional[Job]]) -> Future:
+        """Changes jobs as the store does, and tells whoever waits for their ends."""
 
         def tell(changed: Future) -> None:
             for job in changed.result() if changed.exception() is None else ():
                 if job.ended:
                     self._ended(job)
 
-        changed = self.store.change([job_id], decide)
+        changed = self.store.change(ids, decide)
         changed.add_done_callback(tell)
         return changed
 
@@ -4519,14 +4582,19 @@ class Tracker:
                 if not self._waiting[job_id]:
                     del self._waiting[job_id]
 
-    async def wait_until_stored(self, job_id: str) -> None:
-        """Waits a moment for a job whose end is being stored. Does not raise.
+    async def wait_until_stored(self, job_id: Optional[str] = None) -> None:
+        """Waits a moment for a job whose end is being stored, or for all of them. Does not raise.
 
         A client that has the answer must not see the job as Processing.
         """
-        live = self._live_job(job_id)
-        if live is not None and (live.answered or live.end is not None):
-            await self.wait(job_id, self.STORE_WAIT)
+        until = time.monotonic() + self.STORE_WAIT
+        with self._lock:
+            lives = list(self._live.values()) if job_id is None else [self._live.get(job_id)]
+        for live in lives:
+            left = until - time.monotonic()
+            if live is not None and (live.answered or live.end is not None) and left > 0:
+                if self._live_job(live.job.id) is live:  # it may have left while another was waited for
+                    await self.wait(live.job.id, left)
 
     def describe(self, job: Job, whole: bool = False) -> Dict[str, Any]:
         """A job as the API shows it, without its images. Reads the file with the answer.
@@ -4648,7 +4716,7 @@ class Tracker:
                 return False
             if job.ended:
                 raise Conflict(f"The job is {job.status}")
-            if self._change_stored(job_id, self._cancelled).result():
+            if self._change_stored([job_id], self._cancelled).result():
                 return True
             time.sleep(0.01)  # it has just been started here, or has just ended
 
@@ -4668,6 +4736,55 @@ class Tracker:
             raise Conflict(f"The job is {job.status}")
         self.remove([job])
         return True
+
+    def cancel_all(self, filter_: Filter) -> int:
+        """Cancels all jobs that match and have not ended. Returns how many. Raises StoreError."""
+        count = 0
+        with self._logged_if_it_fails(lambda: f"{count} jobs were cancelled"):
+            # Those that wait come first, so that none of them begins when one that runs is interrupted.
+            for status in (PENDING, PROCESSING) if filter_.status is None else {filter_.status}.difference(ENDED):
+                for jobs in self._pages(filter_._replace(status=status)):
+                    parked = [job.id for job in jobs if job.parked]
+                    ended = {job.id for job in self.fail_parked(parked, CANCELLED).result()}
+                    count += len(ended)
+                    for job in jobs:
+                        with contextlib.suppress(Conflict):  # it has ended meanwhile
+                            count += job.id not in ended and self.cancel(job.id)
+        return count
+
+    def delete_all(self, filter_: Filter) -> int:
+        """Removes all jobs that match and have ended, and their files. Returns how many. Raises StoreError."""
+        purged = Purged()
+        with self._logged_if_it_fails(lambda: f"{purged} were removed"):
+            for jobs in self._pages(filter_):
+                purged = purged.plus(self.remove([job for job in jobs if job.ended]))
+        if purged.jobs:
+            log.info("Removed, as a client asked for: %s", purged)
+        return purged.jobs
+
+    def _pages(self, filter_: Filter) -> Iterator[List[Job]]:
+        """All jobs that match, newest first, `REMOVED_AT_ONCE` at a time, whatever changes meanwhile.
+
+        Raises StoreError, also once the webui unloads its scripts.
+        """
+        cursor = None
+        while True:
+            page = self.store.query(filter_, self.REMOVED_AT_ONCE, cursor, abandoned=self.closing)
+            if self.closing.is_set():
+                raise StoreError("the webui is being reloaded", temporary=True)
+            yield page.jobs
+            cursor = page.cursor
+            if cursor is None:
+                return
+
+    @contextlib.contextmanager
+    def _logged_if_it_fails(self, done: Callable[[], str]) -> Iterator[None]:
+        """Around work on many jobs: who asked for it learns only that it failed."""
+        try:
+            yield
+        except StoreError as error:
+            log.error("%s, then this failed: %s", done(), error.details)
+            raise
 
     def remove(self, jobs: List[Job]) -> Purged:
         """Removes jobs that have ended, and their files. Raises StoreError."""
@@ -4736,6 +4853,7 @@ class Tracker:
         def drain() -> None:
             for helper in self.helpers:
                 helper.join()
+            self.bulk.shutdown()
             while self._live or self.sending:
                 time.sleep(0.2)
             self.store.close()
@@ -4760,7 +4878,6 @@ class Housekeeper:
     LOOK_EVERY = 5  # seconds between two looks at config.json, and at the host
     RECOVER_EVERY = 60  # seconds between two looks for dead processes, and until a failed purge is repeated
     PURGE_EVERY = 6 * 3600
-    REMOVED_AT_ONCE = 100  # jobs: a crash leaves the files of no more
     ORPHAN_AGE = 3600  # seconds; a younger file may belong to a job that is being stored
 
     def __init__(self, tracker: Tracker, predecessor: Predecessor):
@@ -4773,6 +4890,7 @@ class Housekeeper:
         self.kept_for_clock = 0  # jobs that the last purge kept though they are old, since the clock may be wrong
         self._started, self._started_by_clock = time.monotonic(), int(time.time())
         self._purging = threading.Lock()
+        self._unremoved: List[Job] = []  # chosen by `keep_below_limit`, and not known to be removed
         self._stop = tracker.closing
         helper = threading.Thread(target=self._keep_house, name="job-tracker-housekeeping", daemon=True)
         tracker.helpers.append(helper)
@@ -4799,6 +4917,7 @@ class Housekeeper:
                     purge_at = now + self.RECOVER_EVERY
                     self.purge(asked_for=False)
                     self.next_purge = purge_at = now + self.PURGE_EVERY
+                self.keep_below_limit()
             except Exception as error:
                 cause = error.__cause__ or error  # which names the path
                 text = f"{type(cause).__name__}: {cause}"
@@ -4825,19 +4944,52 @@ class Housekeeper:
             purged, expired = Purged(), [] if days is None else self.store.expired(now - days * 86400)
             if not asked_for:
                 expired = self._without_doubtful(expired, now, days)
-            for start in range(0, len(expired), self.REMOVED_AT_ONCE):
+            at_once = self.tracker.REMOVED_AT_ONCE
+            for start in range(0, len(expired), at_once):
                 if self._stop.is_set():
                     break
                 self.settings.refresh()  # this may take minutes
                 if days is not None and self.settings.retention_days != days:
                     break  # what is too old is another question now
-                jobs = [self.store.get(job_id) for job_id in expired[start : start + self.REMOVED_AT_ONCE]]
+                jobs = [self.store.get(job_id) for job_id in expired[start : start + at_once]]
                 purged = purged.plus(self.tracker.remove([job for job in jobs if job is not None and job.ended]))
             if asked_for or not self.kept_for_clock:
                 purged = purged.plus(self._remove_orphans())
             if any(purged):
                 log.info("Purge: removed %s", purged)
             return purged
+
+    def keep_below_limit(self) -> None:
+        """Removes the oldest ended jobs while the files of all that have ended exceed TRACKER_MAX_GB.
+
+        The newest stays, whatever its size. Does nothing while a purge is at work. Raises StoreError. What could not be
+        removed is removed by a later call, once the store has written that: it would not name these jobs again.
+        """
+        if self.settings.max_gb is None or (self._unremoved and self.store.trouble):
+            return
+        if not self._purging.acquire(blocking=False):
+            return
+        purged, limit = Purged(), self.settings.max_gb * 10**9
+        try:
+            left = self.store.ended_bytes()
+            size = left + sum(job.bytes for job in self._unremoved)
+            while not self._stop.is_set():
+                if left > limit and not self._unremoved:
+                    self._unremoved = self.store.oldest_ended(math.ceil(left - limit), self.tracker.REMOVED_AT_ONCE)
+                if not self._unremoved:
+                    break
+                purged = purged.plus(self.tracker.remove(self._unremoved))
+                self._unremoved = []
+                left = self.store.ended_bytes()
+        finally:
+            self._purging.release()
+            if purged.jobs:
+                log.info(
+                    "TRACKER_MAX_GB is %g, and the files of ended jobs had %s bytes. Removed the oldest: %s",
+                    self.settings.max_gb,
+                    f"{size:,}",
+                    purged,
+                )
 
     def _without_doubtful(self, expired: List[str], now: float, days: Optional[float]) -> List[str]:
         """Leaves out the jobs from before this start, if all of them were too old by then: is the clock ahead?
@@ -4872,7 +5024,7 @@ class Housekeeper:
         kept = self.store.quarantined_ids() if orphans else None  # records that somebody may read yet
         if kept is None:
             return Purged()
-        if len(unknown) > self.REMOVED_AT_ONCE:
+        if len(unknown) > self.tracker.REMOVED_AT_ONCE:
             log.warning("%d jobs in images/ are not in jobs.json. Is it whole? Their files are kept", len(unknown))
             kept |= unknown
         orphans = [name for job_id, name in orphans if job_id not in kept]
@@ -5852,7 +6004,7 @@ class Generation:
         reason = self.response.reason() if self.response.failed else "The webui answered without its queue lock"
         log.warning("Job %s failed: %s", self.job.id, escape_for_log(reason))
         with contextlib.suppress(StoreError):  # it is logged, and the job still parked
-            await asyncio.wrap_future(self.tracker.fail_parked(self.job.id, reason))
+            await asyncio.wrap_future(self.tracker.fail_parked([self.job.id], reason))
 
     async def _end_job(self) -> None:
         """Stores the job's end, once the job itself is on disk."""
@@ -6187,6 +6339,12 @@ class JobWithImages(JobSummary):
     )
 
 
+class JobCount(BaseModel):
+    """What was done to all jobs that match."""
+
+    jobs: int = Field(description="how many there were")
+
+
 class Problem(BaseModel):
     """Why a request was not answered."""
 
@@ -6208,6 +6366,37 @@ def problem(description: str, detail: Optional[str] = None) -> Dict[str, Any]:
         "description": description,
         **({"content": example({"detail": detail})} if detail else {}),
     }
+
+
+# The filters of all routes that have some: what each means, and the schema that its values must fit
+FILTERS: Dict[str, Tuple[str, Dict[str, Any]]] = {
+    "ip": ("address of the client", {"type": "string"}),
+    "status": ("case ignored", {"type": "string", "enum": list(STATUSES)}),
+    "type": ("case ignored", {"type": "string", "enum": list(TYPES)}),
+    "after": ("accepted after this moment, in Unix seconds", {"type": "number"}),
+    "before": ("accepted before this moment, in Unix seconds", {"type": "number"}),
+    "q": ("text in the prompt, case ignored", {"type": "string", "maxLength": Filter.LIMIT}),
+}
+
+
+def filter_value(name: str, value: Any, is_json: bool) -> Any:
+    """The value of a filter, from JSON or from the text in a URL. Raises ValueError that says what it must be."""
+    _, schema = FILTERS[name]
+    if schema["type"] == "number":
+        with contextlib.suppress(ValueError, OverflowError):
+            if type(value) in ((int, float) if is_json else (str,)) and math.isfinite(float(value)):
+                return float(value)
+        raise ValueError("it must be a finite number")
+    if not isinstance(value, str):
+        raise ValueError("it must be text")
+    if len(value) > schema.get("maxLength", math.inf):
+        raise ValueError(f"it must have at most {schema['maxLength']} characters")
+    if "enum" not in schema:
+        return value
+    for one in schema["enum"]:
+        if one.lower() == value.lower():
+            return one
+    raise ValueError("it must be one of " + ", ".join(schema["enum"]))
 
 
 # What is null is in no example: fastapi leaves it out.
@@ -6259,6 +6448,37 @@ JOBS_DOCS = {
         "content": example([PENDING_EXAMPLE, COMPLETED_EXAMPLE]),
         "headers": {"Link": text_header('the next page: <…>; rel="next"')},
     }
+}
+FILTERS_DOCS = {
+    "parameters": [
+        {"name": name, "in": "query", "required": False, "description": description, "schema": schema}
+        for name, (description, schema) in FILTERS.items()
+    ]
+}
+FILTERS_BODY_DOCS = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/json": {
+                "schema": {
+                    "type": "object",
+                    "properties": {
+                        name: {"description": description, **schema} for name, (description, schema) in FILTERS.items()
+                    },
+                    "additionalProperties": False,
+                    "minProperties": 1,
+                },
+                "example": {"status": PENDING, "ip": "192.0.2.7"},
+            }
+        },
+    }
+}
+COUNT_DOCS = {
+    200: {"description": "It is done", "content": example({"jobs": 3})},
+    422: {
+        "description": "There is no filter, or one that is unknown or invalid",
+        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/HTTPValidationError"}}},
+    },
 }
 IMAGE_DOCS = {
     200: {
@@ -6354,6 +6574,8 @@ def endpoint(function: Callable[..., Any]) -> Callable[..., Any]:
 class Api:
     """The endpoints. They look at jobs in threads of the tracker's own, so that the host's are never needed."""
 
+    BODY_LIMIT = 1 << 16  # bytes of JSON that hold some filters
+
     def __init__(self, tracker: Tracker, origins: OriginGuard):
         self.tracker = tracker
         self.origins = origins
@@ -6367,12 +6589,15 @@ class Api:
 
         job, jobs = "/sdapi/v1/job/{id}", "/sdapi/v1/jobs"
         add("GET", job, self.get_job, JOB_DOCS, response_model=JobWithImages)
-        add("GET", jobs, self.get_jobs, JOBS_DOCS, response_model=List[JobSummary])
+        add("GET", jobs, self.get_jobs, JOBS_DOCS, response_model=List[JobSummary], openapi_extra=FILTERS_DOCS)
         add("GET", f"{job}/images/{{n}}", self.get_image, IMAGE_DOCS, response_class=Response)
         add("HEAD", f"{job}/images/{{n}}", self.get_image, {}, include_in_schema=False)
         add("POST", f"{job}/cancel", self.cancel_job, CANCEL_DOCS, response_model=JobSummary)
         add("POST", f"{job}/retry", self.retry_job, RETRY_DOCS, response_model=JobSummary, status_code=202)
         add("DELETE", job, self.delete_job, CONFLICT_DOCS, status_code=204)
+        count: Dict[str, Any] = {"docs": COUNT_DOCS, "response_model": JobCount}
+        add("POST", f"{jobs}/cancel", self.cancel_jobs, openapi_extra=FILTERS_BODY_DOCS, **count)
+        add("DELETE", jobs, self.delete_jobs, openapi_extra=FILTERS_DOCS, **count)
 
     # The endpoints
 
@@ -6415,28 +6640,18 @@ class Api:
     async def get_jobs(
         self,
         request: Request,
-        ip: Optional[str] = Query(None, description="address of the client"),
-        status: Optional[str] = Query(None, description="case ignored", enum=STATUSES),
-        type: Optional[str] = Query(None, enum=TYPES),
-        after: Optional[float] = Query(None, description="accepted after this moment, in Unix seconds"),
-        before: Optional[float] = Query(None, description="accepted before this moment, in Unix seconds"),
-        q: Optional[str] = Query(None, max_length=Filter.LIMIT, description="text in the prompt, case ignored"),
         limit: int = Query(50, ge=1, le=1000, description="jobs at most"),
         cursor: Optional[str] = Query(None, description="from the Link header of the page before"),
     ) -> Response:
         """Jobs that match all filters. When there are more, the header `Link` with `rel="next"` has the next page."""
-        status, type = self._one_of("status", status, STATUSES), self._one_of("type", type, TYPES)
-        for name, moment in (("after", after), ("before", before)):
-            if moment is not None and not math.isfinite(moment):
-                raise self._invalid(name, "it must be a finite number")
-        filter_ = Filter(ip, status, type, after, before, q)
+        filter_ = self._filter("query", request.query_params)
         abandoned = threading.Event()
         pool = self.tracker.searchers if filter_.text else self.tracker.pool
         looking = self.tracker.in_pool(self.tracker.store.query, filter_, limit, cursor, 0, abandoned, pool=pool)
         try:
             page = await self._while_connected(request, looking)
         except InvalidCursor as error:
-            raise self._invalid("cursor", str(error)) from None
+            raise self._invalid(str(error), "query", "cursor") from None
         finally:
             abandoned.set()
         headers = self._json_headers(request)
@@ -6505,7 +6720,71 @@ class Api:
         await self._end(self.tracker.delete, id)
         return Response(None, 204)
 
+    @endpoint
+    async def cancel_jobs(self, request: Request) -> Response:
+        """Cancels all jobs that match all filters, of which there must be one, and have not ended."""
+        filter_ = self._required_filter("body", await self._json_members(request))
+        count = await self.tracker.in_pool(self.tracker.cancel_all, filter_, pool=self.tracker.bulk)
+        await self.tracker.wait_until_stored()  # so that no list shows one of them as Pending any more
+        return self._count(count)
+
+    @endpoint
+    async def delete_jobs(self, request: Request) -> Response:
+        """Removes all jobs that match all filters, of which there must be one, and have ended, and their images."""
+        filter_ = self._required_filter("query", request.query_params.multi_items())
+        await self.tracker.wait_until_stored()
+        return self._count(await self.tracker.in_pool(self.tracker.delete_all, filter_, pool=self.tracker.bulk))
+
     # What they share
+
+    def _filter(self, where: str, values: Mapping[str, Any]) -> Filter:
+        """The filters among some parameters. Raises HTTPException for one that is invalid."""
+        found = {}
+        for name in FILTERS:
+            if name in values:
+                try:
+                    found[name] = filter_value(name, values[name], where == "body")
+                except ValueError as error:
+                    raise self._invalid(str(error), where, name) from None
+        return Filter(**found)
+
+    def _required_filter(self, where: str, given: List[Tuple[str, Any]]) -> Filter:
+        """The filter for what is done to many jobs: never of more than was meant. Raises HTTPException."""
+        values = dict(given)
+        for name in values:
+            if name not in FILTERS:
+                raise self._invalid("there is no such filter", where, without_surrogates(name[:100]))
+        if len(values) < len(given):
+            raise self._invalid("a filter is given more than once", where)
+        filter_ = self._filter(where, values)
+        if all(value in (None, "") for value in filter_):
+            raise self._invalid("at least one filter is required: " + ", ".join(FILTERS), where)
+        return filter_
+
+    @staticmethod
+    def _count(jobs: int) -> Response:
+        return JSONResponse({"jobs": jobs}, headers={"Cache-Control": "no-store"})
+
+    async def _json_members(self, request: Request) -> List[Tuple[str, Any]]:
+        """The members of the JSON object in a request's body. Raises HTTPException for all else."""
+        data = b""
+        try:
+            async for chunk in request.stream():
+                data += chunk
+                if len(data) > self.BODY_LIMIT:
+                    raise self._invalid(f"it must have at most {self.BODY_LIMIT:,} bytes", "body")
+            members = json.loads(data, object_pairs_hook=tuple)
+        except ClientDisconnect:
+            raise self._client_left() from None
+        except (ValueError, RecursionError):
+            members = None
+        if not isinstance(members, tuple):  # which JSON has for an object only
+            raise self._invalid("it must be a JSON object", "body")
+        return list(members)
+
+    @staticmethod
+    def _client_left() -> HTTPException:
+        return HTTPException(503, "The client has left")  # which nobody reads
 
     async def _while_connected(self, request: Request, work: Coroutine[Any, Any, Any]) -> Any:
         """The result of some work, which is given up when the client leaves."""
@@ -6514,7 +6793,7 @@ class Api:
         try:
             await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
             if not working.done():
-                raise HTTPException(503, "The client has left")  # which nobody reads
+                raise self._client_left()
             return working.result()
         finally:
             working.cancel()
@@ -6533,16 +6812,9 @@ class Api:
             raise HTTPException(404, "Job not found")
 
     @staticmethod
-    def _invalid(name: str, message: str) -> HTTPException:
-        return HTTPException(422, [{"loc": ["query", name], "msg": message, "type": "value_error"}])
-
-    def _one_of(self, name: str, value: Optional[str], allowed: Tuple[str, ...]) -> Optional[str]:
-        if value is None:
-            return None
-        for one in allowed:
-            if one.lower() == value.lower():
-                return one
-        raise self._invalid(name, "it must be one of " + ", ".join(allowed))
+    def _invalid(message: str, *place: str) -> HTTPException:
+        """`place` is where it stands: in the query or in the body, and by which name."""
+        return HTTPException(422, [{"loc": place, "msg": message, "type": "value_error"}])
 
     @staticmethod
     def _json_headers(request: Request) -> Dict[str, str]:
@@ -6606,7 +6878,7 @@ class Texts:
     NOT_READABLE = "The jobs cannot be read: {reason}"
 
     # The figures
-    ON_DISK, NEXT_PURGE = "On disk", "Next purge"
+    ON_DISK, ON_DISK_OF, NEXT_PURGE = "On disk", "On disk, of {limit:g} GB", "Next purge"
     NEVER, SOON, IN_MINUTES, IN_HOURS = "Off", "soon", "in {minutes} min", "in {hours} h {minutes:02} min"
 
     # The table of jobs
@@ -6763,7 +7035,7 @@ TAB_TEMPLATE = with_names(
   {% if counts is defined %}
     <div class="$figures">
       {% for name, count in counts.items() %}<div><b>{{ "{:,}".format(count) }}</b>{{ status(name) }}</div>{% endfor %}
-      <div><b>{{ size | size }}</b>{{ texts.ON_DISK }}</div>
+      <div><b>{{ size | size }}</b>{{ texts.ON_DISK if limit is none else texts.ON_DISK_OF.format(limit=limit) }}</div>
       <div><b>{{ next_purge }}</b>{{ texts.NEXT_PURGE }}</div>
     </div>
   {% endif %}
@@ -6884,7 +7156,7 @@ class TabHtml:
         parts: Dict[str, Any] = {"notes": [*notes]}
         try:
             counts, size = self.tracker.store.stats()
-            parts.update(counts=counts, size=size, next_purge=self._next_purge())
+            parts.update(counts=counts, size=size, limit=self.tracker.settings.max_gb, next_purge=self._next_purge())
             parts["table"] = self._table(state, filter_, counts)
             if state.job:
                 parts["open"] = self._open(state.job)

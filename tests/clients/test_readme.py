@@ -366,7 +366,17 @@ def check_fire_and_forget(run, snippet, request):
     gate.open()
 
 
-@snippet_with("/cancel")
+@snippet_with("/jobs/cancel")
+def check_cancel_all(run, snippet, request):
+    gate = run.busy()
+    before = len(run.site.jobs(status="failed", q="lighthouse", limit=1000))
+    jobs = [run.site.send(body(f"a {what}")).job_id() for what in ("lighthouse", "harbour", "lighthouse")]
+    assert run.run("bash", snippet.text) == f'{{"jobs":3}}{{"jobs":{before + 2}}}'
+    assert run.new_job()["error"] == "Cancelled" and run.new_jobs() == {jobs[1]}
+    gate.open()
+
+
+@snippet_with('/job/$ID/cancel"')
 def check_cancel(run, snippet, request):
     gate = run.busy()
     run.write("retry.sh", RETRY_SH)

@@ -22,6 +22,8 @@ ROUTES = {
     ("/sdapi/v1/job/{id}/retry", "post"),
     ("/sdapi/v1/job/{id}/images/{n}", "get"),
     ("/sdapi/v1/jobs", "get"),
+    ("/sdapi/v1/jobs", "delete"),
+    ("/sdapi/v1/jobs/cancel", "post"),
 }
 
 
@@ -61,12 +63,33 @@ def test_every_answer_is_there(document):
         ("/sdapi/v1/job/{id}/retry", "post"): {"202", "403", "409", "410", "429"},
         ("/sdapi/v1/job/{id}/images/{n}", "get"): {"200", "304"},
         ("/sdapi/v1/jobs", "get"): {"200"},
+        ("/sdapi/v1/jobs", "delete"): {"200", "403"},
+        ("/sdapi/v1/jobs/cancel", "post"): {"200", "403"},
     }
     images = document["paths"]["/sdapi/v1/job/{id}/images/{n}"]["get"]["responses"]["200"]
     assert {"image/png", "image/jpeg", "image/webp"} <= set(images["content"])
     assert "application/json" not in images["content"]
     assert {"ETag", "Cache-Control"} <= set(images["headers"])
     assert "Link" in document["paths"]["/sdapi/v1/jobs"]["get"]["responses"]["200"]["headers"]
+
+
+def test_every_filter_is_there(document):
+    """In the same words wherever there are some."""
+    filters = {"ip", "status", "type", "after", "before", "q"}
+    jobs = document["paths"]["/sdapi/v1/jobs"]
+    listed, deleted = ({one["name"]: one for one in jobs[method]["parameters"]} for method in ("get", "delete"))
+    assert set(listed) == filters | {"limit", "cursor"} and set(deleted) == filters
+    assert all(listed[name] == deleted[name] for name in filters)
+    cancel = document["paths"]["/sdapi/v1/jobs/cancel"]["post"]["requestBody"]
+    assert cancel["required"]
+    schema = cancel["content"]["application/json"]["schema"]
+    assert schema["properties"] == {
+        name: {"description": one["description"], **one["schema"]} for name, one in deleted.items()
+    }
+    assert (schema["additionalProperties"], schema["minProperties"]) == (False, 1)
+    assert listed["status"]["schema"]["enum"] == ["Pending", "Processing", "Completed", "Failed"]
+    assert listed["after"]["schema"] == {"type": "number"}
+    assert listed["q"]["schema"]["maxLength"] == 500
 
 
 @pytest.mark.parametrize("kind", ["txt2img", "img2img"])
@@ -143,7 +166,8 @@ def test_page(webui):
 def test_wrong_methods(webui):
     for path, methods in {
         "/sdapi/v1/job/AAAAAAAA": ("POST", "PUT", "PATCH"),
-        "/sdapi/v1/jobs": ("POST", "PUT", "PATCH", "DELETE"),
+        "/sdapi/v1/jobs": ("POST", "PUT", "PATCH"),
+        "/sdapi/v1/jobs/cancel": ("GET", "PUT", "PATCH", "DELETE"),
         "/sdapi/v1/job/AAAAAAAA/cancel": ("GET", "PUT", "PATCH", "DELETE"),
         "/sdapi/v1/job/AAAAAAAA/retry": ("GET", "PUT", "PATCH", "DELETE"),
         "/sdapi/v1/job/AAAAAAAA/images/0": ("POST", "PUT", "PATCH", "DELETE"),

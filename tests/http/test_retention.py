@@ -139,3 +139,28 @@ def test_a_job_of_a_webui_that_was_killed_has_no_end(start):
     page = Page(webui.client)
     assert '<td class="seconds"></td>' in page.look()
     assert "<dt>Took</dt>" not in page.look(job=job_id)
+
+
+def test_the_oldest_go_when_their_files_are_too_large(start):
+    """Within a minute of a job's end, and at a start."""
+    webui = start(*QUICK)
+    jobs = []
+
+    def generate() -> str:
+        jobs.append(webui.post(body()).headers["x-job-id"])
+        return webui.job(jobs[-1], wait=30)["status"]
+
+    assert [generate() for _ in range(3)] == ["Completed"] * 3
+    until(webui.is_idle)
+    size = sum(webui.records()[job_id]["bytes"] for job_id in jobs)
+    webui.kill()
+    webui.environ["TRACKER_MAX_GB"] = f"{size * 0.9 / 10**9:.12f}"
+    webui.start()
+    until(lambda: jobs[0] not in webui.records(), what="the oldest goes at the start")
+    assert [job["id"] for job in webui.jobs()] == jobs[:0:-1]
+    assert generate() == "Completed"
+    until(lambda: jobs[1] not in webui.records(), 60, what="the oldest goes after a job's end")
+    until(lambda: {path.name[:8] for path in webui.images()} == set(jobs[2:]), what="with its files")
+    assert webui.client.get(f"/sdapi/v1/job/{jobs[1]}").status_code == 404
+    lines = until(lambda: [line for line in webui.our_log() if "Removed the oldest: 1 jobs, 1 images" in line])
+    assert "TRACKER_MAX_GB is" in lines[-1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import threading
 import time
 from pathlib import Path
 from typing import Any, Callable
@@ -229,7 +230,7 @@ def test_retention_that_is_turned_off_during_a_purge(script, tracker, add):
 
     changed = []
     script.os = WrappedOs(pwrite=pwrite)
-    assert one.housekeeper.purge().jobs == one.housekeeper.REMOVED_AT_ONCE, "the rest is spared"
+    assert one.housekeeper.purge().jobs == one.REMOVED_AT_ONCE, "the rest is spared"
 
 
 @pytest.mark.parametrize("text", ['{"enabled": true, "retention_days": 365,}', "", None])
@@ -360,3 +361,165 @@ def test_times_on_disk(script, tracker_for, tmp_path):
     until(lambda: one.get(job.id).ended)
     record = json.loads((tmp_path / "jobs.json").read_text())[job.id]
     assert record["timestamp"] <= record["started"] <= record["finished"] <= time.time() + 1
+
+
+# What goes by TRACKER_MAX_GB: three jobs of `add` have 366 bytes
+
+TWO = "3e-7"  # GB
+
+
+@pytest.fixture
+def limited(script, tracker):
+    """`limited(...)` is a tracker that has looked around once, and looks again and again."""
+
+    def make(limit: str = TWO, **environ: str) -> Any:
+        made = tracker(TRACKER_MAX_GB=limit, **environ)
+        until(lambda: made.housekeeper.next_purge)
+        return made
+
+    return make
+
+
+def test_the_oldest_go(script, limited, add, caplog):
+    """By the order in which they were accepted, whatever their times; also those without files."""
+    caplog.set_level("INFO", "job_tracker")
+    one = limited()
+    add(one, "FAILED00", 1, "Failed")
+    for number, days in enumerate((1, 3)):
+        add(one, f"J{number:07}", days)
+    time.sleep(0.3)
+    assert ids(script, one) == ["J0000001", "J0000000", "FAILED00"], "it is not more than the limit"
+    assert "TRACKER_MAX_GB" not in caplog.text
+    gone = one.get("J0000000")
+    add(one, "J0000002", 2)
+    until(lambda: len(ids(script, one)) < 4)
+    assert ids(script, one) == ["J0000002", "J0000001"]
+    until(lambda: one.images.size(gone.images[0].name) is None, what="its files are gone")
+    assert "TRACKER_MAX_GB is 3e-07" in until(lambda: caplog.text)
+    assert until(lambda: "had 366 bytes. Removed the oldest: 2 jobs, 1 images, 122 bytes" in caplog.text)
+    assert one.store.ended_bytes() == 244
+
+
+def test_the_newest_stays_whatever_its_size(script, limited, add, caplog):
+    one = limited("1e-9")
+    for number in range(3):
+        add(one, f"J{number:07}", 3 - number)
+    until(lambda: ids(script, one) == ["J0000002"])
+    time.sleep(0.3)
+    assert ids(script, one) == ["J0000002"] and one.images.size(one.get("J0000002").images[0].name) == 102
+
+
+def test_what_has_not_ended_neither_counts_nor_goes(script, limited, add):
+    one = limited()
+    jobs = [add(one, name, 9, status) for name, status in (("PENDING0", "Pending"), ("PROCESS0", "Processing"))]
+    for job in jobs:
+        one.store.put(job._replace(bytes=10**6)).result()
+    for number in range(2):
+        add(one, f"J{number:07}", 1)
+    time.sleep(0.3)
+    assert len(ids(script, one)) == 4
+    one.store.put(one.get("PENDING0")._replace(status="Failed")).result()
+    until(lambda: set(ids(script, one)) == {"PROCESS0", "J0000000", "J0000001"})
+
+
+def test_at_a_start_many_go(script, tracker, limited, add, caplog):
+    """In steps, with one line in the log, and none that is younger than one that stays."""
+    caplog.set_level("INFO", "job_tracker")
+    first = tracker()
+    for number in range(1234):
+        job = script.Job(f"J{number:07}", "txt2img", "Failed", int(time.time()), None, "", bytes=10)
+        written = first.store.put(job, new=True)
+    written.result()
+    first.close().result(60)
+    caplog.clear()
+    second = limited("1e-6")
+    until(lambda: "Removed the oldest" in caplog.text)
+    assert set(ids(script, second)) == {f"J{number:07}" for number in range(1134, 1234)}
+    assert "Removed the oldest: 1134 jobs, 0 images, 0 bytes" in caplog.text
+    assert caplog.text.count("TRACKER_MAX_GB") == 1
+
+
+def test_it_looks_no_further_than_it_must(script, limited, add, monkeypatch):
+    """Without a limit it asks for nothing; below the limit it asks for the sum alone."""
+    asked, ended = [], script.IndexView.ended
+
+    def noted(view):
+        for row in ended(view):
+            asked.append(row)
+            yield row
+
+    monkeypatch.setattr(script.IndexView, "ended", noted)
+    one = limited("off")
+    for number in range(20):
+        add(one, f"J{number:07}", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(one.store, "totals", lambda: asked.append("totals") or {})
+        one.housekeeper.keep_below_limit()
+        time.sleep(0.2)
+    assert asked == []
+    one.settings.max_gb = 20 * 122e-9
+    time.sleep(0.2)
+    assert asked == [] and len(ids(script, one)) == 20
+    one.settings.max_gb = 18 * 122e-9
+    until(lambda: len(ids(script, one)) == 18)
+    assert [job_id for job_id, _ in asked] == ["J0000000", "J0000001", "J0000002"]
+
+
+def test_a_disk_that_fails_for_a_while(script, limited, add, caplog):
+    """What was chosen to go is gone in the end with its files, and nothing goes in its place."""
+    one = limited("off")
+    jobs = [add(one, f"J{number:07}", 1) for number in range(4)]
+    failing = [True]
+
+    def pwrite(*arguments):
+        if failing:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return os.pwrite(*arguments)
+
+    set_constants(script, RETRY=0.1)
+    script.os = WrappedOs(pwrite=pwrite)
+    one.settings.max_gb = float(TWO)
+    until(lambda: "Housekeeping will be tried again" in caplog.text)
+    time.sleep(0.3)
+    assert all(one.images.size(job.images[0].name) for job in jobs), "no files without their records"
+    failing.clear()
+    until(lambda: [one.images.size(job.images[0].name) for job in jobs] == [None, None, 102, 102])
+    assert ids(script, one) == ["J0000003", "J0000002"]
+    assert caplog.text.count("Housekeeping will be tried again") == 1
+
+
+def test_two_webuis_on_one_folder_remove_no_more_than_one(script, limited, add):
+    trackers = [limited(), limited()]
+    for number in range(150):
+        add(trackers[number % 2], f"J{number:07}", 1)
+    for one in trackers:
+        until(lambda one=one: one.store.ended_bytes() <= 300)
+        assert ids(script, one) == ["J0000149", "J0000148"]
+    kept = [trackers[0].get(job_id).images[0].name for job_id in ("J0000148", "J0000149")]
+    images = Path(trackers[0].images.folder)
+    until(lambda: sorted(path.relative_to(images).as_posix() for path in images.glob("*/*_0.*")) == kept)
+
+
+def test_a_purge_goes_first(script, limited, add, monkeypatch):
+    """One at a time removes jobs."""
+    one = limited("off")
+    for number in range(4):
+        add(one, f"J{number:07}", 1)
+    begun, go_on = threading.Event(), threading.Event()
+
+    def list_slowly(*arguments: Any) -> Any:
+        begun.set()
+        go_on.wait(30)
+        return iter([])
+
+    monkeypatch.setattr(one.images, "older_than", list_slowly)
+    purge = threading.Thread(target=one.housekeeper.purge)
+    purge.start()
+    begun.wait(30)
+    one.settings.max_gb = float(TWO)
+    one.housekeeper.keep_below_limit()
+    time.sleep(0.2)
+    assert len(ids(script, one)) == 4
+    go_on.set()
+    purge.join()
+    until(lambda: ids(script, one) == ["J0000003", "J0000002"])

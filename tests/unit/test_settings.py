@@ -235,6 +235,48 @@ def test_a_retention_variable_that_is_not_understood_turns_retention_off(setting
     assert "TRACKER_RETENTION" in caplog.text and "retention is off" in caplog.text
 
 
+BY_VARIABLE_ONLY = {
+    "resume": ("TRACKER_RESUME", "async", {"async": "async", "ALL": "all", " Off ": "off"}),
+    "max_gb": (
+        "TRACKER_MAX_GB",
+        None,
+        {"20": 20, "0.5": 0.5, ".5": 0.5, "1e3": 1000, "0": None, "0.0": None, "off": None, "OFF": None},
+    ),
+    "max_pending": ("TRACKER_MAX_PENDING", None, {"1": 1, "500": 500, "0": None, "off": None, "Off": None}),
+}
+
+
+@pytest.mark.parametrize("name", BY_VARIABLE_ONLY)
+def test_settings_that_only_variables_have(settings, config, caplog, name):
+    variable, default, values = BY_VARIABLE_ONLY[name]
+    assert getattr(settings(json.dumps({name: "all", "retention_days": 5})), name) == default
+    for text, value in values.items():
+        made = settings(**{variable: text})
+        assert (getattr(made, name), made.locked) == (value, {name: variable})
+    assert not caplog.records
+    with pytest.raises(ValueError, match="no setting"):
+        made.save(**{name: default})
+    made.save(enabled=True)
+    assert config() == {name: "all", "retention_days": 5, "enabled": True}
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        *(("resume", text) for text in ("1", "on", "sync", "async, all", "none")),
+        *(("max_gb", text) for text in ("-1", "20 GB", "20G", "1,5", "1_0", "inf", "nan", "1e999", "no", "None")),
+        *(("max_pending", text) for text in ("-1", "+1", "1.0", "0.5", "1e3", "\uff13", "1_0", "9" * 5000, "no")),
+    ],
+)
+def test_one_of_these_that_cannot_be_read_is_a_warning_and_ignored(settings, caplog, name, text):
+    """It turns nothing else off either."""
+    variable, default, _ = BY_VARIABLE_ONLY[name]
+    made = settings('{"enabled": true, "retention_days": 5}', **{variable: text})
+    assert (getattr(made, name), made.locked) == (default, {})
+    assert (made.enabled, made.retention_days) == (True, 5)
+    assert f"{variable}={text[:80]!r} is invalid, so it is ignored" in caplog.text
+
+
 def test_save(settings, config):
     made = settings('{"enabled": false, "retention_days": 5, "of a later version": [1]}')
     made.save(enabled=True)

@@ -106,6 +106,14 @@ def test_foreign_text_is_text_in_an_element_of_its_own(shown):
     assert {element for elements in pages.values() for element in elements} == {"bdi"}
 
 
+def test_the_limit_stands_beside_what_is_on_disk(shown):
+    texts = [text for _, text in Markup(shown.look()).texts]
+    assert "On disk" in texts
+    shown.tab.tracker.settings.max_gb = 20.0
+    texts = [text for _, text in Markup(shown.look()).texts]
+    assert "On disk, of 20 GB" in texts and "On disk" not in texts
+
+
 def test_long_text_is_cut_and_says_so():
     as_text = load_script().as_text
     assert as_text("<" * 8, 5) == "<bdi>&lt;&lt;&lt;&lt;&lt;</bdi> <em>\u2026 and 3 characters more</em>"
