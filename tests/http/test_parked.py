@@ -157,11 +157,19 @@ def test_a_key_of_a_parked_job(start):
     assert len(saved(webui)) == 1
 
 
+def asks_for_the_lock(webui: Webui, job_id: str) -> bool:
+    """Whether a parked job stands before one that comes now."""
+    later = connect(webui)
+    position = webui.job(job_id)["queue_position"]
+    cancel(webui, later)
+    return position == 1
+
+
 def test_positions(webui):
     """What is really ahead: those that ask for the lock, and for parked ones also the parked ones before."""
     hold_the_queue(webui)
     parked = [submit(webui) for _ in range(3)]
-    until(lambda: webui.job(parked[0])["queue_position"] == 1)
+    until(lambda: asks_for_the_lock(webui, parked[0]))
     connected = [connect(webui) for _ in range(2)]
     time.sleep(0.1)
     positions = {job["id"]: job["queue_position"] for job in webui.jobs(status="Pending")}
@@ -240,6 +248,7 @@ def test_retry_after(start, how):
         job = webui.job(job_id, wait=30)
     else:
         job_id = hold_the_queue(webui)
+        until(lambda: requests_of(webui), what="its request is kept, which is a little later")
         webui.restart()
         job = webui.job(job_id)
     assert job["status"] == "Failed"
