@@ -33,6 +33,7 @@ import errno
 import functools
 import glob
 import hashlib
+import heapq
 import io
 import itertools
 import json
@@ -1707,9 +1708,9 @@ class IndexView:
         )
         return [job_id for (job_id,) in found]
 
-    def ended(self) -> Iterator[Tuple[str, int]]:
-        """IDs of all ended jobs and the bytes of their files, oldest first, read as they are asked for."""
-        statement = "SELECT id, bytes FROM jobs NOT INDEXED WHERE status IN (?, ?) ORDER BY row"
+    def ended(self) -> Iterator[Tuple[int, str, int]]:
+        """Rows and IDs of all ended jobs, and the bytes of their files, oldest first, read as they are asked for."""
+        statement = "SELECT row, id, bytes FROM jobs NOT INDEXED WHERE status IN (?, ?) ORDER BY row"
         yield from self.execute(statement, tuple(map(STATUSES.index, ENDED)))
 
     def find(
@@ -2097,17 +2098,18 @@ class JobStore:
         """
 
         def find(view: IndexView, pending: Overlay) -> List[str]:
+            shown = [(view.row_of(job_id), change.shown) for job_id, change in pending.items()]
+            changed = sorted((row, job.id, job.bytes) for row, job in shown if row is not None and job and job.ended)
+            others = (one for one in view.ended() if one[1] not in pending)
             found: List[str] = []
             left, last = size, None  # which is known not to be the newest once there is another
-            for job_id, bytes_ in view.ended():
-                if job_id in pending and pending[job_id].shown is None:
-                    continue
+            for one in heapq.merge(changed, others):
                 if last is not None:
-                    found.append(last[0])
-                    left -= last[1]
+                    found.append(last[1])
+                    left -= last[2]
                     if left <= 0 or len(found) == limit:
                         break
-                last = job_id, bytes_
+                last = one
             return found
 
         jobs = map(self.get, self._look(find))
@@ -4466,14 +4468,11 @@ class Tracker:
             changed = self.store.follow()
             with self._lock:
                 live, waiting = dict(self._live), set(self._waiting).difference(self._live)
+            if changed != {}:
+                self.on_parked()
             if changed is None:
-                changed = {
-                    **dict.fromkeys(waiting, False),
-                    **{job_id: self._is_cancel_wanted(job_id) for job_id in live},
-                }
-                self.on_parked()
-            elif changed:
-                self.on_parked()
+                changed = dict.fromkeys(waiting, False)
+                changed.update({job_id: self._is_cancel_wanted(job_id) for job_id in live})
             for job_id in live:
                 if changed.get(job_id):
                     live[job_id].cancel()
@@ -4745,7 +4744,7 @@ class Tracker:
             for status in (PENDING, PROCESSING) if filter_.status is None else {filter_.status}.difference(ENDED):
                 for jobs in self._pages(filter_._replace(status=status)):
                     parked = [job.id for job in jobs if job.parked]
-                    ended = {job.id for job in self.fail_parked(parked, CANCELLED).result()}
+                    ended = {job.id for job in self.fail_parked(parked, CANCELLED).result()} if parked else set()
                     count += len(ended)
                     for job in jobs:
                         with contextlib.suppress(Conflict):  # it has ended meanwhile

@@ -366,6 +366,20 @@ def check_fire_and_forget(run, snippet, request):
     gate.open()
 
 
+@snippet_with('$ID/retry"')
+def check_retry(run, snippet, request):
+    for job in run.site.jobs(status="failed", limit=1000):
+        run.site.client.delete(f"/sdapi/v1/job/{job['id']}")
+    gate = run.busy()
+    job_id = run.site.send(body("once more")).job_id()
+    run.site.client.post(f"/sdapi/v1/job/{job_id}/cancel")
+    gate.open()
+    printed = run.run("bash", snippet.text)
+    run.known.add(job_id)
+    job = run.new_job()
+    assert printed == f"{job['id']} repeats {job_id}\n" and job["status"] == "Completed"
+
+
 @snippet_with("/jobs/cancel")
 def check_cancel_all(run, snippet, request):
     gate = run.busy()

@@ -78,7 +78,7 @@ def delete(webui: SmallWebui, filters: Any) -> httpx.Response:
 
 
 def cancel(webui: SmallWebui, filters: Any) -> httpx.Response:
-    return ask(webui, "POST", "jobs/cancel", json=filters)
+    return ask(webui, "POST", "jobs/cancel", content=json.dumps(filters))
 
 
 def listed(webui: SmallWebui, **filters: Any) -> List[str]:

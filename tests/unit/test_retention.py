@@ -422,6 +422,33 @@ def test_what_has_not_ended_neither_counts_nor_goes(script, limited, add):
     until(lambda: set(ids(script, one)) == {"PROCESS0", "J0000000", "J0000001"})
 
 
+def test_one_whose_end_is_not_written_yet_is_the_oldest_all_the_same(script, limited, add):
+    """No younger one goes in its place, nor one that is already on its way."""
+    one = limited("off")
+    for name, status in (("REMOVED0", "Completed"), ("OLDER000", "Pending")):
+        add(one, name, 1, status)
+    for number in range(3):
+        add(one, f"J{number:07}", 1)
+    waits = threading.Event()
+    script.os = WrappedOs(pwrite=lambda *arguments: waits.wait(30) and os.pwrite(*arguments))
+    try:
+        removed = one.store.remove(["REMOVED0"])
+        written = one.store.put(one.get("OLDER000")._replace(status="Failed", bytes=50))
+        for size, found in (
+            (1, ["OLDER000"]),
+            (51, ["OLDER000", "J0000000"]),
+            (10**6, ["OLDER000", "J0000000", "J0000001"]),
+        ):
+            assert [job.id for job in one.store.oldest_ended(size, 100)] == found
+        assert one.store.ended_bytes() == 50 + 3 * 122
+    finally:
+        waits.set()
+    removed.result()
+    written.result()
+    assert [job.id for job in one.store.oldest_ended(51, 100)] == ["OLDER000", "J0000000"]
+    assert [job.id for job in one.store.oldest_ended(51, 1)] == ["OLDER000"]
+
+
 def test_at_a_start_many_go(script, tracker, limited, add, caplog):
     """In steps, with one line in the log, and none that is younger than one that stays."""
     caplog.set_level("INFO", "job_tracker")
@@ -462,7 +489,7 @@ def test_it_looks_no_further_than_it_must(script, limited, add, monkeypatch):
     assert asked == [] and len(ids(script, one)) == 20
     one.settings.max_gb = 18 * 122e-9
     until(lambda: len(ids(script, one)) == 18)
-    assert [job_id for job_id, _ in asked] == ["J0000000", "J0000001", "J0000002"]
+    assert [job_id for _, job_id, _ in asked] == ["J0000000", "J0000001", "J0000002"]
 
 
 def test_a_disk_that_fails_for_a_while(script, limited, add, caplog):
