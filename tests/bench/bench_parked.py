@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Tuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 
@@ -25,6 +25,7 @@ from harness import ASYNC, HOST, MODE_FLAGS, MODES, Gate, Webui, body, submit, u
 
 FLAGS = MODE_FLAGS[MODES[-1]]
 AT_ONCE = 16  # clients that hand in the jobs
+PAUSE = 0.01  # seconds between two requests that are measured, since what one leaves to be done is not the next one's
 RESTARTS = 3  # each of which costs the job that is generated
 
 
@@ -35,16 +36,17 @@ def a_request(gate: Gate) -> Dict[str, Any]:
 
 
 class Client(bench_requests.Client):
-    async def hand_in(self, data: Any, is_parked: bool) -> float:
-        """The milliseconds until the head is there. Then the client leaves."""
+    async def hand_in(self, data: Any, is_parked: bool) -> Tuple[float, str]:
+        """The milliseconds until the head is there, and the job's ID. Then the client leaves."""
         seconds, head, _, writer = await self.post(data, ASYNC if is_parked else {})
         writer.close()
         assert head.startswith(b"HTTP/1.1 202 " if is_parked else b"HTTP/1.1 200 "), head
-        if not is_parked:  # so that it holds no thread for the rest of the measurement
-            await self.get(f"/sdapi/v1/job/{job_id_of(head)}/cancel", "POST")
-        return 1000 * seconds
+        return 1000 * seconds, job_id_of(head)
 
-    async def hand_in_many(self, data: Any, count: int) -> None:
+    async def cancel(self, job_id: str) -> None:
+        await self.get(f"/sdapi/v1/job/{job_id}/cancel", "POST")
+
+    async def park_many(self, data: Any, count: int) -> None:
         left = iter(range(count))
 
         async def work() -> None:
@@ -72,10 +74,10 @@ def make_crowd(start: Start, jobs: int) -> Crowd:
     webuis = [start(*FLAGS), start(*FLAGS)]
     requests = [a_request(webui.gate()) for webui in webuis]
     for webui, request in zip(webuis, requests):
-        asyncio.run(Client(webui).hand_in_many(request, RESTARTS + 1))
+        asyncio.run(Client(webui).park_many(request, RESTARTS + 1))
         until(lambda: webui.jobs(status="processing"))  # noqa: B023
     before, began = rss(webuis[0]), time.perf_counter()
-    asyncio.run(Client(webuis[0]).hand_in_many(requests[0], jobs))
+    asyncio.run(Client(webuis[0]).park_many(requests[0], jobs))
     seconds = time.perf_counter() - began
     return Crowd(webuis, requests, rss(webuis[0]) - before, seconds / jobs)
 
@@ -92,11 +94,16 @@ def resume(webui: Webui) -> float:
 async def heads(crowd: Crowd, rounds: int) -> List[Dict[bool, List[float]]]:
     """For each webui the milliseconds until the head, of requests that are parked, and of those that are not."""
     found: List[Dict[bool, List[float]]] = [{True: [], False: []} for _ in crowd.webuis]
-    clients = [Client(webui) for webui in crowd.webuis]
-    for _ in range(rounds):
-        for is_parked in (True, False):
-            for client, request, times in zip(clients, crowd.requests, found):
-                times[is_parked].append(await client.hand_in(request, is_parked))
+    sides = [*zip(map(Client, crowd.webuis), crowd.requests, found)]
+    for number in range(rounds):
+        for is_parked in (number % 2 == 0, number % 2 != 0):
+            for client, request, times in sides:
+                milliseconds, job_id = await client.hand_in(request, is_parked)
+                times[is_parked].append(milliseconds)
+                await asyncio.sleep(PAUSE)
+                if not is_parked:  # or it would hold a thread for the rest of the measurement
+                    await client.cancel(job_id)
+                    await asyncio.sleep(PAUSE)
     return found
 
 
@@ -123,16 +130,18 @@ def waiting(start: Start, jobs: int = 10_000, rounds: int = 300) -> Iterator[Fig
 def a_parked_one(webui: Webui, **standin: Any) -> float:
     """The seconds from its request until its client has the answer."""
     began = time.perf_counter()
-    job_id = submit(webui, standin=standin)
-    assert webui.job(job_id, wait=60)["status"] == "Completed"
+    status, headers = webui.send(body(standin=standin), headers=ASYNC).head()
+    answer = webui.send_get(f"{headers['location']}?wait=60").to_end()
+    assert status == 202 and b'"Completed"' in answer
     return time.perf_counter() - began
 
 
 def a_connected_one(webui: Webui, **standin: Any) -> float:
     began = time.perf_counter()
-    job_id = webui.post(body(standin=standin)).headers["x-job-id"]
+    sent = webui.send(body(standin=standin))
+    sent.to_end()
     seconds = time.perf_counter() - began
-    webui.job(job_id, wait=60)
+    assert webui.job(sent.job_id(), wait=60)["status"] == "Completed"
     return seconds
 
 
