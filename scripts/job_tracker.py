@@ -847,6 +847,7 @@ class Settings:
 PENDING, PROCESSING, COMPLETED, FAILED = STATUSES = ("Pending", "Processing", "Completed", "Failed")
 ENDED = (COMPLETED, FAILED)
 TYPES = ("txt2img", "img2img")
+LEFT_BEHIND = "The webui ended before the generation did"  # the `error` of a job that its webui could not end
 
 ID_ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
 ID_FORM = re.compile(r"[A-Za-z0-9]{8}\Z")
@@ -1013,6 +1014,8 @@ def job_from_record(record: Any) -> Job:
     for text in (job.ip, job.error, job.owner, job.key, job.digest, job.retry_of):
         if text is not None and not isinstance(text, str):
             raise ValueError("ip, error, owner, key, digest or retry_of is no text")
+    if job.retry_of is not None and not ID_FORM.match(job.retry_of):
+        raise ValueError("retry_of is no job ID")
     return job._replace(parked=job.parked and job.status == PENDING)
 
 
@@ -3607,7 +3610,7 @@ def parse_legacy_job(entry: Any) -> Optional[LegacyJob]:
     elif str(status).casefold() == FAILED.casefold():
         error = "The generation failed, and it was not kept why"
     else:
-        error = "The webui ended before the generation did"
+        error = LEFT_BEHIND
     job = Job(
         id=job_id,
         type=TYPES[0],  # the predecessor did not keep which
@@ -4871,6 +4874,14 @@ class Tracker:
 CLOCKS_START = 1577836800  # 2020-01-01 in Unix seconds: a clock that is before was never set
 
 
+class Outlook(NamedTuple):
+    """What a purge that somebody asks for finds, its files aside."""
+
+    days: Optional[float]  # the retention, None if it is off
+    jobs: int = 0  # that are older and have ended
+    has_unfinished: bool = False  # whether others are as old
+
+
 class Housekeeper:
     """A thread that removes what is too old, ends what other webuis left behind, and looks at what may have changed."""
 
@@ -4990,6 +5001,16 @@ class Housekeeper:
                     purged,
                 )
 
+    def outlook(self) -> Outlook:
+        """What a purge that is asked for would find now. Removes nothing. Raises StoreError."""
+        days = self.settings.retention_days
+        if days is None:
+            return Outlook(None)
+        before = time.time() - days * 86400
+        old = (Filter(status=status, before=before) for status in STATUSES if status not in ENDED)
+        has_unfinished = any(self.store.query(filter_, 1).jobs for filter_ in old)
+        return Outlook(days, len(self.store.expired(before)), has_unfinished)
+
     def _without_doubtful(self, expired: List[str], now: float, days: Optional[float]) -> List[str]:
         """Leaves out the jobs from before this start, if all of them were too old by then: is the clock ahead?
 
@@ -5013,8 +5034,24 @@ class Housekeeper:
         return young
 
     def _remove_orphans(self) -> Purged:
+        orphans, lost = self._orphans(self.ORPHAN_AGE)
+        if lost:
+            log.warning("%d jobs in images/ are not in jobs.json. Is it whole? Their files are kept", lost)
+        images = sum(not name.endswith((".json", ".part")) for name in orphans)
+        return Purged(0, images, self.images.remove(orphans))
+
+    def kept_orphans(self) -> Tuple[int, int]:
+        """What a purge that has just ended left in images/: young files that no job names, and jobs that are lost."""
+        orphans, lost = self._orphans(0)
+        return len(orphans), lost
+
+    def _orphans(self, age: float) -> Tuple[List[str], int]:
+        """Files that no job names and that are older than some seconds, without those of jobs that the store has lost.
+
+        Of these, only how many they are.
+        """
         orphans, unknown = [], set()
-        for job_id, name in self.images.older_than(time.time() - self.ORPHAN_AGE):
+        for job_id, name in self.images.older_than(time.time() - age):
             job = self.tracker.get(job_id)
             if job is None:
                 unknown.add(job_id)
@@ -5022,13 +5059,9 @@ class Housekeeper:
                 orphans.append((job_id, name))
         kept = self.store.quarantined_ids() if orphans else None  # records that somebody may read yet
         if kept is None:
-            return Purged()
-        if len(unknown) > self.tracker.REMOVED_AT_ONCE:
-            log.warning("%d jobs in images/ are not in jobs.json. Is it whole? Their files are kept", len(unknown))
-            kept |= unknown
-        orphans = [name for job_id, name in orphans if job_id not in kept]
-        images = sum(not name.endswith((".json", ".part")) for name in orphans)
-        return Purged(0, images, self.images.remove(orphans))
+            return [], 0
+        lost = unknown if len(unknown) > self.tracker.REMOVED_AT_ONCE else set()
+        return [name for job_id, name in orphans if job_id not in kept | lost], len(lost)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -6852,10 +6885,10 @@ class Texts:
     # The controls
     ENABLED, ENABLED_INFO = "Enable Tracking", "Each generation through the API becomes a job that is kept."
     RETENTION, RETENTION_INFO = "Retention", "Older jobs are removed, with their images."
-    RETENTIONS = {"30 days": 30, "7 days": 7, "3 days": 3, "1 day": 1, "Off": None}
+    RETENTIONS = {"30 days": 30, "7 days": 7, "3 days": 3, "1 day": 1, "Off (keep all)": None}
     OTHER_RETENTION = "{days:g} days"
     LOCKED = "Set by the variable {variable}, and locked by it."
-    PURGE, PURGING = "Purge Now", "Purging \u2026"
+    PURGE, PURGE_JOBS, PURGE_FILES, PURGING = "Purge Now", "Remove {jobs}?", "Remove stray files?", "Purging \u2026"
     ALL, ANY_IP, ANY_PROMPT = "All", "Any address", "Any text"
     LOADING = "Loading"
     NOT_SAVED = "Not saved: {reason}"
@@ -6870,33 +6903,49 @@ class Texts:
         "{jobs:,} jobs are older than the retention, all from before this start. "
         "They are kept, since the clock may be wrong. Purge Now removes them."
     )
+    # What Purge Now would do, which it does when it is pressed again
+    PURGE_REMOVES = "Purge Now removes {jobs} older than {days} with their images. {files} Press again to do it."
+    PURGE_REMOVES_NO_JOB = "Purge Now removes no job. {why} {files} Press again to do it."
+    FILES_TOO = "Files that no job names go too, if they are older than an hour."
+    # Why it removed nothing
+    RETENTION_IS_OFF = "Retention is off: all jobs are kept."
+    NONE_OLDER, OLDER_RUN = "No job is older than {days}.", "The jobs older than {days} still wait or run."
+    CLOCK_UNSET = "The webui's clock says {date}, so no job is old."
+    YOUNG_FILES = "Files that no job names are younger than an hour, and are kept: {files:,}."
+    LOST_JOBS = "{jobs} in images/ are not in jobs.json. Is it whole? Their files are kept."
     PURGE_RUNS = "Purging: old jobs are being removed. All else goes on meanwhile."
     PURGE_FAILED = "The purge failed: {reason}"
     PURGED = "Purge at {time}: removed {jobs:,} jobs, {images:,} images, {size}."
-    PURGED_WITHOUT_RETENTION = PURGED + " Retention is off, so no job is too old."
+    PURGED_NOTHING = "Purge at {time}: removed nothing. {why}"
     NOT_READABLE = "The jobs cannot be read: {reason}"
 
     # The figures
     ON_DISK, ON_DISK_OF, NEXT_PURGE = "On disk", "On disk, of {limit:g} GB", "Next purge"
+    CANCEL_WAITING, CANCEL_WAITING_NOW = "Cancel all that wait", "Cancel {jobs}?"
     NEVER, SOON, IN_MINUTES, IN_HOURS = "Off", "soon", "in {minutes} min", "in {hours} h {minutes:02} min"
 
     # The table of jobs
     ID, TIME, TYPE, STATUS = "ID", "Time", "Type", "Status"
     PROMPT, IMAGES, SECONDS, IP = "Prompt", "Images", "Seconds", "IP"
     NEXT, PLACE = "next", "no. {place}"  # of a job that waits
+    CANCELLED, CRASHED, ERROR = "cancelled", "crashed", "error"  # why a job failed
     NO_JOBS, NO_MATCH = "No jobs yet.", "No job matches these filters."
     NEWEST, NEWER, OLDER, OLDEST = "Newest", "Newer", "Older", "Oldest"
     ROWS, ROWS_OF_ALL = "{first:,} to {last:,}", "{first:,} to {last:,} of {total:,}"
 
     # The open job
     CLOSE, GONE = "Close", "This job is no longer kept."
+    CANCEL, RETRY, DELETE, DELETE_FOR_GOOD = "Cancel", "Retry", "Delete", "Delete for good?"
+    NOT_DONE = "Not done: {reason}"
     INFO_TOO_LONG = "What the webui says of this job is too long to be shown here: {size}"
     IMAGE, IMAGE_GONE = "Image {number}", "no longer on disk"
     NEGATIVE_PROMPT, INFOTEXT, INFOTEXT_OF_IMAGE = "Negative prompt", "Infotext", "Infotext of image {number}"
     CLIENT, ACCEPTED, WAITED, TOOK, LEFT, SEED = "Client", "Accepted", "Waited", "Took", "Left", "Seed"
+    RETRY_OF = "Retry of"
 
     # Values
     CUT = "\u2026 and {count:,} characters more"
+    JOBS, DAYS = ("1 job", "{:,} jobs"), ("1 day", "{:g} days")
     DURATIONS = ("{seconds} s", "{minutes} min {seconds:02} s", "{hours} h {minutes:02} min")
     SIZES = ("{:,.0f} bytes", "{:,.1f} kB", "{:,.1f} MB", "{:,.1f} GB")
 
@@ -6916,9 +6965,15 @@ COLUMNS = (
 
 # What the template, the script and the style share is named once, here. They write `$name`, and a name that is not here
 # is an error as soon as this file is loaded. What they write without `$` is HTML's or gradio's.
-IDS = ("style", "settings", "enabled", "retention", "purge", "filters", "status", "ip", "text", "fresh", "look")
-CLASSES = ("top", "main", "note", "error", "empty", "figures", "frame", "open", "gallery", "blank", "text", "wide")
-DATA = ("job", "page", "key", "version")  # attributes data-...
+IDS = (
+    *("style", "settings", "enabled", "retention", "purge", "filters", "status", "ip", "text", "fresh", "look"),
+    "action",
+)
+CLASSES = (
+    *("top", "main", "note", "error", "empty", "figures", "frame", "open", "gallery", "blank", "text", "wide"),
+    *("actions", "asking"),
+)
+DATA = ("job", "page", "key", "version", "action", "asks", "confirm")  # attributes data-...
 NAMES = {name: name for name in (*CLASSES, *DATA, *STATUSES, *(name for name, _, _ in COLUMNS))}
 NAMES.update({"tab": "job_tracker", **{f"tab_{name}": f"job_tracker_{name}" for name in IDS}})
 
@@ -6926,6 +6981,10 @@ NAMES.update({"tab": "job_tracker", **{f"tab_{name}": f"job_tracker_{name}" for 
 def with_names(text: str, **more: str) -> str:
     """Fills in what is named once. Raises KeyError for an unknown name."""
     return Template(text).substitute(NAMES, **more)
+
+
+# What a button of the page does, with the ID of a job where it is for one.
+CANCEL, RETRY, DELETE, CANCEL_WAITING, PURGE = "cancel", "retry", "delete", "cancel_waiting", "purge"
 
 
 # Control characters, those that turn the direction of text, and what is no character.
@@ -6955,6 +7014,11 @@ def as_time(moment: float) -> Markup:
     return Markup(f'<time datetime="{text}">{text}</time>')
 
 
+def as_count(count: float, texts: Tuple[str, str]) -> str:
+    """How many of something, by its text for one and that for many."""
+    return texts[0] if count == 1 else texts[1].format(count)
+
+
 def as_duration(seconds: float) -> str:
     """In the units that people use."""
     short, medium, long = Texts.DURATIONS
@@ -6975,6 +7039,24 @@ def as_size(size: float) -> str:
     return largest.format(size)
 
 
+def failure_of(job: Job) -> Optional[str]:
+    """Why a job failed, in a word; its `error` says it in full. None if it has not failed."""
+    if job.status != FAILED:
+        return None
+    return {CANCELLED: Texts.CANCELLED, LEFT_BEHIND: Texts.CRASHED}.get(job.error or "", Texts.ERROR)
+
+
+def why_no_job(outlook: Outlook) -> str:
+    """Why a purge removes no job."""
+    now = time.time()
+    if outlook.days is None:
+        return Texts.RETENTION_IS_OFF
+    if now < CLOCKS_START:
+        return Texts.CLOCK_UNSET.format(date=time.strftime("%Y-%m-%d", time.gmtime(now)))
+    text = Texts.OLDER_RUN if outlook.has_unfinished else Texts.NONE_OLDER
+    return text.format(days=as_count(outlook.days, Texts.DAYS))
+
+
 TAB_TEMPLATE = with_names(
     """
 {% macro status(name, shown=none) %}
@@ -6983,12 +7065,17 @@ TAB_TEMPLATE = with_names(
     <progress value="{{ "{:.2f}".format(shown.progress) }}"></progress>
   {% elif shown and shown.position is not none %} <small>
     {{ texts.NEXT if shown.position == 1 else texts.PLACE.format(place=shown.position) }}
-  </small>{% endif %}
+  </small>{% elif shown and shown.failure %} <small>{{ shown.failure }}</small>{% endif %}
   </span>
 {% endmacro %}
 
 {% macro notes_of(notes) %}
   {% for note in notes %}<p class="$note{{ " $error" if note.is_error }}">{{ note.text | text }}</p>{% endfor %}
+{% endmacro %}
+
+{% macro button(action, label, question=none) %}
+  <button type="button" data-$action="{{ action }}"{{ " data-$asks" if question }}
+    {%- if action == confirm %} class="$asking"{% endif %}>{{ question if action == confirm else label }}</button>
 {% endmacro %}
 
 {% macro turn(label, page, is_possible) %}
@@ -7023,19 +7110,28 @@ TAB_TEMPLATE = with_names(
   </details>
 {% endmacro %}
 
+{% macro link_to(job_id) %}<button type="button" data-$job="{{ job_id }}">{{ job_id }}</button>{% endmacro %}
+
 {% macro fact(label, value, is_wide=false) %}
   {% if value %}
     <div{% if is_wide %} class="$wide"{% endif %}><dt>{{ label }}</dt><dd>{{ value }}</dd></div>
   {% endif %}
 {% endmacro %}
 
-<div class="$top">
-  {{ notes_of(notes) }}
+<div class="$top" data-$confirm="{{ confirm }}">
+  <div role="status">{{ notes_of(notes) }}</div>
   {% if counts is defined %}
     <div class="$figures">
-      {% for name, count in counts.items() %}<div><b>{{ "{:,}".format(count) }}</b>{{ status(name) }}</div>{% endfor %}
-      <div><b>{{ size | size }}</b>{{ texts.ON_DISK if limit is none else texts.ON_DISK_OF.format(limit=limit) }}</div>
-      <div><b>{{ next_purge }}</b>{{ texts.NEXT_PURGE }}</div>
+      {% for name, count in counts.items() %}
+        <div>
+          <div><b>{{ "{:,}".format(count) }}</b>{{ status(name) }}</div>
+          {% if name == pending and count %}<div aria-live="polite">{{ button(*cancel_waiting) }}</div>{% endif %}
+        </div>
+      {% endfor %}
+      <div><div>
+        <b>{{ size | size }}</b>{{ texts.ON_DISK if limit is none else texts.ON_DISK_OF.format(limit=limit) }}
+      </div></div>
+      <div><div><b>{{ next_purge }}</b>{{ texts.NEXT_PURGE }}</div></div>
     </div>
   {% endif %}
 </div>
@@ -7075,6 +7171,7 @@ TAB_TEMPLATE = with_names(
         <button type="button" data-$job="">{{ texts.CLOSE }}</button>
       </header>
       {% if job %}
+        <div class="$actions" aria-live="polite">{% for one in open.actions %}{{ button(*one) }}{% endfor %}</div>
         <div>{{ notes_of(open.notes) }}</div>
         <div class="$gallery">
           {% for image, size in open.images %}
@@ -7092,6 +7189,7 @@ TAB_TEMPLATE = with_names(
           {{ fact(texts.TOOK, shown.seconds | duration if job.started and job.finished) }}
           {{ fact(texts.LEFT, shown.eta | duration if shown.eta is not none) }}
           {{ fact(texts.ON_DISK, job.bytes | size if job.bytes) }}
+          {{ fact(texts.RETRY_OF, link_to(job.retry_of) if job.retry_of) }}
           {{ fact(texts.SEED, open.seeds | text(1000), is_wide=true) }}
         </dl>
         {% for text in open.infotexts %}
@@ -7114,6 +7212,7 @@ class PageState(NamedTuple):
 
     page: int = 0
     job: str = ""  # the ID of the job that is open
+    confirm: str = ""  # the action whose button asks whether it is meant
     version: str = ""  # of the HTML that it has
 
     @classmethod
@@ -7121,7 +7220,8 @@ class PageState(NamedTuple):
         """Anybody can send anything: an invalid state is the first page."""
         with contextlib.suppress(TypeError, ValueError, RecursionError):
             state = cls(**json.loads(text))
-            if type(state.page) is int and 0 <= state.page < 1 << 32 and (state.job == "" or ID_FORM.match(state.job)):
+            is_page = type(state.page) is int and 0 <= state.page < 1 << 32
+            if is_page and (state.job == "" or ID_FORM.match(state.job)) and isinstance(state.confirm, str):
                 return state
         return cls()
 
@@ -7146,16 +7246,20 @@ class TabHtml:
         environment = Environment(autoescape=True, undefined=StrictUndefined)
         environment.filters.update(text=as_text, time=as_time, duration=as_duration, size=as_size)
         shown = [MEDIA_TYPES[name] for name in self.SHOWN_FORMATS]
-        environment.globals.update(texts=Texts, columns=COLUMNS, media_types=shown, image_path=self.IMAGE)
+        environment.globals.update(
+            texts=Texts, columns=COLUMNS, media_types=shown, image_path=self.IMAGE, pending=PENDING
+        )
         # Line breaks between two tags, and what indents the second, are for the template's readers only.
         self._template = environment.from_string(re.sub(r"(?<=[>}])\n\s*(?=[<{])", "", TAB_TEMPLATE.strip()))
 
     def render(self, state: PageState, filter_: Filter, notes: Iterable[Note] = ()) -> str:
         """The whole page. What cannot be read is left out, and a note says so."""
-        parts: Dict[str, Any] = {"notes": [*notes]}
+        parts: Dict[str, Any] = {"notes": [*notes], "confirm": state.confirm}
         try:
             counts, size = self.tracker.store.stats()
             parts.update(counts=counts, size=size, limit=self.tracker.settings.max_gb, next_purge=self._next_purge())
+            waiting = Texts.CANCEL_WAITING_NOW.format(jobs=as_count(counts[PENDING], Texts.JOBS))
+            parts["cancel_waiting"] = (CANCEL_WAITING, Texts.CANCEL_WAITING, waiting)
             parts["table"] = self._table(state, filter_, counts)
             if state.job:
                 parts["open"] = self._open(state.job)
@@ -7196,7 +7300,8 @@ class TabHtml:
         """A job with what its record does not say. `seconds` are those of its generation, until now."""
         progress, eta = self.tracker.progress_of(job)
         position, seconds = self.tracker.position(job), self.tracker.seconds(job)
-        return {"job": job, "progress": progress, "eta": eta, "position": position, "seconds": seconds}
+        shown = {"job": job, "progress": progress, "eta": eta, "position": position, "seconds": seconds}
+        return {**shown, "failure": failure_of(job)}
 
     def _open(self, job_id: str) -> Dict[str, Any]:
         """All there is to know of a job."""
@@ -7209,7 +7314,18 @@ class TabHtml:
         if isinstance(info, Part):
             notes.append(Note(Texts.INFO_TOO_LONG.format(size=as_size(info.size))))
         images = [(image, self.tracker.images.size(image.name)) for image in job.images]
-        return {"id": job_id, "shown": self._shown(job), "notes": notes, "images": images, **self._info(info)}
+        shown, actions = self._shown(job), [*self._actions(job)]
+        return {"id": job_id, "shown": shown, "actions": actions, "notes": notes, "images": images, **self._info(info)}
+
+    @staticmethod
+    def _actions(job: Job) -> Iterator[Tuple[str, ...]]:
+        """The buttons of an open job: what each does, what it says, and what it asks first, if it asks."""
+        if not job.ended:
+            yield f"{CANCEL} {job.id}", Texts.CANCEL
+            return
+        if job.status == FAILED and job.has_request:
+            yield f"{RETRY} {job.id}", Texts.RETRY
+        yield f"{DELETE} {job.id}", Texts.DELETE, Texts.DELETE_FOR_GOOD
 
     def _info(self, text: Any) -> Dict[str, Any]:
         """What is shown of the host's `info`, whatever that is."""
@@ -7280,7 +7396,9 @@ class Tab:
             gr.HTML(with_names('<div class="$main"><p class="$empty">$loading</p></div>', loading=Texts.LOADING))
             fresh = gr.HTML(elem_id=NAMES["tab_fresh"])  # the script brings it into the top and the main part
             state, token = gr.Textbox(visible=False), gr.Textbox(visible=False)
+            wish, opened = gr.Textbox(visible=False), gr.Textbox(visible=False)
             look = gr.Button("Look", elem_id=NAMES["tab_look"])  # for the script, nobody sees it
+            action = gr.Button("Action", elem_id=NAMES["tab_action"])  # nor this
 
             self._on(blocks.load, TAB_SCRIPT)
             inputs = [state, enabled, retention, status, ip, text, token]
@@ -7289,10 +7407,14 @@ class Tab:
             self._on(looked.success, "() => window.jobTracker.answered()")
             for control in (status, ip, text):
                 self._on(control.change, "() => window.jobTracker.filter()")
+            self._on(purge.click, f'() => window.jobTracker.press("{PURGE}", true)')
+            acted = self._call(
+                action.click, "order", self.act, "cancel, retry, delete or purge jobs", [wish, token], [opened]
+            )
+            self._on(acted.success, "(opened) => window.jobTracker.done(opened)", None, [opened], [])
             for event, function, action, inputs in (
                 (enabled.input, self.set_enabled, "turn tracking on or off", [enabled, token]),
                 (retention.input, self.set_retention, "set the retention", [retention, token]),
-                (purge.click, self.purge, "purge", [token]),
             ):
                 done = self._call(event, "sign", function, action, inputs, [])
                 self._on(done.then, "() => window.jobTracker.act()")
@@ -7382,11 +7504,55 @@ class Tab:
         except (OSError, StoreError, ValueError) as error:
             raise self._gr.Error(Texts.NOT_SAVED.format(reason=reason_of(error))) from None
 
-    async def purge(self) -> None:
-        """Begins a purge. It may take minutes, so its result comes with a later look."""
-        if self._purge is None or self._purge.done():
+    async def act(self, action: Any) -> str:
+        """Does what a button says. Gives the job that it was for, and that which is to be open then, if any."""
+        name, _, job_id = str(action).partition(" ")
+        opened: Optional[str] = job_id
+        try:
+            if name == PURGE:
+                self._begin_purge()
+            elif name == CANCEL_WAITING:
+                await self.tracker.in_pool(self.tracker.cancel_all, Filter(status=PENDING), pool=self.tracker.bulk)
+            elif name in (CANCEL, RETRY, DELETE) and ID_FORM.match(job_id):  # anybody can send anything
+                opened = await self._act_on_job(name, job_id)
+        except (Conflict, Gone, TooMany, StoreError) as error:
+            raise self._gr.Error(Texts.NOT_DONE.format(reason=error)) from None
+        if opened is None:
+            raise self._gr.Error(Texts.NOT_DONE.format(reason=Texts.GONE))
+        return f"{job_id} {opened}"
+
+    async def _act_on_job(self, name: str, job_id: str) -> Optional[str]:
+        """The ID of the job to be open then, None if there is no such job. Raises what the tracker does."""
+        tracker = self.tracker
+        if name == CANCEL:
+            is_there = await tracker.in_pool(tracker.cancel, job_id, pool=tracker.pool_for(tracker.running(job_id)))
+            await tracker.wait_until_stored(job_id)
+            return job_id if is_there else None
+        await tracker.wait_until_stored(job_id)
+        if name == DELETE:
+            await tracker.in_pool(tracker.delete, job_id)
+            return ""
+        job = await tracker.in_pool(tracker.retry, job_id)
+        return job and job.id
+
+    def _begin_purge(self) -> None:
+        """It may take minutes, so its result comes with a later look."""
+        if not self._purging:
             self._purge_began = time.time()
-            self._purge = self.tracker.pool.submit(self.housekeeper.purge)
+            self._purge = self.tracker.pool.submit(self._run_purge)
+
+    def _run_purge(self) -> Tuple[Purged, str]:
+        """What was removed, and why nothing was."""
+        purged = self.housekeeper.purge()
+        if any(purged):
+            return purged, ""
+        young, lost = self.housekeeper.kept_orphans()
+        why = [why_no_job(self.housekeeper.outlook())]
+        if young:
+            why.append(Texts.YOUNG_FILES.format(files=young))
+        if lost:
+            why.append(Texts.LOST_JOBS.format(jobs=as_count(lost, Texts.JOBS)))
+        return purged, " ".join(why)
 
     async def look(self, state: Any, enabled: Any, retention: Any, status: Any, ip: Any, text: Any) -> List[Any]:
         """The outputs of `build`, for the values of its inputs."""
@@ -7401,14 +7567,18 @@ class Tab:
     def _look(self, state: PageState, enabled: Any, retention: Any, filter_: Filter) -> List[Any]:
         settings = self.tracker.settings
         settings.refresh()
-        html = self.html.render(state, filter_, self._notes())
+        notes, purge = [*self._notes()], Texts.PURGING if self._purging else Texts.PURGE
+        if state.confirm == PURGE and not self._purging:
+            note, purge = self._purge_question()
+            notes.append(note)
+        html = self.html.render(state, filter_, notes)
         version = str(zlib.crc32(html.encode()))
         days = self._retention()
         # A value that agrees is left alone: it may be changing under somebody's hand.
         return [
             self._gr.update(**({} if enabled == settings.enabled else {"value": settings.enabled})),
             self._gr.update(choices=self._retentions(), **({} if retention == days else {"value": days})),
-            self._gr.update(interactive=not self._purging, value=Texts.PURGING if self._purging else Texts.PURGE),
+            self._gr.update(interactive=purge != Texts.PURGING, value=purge),
             self._gr.update() if version == state.version else f'<div data-{NAMES["version"]}="{version}">{html}</div>',
         ]
 
@@ -7434,18 +7604,33 @@ class Tab:
         elif self._purge is not None and self._purge.exception() is not None:
             yield Note(Texts.PURGE_FAILED.format(reason=reason_of(self._purge.exception())), is_error=True)
         elif self._purge is not None:
-            jobs, images, size = self._purge.result()
-            text = Texts.PURGED_WITHOUT_RETENTION if settings.retention_days is None else Texts.PURGED
+            (jobs, images, size), why = self._purge.result()
+            text = escape(Texts.PURGED_NOTHING if why else Texts.PURGED)
             began = as_time(self._purge_began)
-            yield Note(escape(text).format(time=began, jobs=jobs, images=images, size=as_size(size)))
+            yield Note(text.format(time=began, jobs=jobs, images=images, size=as_size(size), why=why))
+
+    def _purge_question(self) -> Tuple[Note, str]:
+        """What is said before a purge, and what its button says."""
+        try:
+            outlook = self.housekeeper.outlook()
+        except StoreError as error:
+            return Note(Texts.PURGE_FAILED.format(reason=error), is_error=True), Texts.PURGE
+        if not outlook.jobs:
+            text = Texts.PURGE_REMOVES_NO_JOB.format(why=why_no_job(outlook), files=Texts.FILES_TOO)
+            return Note(text), Texts.PURGE_FILES
+        jobs, days = as_count(outlook.jobs, Texts.JOBS), as_count(outlook.days or 0, Texts.DAYS)
+        text = Texts.PURGE_REMOVES.format(jobs=jobs, days=days, files=Texts.FILES_TOO)
+        return Note(text), Texts.PURGE_JOBS.format(jobs=jobs)
 
 
 TAB_SCRIPT = with_names(
     """() => {
     if (window.jobTracker) return;  // gradio may load the page's parts again
     const EVERY = 1500, AWAY = 10000;  // milliseconds between two looks, and until an answer is given up
-    const state = {page: 0, job: ""};
+    const PAUSE = 500, CONFIRM = 8000;  // until a button that asks may be pressed again, and until it no longer asks
+    const state = {page: 0, job: history.state?.jobTracker ?? "", confirm: ""};
     let due = 0, asked = null, acted = false, watched = null, token = null;
+    let wish = "", confirmed = 0, unconfirm = null;
 
     const learnToken = () => fetch(".$token").then((answer) => answer.ok ? answer.json() : "")
         .catch(() => "").then((text) => { token = text; });
@@ -7503,14 +7688,52 @@ TAB_SCRIPT = with_names(
         element.textContent = moment.toLocaleString([], {...day, ...clock});
     };
 
+    // An open job has an entry of its own in the browser's history, so that Back closes it.
+    const openJob = (job) => {
+        const isOpen = history.state?.jobTracker;
+        if (!job && isOpen) history.back();
+        else if (job && job !== isOpen)
+            history[isOpen ? "replaceState" : "pushState"]({...history.state, jobTracker: job}, "");
+        act({job, confirm: ""});
+    };
+    addEventListener("popstate", (event) => {
+        const job = event.state?.jobTracker ?? "";
+        if (job !== state.job) act({job, confirm: ""});
+    });
+
+    // What cannot be undone is done by a second press, once the page has shown what it does.
+    const press = (action, asks) => {
+        const isShown = watched.querySelector(".$top").dataset.$confirm === action;
+        clearTimeout(unconfirm);
+        if (asks && !(isShown && Date.now() - confirmed > PAUSE)) {
+            confirmed = Date.now();
+            unconfirm = setTimeout(() => act({confirm: ""}), CONFIRM);
+            return act({confirm: action});
+        }
+        wish = action;
+        watched.querySelector("#$tab_action").click();
+        act({confirm: ""});
+    };
+    const done = (answer) => {
+        const [job, opened] = answer.split(" ");
+        if (job === state.job && job !== opened) openJob(opened);
+        else act();
+    };
+
     document.addEventListener("click", (event) => {
-        const target = event.target.closest("#$tab [data-$job], #$tab [data-$page]");
+        const target = event.target.closest(":is([data-$job], [data-$page], [data-$action]):is(#$tab *)");
         if (!target || target.tagName === "TR" && String(getSelection())) return;
-        const {$job, $page} = target.dataset;
-        act($page === undefined ? {job: $job} : {page: Number($page)});
+        const {$job, $page, $action} = target.dataset;
+        if ($action !== undefined) press($action, "$asks" in target.dataset);
+        else if ($page !== undefined) act({page: Number($page)});
+        else openJob($job);
     });
     document.addEventListener("keydown", (event) => {
-        if (event.key === "Escape" && state.job && watched?.offsetParent) act({job: ""});
+        // A key that is held down is one press.
+        if (event.repeat && event.target.closest?.("#$tab [data-$action], #$tab_purge")) event.preventDefault();
+        if (event.key !== "Escape" || !watched?.offsetParent) return;
+        if (state.confirm) act({confirm: ""});
+        else if (state.job) openJob("");
     });
     document.addEventListener("visibilitychange", tick);
     setInterval(tick, 200);
@@ -7521,20 +7744,21 @@ TAB_SCRIPT = with_names(
         const version = fresh("[data-$version]")?.dataset.$version;
         return sign([JSON.stringify({...state, version}), ...values]);
     };
+    const order = ([, ...values]) => sign([wish, ...values]);
     const answered = () => {
         asked = null;
         if (!acted) due = Date.now() + EVERY;
         tick();
     };
     const filter = () => act({page: 0}, 300);
-    window.jobTracker = {act, answered, ask, filter, sign};
+    window.jobTracker = {act, answered, ask, done, filter, order, press, sign};
 }""",
     token=Tab.TOKEN,
 )
 
 TAB_STYLE = with_names("""
 #$tab { gap: 16px; }
-#$tab_style, #$tab_look, #$tab_fresh { display: none !important; }
+#$tab_style, #$tab_look, #$tab_action, #$tab_fresh { display: none !important; }
 #$tab :is(button, p, table, figure, img, summary, dd) { margin: 0; }
 #$tab b { font-weight: 600; }
 #$tab :is(small, em) { font-size: inherit; font-style: normal; }
@@ -7542,9 +7766,12 @@ TAB_STYLE = with_names("""
 #$tab :is(table, nav, dl, summary, dt, header button, .$text, .$figures > div) { font-size: var(--text-sm); }
 #$tab :is(.$empty, .$figures, .$frame, aside) { border: 1px solid var(--border-color-primary);
     border-radius: var(--radius-lg); }
-#$tab :is(td, nav, header) button { padding: 4px 12px; border: 1px solid var(--border-color-primary);
+#$tab :is(nav button, header button, [data-$action]) { padding: 4px 12px; border: 1px solid var(--border-color-primary);
     border-radius: var(--radius-md); background: none; color: var(--body-text-color); cursor: pointer; }
-#$tab :is(nav, header) button:hover { border-color: var(--color-accent); }
+#$tab :is(nav button, header button, [data-$action]):hover { border-color: var(--color-accent); }
+#$tab [data-$action] { font-size: var(--text-sm); white-space: nowrap; }
+:is(#$tab .$asking, #$tab:has([data-$confirm="purge"]) #$tab_purge) { border-color: var(--color-red-500);
+    background: var(--color-red-500); color: white; }
 
 #$tab_settings { align-items: flex-start; gap: 16px; padding: 4px 0; }
 #$tab_settings :is(.form, .block) { border: 0 !important; background: none; box-shadow: none; }
@@ -7564,7 +7791,8 @@ TAB_STYLE = with_names("""
 
 #$tab .$figures { display: grid; grid-template-columns: repeat(6, 1fr); gap: 1px; overflow: hidden;
     background: var(--border-color-primary); }
-#$tab .$figures > div { padding: 10px 14px; background: var(--background-fill-primary); }
+#$tab .$figures > div { display: flex; flex-wrap: wrap; align-content: flex-start; align-items: center;
+    justify-content: space-between; gap: 4px 8px; padding: 10px 14px; background: var(--background-fill-primary); }
 #$tab .$figures b { display: block; font-size: var(--text-lg); color: var(--body-text-color);
     font-variant-numeric: tabular-nums; white-space: nowrap; }
 
@@ -7595,7 +7823,9 @@ TAB_STYLE = with_names("""
 #$tab tbody tr { border-top: 1px solid var(--border-color-primary); cursor: pointer; background: none; }
 #$tab tbody tr:is(:hover, .$open) { background: var(--background-fill-secondary); }
 #$tab tbody tr.$open { box-shadow: inset 3px 0 var(--color-accent); }
-#$tab td button { display: block; padding: 0; border: 0; font: inherit; font-family: var(--font-mono); }
+#$tab :is(td, dd) button { display: block; padding: 0; border: 0; background: none; color: var(--body-text-color);
+    font: inherit; font-family: var(--font-mono); cursor: pointer; }
+#$tab dd button { text-decoration: underline; }
 #$tab .$id { width: 100px; }
 #$tab .$time { width: calc(20px + 8.8em); }
 #$tab .$type { width: 80px; }
@@ -7616,6 +7846,7 @@ TAB_STYLE = with_names("""
 #$tab header b { font-family: var(--font-mono); }
 #$tab header button { margin-left: auto; }
 #$tab header progress { width: 80px; margin: 2px 0 0; }
+#$tab .$actions { display: flex; gap: 8px; margin: 0 0 14px; }
 #$tab .$gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(160px, 1fr)); gap: 12px; }
 #$tab :is(.$gallery:not(:empty), dl, details) { margin: 0 0 14px; }
 #$tab figure:only-child { grid-column: 1 / -1; }
@@ -7633,10 +7864,16 @@ TAB_STYLE = with_names("""
 #$tab dl .$wide { grid-column: 1 / -1; }
 #$tab dd { overflow-wrap: anywhere; }
 
+@media (min-width: 1001px) {
+    #$tab .$figures:has([data-$action]) { grid-template-columns: 1.5fr repeat(5, 1fr); }
+}
 @media (max-width: 1000px) {
     #$tab .$figures { grid-template-columns: repeat(3, 1fr); }
     #$tab :is(.$type, .$ip) { display: none; }
-    #$tab .$main aside { position: fixed; z-index: 100; inset: 0; max-height: none; border: 0; border-radius: 0; }
+    #$tab .$main aside { position: fixed; z-index: 100; inset: 0; max-width: 100vw; max-height: 100vh; border: 0;
+        border-radius: 0; }
+    /* Where anything on the page is wider than a phone, the job would be as wide, and Close out of sight. */
+    :is(html, body):has(#$tab .$main aside) { overflow-x: clip; }
 }
 @media (max-width: 640px) {
     #$tab .$figures { grid-template-columns: repeat(2, 1fr); }

@@ -40,6 +40,7 @@ def test(options, pytest_arguments):
     there = environment.PROJECT
     words = [os.path.relpath(w, there) if os.path.exists(w.split("::")[0]) else w for w in pytest_arguments]
     env = {"WEBUI_HOST": options.host, "WEBUI_SERVER": options.server}
+    env["PYTHONDONTWRITEBYTECODE"] = ""  # where it is set, each process would compile all the tests again
     # Many of them wait: three at once keep two cores busy. Each begins with a third of them, in their order, and who is
     # done takes over from the others, so that none is left alone with a long file.
     at_once = ["-n", "3", "--dist", "worksteal"] if not words or words == ["--all"] else []

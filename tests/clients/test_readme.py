@@ -23,7 +23,22 @@ from inside import load_script
 from programs import need
 from readme import ADDRESS, README, Snippet, names, snippets, table
 
-from harness import HOST, MODE_FLAGS, MODES, PROJECT, RESET, SHAPE, TESTS, Gate, Proxy, Webui, body, free_port, until
+from harness import (
+    HOST,
+    MODE_FLAGS,
+    MODES,
+    PROJECT,
+    RESET,
+    SHAPE,
+    TESTS,
+    Gate,
+    Proxy,
+    Webui,
+    body,
+    free_port,
+    new_client,
+    until,
+)
 
 FAILURE = {"seconds": 5, "fail": "OutOfMemoryError", "fail_after": 0.3}
 
@@ -545,7 +560,7 @@ def is_open(port: int) -> bool:
 
 def check_proxy(run, url):
     gate = run.busy()
-    with httpx.Client(base_url=url, trust_env=False, timeout=30) as client:
+    with new_client(url, timeout=30) as client:
         with client.stream("POST", "/sdapi/v1/txt2img", json=body()) as response:
             job_id = response.headers["x-job-id"]
             assert run.site.job(job_id)["status"] == "Pending", "the head comes at once"

@@ -572,7 +572,7 @@ class Clients:
         return harness.body(f"cat {seed}", {"seconds": 0.02}, seed=seed, batch_size=1 + seed % 3)
 
     def run(self) -> None:
-        with httpx.Client(base_url=self.served.url, timeout=60, trust_env=False) as http:
+        with harness.new_client(self.served.url) as http:
             while not self.stop.is_set():
                 with contextlib.suppress(httpx.HTTPError):
                     self.generate(http, random.choice(self.SEEDS))

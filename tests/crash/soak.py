@@ -42,7 +42,7 @@ except ImportError:
     sys.exit(environment.call([environment.ensure("a1111", "test"), *sys.argv], cwd=Path.cwd(), env={}))
 
 import harness
-from harness import MODE_FLAGS, MODES, QUICK, SHAPE, Page, Webui, body, until
+from harness import MODE_FLAGS, MODES, QUICK, SHAPE, Page, Webui, body, new_client, until
 
 RETENTION = 25.0  # seconds
 PURGE_EVERY = 4.0  # seconds between two presses of Purge Now
@@ -151,7 +151,7 @@ class Soak:
             seed: self.webuis[0].client.post("/sdapi/v1/txt2img", json=self.request(seed)).json()["images"]
             for seed in SEEDS
         }
-        self.tab = Page(httpx.Client(base_url=self.webuis[0].url, timeout=60, trust_env=False))
+        self.tab = Page(new_client(self.webuis[0].url))
 
     @staticmethod
     def request(seed: int, seconds: float = 0.02) -> Dict[str, Any]:
@@ -162,7 +162,7 @@ class Soak:
 
     def client(self, number: int) -> None:
         dice = random.Random(os.urandom(8))
-        clients = [httpx.Client(base_url=webui.url, timeout=60, trust_env=False) for webui in self.webuis]
+        clients = [new_client(webui.url) for webui in self.webuis]
         due = time.monotonic()
         actions, weights = zip(*self.ACTIONS)
         while not self.stop.wait(max(0.0, due - time.monotonic())):
@@ -351,7 +351,7 @@ class Soak:
 
     def purge_now(self) -> None:
         """The button, until the purge is done."""
-        assert self.tab.call("job_tracker_purge").status_code == 200, "Purge Now failed"
+        assert self.tab.call("job_tracker_action", "purge").status_code == 200, "Purge Now failed"
         until(lambda: "Purging:" not in self.tab.look(), what="the purge ends")
 
     def purge(self) -> None:

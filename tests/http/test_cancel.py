@@ -13,7 +13,22 @@ import httpx
 import pytest
 from neighbours import HOLDS, HURRY, UI, FromUi, held_at, reached
 
-from harness import ASYNC, MODES, QUICK, Sent, Start, Webui, body, connect, hold_the_queue, is_cut, saved, submit, until
+from harness import (
+    ASYNC,
+    MODES,
+    QUICK,
+    Sent,
+    Start,
+    Webui,
+    body,
+    connect,
+    hold_the_queue,
+    is_cut,
+    new_client,
+    saved,
+    submit,
+    until,
+)
 
 pytestmark = pytest.mark.one_mode
 
@@ -135,7 +150,7 @@ def test_needs_credentials(pool):
     hold_the_queue(webui)
     job_id = submit(webui)
     for auth in (("user", "wrong"), None):
-        with httpx.Client(base_url=webui.url, auth=auth, trust_env=False) as client:
+        with new_client(webui.url, auth=auth) as client:
             assert client.post(f"/sdapi/v1/job/{job_id}/cancel").status_code == 401
     assert webui.job(job_id)["status"] == "Pending"
     assert cancel(webui, job_id).json()["status"] == "Failed"
@@ -221,7 +236,7 @@ def test_no_other_job_is_hit(crowded):
         return ord(job["id"][-1]) % 2 == 0
 
     def cancel_some(status: str) -> None:
-        with httpx.Client(base_url=crowded.url, trust_env=False, timeout=60) as client:
+        with new_client(crowded.url) as client:
             while not stop.is_set():
                 jobs = client.get("/sdapi/v1/jobs", params={"status": status, "limit": 100}).json()
                 jobs = [job for job in jobs if not spared(job)]

@@ -17,7 +17,22 @@ from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
 import httpx
 import pytest
 
-from harness import CLOSE, KINDS, MODE_FLAGS, MODES, ORIGIN, PNG, SHAPE, TESTS, Page, Sent, Webui, body, status_of
+from harness import (
+    CLOSE,
+    KINDS,
+    MODE_FLAGS,
+    MODES,
+    ORIGIN,
+    PNG,
+    SHAPE,
+    TESTS,
+    Page,
+    Sent,
+    Webui,
+    body,
+    new_client,
+    status_of,
+)
 
 SECOND = "pa:ss:word" if SHAPE == "sdnext" else "word"  # the others do not start with a colon in a password
 USERS = f'user:secret,second:{SECOND},third:pässword,fourth:"quoted"'
@@ -266,7 +281,7 @@ def doors(start_shared: Any) -> Webui:
 def resident(doors: Webui) -> Iterator[httpx.Client]:
     """Somebody who has logged in on the page, and has no credentials of the API."""
     name, password = ("user", "secret") if SHAPE == "sdnext" else ("me", "word")
-    with httpx.Client(base_url=doors.url, trust_env=False) as client:
+    with new_client(doors.url) as client:
         assert client.post("/login", data={"username": name, "password": password}).status_code == 200
         yield client
 
@@ -309,7 +324,7 @@ CALLS = {
     "job_tracker_look": ["{}", True, "30 days", "All", "", ""],
     "job_tracker_enabled": [False],
     "job_tracker_retention": ["1 day"],
-    "job_tracker_purge": [],
+    "job_tracker_action": ["purge"],
 }
 
 
@@ -437,7 +452,7 @@ def answer_to(webui, case, kind):
     headers = {"Content-Type": "application/json", "Origin": ORIGIN, **case.headers}
     if case.auth:
         headers["Authorization"] = "Basic " + base64.b64encode(":".join(case.auth).encode()).decode()
-    with httpx.Client(base_url=webui.url, trust_env=False) as client:
+    with new_client(webui.url) as client:
         response = client.request(case.method, case.path.format(kind), content=content, headers=headers)
     passing = (b"date", b"x-process-time")
     port = str(webui.port).encode()

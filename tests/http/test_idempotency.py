@@ -8,11 +8,10 @@ import uuid
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Dict, List
 
-import httpx
 import pytest
 from neighbours import HOLDS, HURRY, held_at, reached
 
-from harness import QUICK, SHAPE, UNKNOWN, UNKNOWN_STATUS, Sent, Webui, body, is_cut, until
+from harness import QUICK, SHAPE, UNKNOWN, UNKNOWN_STATUS, Sent, Webui, body, is_cut, new_client, until
 
 pytestmark = pytest.mark.one_mode
 
@@ -187,7 +186,7 @@ def test_another_user_is_another_generation(start, request_body, key):
 def test_a_wrong_password_gets_no_stored_answer(guarded, request_body, key, auth):
     first = guarded.post(request_body, headers=keyed(key))
     assert first.status_code == 200
-    with httpx.Client(base_url=guarded.url, auth=auth, trust_env=False) as client:
+    with new_client(guarded.url, auth=auth) as client:
         for headers in (keyed(key), keyed(key, Prefer="respond-async")):
             answer = client.post("/sdapi/v1/txt2img", json=request_body, headers=headers)
             assert answer.status_code == 401

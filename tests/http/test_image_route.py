@@ -16,7 +16,7 @@ import httpx
 import pytest
 from PIL import Image
 
-from harness import MODES, QUICK, Sent, Webui, body, connect, open_files, submit, until
+from harness import MODES, QUICK, Sent, Webui, body, connect, new_client, open_files, submit, until
 
 pytestmark = pytest.mark.one_mode
 
@@ -212,7 +212,7 @@ def test_needs_credentials(pool, method):
     job = ended_job(webui)
     path = f"/sdapi/v1/job/{job['id']}/images/0"
     for auth in (("user", "wrong"), None):
-        with httpx.Client(base_url=webui.url, auth=auth, trust_env=False) as client:
+        with new_client(webui.url, auth=auth) as client:
             answer = client.request(method, path)
             assert answer.status_code == 401 and "etag" not in answer.headers
     assert image_of(webui, job, method=method).status_code == 200
@@ -321,7 +321,7 @@ def test_delete_needs_credentials(pool):
     webui = pool.get("tracked", MODES[-1], auth=True)
     job_id = ended_job(webui)["id"]
     for auth in (("user", "wrong"), None):
-        with httpx.Client(base_url=webui.url, auth=auth, trust_env=False) as client:
+        with new_client(webui.url, auth=auth) as client:
             assert client.delete(f"/sdapi/v1/job/{job_id}").status_code == 401
     assert webui.job(job_id)["images"]
     assert delete(webui, job_id).status_code == 204

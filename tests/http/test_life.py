@@ -114,7 +114,7 @@ def test_crash_at_any_moment(start):
 
 @MODE
 def test_terminated_while_idle(start, mode):
-    webui = start(*MODE_FLAGS[mode], cold=True)
+    webui = start(*MODE_FLAGS[mode])
     answer = webui.post(body())
     job_id = answer.headers["X-Job-ID"]
     webui.job(job_id, wait=30)

@@ -81,7 +81,7 @@ def test_a_start_with_a_clock_ten_years_ahead(start, clock):
     page = Page(webui.client)
     assert "2 jobs are older than the retention" in until(page.look)
     assert {job["id"] for job in webui.jobs()} == {*kept, young}
-    page.call("job_tracker_purge")
+    page.call("job_tracker_action", "purge")
     until(lambda: {job["id"] for job in webui.jobs()} == {young}, what="Purge Now removes them")
     until(lambda: "are older than the retention" not in page.look(), what="nothing is kept any more")
 

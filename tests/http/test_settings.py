@@ -11,7 +11,7 @@ from harness import body, until
 
 
 def test_config_json_counts_without_a_restart(start):
-    webui = start("--nowebui", tracking=None)
+    webui = start("--nowebui", tracking=None, constants={"LOOK_EVERY": 0.2})
     assert "x-job-id" not in webui.post(body()).headers
     path = webui.extension / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "enabled": True}))

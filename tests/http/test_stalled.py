@@ -13,7 +13,7 @@ import httpx
 import pytest
 from system import System
 
-from harness import KINDS, MODE_FLAGS, MODES, Page, Start, Webui, body, fewer, open_files, until
+from harness import KINDS, MODE_FLAGS, MODES, Page, Start, Webui, body, fewer, new_client, open_files, until
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells which file a descriptor is of")
 
@@ -80,7 +80,7 @@ def in_order(disk, ask) -> Iterator[None]:
 
 def look_at(webui: Webui, job_id: str, ask: Asked, times: int = 10) -> List[Any]:
     """Everybody who looks at jobs: polls, lists, searches, images, the tab."""
-    client = httpx.Client(base_url=webui.url, timeout=120, trust_env=False, limits=httpx.Limits(max_connections=None))
+    client = new_client(webui.url, timeout=120, limits=httpx.Limits(max_connections=None))
     paths = [f"/sdapi/v1/job/{job_id}", "/sdapi/v1/jobs", "/sdapi/v1/jobs?q=light", f"/sdapi/v1/job/{job_id}/images/0"]
     looks = [ask(client.get, path) for path in paths for _ in range(times)]
     if webui.mode == "ui":
@@ -93,7 +93,7 @@ def look_at(webui: Webui, job_id: str, ask: Asked, times: int = 10) -> List[Any]
 @pytest.mark.parametrize("kind, mode", dict(zip(KINDS, MODES * 2)).items())
 def test_a_generation_goes_on(start_on, disk, ask, mode, kind):
     """The webui generates and its client has the images, untracked, while everybody who looks waits for the disk."""
-    webui = start_on(mode=mode, PATIENCE=2)
+    webui = start_on(mode=mode, PATIENCE=1)
     (before,) = webui.records()
     with disk:
         looks = look_at(webui, before, ask)
@@ -115,7 +115,7 @@ def test_a_generation_goes_on(start_on, disk, ask, mode, kind):
 @pytest.mark.parametrize("known", [False, True], ids=["new", "repeated"])
 def test_a_key_that_cannot_be_looked_up(start_on, disk, ask, known):
     """It could be a repeat, whose images would be generated twice: it is refused, and soon."""
-    webui = start_on(PATIENCE=2)
+    webui = start_on(PATIENCE=1)
     (before,) = webui.records()
     keyed = {"Idempotency-Key": "one"}
     first = webui.post(body("with a key"), headers=keyed) if known else None
@@ -199,7 +199,7 @@ os.pwrite = write_slowly
 
 def test_a_disk_that_is_slow(start):
     """It answers all the time: whatever waits for it is stored in the end."""
-    size, count = 2 << 20, 6
+    size, count = 1 << 20, 6
     constants = {"UNSTORED_LIMIT": 2 * size}
     webui = start(*MODE_FLAGS[MODES[-1]], scripts={"z-slow-disk": SLOW_DISK}, constants=constants)
     headers = {"Prefer": "respond-async"}
@@ -210,7 +210,7 @@ def test_a_disk_that_is_slow(start):
 
 def test_the_disk_is_waited_for_once(start_on, disk):
     """Who comes while it is known not to answer goes on at once."""
-    patience, less = 4, 1.5
+    patience, less = 2.5, 1
     webui = start_on(PATIENCE=patience)
     keyed = {"Idempotency-Key": "one"}
 

@@ -6,6 +6,7 @@ import contextlib
 import shutil
 import tempfile
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional
@@ -13,6 +14,7 @@ from typing import Any, Dict, Iterator, List, Optional
 import pytest
 from selenium import webdriver
 from selenium.common.exceptions import StaleElementReferenceException, WebDriverException
+from selenium.webdriver.common.action_chains import ActionChains as ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
@@ -34,8 +36,9 @@ OPTIONS = (
     "--no-first-run",
     "--lang=en-US",
     "--force-prefers-reduced-motion",
+    "--host-resolver-rules=MAP *.lan 127.0.0.1",  # for names that are no loopback addresses
 )
-WIDE, NARROW = (1400, 1000), (420, 900)
+WIDE, NARROW, PHONE = (1400, 1000), (420, 900), (390, 844)
 
 # The tab has a second, unseen copy of its HTML: the newest from the webui.
 MAIN = "#job_tracker .main:not(#job_tracker_fresh *)"
@@ -77,13 +80,13 @@ def served(page: str) -> Iterator[int]:
 
 
 @contextlib.contextmanager
-def opened(*more: str) -> Iterator[webdriver.Chrome]:
-    """A window of its own, with more options than those above if there are any."""
+def opened() -> Iterator[webdriver.Chrome]:
+    """A window of its own."""
     options = webdriver.ChromeOptions()
     options.binary_location = BROWSER
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     profile = tempfile.mkdtemp(prefix="browser-")
-    for option in (*OPTIONS, *more, f"--user-data-dir={profile}"):
+    for option in (*OPTIONS, f"--user-data-dir={profile}"):
         options.add_argument(option)
     try:
         driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
@@ -178,11 +181,23 @@ class Page:
 
     # Doing
 
-    def resize(self, width: int, height: int) -> None:
+    def hurry(self, times: float) -> None:
+        """The page's clock goes faster from now on, until it is loaded again. It looks at it five times a second."""
+        self.run(
+            """
+            const real = Date.now.bind(Date), began = real();
+            Date.now = () => began + (real() - began) * arguments[0];
+            """,
+            times,
+        )
+
+    def resize(self, width: int, height: int, mobile: bool = False) -> None:
+        """`mobile` is as on a phone: by touch, and what is wider than the screen makes the page wider."""
         self.driver.execute_cdp_cmd(
             "Emulation.setDeviceMetricsOverride",
-            {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False},
+            {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": mobile},
         )
+        self.driver.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": mobile})
 
     def click(self, selector: str, text: str = "") -> None:
         def clicked() -> bool:
@@ -205,6 +220,18 @@ class Page:
     def open(self, job_id: str) -> None:
         self.click(f'{MAIN} tr[data-job="{job_id}"] td.prompt')
         self.until(lambda: self.seen(f'{OPEN_JOB}[data-key="{job_id}"]'), f"job {job_id} is open")
+
+    def do(self, action: str, confirm: str = "") -> None:
+        """A button of the open job, which asks with a text before it does it."""
+        self.click(f"{OPEN_JOB} [data-action]", action)
+        if confirm:
+            self.confirm(f"{OPEN_JOB} [data-action]", confirm)
+
+    def confirm(self, selector: str, question: str) -> None:
+        """Presses a button that asks, not at once: twice in a moment is one press."""
+        self.until(lambda: question in self.text(selector), f"it asks: {question}")
+        time.sleep(0.6)
+        self.click(selector, question)
 
     def type(self, control: str, text: str) -> None:
         """Replaces the text of a filter."""

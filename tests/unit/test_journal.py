@@ -174,7 +174,10 @@ def test_cut_at_every_byte_of_the_last_two_records(script, opened, path, three, 
     whole = lines(script, *three)
     records = min(2, fewer(3))  # the last one in the short run
     before = len(lines(script, *three[:-records])) - 3
-    for end in range(before, len(whole)):
+    ends = range(before, len(whole))
+    if fewer(3) == 1:  # its edges, and one of three between
+        ends = sorted({*ends[:20], *ends[::3], *ends[-20:]})
+    for end in ends:
         for other in path.parent.glob("*"):
             other.unlink()
         path.write_bytes(whole[:end])

@@ -70,6 +70,36 @@ def test_purge(script, tracker, add):
     assert os.listdir(one.images.folder) == []
 
 
+def test_outlook(script, tracker, add):
+    """What a purge would remove is told, and nothing removed."""
+    one = tracker(TRACKER_RETENTION="off")
+    until(lambda: one.housekeeper.next_purge)
+    outlook = one.housekeeper.outlook
+    add(one, "YOUNGER0", 29)
+    assert outlook() == script.Outlook(None)
+    one.settings.retention_days = 30.0
+    assert outlook() == script.Outlook(30.0, 0, False)
+    add(one, "PENDING0", 400, "Pending")
+    assert outlook() == script.Outlook(30.0, 0, True)
+    add(one, "OLDER000", 31)
+    add(one, "FAILED00", 31, "Failed")
+    assert outlook() == script.Outlook(30.0, 2, True)
+    assert len(ids(script, one)) == 4
+    assert one.housekeeper.purge().jobs == 2
+
+
+def test_why_a_purge_removes_no_job(script, monkeypatch):
+    def why(*outlook):
+        return script.why_no_job(script.Outlook(*outlook))
+
+    assert why(None) == "Retention is off: all jobs are kept."
+    assert why(7.0) == "No job is older than 7 days."
+    assert why(1.0) == "No job is older than 1 day."
+    assert why(0.5, 0, True) == "The jobs older than 0.5 days still wait or run."
+    monkeypatch.setattr(script.time, "time", lambda: 86400.0)
+    assert why(7.0) == "The webui's clock says 1970-01-02, so no job is old."
+
+
 def test_orphans(script, tracker, add, tmp_path):
     one = tracker(TRACKER_RETENTION="off")
     until(lambda: one.housekeeper.next_purge)
@@ -92,6 +122,7 @@ def test_orphans(script, tracker, add, tmp_path):
     assert one.housekeeper.purge() == script.Purged(0, 2, 40)
     assert not any(path.exists() for path in gone)
     assert all(path.exists() for path in kept)
+    assert one.housekeeper.kept_orphans() == (1, 0)  # a young one
     assert one.images.size(job.images[0].name) == 100
 
 
@@ -105,6 +136,7 @@ def test_many_images_that_jobs_json_does_not_know_are_kept(script, tracker, add,
     job = add(one, "KEPT0000", 0)
     old(tmp_path / "images" / one.images.day_of(job) / "KEPT0000_7.png")
     assert one.housekeeper.purge() == script.Purged(0, 1, 10)
+    assert one.housekeeper.kept_orphans() == (0, 101)
     lost[0].unlink()
     assert one.housekeeper.purge() == script.Purged(0, 100, 1000)
 

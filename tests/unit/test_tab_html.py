@@ -52,14 +52,18 @@ class Tab(NamedTuple):
     script: Any
     tab: Any
 
-    def look(self, job: str = "", text: str = "") -> str:
-        """The HTML, with a job open."""
-        return asyncio.run(self.tab.look(json.dumps({"job": job}), None, None, "All", "", text))[3]
+    def look(self, job: str = "", text: str = "", confirm: str = "") -> str:
+        """The HTML, with a job open, and a button that asks."""
+        state = json.dumps({"job": job, "confirm": confirm})
+        return asyncio.run(self.tab.look(state, None, None, "All", "", text))[3]
+
+    def act(self, action: Any) -> Any:
+        return asyncio.run(self.tab.act(action))
 
 
 def jobs_of(script: Any) -> Iterator[Any]:
     job = script.Job("", "txt2img", "", int(time.time()), FOREIGN, FOREIGN, error=FOREIGN)
-    yield job._replace(id="FAILED01", status="Failed")
+    yield job._replace(id="FAILED01", status="Failed", retry_of="IMAGES01", has_request=True)
     files = ("0.png", "1.txt", "2.png")
     folder = script.ImageStore.day_of(job)
     images = tuple(script.Image(f"{folder}/IMAGES01_{name}", 1, "image/png") for name in files)
@@ -125,7 +129,8 @@ def test_long_text_is_cut_and_says_so():
 def test_markup_style_and_script_agree(shown):
     """A name that one of them spells otherwise would be no error, and nothing would happen."""
     pages = [shown.look(job) for job in ("", "FAILED01", "IMAGES01", "GONE0001")] + [
-        shown.look(text="nobody wrote this")
+        shown.look(text="nobody wrote this"),
+        shown.look("FAILED01", confirm="delete FAILED01"),
     ]
     in_markup = set().union(*(Markup(html).names for html in pages))
     ids = {block.elem_id for block in shown.tab.build().blocks.values()}
@@ -147,6 +152,7 @@ def test_an_unknown_name_is_an_error():
     "text",
     [
         *(None, 1, "", "{", "[]", "null", '{"page": -1}', '{"page": true}', '{"page": 1e3}', '{"page": 4294967296}'),
+        *('{"confirm": 1}', '{"confirm": null}'),
         *('{"job": "a"}', '{"job": 1}', '{"job": null}', '{"job": "../../.."}', '{"other": 1}', "[" * 100_000),
     ],
     ids=lambda text: str(text)[:20],
@@ -154,3 +160,69 @@ def test_an_unknown_name_is_an_error():
 def test_an_invalid_page_state_is_the_first_page(text):
     script = load_script()
     assert script.PageState.parse(text) == script.PageState()
+
+
+# What its buttons do
+
+
+def actions_of(html: str) -> List[str]:
+    return re.findall(r'data-action="([^"]*)"', html)
+
+
+def test_an_open_job_has_the_buttons_that_fit(shown):
+    expected = {
+        "WAITING1": ["cancel WAITING1"],
+        "RUNNING1": ["cancel RUNNING1"],
+        "IMAGES01": ["delete IMAGES01"],
+        "FAILED01": ["retry FAILED01", "delete FAILED01"],
+        "GONE0001": [],
+    }
+    every_page = ["cancel_waiting"]
+    assert {job: actions_of(shown.look(job)) for job in expected} == {
+        job: every_page + actions for job, actions in expected.items()
+    }
+
+
+def test_only_the_button_that_was_pressed_asks(shown):
+    for confirm, asking in (
+        ("delete IMAGES01", ["Delete for good?"]),
+        ("cancel_waiting", ["Cancel 1 job?"]),
+        *((other, []) for other in ("", "delete FAILED01", "delete", "purge", "<script>x()</script>")),
+    ):
+        html = shown.look("IMAGES01", confirm=confirm)
+        assert re.findall(r'class="asking">([^<]*)<', html) == asking, confirm
+        assert "<script>" not in html
+
+
+@pytest.mark.parametrize(
+    "action",
+    [None, 7, [], {}, "", "delete", "delete ", "delete ../../..", "remove IMAGES01", "Delete IMAGES01", "x" * 100_000],
+    ids=lambda action: repr(action)[:20],
+)
+def test_an_unknown_action_does_nothing(shown, action):
+    before = shown.tab.tracker.store.stats()
+    shown.act(action)
+    assert shown.tab.tracker.store.stats() == before
+
+
+def test_actions_say_which_job_is_open_then(shown, monkeypatch):
+    assert shown.act("delete IMAGES01") == "IMAGES01 "
+    assert shown.act("delete IMAGES01") == "IMAGES01 "  # another was quicker
+    assert "no longer kept" in shown.look("IMAGES01")
+    tracker = shown.tab.tracker
+    monkeypatch.setattr(tracker, "retry", lambda job_id: tracker.get(job_id)._replace(id="AGAIN001"))
+    assert shown.act("retry FAILED01") == "FAILED01 AGAIN001"
+    with pytest.raises(Exception, match="Not done: This job is no longer kept"):
+        shown.act("cancel GONE0001")
+
+
+@pytest.mark.parametrize("name", ["Conflict", "Gone", "StoreError"])
+@pytest.mark.parametrize("action", ["cancel", "retry", "delete"])
+def test_what_cannot_be_done_is_said(shown, monkeypatch, name, action):
+    def refuse(_):
+        raise getattr(shown.script, name)("it is so")
+
+    monkeypatch.setattr(shown.tab.tracker, action, refuse)
+    with pytest.raises(Exception, match="Not done: it is so") as raised:
+        shown.act(f"{action} FAILED01")
+    assert type(raised.value).__name__ == "Error"  # of gradio, which shows it

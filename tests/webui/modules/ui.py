@@ -29,7 +29,9 @@ RELOAD = """() => {
 FOOTER = """<div style="text-align: center; font-size: 90%; opacity: 0.85">
 <a href="{docs}">API</a> &#x2000;•&#x2000; <a href="https://gradio.app">Gradio</a><br>
 version: {version} (stand-in) &#x2000;•&#x2000; python: {python} &#x2000;•&#x2000; gradio: {gradio}</div>"""
+# As in the webui, gradio cuts nothing off: what is too wide makes the page wide.
 CSS = """
+div.gradio-container { overflow: visible !important; }
 .standin-footer { justify-content: center; }
 .standin-footer button { flex: none; min-width: 9em; }
 footer { display: none !important; }
