@@ -89,7 +89,8 @@ def main():
     text = "what the webui's server speaks HTTP by (default: h11, as the webuis have it)"
     command.add_argument("--server", choices=("h11", "httptools"), default="h11", help=text)
 
-    command = add_command_on_host(bench, "measure what it costs; parts: requests, http, store, growth (default: all)")
+    text = "measure what it costs; parts: store, requests, parked, http, growth (default: all)"
+    command = add_command_on_host(bench, text)
     command.add_argument("--jobs", type=int, default=100_000, help="how many jobs there are (default: 100000)")
 
     text = "run the tests with each host's packages on each Python of this machine, and print a table"

@@ -44,6 +44,7 @@ class Figure(NamedTuple):
     other: Optional[float]  # the same on the webui alone, or what is said instead
     unit: str
     than: str = "the webui alone"
+    goal: str = ""
 
     @property
     def ratio(self) -> float:
@@ -51,7 +52,8 @@ class Figure(NamedTuple):
 
     def __str__(self) -> str:
         other = "" if self.other is None else f"{self.other:.4g} {self.unit} ({self.than})"
-        return f"| {self.name} | {self.ours:.4g} {self.unit} | {other} |"
+        goal = self.goal and f"goal: {self.goal}"
+        return f"| {self.name} | {self.ours:.4g} {self.unit} | {', '.join(filter(None, (other, goal)))} |"
 
 
 def read_all(sent: Sent) -> int:
@@ -347,20 +349,22 @@ class Client:
         if webui.auth:
             self.auth = f"Authorization: Basic {base64.b64encode(':'.join(webui.auth).encode()).decode()}\r\n"
 
-    async def post(self, data: Any) -> Tuple[float, bytes, asyncio.StreamReader, asyncio.StreamWriter]:
+    async def post(
+        self, data: Any, headers: Optional[Dict[str, str]] = None
+    ) -> Tuple[float, bytes, asyncio.StreamReader, asyncio.StreamWriter]:
         """The seconds until the head is there, the head, and the connection."""
-        request = self.webui.raw(data)
+        request = self.webui.raw(data, headers=headers)
         began = time.perf_counter()
         reader, writer = await asyncio.open_connection("127.0.0.1", self.webui.port)
         writer.write(request)
         head = await reader.readuntil(b"\r\n\r\n")
         return time.perf_counter() - began, head, reader, writer
 
-    async def get(self, path: str) -> float:
+    async def get(self, path: str, method: str = "GET") -> float:
         """The seconds until all is there."""
         began = time.perf_counter()
         reader, writer = await asyncio.open_connection("127.0.0.1", self.webui.port)
-        writer.write(f"GET {path} HTTP/1.1\r\nHost: webui\r\n{self.auth}Connection: close\r\n\r\n".encode())
+        writer.write(f"{method} {path} HTTP/1.1\r\nHost: webui\r\n{self.auth}Connection: close\r\n\r\n".encode())
         answer = await reader.read()
         writer.close()
         assert answer.startswith(b"HTTP/1.1 200 "), answer[:300]
@@ -414,7 +418,7 @@ async def _load(webui: Webui, client: Client, idle: Client, count: int) -> Load:
 
     polling = [asyncio.ensure_future(poll(idle, LEAST, idle_polls))]
     for path, seconds in polls.items():
-        polling.append(asyncio.ensure_future(poll(client, path.format(id=_job_id(head)), seconds)))
+        polling.append(asyncio.ensure_future(poll(client, path.format(id=job_id_of(head)), seconds)))
     requests = [client.post(body(f"number {number}", standin={"seconds": 0.01})) for number in range(count - 1)]
     sent = await asyncio.wait_for(asyncio.gather(*requests), harness.SECONDS)
     loop = asyncio.get_running_loop()
@@ -423,14 +427,14 @@ async def _load(webui: Webui, client: Client, idle: Client, count: int) -> Load:
     gate.open()
     answers = {}
     for _, its_head, reader, writer in [(0, head, *held), *sent]:
-        answers[_job_id(its_head)] = await asyncio.wait_for(reader.read(), harness.SECONDS)
+        answers[job_id_of(its_head)] = await asyncio.wait_for(reader.read(), harness.SECONDS)
         writer.close()
     done.set()
     await asyncio.gather(*polling)
     return Load([it[0] for it in sent], polls, answers, queue, idle_burst, idle_polls)
 
 
-def _job_id(head: bytes) -> str:
+def job_id_of(head: bytes) -> str:
     return re.search(rb"(?i)\r\nx-job-id: (\w+)", head).group(1).decode()
 
 

@@ -1,9 +1,10 @@
-"""What tracking costs stays within its bounds. `bench_requests.py` measures; here are margins for a busy machine."""
+"""What tracking costs stays within its bounds. The `bench_` files measure; here are margins for a busy machine."""
 
 from __future__ import annotations
 
 import sys
 
+import bench_parked
 import bench_requests as bench
 import pytest
 
@@ -47,3 +48,21 @@ def test_large_job(start):
 def test_start_with_many_jobs(start):
     (figure,) = bench.start_up(start)
     assert figure.ours < figure.other + 1, figure
+
+
+def test_parked_jobs_cost_nobody(start, monkeypatch):
+    """No memory, and no time of others, however many they are."""
+    monkeypatch.setattr(bench_parked, "RESTARTS", 1)
+    for figure in bench_parked.waiting(start, jobs=1_000, rounds=40):
+        if figure.unit == "MB":
+            assert figure.ours < (figure.other or 0) + 20, figure
+        elif figure.unit == "s":
+            assert figure.ours < figure.other + 1, figure
+        elif figure.other is not None:
+            assert figure.ours < 5 * figure.other, figure
+
+
+def test_a_parked_job_takes_no_longer(start):
+    """The bound on a machine that does nothing else is 1.05."""
+    for figure in bench_parked.running(start, pairs=3):
+        assert figure.ratio < 1.3, figure

@@ -169,7 +169,7 @@ def test_a_job_of_another_process(pair):
     one, two = pair
     running, own = map(hold_the_queue, pair)
     waiting, connected = submit(one), connect(one)
-    for job_id in (running, waiting, connected):
+    for job_id in (connected, waiting, running):  # this one last, behind which the others wait
         assert cancel(two, job_id).status_code == 200
     for job_id in (running, waiting, connected):
         job = two.job(job_id, wait=30)
