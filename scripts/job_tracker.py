@@ -2880,23 +2880,30 @@ class JobStore:
         if not left:
             return
         changed = {job_id: change.job for job_id, change in left.items()}
+        known = {job_id: [change.shown] for job_id, change in left.items()}
 
-        def tell(written: Future) -> None:
-            for job in changed.values() if written.exception() is None else ():
+        def change_known(job: Job) -> Optional[Job]:
+            # Where this could not be written at first, another process may have done it, and have begun the job.
+            return changed[job.id] if job in known[job.id] else None
+
+        def tell(decided: Future) -> None:
+            for job in decided.result():
                 ended(job)
 
-        change = Change(changed, False, True, uncancellable_future())
-        change.written.add_done_callback(tell)
+        decision = Decision(list(changed), change_known, uncancellable_future(), is_undoing=True)
+        decision.decided.add_done_callback(tell)
         try:
             self._append(changed)
             statuses = Counter(job.status for job in changed.values())
             counts = ", ".join(f"{statuses[status]} {status}" for status in STATUSES if status in statuses)
             log.warning("%d jobs that a webui left behind are now: %s", len(left), counts)
-            change.written.set_result(None)
+            decision.decided.set_result(list(changed.values()))
         except OSError as error:
-            with self._lock:
-                self._pending.update(left)
-            self._fail([change], error)
+            if isinstance(error, NotUndone):  # it may stand in the file all the same
+                known.update((job_id, [change.shown, change.job]) for job_id, change in left.items())
+            self._report("written", error.__cause__ if isinstance(error, NotUndone) else error)
+            self._retry_at = time.monotonic() + self.RETRY
+            self._undo.append(decision)
 
     def _left_behind(self, end: Callable[[Job], Job], parked: bool) -> Overlay:
         """The unfinished jobs of dead processes, each with its end."""
@@ -2905,7 +2912,10 @@ class JobStore:
         pending, is_gone = self._pending_now(), functools.lru_cache(maxsize=None)(self._is_gone)
         left: Overlay = {}
         failure: Optional[StoreError] = None
+        postponed = {job_id for decision in self._undo for job_id in decision.ids}
         for place in places:
+            if place.id in postponed:
+                continue
             entry = None if place.id in pending else self._read(state, place)
             job = pending[place.id].shown if place.id in pending else entry and entry.job
             try:

@@ -1,0 +1,62 @@
+"""Parked jobs where the disk, a neighbour or Reload UI comes at a bad moment."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import sys
+import threading
+import time
+from typing import Any, Callable
+
+import pytest
+from inside import SmallWebui, WrappedOs, a_job, alive, load_script, set_constants, within
+
+from harness import ASYNC, until
+
+
+def parked(script: Any, tracker: Any, **fields: Any) -> Any:
+    """A parked job, on disk with its request."""
+    fields = {"parked": True, "promised": True, "has_request": True, **fields}
+    job = a_job(script, random.Random(), **fields)
+    tracker.park(job, b"{}").result(20)
+    return tracker.get(job.id)
+
+
+def full_disk(script: Any) -> Callable[[], None]:
+    """From now on nothing can be written to jobs.json, until the function is called that this returns."""
+    write_at = script.write_at
+
+    def fail(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    script.write_at = fail
+    return lambda: setattr(script, "write_at", write_at)
+
+
+def test_what_a_neighbour_has_begun_is_not_parked_again(script, new_tracker):
+    """Both found a job that a third one had left. One of them could not write that, and tries again later."""
+    set_constants(script, RETRY=0.5)
+    tracker, neighbour = new_tracker(), new_tracker()
+    job = a_job(script, random.Random(), owner="00000000", promised=True, has_request=True)
+    tracker.images.save_request(job, b"{}")
+    until(lambda: tracker.housekeeper.next_purge and neighbour.housekeeper.next_purge)
+    tracker.store.put(job, new=True).result(20)
+    append, failed = script.JobStore._append, []
+
+    def fail_once(store: Any, jobs: Any) -> None:
+        if store is tracker.store and not failed:
+            failed.append(jobs)
+            raise OSError(28, "No space left on device")
+        append(store, jobs)
+
+    script.JobStore._append = fail_once
+    tracker.recover().result(20)
+    neighbour.recover().result(20)
+    assert failed and neighbour.start_parked(job.id, lambda: True)
+    time.sleep(1)
+    assert tracker.store.idle(20)
+    for one in (tracker, neighbour):
+        assert one.store.get(job.id).status == "Processing"
+    neighbour.fail(job.id, "so that it ends")
