@@ -4092,6 +4092,7 @@ class Tracker:
         self._live: Dict[str, LiveJob] = {}  # in order of acceptance
         self._lock_queue: Dict[str, None] = {}  # the jobs that ask for the host's queue lock, in that order
         self._waiting: Dict[str, Set["asyncio.Future[None]"]] = {}  # for the end of a job; cancelled when it has ended
+        self._parking: Set[str] = set()  # the jobs that are being parked, and may still be given up
         self._admitting = threading.Lock()  # around a count of the jobs that wait
         self._admitted = 0  # requests that were let in, and are not on disk yet
         self.on_parked: Callable[[], None] = lambda: None  # called from any thread when a job may have been parked
@@ -4359,38 +4360,55 @@ class Tracker:
         """
         job = job._replace(owner=self.store.owner)
         parked = uncancellable_future()
+        with self._lock:
+            self._parking.add(job.id)
 
         def put(kept: Future) -> None:
             if kept.exception() is None:
                 self.store.put(job, new=True).add_done_callback(tell)
             else:
-                parked.set_exception(StoreError.of(kept.exception()))
+                fail(StoreError.of(kept.exception()))
 
         def tell(written: Future) -> None:
-            if written.exception() is None:
-                parked.set_result(None)
-                self.on_parked()
-            else:
-                parked.set_exception(written.exception())
+            if written.exception() is not None:
+                fail(written.exception())
                 with contextlib.suppress(StoreError):
                     self.keepers.submit(self.images.remove_request, job)
+                return
+            with self._lock:
+                is_withdrawn = job.id not in self._parking
+                self._parking.discard(job.id)
+            if is_withdrawn:
+                self.fail_parked([job.id], CANCELLED).add_done_callback(remove)
+            else:
+                parked.set_result(None)
+                self.on_parked()
+
+        def remove(failed: Future) -> None:
+            fail(StoreError("the disk does not answer", temporary=True))
+            with contextlib.suppress(StoreError):  # then it stays, as Failed or as it is
+                self.keepers.submit(lambda: self.remove(failed.result()))
+
+        def fail(error: Exception) -> None:
+            parked.set_exception(error)
+            with self._lock:
+                self._parking.discard(job.id)
 
         self._save_request(job, body).add_done_callback(put)
         return parked
 
-    def withdraw(self, job: Job, parked: Future) -> None:
-        """Gives up a job that took too long to be parked: its client was told that there is none."""
+    def withdraw(self, job: Job, parked: Future) -> bool:
+        """Gives up a job that takes too long to be parked. False if it has been parked after all.
 
-        def remove() -> None:
-            self.remove(self.fail_parked([job.id], CANCELLED).result())
-
-        def remove_if_parked(parked: Future) -> None:
-            if parked.exception() is None:
-                with contextlib.suppress(StoreError):
-                    self.keepers.submit(remove)
-
-        self._hung = parked
-        parked.add_done_callback(remove_if_parked)
+        Otherwise its Future ends with StoreError, once the job is Failed on disk if it came there: nobody else, as
+        with a repeat of its request, can be promised it then.
+        """
+        with self._lock:
+            is_withdrawn = job.id in self._parking
+            self._parking.discard(job.id)
+        if is_withdrawn:
+            self._hung = parked
+        return is_withdrawn or (parked.done() and parked.exception() is not None)
 
     def next_parked(self) -> Optional[Tuple[Job, bytes]]:
         """The oldest parked job and its request's body, None if none is parked. Raises StoreError."""
@@ -4490,8 +4508,8 @@ class Tracker:
             try:
                 parked.result(self.patience())
             except FutureTimeout:
-                self.withdraw(again, parked)
-                raise StoreError("the disk does not answer", temporary=True) from None
+                if self.withdraw(again, parked):
+                    raise StoreError("the disk does not answer", temporary=True) from None
         finally:
             self.admitted()
         return self.get(again.id) or again
@@ -5720,8 +5738,7 @@ class ClientResponse:
 
     async def _tell_parked(self, generation: "Generation", is_on_disk: bool) -> None:
         """202 if the job is on disk. Otherwise there is none, and is not to be one later."""
-        if not is_on_disk:
-            generation.withdraw()
+        if not is_on_disk and generation.withdraw():
             raise HTTPException(503, "The job cannot be kept now, so it was not accepted")
         never = asyncio.get_running_loop().create_future()
         await self._tell(generation.job, never, lambda: never, is_replay=False)
@@ -6000,10 +6017,9 @@ class Generation:
             self.host.dequeue(self.task_id)
             raise Parked
 
-    def withdraw(self) -> None:
-        """The client is told that the job could not be parked."""
-        if self.written is not None:
-            self.tracker.withdraw(self.job, self.written)
+    def withdraw(self) -> bool:
+        """The client is to be told that the job could not be parked. False if it could."""
+        return self.written is None or self.tracker.withdraw(self.job, self.written)
 
     def _set_on_disk(self, on_disk: bool) -> None:
         self._set_admitted()

@@ -60,3 +60,41 @@ def test_what_a_neighbour_has_begun_is_not_parked_again(script, new_tracker):
     for one in (tracker, neighbour):
         assert one.store.get(job.id).status == "Processing"
     neighbour.fail(job.id, "so that it ends")
+
+
+class HeldFiles:
+    """Nothing reaches jobs.json until `go` is set."""
+
+    def __init__(self, script: Any):
+        self.go, self.began = threading.Event(), threading.Event()
+        script.os = WrappedOs(pwrite=self._write)
+
+    def _write(self, *arguments: Any) -> int:
+        self.began.set()
+        self.go.wait(20)
+        return os.pwrite(*arguments)
+
+
+def test_a_repeat_is_not_promised_a_job_that_is_withdrawn(script, tmp_path):
+    """The first was told 503. Its repeat gets a job of its own, or none: never one that is removed then."""
+    set_constants(script, PATIENCE=0.3, MOMENT=0.3)
+    key = {"Idempotency-Key": "once", **ASYNC}
+
+    async def ask(webui: SmallWebui) -> Any:
+        disk = HeldFiles(script)
+        requests = []
+        for _ in range(2):
+            requests.append(asyncio.ensure_future(webui.post({"prompt": "once"}, key)))
+            await asyncio.sleep(0.6)
+        disk.go.set()
+        return await asyncio.gather(*requests)
+
+    with SmallWebui(script, tmp_path) as webui:
+        webui.tracker.stopping.set()  # so that it stays parked
+        remove = script.Tracker.remove
+        script.Tracker.remove = lambda *arguments: time.sleep(0.5) or remove(*arguments)
+        first, repeat = asyncio.run(ask(webui))
+        assert first.status_code == 503
+        time.sleep(1)
+        promised = [repeat.json()["id"]] if repeat.status_code == 202 else []
+        assert [job.id for job in webui.jobs()] == promised
