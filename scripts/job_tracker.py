@@ -1839,7 +1839,7 @@ class Decision(NamedTuple):
     ids: List[str]
     decide: Callable[[Job], Optional[Job]]  # what becomes of each; None: it stays as it is
     decided: Future  # the jobs that were changed
-    is_undoing: bool = False  # it is tried again until it is written
+    is_lasting: bool = False  # it is tried again until it is written
 
 
 def decision_to_undo(before: Dict[str, Job], changed: Dict[str, Job]) -> Decision:
@@ -1848,7 +1848,7 @@ def decision_to_undo(before: Dict[str, Job], changed: Dict[str, Job]) -> Decisio
     def undo(job: Job) -> Optional[Job]:
         return before[job.id] if job == changed[job.id] else None
 
-    return Decision(list(changed), undo, uncancellable_future(), is_undoing=True)
+    return Decision(list(changed), undo, uncancellable_future(), is_lasting=True)
 
 
 def uncancellable_future() -> Future:
@@ -1936,7 +1936,7 @@ class JobStore:
         self._process_lock = FileLock(self.path + ".lock", self.path)
         self._owner_lock = FileLock(f"{self.path}.owner-{self.owner}", self.path)
         self._retry: List[Change] = []  # that could not be written
-        self._undo: List[Decision] = []  # the same for what is to be put back
+        self._lasting: List[Decision] = []  # the same for decisions
         self._retry_at = self._compact_at = self._step_began = 0.0
         self._troubles: Dict[str, str] = {}
         self._thread = threading.Thread(target=self._run, name="job-tracker-store", daemon=True)
@@ -1957,18 +1957,21 @@ class JobStore:
         """Removes jobs. The Future ends when that is on disk, or with StoreError; then it is tried again."""
         return self._enqueue(dict.fromkeys(ids, Pending(None, None)), False, False)
 
-    def change(self, ids: Iterable[str], decide: Callable[[Job], Optional[Job]]) -> Future:
+    def change(
+        self, ids: Iterable[str], decide: Callable[[Job], Optional[Job]], until_written: bool = False
+    ) -> Future:
         """Changes jobs by what is on disk now: no other process can change them between that look and this change.
 
         `decide` is given each job that is there, and gives what becomes of it, or None if it is to stay as it is. It is
         not to wait for anything. The Future ends with the jobs that were changed, when that is on disk, or with
-        StoreError: then all are as they were, and nothing is tried again.
+        StoreError: then all are as they were, and nothing is tried again. With `until_written`, it is tried again,
+        each time by what is on disk then, until the process ends.
         """
         with self._work:
             if self._closed:
                 return failed_future(StoreError("the store is closed"))
             decided = uncancellable_future()
-            self._decisions.append(Decision(list(ids), decide, decided))
+            self._decisions.append(Decision(list(ids), decide, decided, until_written))
             self._work.notify_all()
             return decided
 
@@ -2201,7 +2204,7 @@ class JobStore:
         """Waits until nothing is left to be written, read or compacted. False if that takes too long."""
         with self._work:
             return self._work.wait_for(
-                lambda: self._closed or not (self._is_busy or self._retry or self._undo or self._has_work()), seconds
+                lambda: self._closed or not (self._is_busy or self._retry or self._lasting or self._has_work()), seconds
             )
 
     def close(self) -> None:
@@ -2317,7 +2320,7 @@ class JobStore:
             with self._work:
                 self._is_busy = False
                 self._work.notify_all()
-                pause = max(0, self._retry_at - time.monotonic()) if self._retry or self._undo else None
+                pause = max(0, self._retry_at - time.monotonic()) if self._retry or self._lasting else None
                 self._work.wait_for(self._has_work, pause)
                 self._is_busy = True
             self._step_began = time.monotonic()
@@ -2572,8 +2575,8 @@ class JobStore:
             self._closed = self._closing and not (changes or decisions)
         if changes or (self._retry and (self._closed or time.monotonic() >= self._retry_at)):
             self._write(changes)
-        if self._undo and (self._closed or time.monotonic() >= self._retry_at):
-            decisions, self._undo = [*self._undo, *decisions], []
+        if self._lasting and (self._closed or time.monotonic() >= self._retry_at):
+            decisions, self._lasting = [*self._lasting, *decisions], []
         for decision in decisions:
             self._decide(decision)
 
@@ -2632,8 +2635,8 @@ class JobStore:
             if not isinstance(cause, StoreError):
                 self._report("written", cause)
             self._retry_at = time.monotonic() + self.RETRY
-            if decision.is_undoing:
-                self._undo.append(decision)
+            if decision.is_lasting:
+                self._lasting.append(decision)
             else:
                 decision.decided.set_exception(StoreError.of(cause))
         else:
@@ -2664,7 +2667,7 @@ class JobStore:
                 self._append(changed)
             except Exception as error:
                 if isinstance(error, NotUndone):  # it may stand in the file all the same, and must go from there
-                    self._undo.append(decision_to_undo(before, changed.copy()))
+                    self._lasting.append(decision_to_undo(before, changed.copy()))
                 self._give_up(changed)
                 raise
 
@@ -2890,7 +2893,7 @@ class JobStore:
             for job in decided.result():
                 ended(job)
 
-        decision = Decision(list(changed), change_known, uncancellable_future(), is_undoing=True)
+        decision = Decision(list(changed), change_known, uncancellable_future(), is_lasting=True)
         decision.decided.add_done_callback(tell)
         try:
             self._append(changed)
@@ -2903,7 +2906,7 @@ class JobStore:
                 known.update((job_id, [change.shown, change.job]) for job_id, change in left.items())
             self._report("written", error.__cause__ if isinstance(error, NotUndone) else error)
             self._retry_at = time.monotonic() + self.RETRY
-            self._undo.append(decision)
+            self._lasting.append(decision)
 
     def _left_behind(self, end: Callable[[Job], Job], parked: bool) -> Overlay:
         """The unfinished jobs of dead processes, each with its end."""
@@ -2912,7 +2915,7 @@ class JobStore:
         pending, is_gone = self._pending_now(), functools.lru_cache(maxsize=None)(self._is_gone)
         left: Overlay = {}
         failure: Optional[StoreError] = None
-        postponed = {job_id for decision in self._undo for job_id in decision.ids}
+        postponed = {job_id for decision in self._lasting for job_id in decision.ids}
         for place in places:
             if place.id in postponed:
                 continue
@@ -4455,16 +4458,22 @@ class Tracker:
         """A job was started on disk too late, and is not generated."""
 
         def park(job: Job) -> Optional[Job]:
-            return job._replace(status=PENDING, started=None, parked=True) if job.status == PROCESSING else None
+            if job.status != PROCESSING:
+                return None
+            if job.cancel_wanted:  # meanwhile
+                return failed_job(job, CANCELLED)._replace(started=None)
+            return job._replace(status=PENDING, started=None, parked=True)
 
         if starting.exception() is None:
-            self.store.change([job.id for job in starting.result()], park)
+            self._change_stored([job.id for job in starting.result()], park, until_written=True)
 
     def fail_parked(self, ids: List[str], error: str) -> Future:
         """Ends those jobs that are still parked. The Future ends when that is on disk, with these."""
         return self._change_stored(ids, lambda job: failed_job(job, error[:2000]) if job.parked else None)
 
-    def _change_stored(self, ids: List[str], decide: Callable[[Job], Optional[Job]]) -> Future:
+    def _change_stored(
+        self, ids: List[str], decide: Callable[[Job], Optional[Job]], until_written: bool = False
+    ) -> Future:
         """Changes jobs as the store does, and tells whoever waits for their ends."""
 
         def tell(changed: Future) -> None:
@@ -4472,7 +4481,7 @@ class Tracker:
                 if job.ended:
                     self._ended(job)
 
-        changed = self.store.change(ids, decide)
+        changed = self.store.change(ids, decide, until_written)
         changed.add_done_callback(tell)
         return changed
 

@@ -98,3 +98,46 @@ def test_a_repeat_is_not_promised_a_job_that_is_withdrawn(script, tmp_path):
         time.sleep(1)
         promised = [repeat.json()["id"]] if repeat.status_code == 202 else []
         assert [job.id for job in webui.jobs()] == promised
+
+
+def started_too_late(script: Any, tracker: Any, meanwhile: Callable[[Any], None]) -> Any:
+    """A parked job whose start comes to the disk when its webui has given it up. `meanwhile` is before it is undone."""
+    job, change = parked(script, tracker), tracker.store.change
+    disk = HeldFiles(script)
+    threading.Timer(0.6, disk.go.set).start()
+
+    def change_later(ids: Any, *arguments: Any, **more: Any) -> Any:
+        if disk.go.is_set():
+            tracker.store.change = change
+            meanwhile(job)
+        return change(ids, *arguments, **more)
+
+    tracker.store.change = change_later
+    assert not tracker.start_parked(job.id, lambda: True)
+    return job
+
+
+def test_what_began_too_late_waits_again_once_the_disk_takes_it(script, new_tracker):
+    set_constants(script, PATIENCE=0.2, MOMENT=0.2, RETRY=0.2)
+    tracker, mended = new_tracker(), []
+    job = started_too_late(script, tracker, lambda job: mended.append(full_disk(script)))
+    until(lambda: tracker.get(job.id).status == "Processing")
+    time.sleep(0.3)
+    mended[0]()
+    until(lambda: tracker.get(job.id).parked, what="it is parked again")
+    within(20, tracker.cancel, job.id)
+    assert tracker.get(job.id).error == "Cancelled"
+
+
+def test_what_began_too_late_was_to_be_cancelled(script, new_tracker):
+    set_constants(script, PATIENCE=0.2, MOMENT=0.2)
+    tracker, neighbour = new_tracker(), new_tracker()
+
+    def cancel(job: Any) -> None:
+        """By another webui, which takes it for one that runs."""
+        wish = lambda job: job._replace(cancel_wanted=True)  # noqa: E731
+        tracker.store.change([job.id], wish)
+
+    job = started_too_late(script, tracker, cancel)
+    until(lambda: tracker.get(job.id).ended)
+    assert neighbour.get(job.id).error == "Cancelled"
