@@ -4186,8 +4186,8 @@ class Tracker:
         """Has a job outlive its webui while it is Pending: that is on disk when this returns. Raises StoreError."""
         live = self._live_job(job_id)
         try:
-            if live is None:  # it is parked, or another webui has it
-                self.store.change([job_id], promised_job).result(self.patience())
+            if live is None:
+                self._promise_stored(job_id)
             elif live.job.status == PENDING and not live.job.promised:
                 if not live.kept.result(self.patience()):
                     raise StoreError("its request could not be kept")
@@ -4195,6 +4195,20 @@ class Tracker:
                 live.written.result(self.patience())
         except FutureTimeout:
             raise StoreError("the disk does not answer", temporary=True) from None
+
+    def _promise_stored(self, job_id: str) -> None:
+        """The same for a job that is parked, or that another webui has: its record comes before its request."""
+        until = time.monotonic() + self.patience()
+        while True:
+            job = self.store.get(job_id)
+            if job is None or job.status != PENDING or job.promised:
+                return
+            if not job.has_request or time.monotonic() > until:
+                raise StoreError("its request could not be kept")
+            if self.images.size(self.images.request_name(job)) is None:
+                time.sleep(0.05)
+            else:
+                self.store.change([job_id], promised_job).result(self.patience())
 
     def patience(self) -> float:
         """Seconds that a request waits for the disk now: a moment only after another has waited too long."""

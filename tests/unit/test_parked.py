@@ -141,3 +141,27 @@ def test_what_began_too_late_was_to_be_cancelled(script, new_tracker):
     job = started_too_late(script, tracker, cancel)
     until(lambda: tracker.get(job.id).ended)
     assert neighbour.get(job.id).error == "Cancelled"
+
+
+@pytest.mark.parametrize("kept", ["not yet", "never"])
+def test_a_neighbours_job_is_promised_only_with_its_request(script, new_tracker, tmp_path, kept):
+    """Its record comes first, and says that there is one."""
+    set_constants(script, PATIENCE=0.5)
+    tracker, neighbour = new_tracker(), new_tracker()
+    go = threading.Event()
+
+    def save(images: Any, *arguments: Any) -> None:
+        go.wait(20)
+        raise script.StoreError("the disk is full")
+
+    script.ImageStore.save_request = save
+    job = a_job(script, random.Random(), has_request=True, key="a key")
+    tracker.accept(job, lambda: True, b"{}").result(20)
+    if kept == "never":
+        go.set()
+        until(lambda: not alive(tmp_path / "jobs.json")[job.id]["has_request"])
+    with pytest.raises(script.StoreError):
+        neighbour.promise(job.id)
+    go.set()
+    tracker.fail(job.id, "so that it ends")
+    neighbour.promise(job.id)  # which needs no promise any more
