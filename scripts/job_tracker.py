@@ -4089,10 +4089,12 @@ class Tracker:
         self.sending: "WeakSet[Any]" = WeakSet()  # what is on its way to clients, and needs the pool for its rest
         self.closing = threading.Event()  # set when the webui unloads its scripts
         self.stopping = threading.Event()  # set when no parked job is to begin here any more
-        self.helpers: List[threading.Thread] = []  # which use the stores, and end soon after that
+        self._drained = threading.Event()  # set when nothing runs here any more after that
+        self.helpers: List[threading.Thread] = []  # which use the stores, and end soon after `closing`
         self._storing = threading.Lock()  # around this lock: jobs go to the store in the order of their changes
         self._lock = threading.Lock()  # held for a moment, never while the store is asked: the event loop takes it
         self._live: Dict[str, LiveJob] = {}  # in order of acceptance
+        self._starting: Set[str] = set()  # parked jobs whose start is on its way to the disk
         self._lock_queue: Dict[str, None] = {}  # the jobs that ask for the host's queue lock, in that order
         self._waiting: Dict[str, Set["asyncio.Future[None]"]] = {}  # for the end of a job; cancelled when it has ended
         self._parking: Set[str] = set()  # the jobs that are being parked, and may still be given up
@@ -4106,9 +4108,8 @@ class Tracker:
         self._reservations: Dict[str, KeyReservation] = {}  # by idempotency key
         self._hung: Optional[Future] = None  # the last work for a request that took too long
         self.recover()  # before anything else, so that nobody sees a job that was left behind
-        helper = threading.Thread(target=self._follow, name="job-tracker-follow", daemon=True)
-        self.helpers.append(helper)
-        helper.start()
+        self._follower = threading.Thread(target=self._follow, name="job-tracker-follow", daemon=True)
+        self._follower.start()
 
     # A job's way, from a request whose client waits
 
@@ -4442,7 +4443,8 @@ class Tracker:
         """A parked job has the queue lock. True if its generation begins, and that it does is on disk.
 
         Otherwise nothing is to be generated: it is no longer parked, since another webui was first, or it was
-        cancelled; or that cannot be told or written now, and it stays parked. `cancel` is as for `accept`.
+        cancelled; or that cannot be told or written now, or the webui ends, and it stays parked. `cancel` is as for
+        `accept`.
         """
         clock = Clock()
 
@@ -4451,22 +4453,30 @@ class Tracker:
             return job._replace(**changes) if job.parked else None
 
         self.leave_lock_queue(job_id)
-        starting = self.store.change([job_id], start)
+        with self._lock:
+            self._starting.add(job_id)
         try:
-            started = starting.result(self.patience())
-        except FutureTimeout:  # others wait for the lock
-            self._hung = starting
-            starting.add_done_callback(self._park_again)
-            return False
-        except StoreError:  # it is logged
-            return False
-        if started:
-            live = LiveJob(started[0], starting, cancel, clock)
-            live.kept.set_result(True)
+            if self.stopping.is_set():  # otherwise the store stays open for it
+                return False
+            starting = self.store.change([job_id], start)
+            try:
+                started = starting.result(self.patience())
+            except FutureTimeout:  # others wait for the lock
+                self._hung = starting
+                starting.add_done_callback(self._park_again)
+                return False
+            except StoreError:  # it is logged
+                return False
+            if started:
+                live = LiveJob(started[0], starting, cancel, clock)
+                live.kept.set_result(True)
+                with self._lock:
+                    self._live[job_id] = live
+                self._holder, self._begun = job_id, self.host.begun()
+            return bool(started)
+        finally:
             with self._lock:
-                self._live[job_id] = live
-            self._holder, self._begun = job_id, self.host.begun()
-        return bool(started)
+                self._starting.discard(job_id)
 
     def _park_again(self, starting: Future) -> None:
         """A job was started on disk too late, and is not generated."""
@@ -4540,7 +4550,8 @@ class Tracker:
     def _follow(self) -> None:
         """Notices what other webuis on the folder do: they park and end jobs, and ask for the end of ours."""
         unsure: Set[str] = set()  # whose end could not be looked up
-        while not self.closing.wait(self.FOLLOW_EVERY):
+        unheard: Set[str] = set()  # to be cancelled, but not here, unless they have begun only now
+        while not self._drained.wait(self.FOLLOW_EVERY):
             changed = self.store.follow()
             with self._lock:
                 live, waiting = dict(self._live), set(self._waiting).difference(self._live)
@@ -4549,9 +4560,10 @@ class Tracker:
             if changed is None:
                 changed = dict.fromkeys(waiting, False)
                 changed.update({job_id: self._is_cancel_wanted(job_id) for job_id in live})
-            for job_id in live:
-                if changed.get(job_id):
-                    live[job_id].cancel()
+            wanted = {job_id for job_id, is_wanted in changed.items() if is_wanted}
+            for job_id in live.keys() & {*wanted, *unheard}:
+                live[job_id].cancel()
+            unheard = wanted.difference(live)
             unsure = {job_id for job_id in waiting & {*changed, *unsure} if not self._wake_if_ended(job_id)}
 
     def _is_cancel_wanted(self, job_id: str) -> bool:
@@ -4906,7 +4918,7 @@ class Tracker:
         while True:
             with self._lock:
                 ending = [job_id for job_id, live in self._live.items() if live.end is not None]
-                is_idle = len(ending) == len(self._live)
+                is_idle = not self._starting and len(ending) == len(self._live)
             if is_idle:
                 break
             await asyncio.sleep(0.1)
@@ -4931,8 +4943,10 @@ class Tracker:
             for helper in self.helpers:
                 helper.join()
             self.bulk.shutdown()
-            while self._live or self.sending:
+            while self._starting or self._live or self.sending:  # in this order: what starts comes to live
                 time.sleep(0.2)
+            self._drained.set()
+            self._follower.join()
             self.store.close()
             for pool in (self.pool, self.searchers, self.key_readers, self.storers, self.keepers, self.senders):
                 pool.shutdown(wait=False)
@@ -6059,7 +6073,7 @@ class Generation:
         if self.was_parked:
             if self.is_live:  # it has had the lock before
                 return
-            if self.tracker.stopping.is_set() or not self.tracker.start_parked(self.job.id, self.cancel):
+            if not self.tracker.start_parked(self.job.id, self.cancel):
                 self.host.dequeue(self.task_id)
                 raise NotStarted
             self.is_live = True

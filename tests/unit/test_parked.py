@@ -165,3 +165,39 @@ def test_a_neighbours_job_is_promised_only_with_its_request(script, new_tracker,
     go.set()
     tracker.fail(job.id, "so that it ends")
     neighbour.promise(job.id)  # which needs no promise any more
+
+
+def test_a_reloaded_webui_still_hears_of_cancels(script, new_tracker):
+    """What its clients wait for runs on beside its successor, who is asked to cancel it."""
+    tracker, successor = new_tracker(), new_tracker()
+    job, cancelled = a_job(script, random.Random()), threading.Event()
+    tracker.accept(job, lambda: not cancelled.set(), b"").result(20)
+    closed = tracker.close()
+    time.sleep(0.2)
+    assert successor.cancel(job.id)
+    until(cancelled.is_set, 10)
+    tracker.fail(job.id, "Cancelled")
+    closed.result(20)
+
+
+def test_what_begins_at_a_reload_ends(script, new_tracker):
+    """It has the queue lock while the webui reloads its scripts, and its start is on the way to the disk."""
+    tracker = new_tracker()
+    job = parked(script, tracker)
+    disk, started = HeldFiles(script), []
+    thread = threading.Thread(target=lambda: started.append(tracker.start_parked(job.id, lambda: True)))
+    thread.start()
+    assert disk.began.wait(20)
+    closed = tracker.close()
+    time.sleep(0.5)
+    disk.go.set()
+    thread.join(20)
+    time.sleep(0.5)
+    assert started == [True] and not closed.done()
+    tracker.fail(job.id, "at its end")
+    closed.result(20)
+    successor = new_tracker()
+    assert successor.get(job.id).error == "at its end"
+    later = parked(script, successor)
+    successor.close().result(20)
+    assert not successor.start_parked(later.id, lambda: True)
