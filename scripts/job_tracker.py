@@ -1957,9 +1957,7 @@ class JobStore:
         """Removes jobs. The Future ends when that is on disk, or with StoreError; then it is tried again."""
         return self._enqueue(dict.fromkeys(ids, Pending(None, None)), False, False)
 
-    def change(
-        self, ids: Iterable[str], decide: Callable[[Job], Optional[Job]], until_written: bool = False
-    ) -> Future:
+    def change(self, ids: Iterable[str], decide: Callable[[Job], Optional[Job]], until_written: bool = False) -> Future:
         """Changes jobs by what is on disk now: no other process can change them between that look and this change.
 
         `decide` is given each job that is there, and gives what becomes of it, or None if it is to stay as it is. It is
@@ -4122,8 +4120,12 @@ class Tracker:
         with self._admitting:
             admitted, waiting = self._admitted, 0
             if limit is not None and self.store.is_ready:
-                with contextlib.suppress(StoreError, FutureTimeout):
-                    waiting = self.pool.submit(self.store.stats).result(self.patience())[0][PENDING]
+                with contextlib.suppress(StoreError):
+                    counting = self.pool.submit(self.store.stats)
+                    try:
+                        waiting = counting.result(self.patience())[0][PENDING]
+                    except FutureTimeout:  # the next one does not wait as long
+                        self._hung = counting
                 if admitted + waiting >= limit:
                     raise TooMany(f"{admitted + waiting:,} generations wait already")
             with self._lock:
@@ -4146,7 +4148,10 @@ class Tracker:
                 live = self._live[job.id] = LiveJob(job, written, cancel)
                 self._lock_queue[job.id] = None
 
+        to_keep = [body]  # which is large, and the Future keeps its callbacks
+
         def go_on(written: Future) -> None:
+            body = to_keep.pop()
             if written.exception() is None:
                 self._keep_request(live, body)
             else:
@@ -4700,10 +4705,13 @@ class Tracker:
                 why = f"cannot be read: {failure}" if failure.temporary else "are no longer on disk"
                 error = error or f"The parameters {why}"
         progress, eta = self.progress_of(job)
+        position = None
+        with contextlib.suppress(StoreError):  # the job itself is known
+            position = self.position(job)
         return {
             **{name: getattr(job, name) for name in self.PLAIN_FIELDS},
             "error": error,
-            "queue_position": self.position(job),
+            "queue_position": position,
             "progress": progress,
             "eta": eta,
             "parameters": parameters,

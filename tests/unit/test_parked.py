@@ -11,7 +11,7 @@ import time
 from typing import Any, Callable
 
 import pytest
-from inside import SmallWebui, WrappedOs, a_job, alive, load_script, set_constants, within
+from inside import SmallWebui, WrappedOs, a_job, alive, set_constants, within
 
 from harness import ASYNC, until
 
@@ -201,3 +201,43 @@ def test_what_begins_at_a_reload_ends(script, new_tracker):
     later = parked(script, successor)
     successor.close().result(20)
     assert not successor.start_parked(later.id, lambda: True)
+
+
+def test_requests_are_let_in_though_jobs_cannot_be_counted(script, new_tracker):
+    """They are counted one after another, but only the first waits long for a disk that does not answer."""
+    set_constants(script, PATIENCE=2, MOMENT=0.01)
+    tracker, go = new_tracker(TRACKER_MAX_PENDING="100"), threading.Event()
+    until(lambda: tracker.store.is_ready)
+    tracker.store.stats = lambda: go.wait(60) and ({"Pending": 9}, 0)
+    try:
+        tracker.admit()
+        for _ in range(20):
+            within(1, tracker.admit)
+    finally:
+        go.set()
+
+
+@pytest.mark.skipif(sys.implementation.name != "cpython", reason="counts references")
+def test_a_job_that_waits_does_not_hold_its_request(script, tracker):
+    """Beside the host, which has it in parts."""
+    body = b"x" * 1000
+    count = sys.getrefcount(body)
+    job = a_job(script, random.Random(), has_request=True)
+    tracker.accept(job, lambda: True, body).result(20)
+    until(lambda: tracker.images.read_request(job))
+    until(lambda: sys.getrefcount(body) <= count, 10)
+    tracker.fail(job.id, "so that it ends")
+
+
+def test_a_parked_job_is_told_of_though_its_place_is_not_known(script, tmp_path):
+    """It is on disk, and will be generated: 503 would have the client ask for another."""
+
+    def fail(*_: Any) -> int:
+        raise script.StoreError("the disk is gone")
+
+    script.JobStore.parked_before = fail
+    with SmallWebui(script, tmp_path) as webui:
+        webui.tracker.stopping.set()  # so that it stays parked
+        until(lambda: webui.tracker.store.is_ready)
+        answer = asyncio.run(webui.post({"prompt": "once"}, ASYNC))
+        assert (answer.status_code, answer.json()["queue_position"]) == (202, None)
