@@ -3974,7 +3974,6 @@ class KeyReservation:
 Progress = Optional[float]  # 0 to 1; None where unknown
 
 CANCELLED = "Cancelled"
-LEFT_BEHIND = "The webui ended before the generation did"
 
 
 def failed_job(job: Job, error: str) -> Job:
