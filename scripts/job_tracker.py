@@ -3276,11 +3276,14 @@ class ImageStore:
         sync_folder(self.folder)
 
     def read_request(self, job: Job) -> Optional[bytes]:
-        """The body of a job's request, None if it is no longer there. Raises only a temporary StoreError."""
+        """The body of a job's request, None if it is no longer there.
+
+        Raises StoreError if that cannot be told now: where there are no files at all, their disk may be away.
+        """
         try:
             return b"".join(self.read(self.request_name(job)))
         except StoreError as error:
-            if error.temporary:
+            if error.temporary or not self._list(self.folder):
                 raise
             return None
 

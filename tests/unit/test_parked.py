@@ -241,3 +241,22 @@ def test_a_parked_job_is_told_of_though_its_place_is_not_known(script, tmp_path)
         until(lambda: webui.tracker.store.is_ready)
         answer = asyncio.run(webui.post({"prompt": "once"}, ASYNC))
         assert (answer.status_code, answer.json()["queue_position"]) == (202, None)
+
+
+@pytest.mark.parametrize("leaves", ["nothing", "an empty folder"])
+def test_a_disk_that_is_away_costs_no_job(script, tracker, tmp_path, leaves):
+    """images/ may be on another disk than jobs.json."""
+    job = parked(script, tracker)
+    (tmp_path / "images").rename(tmp_path / "away")
+    if leaves == "an empty folder":
+        (tmp_path / "images").mkdir()
+    with pytest.raises(script.StoreError):
+        tracker.next_parked()
+    assert tracker.get(job.id).parked
+    if leaves == "an empty folder":
+        (tmp_path / "images").rmdir()
+    (tmp_path / "away").rename(tmp_path / "images")
+    assert tracker.next_parked() == (job, b"{}")
+    (tmp_path / "images" / tracker.images.request_name(job)).unlink()
+    assert tracker.next_parked() is None
+    assert "no longer on disk" in tracker.get(job.id).error
