@@ -4562,22 +4562,32 @@ class Tracker:
             changed = self.store.follow()
             with self._lock:
                 live, waiting = dict(self._live), set(self._waiting).difference(self._live)
+                asking = set(self._lock_queue).difference(self._live)
             if changed != {}:
                 self.on_parked()
             if changed is None:
-                changed = dict.fromkeys(waiting, False)
+                changed = dict.fromkeys(waiting | asking, False)
                 changed.update({job_id: self._is_cancel_wanted(job_id) for job_id in live})
             wanted = {job_id for job_id, is_wanted in changed.items() if is_wanted}
             for job_id in live.keys() & {*wanted, *unheard}:
                 live[job_id].cancel()
             unheard = wanted.difference(live)
             unsure = {job_id for job_id in waiting & {*changed, *unsure} if not self._wake_if_ended(job_id)}
+            for job_id in asking.intersection(changed):
+                self._leave_if_taken(job_id)
 
     def _is_cancel_wanted(self, job_id: str) -> bool:
         with contextlib.suppress(StoreError):  # whoever wants it asks again
             job = self.store.get(job_id)
             return job is not None and job.cancel_wanted
         return False
+
+    def _leave_if_taken(self, job_id: str) -> None:
+        """A job that asks for the lock here, and is parked no longer, is not ahead of others."""
+        with contextlib.suppress(StoreError):  # it leaves when it gets the lock
+            job = self.store.get(job_id)
+            if job is None or not job.parked:
+                self.leave_lock_queue(job_id)
 
     def _wake_if_ended(self, job_id: str) -> bool:
         """False if that cannot be told."""

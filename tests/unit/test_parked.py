@@ -260,3 +260,24 @@ def test_a_disk_that_is_away_costs_no_job(script, tracker, tmp_path, leaves):
     (tmp_path / "images" / tracker.images.request_name(job)).unlink()
     assert tracker.next_parked() is None
     assert "no longer on disk" in tracker.get(job.id).error
+
+
+@pytest.mark.parametrize("by", ["a start", "a cancel", "a purge"])
+def test_a_place_in_the_queue_that_a_neighbour_took_away(script, new_tracker, by):
+    """The job that asks for the lock here is generated there, or by nobody. It is no longer ahead of others."""
+    tracker, neighbour = new_tracker(), new_tracker()
+    job = parked(script, tracker)
+    tracker.ask_for_lock(job.id)
+    behind = a_job(script, random.Random())
+    tracker.accept(behind, lambda: True, b"").result(20)
+    assert tracker.position(behind) == 2
+    if by == "a start":
+        assert neighbour.start_parked(job.id, lambda: True)
+    else:
+        neighbour.cancel(job.id)
+        if by == "a purge":
+            neighbour.delete(job.id)
+    until(lambda: tracker.position(behind) == 1, 10)
+    for one in (tracker, neighbour):
+        one.fail(behind.id, "so that it ends")
+        one.fail(job.id, "so that it ends")
