@@ -3276,16 +3276,17 @@ class ImageStore:
         sync_folder(self.folder)
 
     def read_request(self, job: Job) -> Optional[bytes]:
-        """The body of a job's request, None if it is no longer there.
-
-        Raises StoreError if that cannot be told now: where there are no files at all, their disk may be away.
-        """
+        """The body of a job's request, None if it is no longer there. Raises only a temporary StoreError."""
         try:
             return b"".join(self.read(self.request_name(job)))
         except StoreError as error:
-            if error.temporary or not self._list(self.folder):
+            if error.temporary:
                 raise
             return None
+
+    def is_empty(self) -> bool:
+        """Whether there are no files at all: then their disk may be away. Raises StoreError."""
+        return not self._list(self.folder)
 
     def remove_request(self, job: Job) -> None:
         """Removes the body of a job's request, if it was kept. Does not raise."""
@@ -4444,6 +4445,8 @@ class Tracker:
             body = self.images.read_request(job)
             if body is not None:
                 return job, body
+            if self.images.is_empty():
+                raise StoreError("there is nothing in images/", temporary=True)
             self.fail_parked([job.id], "The request that was kept is no longer on disk").result()
 
     def start_parked(self, job_id: str, cancel: Callable[[], bool]) -> bool:
@@ -6380,6 +6383,8 @@ class Runner:
             try:
                 pause = await self._start_next(runs)
             except Exception as error:
+                if self.tracker.stopping.is_set():  # the tracker's threads end, too
+                    break
                 self._report(error)
                 pause = self.RETRY
         await asyncio.gather(*runs, return_exceptions=True)

@@ -281,3 +281,19 @@ def test_a_place_in_the_queue_that_a_neighbour_took_away(script, new_tracker, by
     for one in (tracker, neighbour):
         one.fail(behind.id, "so that it ends")
         one.fail(job.id, "so that it ends")
+
+
+def test_a_reload_while_a_job_asks_for_the_lock(script, tmp_path, caplog):
+    """It is left to the webui's next life, and nothing is wrong with that."""
+    set_constants(script, DELAY=0.0)
+    with SmallWebui(script, tmp_path) as webui, webui.queue_lock:
+        answer = asyncio.run(webui.post({"prompt": "later"}, ASYNC))
+        job_id = answer.json()["id"]
+        until(lambda: webui.tracker.position(webui.tracker.get(job_id)) == 1)
+        time.sleep(0.5)
+        webui.tracker.close().result(20)
+        webui.queue_lock.release()
+        time.sleep(1)
+        webui.queue_lock.acquire()
+    assert alive(tmp_path / "jobs.json")[job_id]["parked"]
+    assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == []
