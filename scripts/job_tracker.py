@@ -4203,6 +4203,8 @@ class Tracker:
                 self._change(job_id, promised=True)
                 live.written.result(self.patience())
         except FutureTimeout:
+            if live is not None:
+                self._hung = live.written if live.kept.done() else live.kept
             raise StoreError("the disk does not answer", temporary=True) from None
 
     def _promise_stored(self, job_id: str) -> None:
@@ -4930,8 +4932,11 @@ class Tracker:
         is_resumed = job.promised if self.settings.resume == "async" else self.settings.resume == "all"
         if job.cancel_wanted:
             return job._replace(status=FAILED, parked=False, error=CANCELLED)
-        if job.status == PENDING and is_resumed and self.images.size(self.images.request_name(job)) is not None:
-            return job._replace(promised=True, parked=True)
+        if job.status == PENDING and is_resumed:
+            if self.images.size(self.images.request_name(job)) is not None:
+                return job._replace(promised=True, parked=True)
+            if job.promised and self.images.is_empty():
+                raise StoreError("there is nothing in images/", temporary=True)
         return job._replace(status=FAILED, parked=False, error=LEFT_BEHIND)
 
     async def stop(self) -> None:

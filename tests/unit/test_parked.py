@@ -297,3 +297,33 @@ def test_a_reload_while_a_job_asks_for_the_lock(script, tmp_path, caplog):
         webui.queue_lock.acquire()
     assert alive(tmp_path / "jobs.json")[job_id]["parked"]
     assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == []
+
+
+def test_promises_of_a_disk_that_hangs(script, tracker):
+    """Each holds a thread that others need to look at jobs: only the first does so for long."""
+    set_constants(script, PATIENCE=2, MOMENT=0.01)
+    go, jobs = threading.Event(), [a_job(script, random.Random(), has_request=True) for _ in range(10)]
+    script.ImageStore.save_request = lambda *_: go.wait(60)
+    try:
+        for job in jobs:
+            tracker.accept(job, lambda: True, b"{}").result(20)
+        for number, job in enumerate(jobs):
+            with pytest.raises(script.StoreError):
+                within(1 if number else 10, tracker.promise, job.id)
+    finally:
+        go.set()
+        for job in jobs:
+            tracker.fail(job.id, "so that it ends")
+
+
+def test_a_disk_that_is_away_at_a_start_costs_no_promised_job(script, new_tracker, tmp_path):
+    tracker = new_tracker()
+    job = a_job(script, random.Random(), has_request=True, promised=True, owner="00000000")
+    tracker.images.save_request(job, b"{}")
+    (tmp_path / "images").rename(tmp_path / "away")
+    tracker.store.put(job, new=True).result(20)
+    tracker.recover().result(20)
+    assert tracker.get(job.id).status == "Pending"
+    (tmp_path / "away").rename(tmp_path / "images")
+    tracker.recover().result(20)
+    assert tracker.get(job.id).parked
