@@ -1902,6 +1902,7 @@ class JobStore:
     YIELD = 0.0005  # seconds between two steps of work that a caller waits for
     INDEX_FAILURES = 3  # after which the index is in memory
     LONG = 1 << 20  # bytes to be indexed, for which `get` does not wait
+    FOLLOWED_AT_MOST = 1 << 26  # bytes of what others wrote, after which it is not read any more
     COPIED_AT_ONCE = 200  # records, in a compaction
     TAIL_ROUNDS = 4  # of copying what was appended during a compaction, before the rest is copied under the lock
 
@@ -2169,11 +2170,13 @@ class JobStore:
                     self._sync()  # another process replaced it
                     return {}
                 end = os.fstat(journal.file).st_size - len(TAIL)
-                is_known = journal.inode == inode and start <= end <= start + self.LONG
-                data = read_at(journal.file, end - start, start) if is_known else b""
+                is_known = journal.inode == inode and start <= end <= start + self.FOLLOWED_AT_MOST
+                data = read_at(journal.file, min(end - start, self.LONG), start) if is_known else b""
             except OSError:  # whoever needs the disk says so
                 return {}
-            entries = list(ENTRY.finditer(data))
+            is_cut = len(data) == self.LONG  # the rest is read the next time
+            entries = list(ENTRY.finditer(data[: data.rfind(b"\n")] if is_cut else data))
+            is_known = is_known and bool(entries or not is_cut)
             # An entry that is just being written is read the next time.
             self._followed = journal.inode, (start + entries[-1].end() if entries else start) if is_known else end
         if not is_known:

@@ -163,3 +163,25 @@ def test_a_wish_to_cancel_is_noticed_though_its_job_goes_on(script, dice, stores
     store.put(job._replace(status="Processing")).result(20)
     assert store.follow() == {job.id: True}
     assert store.follow() == {}
+
+
+def test_much_that_others_wrote_is_read_in_turn(script, dice, stores):
+    """Between two looks, also more than is read at once."""
+    set_constants(script, LONG=20_000)
+    store, other = stores(), stores()
+    job = a_job(script, dice, owner=store.owner)
+    store.put(job, new=True).result(20)
+    store.follow()  # from now on
+    assert other.change([job.id], lambda job: job._replace(cancel_wanted=True)).result(20)
+    store.put(job._replace(status="Processing")).result(20)
+    jobs = [a_job(script, dice, prompt='"}\\' * 1000) for _ in range(30)]
+    for written in [other.put(one, new=True) for one in jobs]:
+        written.result(20)
+    found = {}
+    while True:
+        changed = store.follow()
+        assert changed is not None
+        found.update(changed)
+        if not changed:
+            break
+    assert found == {job.id: True, **{one.id: False for one in jobs}}
