@@ -96,7 +96,7 @@ def accept(webui: SmallWebui, job_id: str, status: str = "Pending", **fields: An
         tracker.fail(job_id, "Cancelled")
         return True
 
-    assert tracker.accept(webui.script.Job(id=job_id, status="Pending", **values), end).exception() is None
+    assert tracker.accept(webui.script.Job(id=job_id, status="Pending", **values), end, b"").exception() is None
     if status == "Processing":
         tracker.start(job_id)
 
