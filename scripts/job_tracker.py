@@ -3971,11 +3971,6 @@ def failed_job(job: Job, error: str) -> Job:
     return job._replace(status=FAILED, parked=False, error=error, finished=time.time())
 
 
-def promised_job(job: Job) -> Optional[Job]:
-    is_new = job.status == PENDING and job.has_request and not job.promised
-    return job._replace(promised=True) if is_new else None
-
-
 def details_of(error: BaseException) -> str:
     """What the log says of an error: with the path, where a StoreError has one."""
     return str(getattr(error, "details", error))
@@ -4173,7 +4168,7 @@ class Tracker:
         live = self._live_job(job_id)
         try:
             if live is None:  # it is parked, or another webui has it
-                self.store.change([job_id], promised_job).result(self.patience())
+                self.store.change([job_id], self._promised).result(self.patience())
             elif live.job.status == PENDING and not live.job.promised:
                 if not live.kept.result(self.patience()):
                     raise StoreError("its request could not be kept")
@@ -4181,6 +4176,14 @@ class Tracker:
                 live.written.result(self.patience())
         except FutureTimeout:
             raise StoreError("the disk does not answer", temporary=True) from None
+
+    def _promised(self, job: Job) -> Optional[Job]:
+        """The same for a job that does not live here."""
+        if job.status != PENDING or job.promised:
+            return None
+        if not job.has_request or self.images.size(self.images.request_name(job)) is None:
+            raise StoreError("its request is not kept, or not yet", temporary=True)
+        return job._replace(promised=True)
 
     def patience(self) -> float:
         """Seconds that a request waits for the disk now: a moment only after another has waited too long."""

@@ -258,6 +258,23 @@ def test_what_was_promised_begins_only_when_that_is_on_disk(script, tracker, new
     assert alive(tmp_path / "jobs.json")[job.id]["status"] == "Processing"
 
 
+def test_another_webui_promises_only_what_is_kept(script, tracker, new_tracker):
+    """The request is on disk a little later than its job."""
+    go, save = threading.Event(), tracker.images.save_request
+    tracker.images.save_request = lambda *arguments: go.wait(20) and save(*arguments)
+    job, other = a_job(script, random.Random(), has_request=True), new_tracker()
+    tracker.accept(job, lambda: True, b"{}").result(20)
+    try:
+        with pytest.raises(script.StoreError):
+            other.promise(job.id)
+        assert not other.get(job.id).promised
+    finally:
+        go.set()
+    until(lambda: tracker.images.read_request(job) == b"{}")
+    other.promise(job.id)
+    assert other.get(job.id).promised
+
+
 def test_a_disk_that_hangs_holds_it_up_for_a_moment_only(script, tracker):
     set_constants(script, PATIENCE=0.1)
     job, go = request_kept(script, tracker), threading.Event()
