@@ -6634,6 +6634,7 @@ class Api:
     """The endpoints. They look at jobs in threads of the tracker's own, so that the host's are never needed."""
 
     BODY_LIMIT = 1 << 16  # bytes of JSON that hold some filters
+    NOTICED = 2.0  # seconds within which another webui has ended a job that is to be cancelled
 
     def __init__(self, tracker: Tracker, origins: OriginGuard):
         self.tracker = tracker
@@ -6760,7 +6761,13 @@ class Api:
     async def cancel_job(self, request: Request, id: str = Path(description="the job's ID")) -> Response:
         """Takes a Pending job out of the queue, or interrupts a Processing one. It ends as Failed, "Cancelled"."""
         await self._end(self.tracker.cancel, id)
-        return await self._respond(request, await self._get(id), images=False)
+        job = await self._get(id)
+        if not job.ended and self.tracker.running(id) is None:  # its webui may be done with it before it notices
+            await self.tracker.wait(id, self.NOTICED)
+            job = await self._get(id)
+            if job.status == COMPLETED:
+                raise Conflict(f"The job is {job.status}")
+        return await self._respond(request, job, images=False)
 
     @endpoint
     async def retry_job(self, request: Request, id: str = Path(description="the job's ID")) -> Response:
