@@ -366,7 +366,8 @@ def judge(pair: Pair, told: Told) -> None:
 def judge_end(record: Dict[str, Any], told: Told) -> None:
     job_id = record["id"]
     if record["status"] == "Completed":
-        # Who cancels what runs at the other webui is told that this has been asked to. It may come too late.
+        # Who cancels what runs at the other webui is told after two seconds that it runs still. One that is suspended
+        # may be done with it when it is woken, and before it notices.
         assert told.cancelled.get(job_id) != "Failed", f"its client was told that it is cancelled: {record}"
     elif record["error"] == CANCELLED:
         assert job_id in told.cancelling, f"nobody has cancelled it: {record}"
