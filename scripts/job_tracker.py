@@ -7808,7 +7808,8 @@ TAB_STYLE = with_names("""
 #$tab_purge { flex: none; align-self: center; margin-left: auto; padding: 6px 20px;
     border: 1px solid var(--border-color-primary); }
 
-#$tab .$note { margin-bottom: 8px; padding: 8px 12px; border-left: 3px solid var(--border-color-primary);
+/* gradio 4 takes the margin below from whatever is the last child, by !important. */
+#$tab .$note { margin-bottom: 8px !important; padding: 8px 12px; border-left: 3px solid var(--border-color-primary);
     background: var(--background-fill-secondary); color: var(--body-text-color); overflow-wrap: anywhere; }
 #$tab .$note.$error { border-color: var(--color-red-500); }
 #$tab .$empty { padding: 64px 16px; text-align: center; }
@@ -7872,7 +7873,7 @@ TAB_STYLE = with_names("""
 #$tab header progress { width: 80px; margin: 2px 0 0; }
 #$tab .$actions { display: flex; gap: 8px; margin: 0 0 14px; }
 #$tab .$gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(160px, 1fr)); gap: 12px; }
-#$tab :is(.$gallery:not(:empty), dl, details) { margin: 0 0 14px; }
+#$tab :is(.$gallery:not(:empty), dl, details) { margin: 0 0 14px !important; }
 #$tab figure:only-child { grid-column: 1 / -1; }
 #$tab :is(figure img, .$blank) { display: block; width: 100%; max-height: 420px; object-fit: contain;
     border-radius: var(--radius-md); background: var(--background-fill-secondary); }
