@@ -6558,16 +6558,12 @@ PREFER_TEXT = (
     "seconds (at most 300) is answered as the webui answers it, with its true status, a failure too, and the rest "
     "with 202"
 )
-KEY_TEXT = "The same key, user, path and body is one generation, however often it is sent"
+KEY_TEXT = "As a UUID. The same key, user, path and body is one generation, however often it is sent"
 GENERATION_DOCS = {
+    # Without examples: Swagger UI would send them, and so one key for all that is tried under /docs.
     "parameters": [
-        {"name": "Prefer", "in": "header", "example": "respond-async, wait=30", **text_header(PREFER_TEXT)},
-        {
-            "name": "Idempotency-Key",
-            "in": "header",
-            "example": "8e03978e-40d5-43dd-bc93-6894a57f9324",
-            **text_header(KEY_TEXT, maxLength=IDEMPOTENCY_KEY_LIMIT),
-        },
+        {"name": "Prefer", "in": "header", **text_header(PREFER_TEXT)},
+        {"name": "Idempotency-Key", "in": "header", **text_header(KEY_TEXT, maxLength=IDEMPOTENCY_KEY_LIMIT)},
     ],
     "responses": {
         "200": {
