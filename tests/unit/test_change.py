@@ -59,6 +59,29 @@ def test_in_order_of_acceptance(script, dice, stores):
     assert store.oldest_parked() is None
 
 
+def test_a_list_of_places_counts_each_job_once(script, dice, stores, monkeypatch):
+    store = stores()
+    jobs = parked(script, dice, store, 300)
+    steps = []
+    make = script.IndexView.__init__
+
+    def make_counting(view: Any, connection: Any) -> None:
+        connection.set_progress_handler(lambda: steps.append(1), 10)
+        make(view, connection)
+
+    def places() -> List[int]:
+        steps.clear()
+        return [store.parked_before(job.id) for job in reversed(jobs)]
+
+    monkeypatch.setattr(script.IndexView, "__init__", make_counting)
+    assert store.parked_before(jobs[-1].id) == 299
+    once = len(steps)  # for 299 jobs
+    assert places() == list(range(299, -1, -1))
+    assert len(steps) < 30 * once, "not as much again for each of the 300"
+    assert store.change([jobs[100].id], claim(store)).result(20)
+    assert places() == [*range(298, 99, -1), 100, *range(99, -1, -1)]
+
+
 def test_each_is_claimed_once(script, dice, stores):
     """By four threads of two stores, which see each other only by the file."""
     one, other = stores(), stores()
