@@ -1680,8 +1680,10 @@ class IndexView:
         """The oldest parked jobs, at most `count`, oldest first."""
         return self._places("WHERE parked = 1 ORDER BY row LIMIT ?", count)
 
-    def count_parked(self, below: int) -> int:
-        return self.execute("SELECT count(*) FROM jobs WHERE parked = 1 AND row < ?", (below,)).fetchone()[0]
+    def count_parked(self, from_row: int, to_row: int) -> int:
+        """How many parked jobs there are from one row to before another."""
+        statement = "SELECT count(*) FROM jobs WHERE parked = 1 AND row >= ? AND row < ?"
+        return self.execute(statement, (from_row, to_row)).fetchone()[0]
 
     def places(self, above: int, count: int) -> List[Place]:
         """The next `count` jobs above a row, oldest first."""
@@ -1839,7 +1841,7 @@ class Decision(NamedTuple):
     ids: List[str]
     decide: Callable[[Job], Optional[Job]]  # what becomes of each; None: it stays as it is
     decided: Future  # the jobs that were changed
-    is_undoing: bool = False  # it is tried again until it is written
+    is_lasting: bool = False  # it is tried again until it is written
 
 
 def decision_to_undo(before: Dict[str, Job], changed: Dict[str, Job]) -> Decision:
@@ -1848,7 +1850,7 @@ def decision_to_undo(before: Dict[str, Job], changed: Dict[str, Job]) -> Decisio
     def undo(job: Job) -> Optional[Job]:
         return before[job.id] if job == changed[job.id] else None
 
-    return Decision(list(changed), undo, uncancellable_future(), is_undoing=True)
+    return Decision(list(changed), undo, uncancellable_future(), is_lasting=True)
 
 
 def uncancellable_future() -> Future:
@@ -1902,6 +1904,7 @@ class JobStore:
     YIELD = 0.0005  # seconds between two steps of work that a caller waits for
     INDEX_FAILURES = 3  # after which the index is in memory
     LONG = 1 << 20  # bytes to be indexed, for which `get` does not wait
+    FOLLOWED_AT_MOST = 1 << 26  # bytes of what others wrote, after which it is not read any more
     COPIED_AT_ONCE = 200  # records, in a compaction
     TAIL_ROUNDS = 4  # of copying what was appended during a compaction, before the rest is copied under the lock
 
@@ -1919,6 +1922,7 @@ class JobStore:
         self._index: Optional[Index] = None
         self._index_failures = 0
         self._followed = (0, 0)  # the file's inode, and up to where `follow` has read it
+        self._counted: Tuple[Optional[IndexState], int, int] = (None, 0, 0)  # parked jobs before a row, at that state
         self._is_ready = False  # jobs that dead processes left have been looked for
         self._is_building = False  # the index has a long way to go
         self._is_appending = False  # what the file has beyond the index is this process's own
@@ -1936,7 +1940,7 @@ class JobStore:
         self._process_lock = FileLock(self.path + ".lock", self.path)
         self._owner_lock = FileLock(f"{self.path}.owner-{self.owner}", self.path)
         self._retry: List[Change] = []  # that could not be written
-        self._undo: List[Decision] = []  # the same for what is to be put back
+        self._lasting: List[Decision] = []  # the same for decisions
         self._retry_at = self._compact_at = self._step_began = 0.0
         self._troubles: Dict[str, str] = {}
         self._thread = threading.Thread(target=self._run, name="job-tracker-store", daemon=True)
@@ -1957,18 +1961,19 @@ class JobStore:
         """Removes jobs. The Future ends when that is on disk, or with StoreError; then it is tried again."""
         return self._enqueue(dict.fromkeys(ids, Pending(None, None)), False, False)
 
-    def change(self, ids: Iterable[str], decide: Callable[[Job], Optional[Job]]) -> Future:
+    def change(self, ids: Iterable[str], decide: Callable[[Job], Optional[Job]], until_written: bool = False) -> Future:
         """Changes jobs by what is on disk now: no other process can change them between that look and this change.
 
         `decide` is given each job that is there, and gives what becomes of it, or None if it is to stay as it is. It is
         not to wait for anything. The Future ends with the jobs that were changed, when that is on disk, or with
-        StoreError: then all are as they were, and nothing is tried again.
+        StoreError: then all are as they were, and nothing is tried again. With `until_written`, it is tried again,
+        each time by what is on disk then, until the process ends.
         """
         with self._work:
             if self._closed:
                 return failed_future(StoreError("the store is closed"))
             decided = uncancellable_future()
-            self._decisions.append(Decision(list(ids), decide, decided))
+            self._decisions.append(Decision(list(ids), decide, decided, until_written))
             self._work.notify_all()
             return decided
 
@@ -2086,7 +2091,15 @@ class JobStore:
         """How many parked jobs were accepted before another job. Raises StoreError."""
 
         def count(view: IndexView, pending: Overlay) -> int:
-            return view.count_parked(view.row_of(job_id) or view.top() + 1)
+            row = view.row_of(job_id) or view.top() + 1
+            # Who lists jobs asks for one after the other. Counting from one to the next takes no time, while all
+            # before each of a page would be counted a thousand times.
+            state, near, known = self._counted
+            if state != view.state:
+                near = known = 0
+            known += view.count_parked(near, row) - view.count_parked(row, near)
+            self._counted = (view.state, row, known)
+            return known
 
         return self._look(count)
 
@@ -2168,11 +2181,13 @@ class JobStore:
                     self._sync()  # another process replaced it
                     return {}
                 end = os.fstat(journal.file).st_size - len(TAIL)
-                is_known = journal.inode == inode and start <= end <= start + self.LONG
-                data = read_at(journal.file, end - start, start) if is_known else b""
+                is_known = journal.inode == inode and start <= end <= start + self.FOLLOWED_AT_MOST
+                data = read_at(journal.file, min(end - start, self.LONG), start) if is_known else b""
             except OSError:  # whoever needs the disk says so
                 return {}
-            entries = list(ENTRY.finditer(data))
+            is_cut = len(data) == self.LONG  # the rest is read the next time
+            entries = list(ENTRY.finditer(data[: data.rfind(b"\n")] if is_cut else data))
+            is_known = is_known and bool(entries or not is_cut)
             # An entry that is just being written is read the next time.
             self._followed = journal.inode, (start + entries[-1].end() if entries else start) if is_known else end
         if not is_known:
@@ -2201,7 +2216,7 @@ class JobStore:
         """Waits until nothing is left to be written, read or compacted. False if that takes too long."""
         with self._work:
             return self._work.wait_for(
-                lambda: self._closed or not (self._is_busy or self._retry or self._undo or self._has_work()), seconds
+                lambda: self._closed or not (self._is_busy or self._retry or self._lasting or self._has_work()), seconds
             )
 
     def close(self) -> None:
@@ -2317,7 +2332,7 @@ class JobStore:
             with self._work:
                 self._is_busy = False
                 self._work.notify_all()
-                pause = max(0, self._retry_at - time.monotonic()) if self._retry or self._undo else None
+                pause = max(0, self._retry_at - time.monotonic()) if self._retry or self._lasting else None
                 self._work.wait_for(self._has_work, pause)
                 self._is_busy = True
             self._step_began = time.monotonic()
@@ -2572,8 +2587,8 @@ class JobStore:
             self._closed = self._closing and not (changes or decisions)
         if changes or (self._retry and (self._closed or time.monotonic() >= self._retry_at)):
             self._write(changes)
-        if self._undo and (self._closed or time.monotonic() >= self._retry_at):
-            decisions, self._undo = [*self._undo, *decisions], []
+        if self._lasting and (self._closed or time.monotonic() >= self._retry_at):
+            decisions, self._lasting = [*self._lasting, *decisions], []
         for decision in decisions:
             self._decide(decision)
 
@@ -2632,8 +2647,8 @@ class JobStore:
             if not isinstance(cause, StoreError):
                 self._report("written", cause)
             self._retry_at = time.monotonic() + self.RETRY
-            if decision.is_undoing:
-                self._undo.append(decision)
+            if decision.is_lasting:
+                self._lasting.append(decision)
             else:
                 decision.decided.set_exception(StoreError.of(cause))
         else:
@@ -2664,7 +2679,7 @@ class JobStore:
                 self._append(changed)
             except Exception as error:
                 if isinstance(error, NotUndone):  # it may stand in the file all the same, and must go from there
-                    self._undo.append(decision_to_undo(before, changed.copy()))
+                    self._lasting.append(decision_to_undo(before, changed.copy()))
                 self._give_up(changed)
                 raise
 
@@ -2880,23 +2895,30 @@ class JobStore:
         if not left:
             return
         changed = {job_id: change.job for job_id, change in left.items()}
+        known = {job_id: [change.shown] for job_id, change in left.items()}
 
-        def tell(written: Future) -> None:
-            for job in changed.values() if written.exception() is None else ():
+        def change_known(job: Job) -> Optional[Job]:
+            # Where this could not be written at first, another process may have done it, and have begun the job.
+            return changed[job.id] if job in known[job.id] else None
+
+        def tell(decided: Future) -> None:
+            for job in decided.result():
                 ended(job)
 
-        change = Change(changed, False, True, uncancellable_future())
-        change.written.add_done_callback(tell)
+        decision = Decision(list(changed), change_known, uncancellable_future(), is_lasting=True)
+        decision.decided.add_done_callback(tell)
         try:
             self._append(changed)
             statuses = Counter(job.status for job in changed.values())
             counts = ", ".join(f"{statuses[status]} {status}" for status in STATUSES if status in statuses)
             log.warning("%d jobs that a webui left behind are now: %s", len(left), counts)
-            change.written.set_result(None)
+            decision.decided.set_result(list(changed.values()))
         except OSError as error:
-            with self._lock:
-                self._pending.update(left)
-            self._fail([change], error)
+            if isinstance(error, NotUndone):  # it may stand in the file all the same
+                known.update((job_id, [change.shown, change.job]) for job_id, change in left.items())
+            self._report("written", error.__cause__ if isinstance(error, NotUndone) else error)
+            self._retry_at = time.monotonic() + self.RETRY
+            self._lasting.append(decision)
 
     def _left_behind(self, end: Callable[[Job], Job], parked: bool) -> Overlay:
         """The unfinished jobs of dead processes, each with its end."""
@@ -2905,7 +2927,10 @@ class JobStore:
         pending, is_gone = self._pending_now(), functools.lru_cache(maxsize=None)(self._is_gone)
         left: Overlay = {}
         failure: Optional[StoreError] = None
+        postponed = {job_id for decision in self._lasting for job_id in decision.ids}
         for place in places:
+            if place.id in postponed:
+                continue
             entry = None if place.id in pending else self._read(state, place)
             job = pending[place.id].shown if place.id in pending else entry and entry.job
             try:
@@ -3272,6 +3297,10 @@ class ImageStore:
             if error.temporary:
                 raise
             return None
+
+    def is_empty(self) -> bool:
+        """Whether there are no files at all: then their disk may be away. Raises StoreError."""
+        return not self._list(self.folder)
 
     def remove_request(self, job: Job) -> None:
         """Removes the body of a job's request, if it was kept. Does not raise."""
@@ -3963,7 +3992,6 @@ class KeyReservation:
 Progress = Optional[float]  # 0 to 1; None where unknown
 
 CANCELLED = "Cancelled"
-LEFT_BEHIND = "The webui ended before the generation did"
 
 
 def failed_job(job: Job, error: str) -> Job:
@@ -4076,12 +4104,15 @@ class Tracker:
         self.sending: "WeakSet[Any]" = WeakSet()  # what is on its way to clients, and needs the pool for its rest
         self.closing = threading.Event()  # set when the webui unloads its scripts
         self.stopping = threading.Event()  # set when no parked job is to begin here any more
-        self.helpers: List[threading.Thread] = []  # which use the stores, and end soon after that
+        self._drained = threading.Event()  # set when nothing runs here any more after that
+        self.helpers: List[threading.Thread] = []  # which use the stores, and end soon after `closing`
         self._storing = threading.Lock()  # around this lock: jobs go to the store in the order of their changes
         self._lock = threading.Lock()  # held for a moment, never while the store is asked: the event loop takes it
         self._live: Dict[str, LiveJob] = {}  # in order of acceptance
+        self._starting: Set[str] = set()  # parked jobs whose start is on its way to the disk
         self._lock_queue: Dict[str, None] = {}  # the jobs that ask for the host's queue lock, in that order
         self._waiting: Dict[str, Set["asyncio.Future[None]"]] = {}  # for the end of a job; cancelled when it has ended
+        self._parking: Set[str] = set()  # the jobs that are being parked, and may still be given up
         self._admitting = threading.Lock()  # around a count of the jobs that wait
         self._admitted = 0  # requests that were let in, and are not on disk yet
         self.on_parked: Callable[[], None] = lambda: None  # called from any thread when a job may have been parked
@@ -4092,9 +4123,8 @@ class Tracker:
         self._reservations: Dict[str, KeyReservation] = {}  # by idempotency key
         self._hung: Optional[Future] = None  # the last work for a request that took too long
         self.recover()  # before anything else, so that nobody sees a job that was left behind
-        helper = threading.Thread(target=self._follow, name="job-tracker-follow", daemon=True)
-        self.helpers.append(helper)
-        helper.start()
+        self._follower = threading.Thread(target=self._follow, name="job-tracker-follow", daemon=True)
+        self._follower.start()
 
     # A job's way, from a request whose client waits
 
@@ -4107,8 +4137,12 @@ class Tracker:
         with self._admitting:
             admitted, waiting = self._admitted, 0
             if limit is not None and self.store.is_ready:
-                with contextlib.suppress(StoreError, FutureTimeout):
-                    waiting = self.pool.submit(self.store.stats).result(self.patience())[0][PENDING]
+                with contextlib.suppress(StoreError):
+                    counting = self.pool.submit(self.store.stats)
+                    try:
+                        waiting = counting.result(self.patience())[0][PENDING]
+                    except FutureTimeout:  # the next one does not wait as long
+                        self._hung = counting
                 if admitted + waiting >= limit:
                     raise TooMany(f"{admitted + waiting:,} generations wait already")
             with self._lock:
@@ -4131,7 +4165,10 @@ class Tracker:
                 live = self._live[job.id] = LiveJob(job, written, cancel)
                 self._lock_queue[job.id] = None
 
+        to_keep = [body]  # which is large, and the Future keeps its callbacks
+
         def go_on(written: Future) -> None:
+            body = to_keep.pop()
             if written.exception() is None:
                 self._keep_request(live, body)
             else:
@@ -4172,15 +4209,31 @@ class Tracker:
         """Has a job outlive its webui while it is Pending: that is on disk when this returns. Raises StoreError."""
         live = self._live_job(job_id)
         try:
-            if live is None:  # it is parked, or another webui has it
-                self.store.change([job_id], promised_job).result(self.patience())
+            if live is None:
+                self._promise_stored(job_id)
             elif live.job.status == PENDING and not live.job.promised:
                 if not live.kept.result(self.patience()):
                     raise StoreError("its request could not be kept")
                 self._change(job_id, promised=True)
                 live.written.result(self.patience())
         except FutureTimeout:
+            if live is not None:
+                self._hung = live.written if live.kept.done() else live.kept
             raise StoreError("the disk does not answer", temporary=True) from None
+
+    def _promise_stored(self, job_id: str) -> None:
+        """The same for a job that is parked, or that another webui has: its record comes before its request."""
+        until = time.monotonic() + self.patience()
+        while True:
+            job = self.store.get(job_id)
+            if job is None or job.status != PENDING or job.promised:
+                return
+            if not job.has_request or time.monotonic() > until:
+                raise StoreError("its request could not be kept")
+            if self.images.size(self.images.request_name(job)) is None:
+                time.sleep(0.05)
+            else:
+                self.store.change([job_id], promised_job).result(self.patience())
 
     def patience(self) -> float:
         """Seconds that a request waits for the disk now: a moment only after another has waited too long."""
@@ -4349,38 +4402,55 @@ class Tracker:
         """
         job = job._replace(owner=self.store.owner)
         parked = uncancellable_future()
+        with self._lock:
+            self._parking.add(job.id)
 
         def put(kept: Future) -> None:
             if kept.exception() is None:
                 self.store.put(job, new=True).add_done_callback(tell)
             else:
-                parked.set_exception(StoreError.of(kept.exception()))
+                fail(StoreError.of(kept.exception()))
 
         def tell(written: Future) -> None:
-            if written.exception() is None:
-                parked.set_result(None)
-                self.on_parked()
-            else:
-                parked.set_exception(written.exception())
+            if written.exception() is not None:
+                fail(written.exception())
                 with contextlib.suppress(StoreError):
                     self.keepers.submit(self.images.remove_request, job)
+                return
+            with self._lock:
+                is_withdrawn = job.id not in self._parking
+                self._parking.discard(job.id)
+            if is_withdrawn:
+                self.fail_parked([job.id], CANCELLED).add_done_callback(remove)
+            else:
+                parked.set_result(None)
+                self.on_parked()
+
+        def remove(failed: Future) -> None:
+            fail(StoreError("the disk does not answer", temporary=True))
+            with contextlib.suppress(StoreError):  # then it stays, as Failed or as it is
+                self.keepers.submit(lambda: self.remove(failed.result()))
+
+        def fail(error: Exception) -> None:
+            parked.set_exception(error)
+            with self._lock:
+                self._parking.discard(job.id)
 
         self._save_request(job, body).add_done_callback(put)
         return parked
 
-    def withdraw(self, job: Job, parked: Future) -> None:
-        """Gives up a job that took too long to be parked: its client was told that there is none."""
+    def withdraw(self, job: Job, parked: Future) -> bool:
+        """Gives up a job that takes too long to be parked. False if it has been parked after all.
 
-        def remove() -> None:
-            self.remove(self.fail_parked([job.id], CANCELLED).result())
-
-        def remove_if_parked(parked: Future) -> None:
-            if parked.exception() is None:
-                with contextlib.suppress(StoreError):
-                    self.keepers.submit(remove)
-
-        self._hung = parked
-        parked.add_done_callback(remove_if_parked)
+        Otherwise its Future ends with StoreError, once the job is Failed on disk if it came there: nobody else, as
+        with a repeat of its request, can be promised it then.
+        """
+        with self._lock:
+            is_withdrawn = job.id in self._parking
+            self._parking.discard(job.id)
+        if is_withdrawn:
+            self._hung = parked
+        return is_withdrawn or (parked.done() and parked.exception() is not None)
 
     def next_parked(self) -> Optional[Tuple[Job, bytes]]:
         """The oldest parked job and its request's body, None if none is parked. Raises StoreError."""
@@ -4391,13 +4461,16 @@ class Tracker:
             body = self.images.read_request(job)
             if body is not None:
                 return job, body
+            if self.images.is_empty():
+                raise StoreError("there is nothing in images/", temporary=True)
             self.fail_parked([job.id], "The request that was kept is no longer on disk").result()
 
     def start_parked(self, job_id: str, cancel: Callable[[], bool]) -> bool:
         """A parked job has the queue lock. True if its generation begins, and that it does is on disk.
 
         Otherwise nothing is to be generated: it is no longer parked, since another webui was first, or it was
-        cancelled; or that cannot be told or written now, and it stays parked. `cancel` is as for `accept`.
+        cancelled; or that cannot be told or written now, or the webui ends, and it stays parked. `cancel` is as for
+        `accept`.
         """
         clock = Clock()
 
@@ -4406,37 +4479,51 @@ class Tracker:
             return job._replace(**changes) if job.parked else None
 
         self.leave_lock_queue(job_id)
-        starting = self.store.change([job_id], start)
+        with self._lock:
+            self._starting.add(job_id)
         try:
-            started = starting.result(self.patience())
-        except FutureTimeout:  # others wait for the lock
-            self._hung = starting
-            starting.add_done_callback(self._park_again)
-            return False
-        except StoreError:  # it is logged
-            return False
-        if started:
-            live = LiveJob(started[0], starting, cancel, clock)
-            live.kept.set_result(True)
+            if self.stopping.is_set():  # otherwise the store stays open for it
+                return False
+            starting = self.store.change([job_id], start)
+            try:
+                started = starting.result(self.patience())
+            except FutureTimeout:  # others wait for the lock
+                self._hung = starting
+                starting.add_done_callback(self._park_again)
+                return False
+            except StoreError:  # it is logged
+                return False
+            if started:
+                live = LiveJob(started[0], starting, cancel, clock)
+                live.kept.set_result(True)
+                with self._lock:
+                    self._live[job_id] = live
+                self._holder, self._begun = job_id, self.host.begun()
+            return bool(started)
+        finally:
             with self._lock:
-                self._live[job_id] = live
-            self._holder, self._begun = job_id, self.host.begun()
-        return bool(started)
+                self._starting.discard(job_id)
 
     def _park_again(self, starting: Future) -> None:
         """A job was started on disk too late, and is not generated."""
 
         def park(job: Job) -> Optional[Job]:
-            return job._replace(status=PENDING, started=None, parked=True) if job.status == PROCESSING else None
+            if job.status != PROCESSING:
+                return None
+            if job.cancel_wanted:  # meanwhile
+                return failed_job(job, CANCELLED)._replace(started=None)
+            return job._replace(status=PENDING, started=None, parked=True)
 
         if starting.exception() is None:
-            self.store.change([job.id for job in starting.result()], park)
+            self._change_stored([job.id for job in starting.result()], park, until_written=True)
 
     def fail_parked(self, ids: List[str], error: str) -> Future:
         """Ends those jobs that are still parked. The Future ends when that is on disk, with these."""
         return self._change_stored(ids, lambda job: failed_job(job, error[:2000]) if job.parked else None)
 
-    def _change_stored(self, ids: List[str], decide: Callable[[Job], Optional[Job]]) -> Future:
+    def _change_stored(
+        self, ids: List[str], decide: Callable[[Job], Optional[Job]], until_written: bool = False
+    ) -> Future:
         """Changes jobs as the store does, and tells whoever waits for their ends."""
 
         def tell(changed: Future) -> None:
@@ -4444,7 +4531,7 @@ class Tracker:
                 if job.ended:
                     self._ended(job)
 
-        changed = self.store.change(ids, decide)
+        changed = self.store.change(ids, decide, until_written)
         changed.add_done_callback(tell)
         return changed
 
@@ -4480,8 +4567,8 @@ class Tracker:
             try:
                 parked.result(self.patience())
             except FutureTimeout:
-                self.withdraw(again, parked)
-                raise StoreError("the disk does not answer", temporary=True) from None
+                if self.withdraw(again, parked):
+                    raise StoreError("the disk does not answer", temporary=True) from None
         finally:
             self.admitted()
         return self.get(again.id) or again
@@ -4489,25 +4576,37 @@ class Tracker:
     def _follow(self) -> None:
         """Notices what other webuis on the folder do: they park and end jobs, and ask for the end of ours."""
         unsure: Set[str] = set()  # whose end could not be looked up
-        while not self.closing.wait(self.FOLLOW_EVERY):
+        unheard: Set[str] = set()  # to be cancelled, but not here, unless they have begun only now
+        while not self._drained.wait(self.FOLLOW_EVERY):
             changed = self.store.follow()
             with self._lock:
                 live, waiting = dict(self._live), set(self._waiting).difference(self._live)
+                asking = set(self._lock_queue).difference(self._live)
             if changed != {}:
                 self.on_parked()
             if changed is None:
-                changed = dict.fromkeys(waiting, False)
+                changed = dict.fromkeys(waiting | asking, False)
                 changed.update({job_id: self._is_cancel_wanted(job_id) for job_id in live})
-            for job_id in live:
-                if changed.get(job_id):
-                    live[job_id].cancel()
+            wanted = {job_id for job_id, is_wanted in changed.items() if is_wanted}
+            for job_id in live.keys() & {*wanted, *unheard}:
+                live[job_id].cancel()
+            unheard = wanted.difference(live)
             unsure = {job_id for job_id in waiting & {*changed, *unsure} if not self._wake_if_ended(job_id)}
+            for job_id in asking.intersection(changed):
+                self._leave_if_taken(job_id)
 
     def _is_cancel_wanted(self, job_id: str) -> bool:
         with contextlib.suppress(StoreError):  # whoever wants it asks again
             job = self.store.get(job_id)
             return job is not None and job.cancel_wanted
         return False
+
+    def _leave_if_taken(self, job_id: str) -> None:
+        """A job that asks for the lock here, and is parked no longer, is not ahead of others."""
+        with contextlib.suppress(StoreError):  # it leaves when it gets the lock
+            job = self.store.get(job_id)
+            if job is None or not job.parked:
+                self.leave_lock_queue(job_id)
 
     def _wake_if_ended(self, job_id: str) -> bool:
         """False if that cannot be told."""
@@ -4637,10 +4736,13 @@ class Tracker:
                 why = f"cannot be read: {failure}" if failure.temporary else "are no longer on disk"
                 error = error or f"The parameters {why}"
         progress, eta = self.progress_of(job)
+        position = None
+        with contextlib.suppress(StoreError):  # the job itself is known
+            position = self.position(job)
         return {
             **{name: getattr(job, name) for name in self.PLAIN_FIELDS},
             "error": error,
-            "queue_position": self.position(job),
+            "queue_position": position,
             "progress": progress,
             "eta": eta,
             "parameters": parameters,
@@ -4844,8 +4946,11 @@ class Tracker:
         is_resumed = job.promised if self.settings.resume == "async" else self.settings.resume == "all"
         if job.cancel_wanted:
             return job._replace(status=FAILED, parked=False, error=CANCELLED)
-        if job.status == PENDING and is_resumed and self.images.size(self.images.request_name(job)) is not None:
-            return job._replace(promised=True, parked=True)
+        if job.status == PENDING and is_resumed:
+            if self.images.size(self.images.request_name(job)) is not None:
+                return job._replace(promised=True, parked=True)
+            if job.promised and self.images.is_empty():
+                raise StoreError("there is nothing in images/", temporary=True)
         return job._replace(status=FAILED, parked=False, error=LEFT_BEHIND)
 
     async def stop(self) -> None:
@@ -4855,7 +4960,7 @@ class Tracker:
         while True:
             with self._lock:
                 ending = [job_id for job_id, live in self._live.items() if live.end is not None]
-                is_idle = len(ending) == len(self._live)
+                is_idle = not self._starting and len(ending) == len(self._live)
             if is_idle:
                 break
             await asyncio.sleep(0.1)
@@ -4880,8 +4985,10 @@ class Tracker:
             for helper in self.helpers:
                 helper.join()
             self.bulk.shutdown()
-            while self._live or self.sending:
+            while self._starting or self._live or self.sending:  # in this order: what starts comes to live
                 time.sleep(0.2)
+            self._drained.set()
+            self._follower.join()
             self.store.close()
             for pool in (self.pool, self.searchers, self.key_readers, self.storers, self.keepers, self.senders):
                 pool.shutdown(wait=False)
@@ -5710,8 +5817,7 @@ class ClientResponse:
 
     async def _tell_parked(self, generation: "Generation", is_on_disk: bool) -> None:
         """202 if the job is on disk. Otherwise there is none, and is not to be one later."""
-        if not is_on_disk:
-            generation.withdraw()
+        if not is_on_disk and generation.withdraw():
             raise HTTPException(503, "The job cannot be kept now, so it was not accepted")
         never = asyncio.get_running_loop().create_future()
         await self._tell(generation.job, never, lambda: never, is_replay=False)
@@ -5756,8 +5862,9 @@ class ClientResponse:
         if is_early:
             await self._promise(job)
             headers["Location"] = path_of(self.scope).rpartition("/")[0] + f"/job/{job.id}"
-            with contextlib.suppress(StoreError):  # then as it was
-                job = await self.tracker.find(job.id) or job
+            if not job.parked:
+                with contextlib.suppress(StoreError):  # then as it was
+                    job = await self.tracker.find(job.id) or job
             content: Any = await self._begin(self.tracker.as_json(job, images=False), self.tracker.pool_for(job))
         elif ended.done():
             content = await result()
@@ -5915,7 +6022,7 @@ class Generation:
         if any(name == b"idempotency-key" for name, _ in self.scope["headers"]):
             self._reserve_key(header_of(self.scope, b"idempotency-key"))
         try:
-            if not self.has_thread:
+            if not (self.has_thread or self.parks):
                 raise TooMany(f"{self.host.SPARE_THREADS:,} generations wait already")
             self.tracker.admit()
             self.is_admitted = True
@@ -5990,10 +6097,9 @@ class Generation:
             self.host.dequeue(self.task_id)
             raise Parked
 
-    def withdraw(self) -> None:
-        """The client is told that the job could not be parked."""
-        if self.written is not None:
-            self.tracker.withdraw(self.job, self.written)
+    def withdraw(self) -> bool:
+        """The client is to be told that the job could not be parked. False if it could."""
+        return self.written is None or self.tracker.withdraw(self.job, self.written)
 
     def _set_on_disk(self, on_disk: bool) -> None:
         self._set_admitted()
@@ -6010,7 +6116,7 @@ class Generation:
         if self.was_parked:
             if self.is_live:  # it has had the lock before
                 return
-            if self.tracker.stopping.is_set() or not self.tracker.start_parked(self.job.id, self.cancel):
+            if not self.tracker.start_parked(self.job.id, self.cancel):
                 self.host.dequeue(self.task_id)
                 raise NotStarted
             self.is_live = True
@@ -6270,7 +6376,7 @@ class Runner:
     webui on the folder generates a job is decided when it has the lock: whoever is free first starts it, on disk.
     """
 
-    DELAY = 1.0  # seconds at the start, in which other extensions are told of it, too
+    DELAY = 0.5  # seconds at the start, in which other extensions are told of it, too
     RETRY = 5.0  # seconds after trouble
     IDLE = 10.0  # seconds between two looks while nobody says that a job was parked
 
@@ -6297,6 +6403,8 @@ class Runner:
             try:
                 pause = await self._start_next(runs)
             except Exception as error:
+                if self.tracker.stopping.is_set():  # the tracker's threads end, too
+                    break
                 self._report(error)
                 pause = self.RETRY
         await asyncio.gather(*runs, return_exceptions=True)
@@ -6558,16 +6666,12 @@ PREFER_TEXT = (
     "seconds (at most 300) is answered as the webui answers it, with its true status, a failure too, and the rest "
     "with 202"
 )
-KEY_TEXT = "The same key, user, path and body is one generation, however often it is sent"
+KEY_TEXT = "As a UUID. The same key, user, path and body is one generation, however often it is sent"
 GENERATION_DOCS = {
+    # Without examples: Swagger UI would send them, and so one key for all that is tried under /docs.
     "parameters": [
-        {"name": "Prefer", "in": "header", "example": "respond-async, wait=30", **text_header(PREFER_TEXT)},
-        {
-            "name": "Idempotency-Key",
-            "in": "header",
-            "example": "8e03978e-40d5-43dd-bc93-6894a57f9324",
-            **text_header(KEY_TEXT, maxLength=IDEMPOTENCY_KEY_LIMIT),
-        },
+        {"name": "Prefer", "in": "header", **text_header(PREFER_TEXT)},
+        {"name": "Idempotency-Key", "in": "header", **text_header(KEY_TEXT, maxLength=IDEMPOTENCY_KEY_LIMIT)},
     ],
     "responses": {
         "200": {
@@ -6631,6 +6735,7 @@ class Api:
     """The endpoints. They look at jobs in threads of the tracker's own, so that the host's are never needed."""
 
     BODY_LIMIT = 1 << 16  # bytes of JSON that hold some filters
+    NOTICED = 2.0  # seconds within which another webui has ended a job that is to be cancelled
 
     def __init__(self, tracker: Tracker, origins: OriginGuard):
         self.tracker = tracker
@@ -6757,7 +6862,13 @@ class Api:
     async def cancel_job(self, request: Request, id: str = Path(description="the job's ID")) -> Response:
         """Takes a Pending job out of the queue, or interrupts a Processing one. It ends as Failed, "Cancelled"."""
         await self._end(self.tracker.cancel, id)
-        return await self._respond(request, await self._get(id), images=False)
+        job = await self._get(id)
+        if not job.ended and self.tracker.running(id) is None:  # its webui may be done with it before it notices
+            await self.tracker.wait(id, self.NOTICED)
+            job = await self._get(id)
+            if job.status == COMPLETED:
+                raise Conflict(f"The job is {job.status}")
+        return await self._respond(request, job, images=False)
 
     @endpoint
     async def retry_job(self, request: Request, id: str = Path(description="the job's ID")) -> Response:
@@ -7808,7 +7919,8 @@ TAB_STYLE = with_names("""
 #$tab_purge { flex: none; align-self: center; margin-left: auto; padding: 6px 20px;
     border: 1px solid var(--border-color-primary); }
 
-#$tab .$note { margin-bottom: 8px; padding: 8px 12px; border-left: 3px solid var(--border-color-primary);
+/* gradio 4 takes the margin below from whatever is the last child, by !important. */
+#$tab .$note { margin-bottom: 8px !important; padding: 8px 12px; border-left: 3px solid var(--border-color-primary);
     background: var(--background-fill-secondary); color: var(--body-text-color); overflow-wrap: anywhere; }
 #$tab .$note.$error { border-color: var(--color-red-500); }
 #$tab .$empty { padding: 64px 16px; text-align: center; }
@@ -7872,7 +7984,7 @@ TAB_STYLE = with_names("""
 #$tab header progress { width: 80px; margin: 2px 0 0; }
 #$tab .$actions { display: flex; gap: 8px; margin: 0 0 14px; }
 #$tab .$gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(160px, 1fr)); gap: 12px; }
-#$tab :is(.$gallery:not(:empty), dl, details) { margin: 0 0 14px; }
+#$tab :is(.$gallery:not(:empty), dl, details) { margin: 0 0 14px !important; }
 #$tab figure:only-child { grid-column: 1 / -1; }
 #$tab :is(figure img, .$blank) { display: block; width: 100%; max-height: 420px; object-fit: contain;
     border-radius: var(--radius-md); background: var(--background-fill-secondary); }

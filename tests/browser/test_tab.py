@@ -679,3 +679,17 @@ def test_many_jobs(start, driver):
     assert opening < 10
     assert max(took) < SOON
     assert f"of {count:,}" in page.text(f"{MAIN} nav")
+
+
+def test_texts_keep_their_distance(start, driver):
+    """gradio 4 would have the last thing in a frame touch it, and a note what is below."""
+    webui = start("--api")
+    job_id = webui.post(body()).headers["X-Job-ID"]
+    page = Page(driver, webui)
+    page.open(job_id)
+    page.click("#job_tracker_purge")
+    page.until(lambda: page.seen(f"{TOP} .note"), "a note is shown")
+    below = "return document.querySelector(arguments[1]).getBoundingClientRect()[arguments[2]]"
+    below += " - [...document.querySelectorAll(arguments[0])].pop().getBoundingClientRect().bottom"
+    assert page.run(below, f"{OPEN_JOB} > *", OPEN_JOB, "bottom") >= 8
+    assert page.run(below, f"{TOP} .note", f"{TOP} .figures", "top") >= 8

@@ -37,6 +37,7 @@ from harness import (
     body,
     free_port,
     new_client,
+    submit,
     until,
 )
 
@@ -386,13 +387,14 @@ def check_retry(run, snippet, request):
     for job in run.site.jobs(status="failed", limit=1000):
         run.site.client.delete(f"/sdapi/v1/job/{job['id']}")
     gate = run.busy()
-    job_id = run.site.send(body("once more")).job_id()
-    run.site.client.post(f"/sdapi/v1/job/{job_id}/cancel")
+    jobs = [submit(run.site, "once more") for _ in range(52)]  # more than a list has without a limit
+    assert run.site.client.post("/sdapi/v1/jobs/cancel", json={"q": "once more"}).json() == {"jobs": len(jobs)}
     gate.open()
-    printed = run.run("bash", snippet.text)
-    run.known.add(job_id)
-    job = run.new_job()
-    assert printed == f"{job['id']} repeats {job_id}\n" and job["status"] == "Completed"
+    printed = [line.split(" repeats ") for line in run.run("bash", snippet.text).splitlines()]
+    assert [old for _, old in printed] == jobs, "all of them, in their order"
+    assert {run.site.job(new, wait=30)["status"] for new, _ in printed} == {"Completed"}
+    assert run.new_jobs() == {*jobs, *(new for new, _ in printed)}
+    run.known |= run.new_jobs()
 
 
 @snippet_with("/jobs/cancel")

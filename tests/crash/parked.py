@@ -222,7 +222,7 @@ class Pair:
         self.waiting = 0  # at all of that
         constants = {"DELAY": 0.2, "RECOVER_EVERY": 1.0, "LOOK_EVERY": 0.5, "MIN_DEAD_ENTRIES": 100}
         if dice.random() < 0.5:  # less than a webui is suspended for
-            constants["PATIENCE"] = 1.0
+            constants.update(PATIENCE=1.0, LOCK_SECONDS=0.5)
         environ = {"TRACKER_DATA_DIR": str(self.data), "TRACKER_RETENTION": "off", "TRACKER_ENABLED": "1"}
         modes = ["ui", harness.MODES[-1]]
         self.webuis = []
@@ -262,15 +262,40 @@ class Pair:
                 webui.wait()
 
     def suspend(self, some: List[harness.Webui]) -> None:
-        for webui in some:
-            os.kill(webui.pid, signal.SIGSTOP)
+        """Every second time, if it can be, while one holds the lock between them."""
+        stop_at = time.monotonic() + self.dice.choice([0, 2])
         try:
+            while True:
+                for webui in some:
+                    os.kill(webui.pid, signal.SIGSTOP)
+                is_holder = self.is_locked()
+                if is_holder or time.monotonic() > stop_at:
+                    break
+                for webui in some:
+                    os.kill(webui.pid, signal.SIGCONT)
+                time.sleep(self.dice.random() * 0.01)
+            self.befell["with the lock"] += is_holder
             time.sleep(self.dice.random() * self.dice.choice([0.3, LATE]))
             if self.dice.random() < 0.3:
                 self.kill(some[:1])
         finally:
             for webui in some:
                 os.kill(webui.pid, signal.SIGCONT)
+
+    def is_locked(self) -> bool:
+        """Whether somebody holds the lock for longer than a write takes."""
+        import fcntl  # which Windows has not
+
+        file = os.open(str(self.data / "jobs.json.lock"), os.O_RDWR)
+        try:
+            for _ in range(10):
+                with contextlib.suppress(BlockingIOError):
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    return False
+                time.sleep(0.01)
+            return True
+        finally:
+            os.close(file)
 
     def reload(self, some: List[harness.Webui]) -> None:
         """Only the webui that has a page can be. It goes on while it is reloaded."""
@@ -341,7 +366,8 @@ def judge(pair: Pair, told: Told) -> None:
 def judge_end(record: Dict[str, Any], told: Told) -> None:
     job_id = record["id"]
     if record["status"] == "Completed":
-        # Who cancels what runs at the other webui is told that this has been asked to. It may come too late.
+        # Who cancels what runs at the other webui is told after two seconds that it runs still. One that is suspended
+        # may be done with it when it is woken, and before it notices.
         assert told.cancelled.get(job_id) != "Failed", f"its client was told that it is cancelled: {record}"
     elif record["error"] == CANCELLED:
         assert job_id in told.cancelling, f"nobody has cancelled it: {record}"

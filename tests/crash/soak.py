@@ -63,7 +63,7 @@ OUR_LINES = (  # what Job Tracker may say here
     r"Job \w{8} was cancelled",
     r"jobs\.json: \d+ jobs loaded in [\d.]+ s",
 )
-FIXED_FILES = re.compile(r"jobs\.json(\.lock|\.index(-wal|-shm)?|\.owner-[0-9a-f]{8})?\Z")
+FIXED_FILES = re.compile(r"jobs\.json(\.lock|\.index2(-wal|-shm)?|\.owner-[0-9a-f]{8})?\Z")
 
 
 class Kept:
@@ -391,12 +391,17 @@ class Soak:
         with self.lock:
             self.kept = {job_id: kept for job_id, kept in self.kept.items() if kept.began > since}
             self.unnamed = [began for began in self.unnamed if began > since]
-            most = sum(len(self.pictures[kept.seed]) + 1 for kept in self.kept.values()) + 4 * len(self.unnamed)
+            most = sum(len(self.pictures[kept.seed]) + 2 for kept in self.kept.values()) + 4 * len(self.unnamed)
         images = [name for name in names if name.startswith("images")]
         if self.purge_began and len(images) > most + 20:
             self.complain(f"{len(images)} files in images/, though no more than {most} can be of kept jobs")
         named = {f"images/{name}" for record in records.values() for name in record["images"]}
         named |= {os.path.dirname(name) + f"/{os.path.basename(name)[:8]}.json" for name in named}
+        named |= {
+            name
+            for name in names
+            if name.endswith(".request.json") and records.get(name[-21:-13], {}).get("has_request")
+        }
         loose = {name for name in names if name not in named and not FIXED_FILES.match(name)}
         running = {job_id for job_id, record in records.items() if record["status"] in ("Pending", "Processing")}
         loose = {name for name in loose if os.path.basename(name)[:8] not in running}
@@ -480,7 +485,7 @@ class Soak:
             webui.client.get("/standin/empty")
             self.check_log(webui)
             now = held(webui.pid)
-            for name, room in (("threads", 12), ("files", 6)):  # the threads of two pools may not have begun then
+            for name, room in (("threads", 16), ("files", 6)):  # the threads of the pools may not have begun then
                 if getattr(now, name) > getattr(then, name) + room:
                     self.complain(f"{getattr(now, name)} {name} when idle, {getattr(then, name)} before the load")
 

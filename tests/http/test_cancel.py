@@ -179,6 +179,19 @@ def test_a_job_of_another_process(pair):
     assert one.job(own, wait=30)["status"] == "Completed"
 
 
+def test_a_job_that_ends_before_the_other_webui_notices(start, tmp_path):
+    """Who asked for it is not told that it is cancelled."""
+    environ = {"TRACKER_DATA_DIR": str(tmp_path)}
+    one = start(*QUICK, environ=environ, constants={"FOLLOW_EVERY": 60})
+    running = hold_the_queue(one)
+    two = start(*QUICK, environ=environ)
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(cancel, two, running)
+        until(lambda: one.records()[running]["cancel_wanted"])
+        one.gates[-1].open()
+        assert (answer.result().status_code, answer.result().json()["detail"]) == (409, "The job is Completed")
+
+
 def test_the_generation_of_the_ui_is_never_interrupted(crowded):
     full = FromUi(crowded).result()
     gate = crowded.gate()

@@ -112,7 +112,7 @@ def test_killed_before_its_record_is_written(webui, system):
         # But for who started it, it is the same answer.
         assert (job["info"], job["parameters"]) == (answer["info"], answer["parameters"])
         assert job["started"] is not None and job["finished"] is None
-        said = any("1 jobs that a webui left behind have ended: 1 Completed" in line for line in webui.our_log())
+        said = any("1 jobs that a webui left behind are now: 1 Completed" in line for line in webui.our_log())
         assert said == (time_ == 0)
         webui.kill()
 

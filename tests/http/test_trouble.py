@@ -27,6 +27,7 @@ from harness import (
     body,
     hold_the_queue,
     is_cut,
+    saved,
     submit,
     until,
     without_time,
@@ -155,13 +156,25 @@ def test_generation_survives_our_failure(mended, alone, name):
 @pytest.mark.parametrize("standin", [{}, {"seconds": 1.2}, {"fail": "ValueError"}], ids=str)
 def test_untracked_generations_name_no_job(mended, name, standin):
     """Whatever the client prefers, and whatever comes of it."""
-    for prefer in ("respond-async", "respond-async, wait=1", "respond-async, wait=30"):
+    for prefer in ("", "respond-async, wait=1", "respond-async, wait=30"):
         if "seconds" in standin:  # longer than is waited for, or than it takes to be accepted
             standin = {"seconds": 1.2 if "wait=1" in prefer else 0.3}
         with trouble(mended, name):
             answer = mended.post(body(standin=standin), headers={"Prefer": prefer, **CLOSE})
         assert answer.status_code == (500 if "fail" in standin else 200)
         assert not {"x-job-id", "preference-applied", "location"} & set(answer.headers)
+
+
+@pytest.mark.parametrize("name", UNTRACKED)
+def test_a_promise_that_cannot_be_kept_is_not_given(mended, name):
+    """And nothing is generated for it."""
+    before = saved(mended)
+    with trouble(mended, name):
+        answer = mended.post(body(save_images=True), headers={"Prefer": "respond-async"})
+    assert answer.status_code == 503 and answer.json()["detail"]
+    assert not {"x-job-id", "preference-applied", "location"} & set(answer.headers)
+    assert_tracks(mended)
+    assert saved(mended) == before
 
 
 @pytest.mark.parametrize("name", UNTRACKED)

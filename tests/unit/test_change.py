@@ -59,6 +59,29 @@ def test_in_order_of_acceptance(script, dice, stores):
     assert store.oldest_parked() is None
 
 
+def test_a_list_of_places_counts_each_job_once(script, dice, stores, monkeypatch):
+    store = stores()
+    jobs = parked(script, dice, store, 300)
+    steps = []
+    make = script.IndexView.__init__
+
+    def make_counting(view: Any, connection: Any) -> None:
+        connection.set_progress_handler(lambda: steps.append(1), 10)
+        make(view, connection)
+
+    def places() -> List[int]:
+        steps.clear()
+        return [store.parked_before(job.id) for job in reversed(jobs)]
+
+    monkeypatch.setattr(script.IndexView, "__init__", make_counting)
+    assert store.parked_before(jobs[-1].id) == 299
+    once = len(steps)  # for 299 jobs
+    assert places() == list(range(299, -1, -1))
+    assert len(steps) < 30 * once, "not as much again for each of the 300"
+    assert store.change([jobs[100].id], claim(store)).result(20)
+    assert places() == [*range(298, 99, -1), 100, *range(99, -1, -1)]
+
+
 def test_each_is_claimed_once(script, dice, stores):
     """By four threads of two stores, which see each other only by the file."""
     one, other = stores(), stores()
@@ -163,3 +186,25 @@ def test_a_wish_to_cancel_is_noticed_though_its_job_goes_on(script, dice, stores
     store.put(job._replace(status="Processing")).result(20)
     assert store.follow() == {job.id: True}
     assert store.follow() == {}
+
+
+def test_much_that_others_wrote_is_read_in_turn(script, dice, stores):
+    """Between two looks, also more than is read at once."""
+    set_constants(script, LONG=20_000)
+    store, other = stores(), stores()
+    job = a_job(script, dice, owner=store.owner)
+    store.put(job, new=True).result(20)
+    store.follow()  # from now on
+    assert other.change([job.id], lambda job: job._replace(cancel_wanted=True)).result(20)
+    store.put(job._replace(status="Processing")).result(20)
+    jobs = [a_job(script, dice, prompt='"}\\' * 1000) for _ in range(30)]
+    for written in [other.put(one, new=True) for one in jobs]:
+        written.result(20)
+    found = {}
+    while True:
+        changed = store.follow()
+        assert changed is not None
+        found.update(changed)
+        if not changed:
+            break
+    assert found == {job.id: True, **{one.id: False for one in jobs}}
