@@ -164,6 +164,7 @@ def test_a_neighbours_job_is_promised_only_with_its_request(script, new_tracker,
         neighbour.promise(job.id)
     go.set()
     tracker.fail(job.id, "so that it ends")
+    until(lambda: neighbour.get(job.id).ended)
     neighbour.promise(job.id)  # which needs no promise any more
 
 
