@@ -183,6 +183,7 @@ def test_positions(webui):
 def test_parked_and_connected_take_turns(webui):
     hold_the_queue(webui)
     parked = [submit(webui) for _ in range(4)]
+    until(lambda: asks_for_the_lock(webui, parked[0]))
     connected = [connect(webui) for _ in range(4)]
     webui.gates[-1].open()
     started = {job_id: webui.job(job_id, wait=30)["started"] for job_id in (*parked, *connected)}
