@@ -73,13 +73,13 @@ def test_such_a_line_is_also_synced_before_a_compaction_shows_it(script, opened,
 
     store, job = opened(), a_job(script, dice)
     store.put(job, new=True).result()
-    inode = path.stat().st_ino
     monkeypatch.setattr(script.JobStore, "_copy_rest", after_a_death)
     monkeypatch.setattr(script.Index, "add", note_add)
     script.os = WrappedOs(fsync=note_sync)
     for number in range(40):
         store.put(job._replace(bytes=number)).result()
-    assert store.idle() and path.stat().st_ino != inode
+    # Not by the file's inode, which a second compaction may have got back.
+    assert store.idle() and path.read_bytes().count(b"\n") < 30
     assert calls.index(str(path)) < calls.index(left.id)
 
 
