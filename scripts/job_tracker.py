@@ -5754,6 +5754,8 @@ class ClientResponse:
         self.connection.work = generation.begin()
         over = generation.over
         try:
+            if parks:  # it leaves the host's route at once, refused or parked
+                await asyncio.wait({over})
             is_accepted = await generation.is_accepted()
             if isinstance(generation.response.error, Parked):
                 await self._tell_parked(generation, is_accepted)
