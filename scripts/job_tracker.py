@@ -588,10 +588,16 @@ NUMBER = re.compile(r"[0-9]*\.?[0-9]+([eE][+-]?[0-9]+)?\Z")  # Python's `float` 
 UNCHANGED = object()  # of an invalid value: what was in force stays so
 
 
+def one_of(text: str, allowed: Iterable[str]) -> str:
+    """That of the allowed words which a text is, case ignored. Raises ValueError that names them."""
+    for word in allowed:
+        if word.lower() == text.lower():
+            return word
+    raise ValueError("it must be one of " + ", ".join(allowed))
+
+
 def parse_boolean(text: str) -> bool:
-    if text.lower() not in BOOLEANS:
-        raise ValueError("it must be one of " + ", ".join(BOOLEANS))
-    return BOOLEANS[text.lower()]
+    return BOOLEANS[one_of(text, BOOLEANS)]
 
 
 def check_boolean(value: Any) -> bool:
@@ -622,12 +628,6 @@ def parse_count(text: str) -> Optional[int]:
 
 
 RESUMES = ("async", "all", "off")
-
-
-def parse_resume(text: str) -> str:
-    if text.lower() not in RESUMES:
-        raise ValueError("it must be one of " + ", ".join(RESUMES))
-    return text.lower()
 
 
 def parse_folder(text: str) -> str:
@@ -664,7 +664,7 @@ SETTINGS = (
         when_invalid=(None, "retention is off"),
     ),
     Setting("data_folder", "", "TRACKER_DATA_DIR", parse_folder),
-    Setting("resume", "async", "TRACKER_RESUME", parse_resume),
+    Setting("resume", "async", "TRACKER_RESUME", functools.partial(one_of, allowed=RESUMES)),
     Setting("max_gb", None, "TRACKER_MAX_GB", functools.partial(parse_amount, unit="GB")),
     Setting("max_pending", None, "TRACKER_MAX_PENDING", parse_count),
 )
@@ -1249,6 +1249,11 @@ def cut_end(file: int, end: int) -> int:
 
 class NotUndone(OSError):
     """Entries could not be appended, and may stand in the file all the same."""
+
+
+def cause_of(error: Exception) -> Exception:
+    """Why entries could not be appended."""
+    return error.__cause__ if isinstance(error, NotUndone) else error
 
 
 def append_records(file: int, end: int, records: Dict[str, bytes]) -> Tuple[Dict[str, int], int]:
@@ -2615,7 +2620,7 @@ class JobStore:
 
     def _fail(self, changes: List[Change], error: Exception) -> None:
         """What could not be written is tried again, unless it is new."""
-        cause = error.__cause__ if isinstance(error, NotUndone) else error
+        cause = cause_of(error)
         self._report("written", cause)
         self.trouble = reason_of(cause)
         self._retry_at = time.monotonic() + self.RETRY
@@ -2643,7 +2648,7 @@ class JobStore:
         try:
             self._with_index(self._append_decided, decision, changed)
         except Exception as error:
-            cause = error.__cause__ if isinstance(error, NotUndone) else error
+            cause = cause_of(error)
             if not isinstance(cause, StoreError):
                 self._report("written", cause)
             self._retry_at = time.monotonic() + self.RETRY
@@ -2916,7 +2921,7 @@ class JobStore:
         except OSError as error:
             if isinstance(error, NotUndone):  # it may stand in the file all the same
                 known.update((job_id, [change.shown, change.job]) for job_id, change in left.items())
-            self._report("written", error.__cause__ if isinstance(error, NotUndone) else error)
+            self._report("written", cause_of(error))
             self._retry_at = time.monotonic() + self.RETRY
             self._lasting.append(decision)
 
@@ -4137,12 +4142,8 @@ class Tracker:
         with self._admitting:
             admitted, waiting = self._admitted, 0
             if limit is not None and self.store.is_ready:
-                with contextlib.suppress(StoreError):
-                    counting = self.pool.submit(self.store.stats)
-                    try:
-                        waiting = counting.result(self.patience())[0][PENDING]
-                    except FutureTimeout:  # the next one does not wait as long
-                        self._hung = counting
+                with contextlib.suppress(StoreError, FutureTimeout):
+                    waiting = self._wait_for(self.pool.submit(self.store.stats))[0][PENDING]
                 if admitted + waiting >= limit:
                     raise TooMany(f"{admitted + waiting:,} generations wait already")
             with self._lock:
@@ -4212,13 +4213,11 @@ class Tracker:
             if live is None:
                 self._promise_stored(job_id)
             elif live.job.status == PENDING and not live.job.promised:
-                if not live.kept.result(self.patience()):
+                if not self._wait_for(live.kept):
                     raise StoreError("its request could not be kept")
                 self._change(job_id, promised=True)
-                live.written.result(self.patience())
+                self._wait_for(live.written)
         except FutureTimeout:
-            if live is not None:
-                self._hung = live.written if live.kept.done() else live.kept
             raise StoreError("the disk does not answer", temporary=True) from None
 
     def _promise_stored(self, job_id: str) -> None:
@@ -4233,7 +4232,7 @@ class Tracker:
             if self.images.size(self.images.request_name(job)) is None:
                 time.sleep(0.05)
             else:
-                self.store.change([job_id], promised_job).result(self.patience())
+                self._wait_for(self.store.change([job_id], promised_job))
 
     def patience(self) -> float:
         """Seconds that a request waits for the disk now: a moment only after another has waited too long."""
@@ -4243,6 +4242,14 @@ class Tracker:
         if has_hung or (self._hung is not None and not self._hung.done()):
             return self.MOMENT
         return self.PATIENCE
+
+    def _wait_for(self, work: Future) -> Any:
+        """The result of work that a request waits for. Raises FutureTimeout after `patience`: others wait less then."""
+        try:
+            return work.result(self.patience())
+        except FutureTimeout:
+            self._hung = work
+            raise
 
     def ask_for_lock(self, job_id: str) -> None:
         """A parked job asks for the host's queue lock, as an accepted one does from its acceptance on."""
@@ -4264,13 +4271,8 @@ class Tracker:
         self._change(job_id, "started", status=PROCESSING)
         live = self._live_job(job_id)
         if live is not None and (live.job.promised or live.job.key or self.settings.resume == "all"):
-            written = live.written
-            try:
-                written.result(self.patience())
-            except FutureTimeout:  # it goes on all the same
-                self._hung = written
-            except StoreError:  # the same, and it is logged
-                pass
+            with contextlib.suppress(FutureTimeout, StoreError):  # it goes on all the same
+                self._wait_for(live.written)
 
     def generated(self) -> None:
         """The job that has the queue lock is about to give it back."""
@@ -4366,16 +4368,15 @@ class Tracker:
         It may be called by the store, which is not to wait for anything.
         """
         live = self._leave(job)
-        if job.status == COMPLETED:
+        if job.status == COMPLETED and live is None:
+            self._remove_request(job)
+        elif job.status == COMPLETED:  # not before it is kept
+            live.kept.add_done_callback(lambda _: self._remove_request(job))
 
-            def remove_request(_: Any) -> None:
-                with contextlib.suppress(StoreError):  # the housekeeper finds it
-                    self.keepers.submit(self.images.remove_request, job)
-
-            if live is None:
-                remove_request(None)
-            else:  # otherwise it could be kept after that
-                live.kept.add_done_callback(remove_request)
+    def _remove_request(self, job: Job) -> None:
+        """Removes a job's request, a little later. Waits for nothing."""
+        with contextlib.suppress(StoreError):  # the housekeeper finds it
+            self.keepers.submit(self.images.remove_request, job)
 
     def _leave(self, job: Job) -> Optional[LiveJob]:
         """The job has ended, or came to be none."""
@@ -4414,8 +4415,7 @@ class Tracker:
         def tell(written: Future) -> None:
             if written.exception() is not None:
                 fail(written.exception())
-                with contextlib.suppress(StoreError):
-                    self.keepers.submit(self.images.remove_request, job)
+                self._remove_request(job)
                 return
             with self._lock:
                 is_withdrawn = job.id not in self._parking
@@ -4486,9 +4486,8 @@ class Tracker:
                 return False
             starting = self.store.change([job_id], start)
             try:
-                started = starting.result(self.patience())
+                started = self._wait_for(starting)
             except FutureTimeout:  # others wait for the lock
-                self._hung = starting
                 starting.add_done_callback(self._park_again)
                 return False
             except StoreError:  # it is logged
@@ -4656,7 +4655,7 @@ class Tracker:
         return {number for number, image in enumerate(job.images) if self.images.size(image.name) is None}
 
     def position(self, job: Job) -> Optional[int]:
-        """Where a Pending job stands in the queue, 1 is next. None for any other. Raises StoreError for a parked one.
+        """Where a Pending job stands in the queue, 1 is next. None for any other, and where that cannot be told.
 
         What asks for the queue lock gets it in that order. One parked job at a time does, and so those behind it have
         all that ask now before them. None for a job whose client waits at another webui.
@@ -4666,9 +4665,10 @@ class Tracker:
             connected = len(self._lock_queue.keys() & self._live.keys())
         if job.status == PENDING and job.id in asking:
             return asking.index(job.id) + 1
-        if not job.parked or not self.store.is_ready:
-            return None
-        return connected + self.store.parked_before(job.id) + 1
+        if job.parked and self.store.is_ready:
+            with contextlib.suppress(StoreError):  # the job itself is known
+                return connected + self.store.parked_before(job.id) + 1
+        return None
 
     def progress_of(self, job: Job) -> Tuple[Progress, Optional[float]]:
         """How far a Processing job is, by the host's state, never that of another generation, and the seconds left."""
@@ -4736,13 +4736,10 @@ class Tracker:
                 why = f"cannot be read: {failure}" if failure.temporary else "are no longer on disk"
                 error = error or f"The parameters {why}"
         progress, eta = self.progress_of(job)
-        position = None
-        with contextlib.suppress(StoreError):  # the job itself is known
-            position = self.position(job)
         return {
             **{name: getattr(job, name) for name in self.PLAIN_FIELDS},
             "error": error,
-            "queue_position": position,
+            "queue_position": self.position(job),
             "progress": progress,
             "eta": eta,
             "parameters": parameters,
@@ -6557,12 +6554,7 @@ def filter_value(name: str, value: Any, is_json: bool) -> Any:
         raise ValueError("it must be text")
     if len(value) > schema.get("maxLength", math.inf):
         raise ValueError(f"it must have at most {schema['maxLength']} characters")
-    if "enum" not in schema:
-        return value
-    for one in schema["enum"]:
-        if one.lower() == value.lower():
-            return one
-    raise ValueError("it must be one of " + ", ".join(schema["enum"]))
+    return one_of(value, schema["enum"]) if "enum" in schema else value
 
 
 # What is null is in no example: fastapi leaves it out.

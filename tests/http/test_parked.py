@@ -37,6 +37,11 @@ def requests_of(webui: Webui) -> List[Path]:
     return [path for path in webui.images() if path.name.endswith(".request.json")]
 
 
+def request_of(webui: Webui, job_id: str) -> Path:
+    (path,) = [path for path in requests_of(webui) if path.name.startswith(job_id)]
+    return path
+
+
 def cancel(webui: Webui, job_id: str) -> None:
     assert webui.client.post(f"/sdapi/v1/job/{job_id}/cancel").status_code == 200
 
@@ -263,9 +268,7 @@ def test_retry_after(start, how):
 def test_retry_of_what_is_not_kept(webui):
     assert retry(webui, "AAAAAAAA").status_code == 404
     job_id = failed(webui)
-    for path in requests_of(webui):
-        if path.name.startswith(job_id):
-            path.unlink()
+    request_of(webui, job_id).unlink()
     answer = retry(webui, job_id)
     assert (answer.status_code, answer.json()["detail"]) == (410, "The request of this job is no longer kept")
     waiting = submit(webui, standin={"hold": webui.gate()})
@@ -277,9 +280,7 @@ def test_a_request_that_is_gone(start):
     hold_the_queue(webui)
     lost, kept = submit(webui), submit(webui)
     webui.kill()
-    for path in requests_of(webui):
-        if path.name.startswith(lost):
-            path.unlink()
+    request_of(webui, lost).unlink()
     webui.start()
     assert webui.job(kept, wait=30)["status"] == "Completed"
     job = webui.job(lost)
@@ -293,9 +294,7 @@ def test_a_body_that_is_no_longer_accepted(start, content):
     hold_the_queue(webui)
     refused, behind = submit(webui), submit(webui)
     webui.kill()
-    for path in requests_of(webui):
-        if path.name.startswith(refused):
-            path.write_bytes(content)
+    request_of(webui, refused).write_bytes(content)
     webui.start()
     assert webui.job(behind, wait=30)["status"] == "Completed"
     job = webui.job(refused, wait=30)

@@ -176,14 +176,19 @@ def test_the_file_was_replaced(script, dice, stores):
     assert other.follow() == {}
 
 
-def test_a_wish_to_cancel_is_noticed_though_its_job_goes_on(script, dice, stores):
-    """Its owner may write another line before it looks."""
-    store, other = stores(), stores()
+def wanted_and_begun(script: Any, dice: Any, store: Any, other: Any) -> Any:
+    """A job whose owner writes another line before it looks at a wish to cancel it."""
     job = a_job(script, dice, owner=store.owner)
     store.put(job, new=True).result(20)
     store.follow()  # from now on
     assert other.change([job.id], lambda job: job._replace(cancel_wanted=True)).result(20)
     store.put(job._replace(status="Processing")).result(20)
+    return job
+
+
+def test_a_wish_to_cancel_is_noticed_though_its_job_goes_on(script, dice, stores):
+    store, other = stores(), stores()
+    job = wanted_and_begun(script, dice, store, other)
     assert store.follow() == {job.id: True}
     assert store.follow() == {}
 
@@ -192,11 +197,7 @@ def test_much_that_others_wrote_is_read_in_turn(script, dice, stores):
     """Between two looks, also more than is read at once."""
     set_constants(script, LONG=20_000)
     store, other = stores(), stores()
-    job = a_job(script, dice, owner=store.owner)
-    store.put(job, new=True).result(20)
-    store.follow()  # from now on
-    assert other.change([job.id], lambda job: job._replace(cancel_wanted=True)).result(20)
-    store.put(job._replace(status="Processing")).result(20)
+    job = wanted_and_begun(script, dice, store, other)
     jobs = [a_job(script, dice, prompt='"}\\' * 1000) for _ in range(30)]
     for written in [other.put(one, new=True) for one in jobs]:
         written.result(20)
