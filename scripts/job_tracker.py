@@ -81,7 +81,7 @@ from typing import (
     Tuple,
     Union,
 )
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 from weakref import WeakSet
 
 import anyio.to_thread
@@ -105,6 +105,7 @@ with contextlib.suppress(ImportError):
 
 log = logging.getLogger("job_tracker")
 
+VERSION = "1.0.0"
 EXTENSION_FOLDER = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
@@ -442,6 +443,7 @@ LOCK_SECONDS = 5.0  # how long a lock is waited for: no process that works as it
 LOCK_MOMENT = 0.1  # the same after a wait that failed
 LOCK_PAUSE = 0.001  # seconds, at most, between two tries
 LOCK_TURN = 0.05  # seconds for which one process may take a lock again and again before it lets others try
+SIGNATURE_SIZE = 400  # bytes: a hundred characters, whichever they are
 
 
 def try_lock(file: int) -> bool:
@@ -483,6 +485,7 @@ class FileLock:
         self.path = path
         self._guarded = guarded
         self._file: Optional[int] = None
+        self._signed = ""  # what stands in the file
         self._patience = LOCK_SECONDS
         # A turn is as long as the lock is taken again at once after each release.
         self._turn_began = self._released_at = -math.inf
@@ -534,6 +537,7 @@ class FileLock:
         make_folder(os.path.dirname(self.path))
         access = access_of(self._guarded)
         self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | O_NONBLOCK | BINARY, 0o600)
+        self._signed = ""
         self.opened.add(self)
         with contextlib.suppress(OSError):  # it may just have been removed: `try_acquire` will see that
             found = os.fstat(self._file)
@@ -541,6 +545,27 @@ class FileLock:
             if not found.st_size and os.path.samestat(os.lstat(self.path), found):
                 writers = access.mode & 0o022
                 give_access(self._file, access._replace(mode=0o600 | writers | writers << 1))
+
+    def sign(self, name: str) -> None:
+        """Says in the file who holds the lock, for `holder`. Does not raise."""
+        if self._file is not None and self._signed != name:
+            with contextlib.suppress(OSError):  # it is a word for people
+                # Windows lets nobody read the byte that is locked.
+                write_at(self._file, name.encode("utf-8", "replace").ljust(SIGNATURE_SIZE)[:SIGNATURE_SIZE], 1)
+                self._signed = name
+
+    @classmethod
+    def holder(cls, path: str) -> Optional[str]:
+        """Who holds the lock at a path, if he signed it. None if nobody does. Raises OSError."""
+        lock = cls(path)
+        try:
+            if lock.try_acquire():
+                return None
+            with open(path, "rb") as file:
+                file.seek(1)
+                return file.read(SIGNATURE_SIZE).decode("utf-8", "replace").strip()
+        finally:
+            lock.close()
 
     def release(self) -> None:
         self._released_at = time.monotonic()
@@ -640,6 +665,46 @@ def parse_folder(text: str) -> str:
     return os.path.abspath(path) if text else ""
 
 
+URL_LIMIT = 2000  # characters
+URL_FORM = re.compile(r"[!-~]+\Z")  # others are written with percent signs, RFC 3986, 2.1
+
+
+def parse_webhook_url(text: str) -> str:
+    """A URL to which webhooks can be sent. Raises ValueError."""
+    if len(text) > URL_LIMIT or not URL_FORM.match(text):
+        raise ValueError(f"it must be a URL of at most {URL_LIMIT:,} ASCII characters")
+    try:
+        parts = urlsplit(text)
+        is_url = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        is_url = False
+    if not is_url:
+        raise ValueError("it must be a URL that begins with http:// or https://")
+    if parts.username is not None:  # it would be stored, and shown to others
+        raise ValueError("it must not have a user or a password")
+    return text
+
+
+def parse_webhook_secret(text: str) -> bytes:
+    """The key in a secret as Standard Webhooks writes them: base64 of 24 to 64 bytes. Raises ValueError."""
+    try:
+        key = base64.b64decode(text[len("whsec_") :] if text.startswith("whsec_") else text, validate=True)
+    except ValueError:
+        key = b""
+    if not 24 <= len(key) <= 64:
+        raise ValueError("it must be whsec_ and the base64 of 24 to 64 bytes")
+    return key
+
+
+SERVER_LIMIT = 100  # characters
+
+
+def parse_server(text: str) -> str:
+    if len(text) > SERVER_LIMIT or not text.isprintable():
+        raise ValueError(f"it must have at most {SERVER_LIMIT} characters that can be printed")
+    return text
+
+
 class Setting(NamedTuple):
     """All that there is to say about one setting."""
 
@@ -650,6 +715,7 @@ class Setting(NamedTuple):
     check: Optional[Callable[[Any], Any]] = None  # the same for a value in config.json; None: it has no place there
     until_read: Any = None  # in force until config.json can be read
     when_invalid: Tuple[Any, str] = UNCHANGED, "it is ignored"  # what is in force then, and how the log says it
+    is_secret: bool = False  # the log does not say it
 
 
 SETTINGS = (
@@ -667,6 +733,9 @@ SETTINGS = (
     Setting("resume", "async", "TRACKER_RESUME", functools.partial(one_of, allowed=RESUMES)),
     Setting("max_gb", None, "TRACKER_MAX_GB", functools.partial(parse_amount, unit="GB")),
     Setting("max_pending", None, "TRACKER_MAX_PENDING", parse_count),
+    Setting("webhook_url", None, "TRACKER_WEBHOOK_URL", parse_webhook_url, is_secret=True),
+    Setting("webhook_secret", None, "TRACKER_WEBHOOK_SECRET", parse_webhook_secret, is_secret=True),
+    Setting("server", None, "TRACKER_SERVER", parse_server),
 )
 IN_CONFIG = {setting.name: setting for setting in SETTINGS if setting.check}
 DEFAULT_CONFIG = {name: setting.default for name, setting in IN_CONFIG.items()}
@@ -707,6 +776,9 @@ class Settings:
     resume: str  # one of RESUMES: which Pending jobs go on after a restart
     max_gb: Optional[float]  # 10^9 bytes that the files of ended jobs may have; None: off
     max_pending: Optional[int]  # jobs that may wait; None: off
+    webhook_url: Optional[str]  # where the ends of jobs are told whose requests name no other URL
+    webhook_secret: Optional[bytes]  # the key that webhooks are signed by
+    server: Optional[str]  # what this webui is called among others; None: by its host and port
 
     def __init__(self, folder: str, environ: Dict[str, str]):
         self.folder = folder  # the extension's
@@ -733,7 +805,8 @@ class Settings:
             value = setting.parse(text)
         except ValueError as error:
             value, consequence = setting.when_invalid
-            log.warning("%s=%r is invalid, so %s: %s", setting.variable, text[:80], consequence, error)
+            shown = setting.variable if setting.is_secret else f"{setting.variable}={text[:80]!r}"
+            log.warning("%s is invalid, so %s: %s", shown, consequence, error)
         if value is not UNCHANGED:
             setattr(self, setting.name, value)
             self.locked[setting.name] = setting.variable
@@ -854,6 +927,7 @@ PENDING, PROCESSING, COMPLETED, FAILED = STATUSES = ("Pending", "Processing", "C
 ENDED = (COMPLETED, FAILED)
 TYPES = ("txt2img", "img2img")
 LEFT_BEHIND = "The webui ended before the generation did"  # the `error` of a job that its webui could not end
+CANCELLED = "Cancelled"
 
 ID_ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
 ID_FORM = re.compile(r"[A-Za-z0-9]{8}\Z")
@@ -876,6 +950,8 @@ MAX_TIMESTAMP = 1 << 34  # Unix seconds, in the year 2514: Windows knows no day 
 SIZE_LIMIT = 1 << 50  # bytes, which no file has
 PROMPT_LIMIT = 100_000  # characters kept in jobs.json; `parameters` has the whole prompt
 IP_LIMIT = 100  # characters: a server that trusts a proxy takes what that says for an address
+LABEL_LIMIT = 255  # characters
+LEASE = 20.0  # seconds for which one process has a webhook to itself: longer than one try may take
 
 
 class Image(NamedTuple):
@@ -889,6 +965,16 @@ class Image(NamedTuple):
     def file_name(self) -> str:
         """By which a client may keep it."""
         return self.name.rpartition("/")[2]
+
+
+class Webhook(NamedTuple):
+    """Whom to tell of a job's end, and how that stands."""
+
+    url: str
+    delivered: bool = False
+    attempts: int = 0  # that have come to an end
+    since: Optional[float] = None  # Unix seconds, when the job's end became known
+    due: Optional[float] = None  # Unix seconds, from which on any process may try; None: not yet, or never again
 
 
 class Job(NamedTuple):
@@ -915,10 +1001,20 @@ class Job(NamedTuple):
     parked: bool = False  # no request and no thread holds it, and the runner of any webui may start it
     retry_of: Optional[str] = None  # the job whose request it has
     cancel_wanted: bool = False  # its owner is to cancel it, as another process was asked to
+    label: Optional[str] = None  # the client's own word for it
+    server: Optional[str] = None  # the webui that generates it, by its name
+    webhook: Optional[Webhook] = None
 
     @property
     def ended(self) -> bool:
         return self.status in ENDED
+
+
+def ended_job(job: Job, status: str, lease: float = 0.0, **changes: Any) -> Job:
+    """A job as it has ended. For `lease` seconds, only this process tells of that."""
+    now = time.time()
+    webhook = job.webhook and job.webhook._replace(since=now, due=now + lease)
+    return job._replace(status=status, parked=False, webhook=webhook, **changes)
 
 
 def new_id() -> str:
@@ -962,6 +1058,8 @@ def record_of(job: Job) -> bytes:
     fields["images"] = [image.name for image in job.images]
     if job.images:
         fields["image_details"] = [[image.size, image.media_type] for image in job.images]
+    if job.webhook is not None:
+        fields["webhook"] = job.webhook._asdict()
     values = fields.items()
     return as_json({name: without_surrogates(value) if isinstance(value, str) else value for name, value in values})
 
@@ -988,6 +1086,21 @@ def images_from_record(record: Dict[str, Any]) -> Iterator[Image]:
         yield Image(name, size, media_type)
 
 
+def is_time(moment: Any) -> bool:
+    return type(moment) in (int, float) and 0 <= moment < MAX_TIMESTAMP
+
+
+def webhook_from_record(record: Any) -> Optional[Webhook]:
+    """None for what is invalid: the job is worth more."""
+    try:
+        webhook = Webhook(**record)
+        parse_webhook_url(webhook.url)
+    except (TypeError, ValueError):
+        return None
+    is_valid = isinstance(webhook.delivered, bool) and type(webhook.attempts) is int and webhook.attempts >= 0
+    return webhook if is_valid and all(time is None or is_time(time) for time in webhook[3:]) else None
+
+
 def job_from_record(record: Any) -> Job:
     """A job from its JSON in jobs.json. Raises ValueError for anything that is no valid job."""
     if not isinstance(record, dict):
@@ -998,6 +1111,7 @@ def job_from_record(record: Any) -> Job:
     if not isinstance(ranges, list) or len(ranges) not in (0, 7):
         raise ValueError("ranges is no list of seven numbers, or of none")
     values["ranges"] = tuple(ranges)
+    values["webhook"] = webhook_from_record(record.get("webhook"))
     try:
         job = Job(**values)
     except TypeError as error:
@@ -1010,16 +1124,16 @@ def job_from_record(record: Any) -> Job:
         if type(number) is not int or not 0 <= number < SIZE_LIMIT:
             raise ValueError("timestamp, bytes or a place in ranges is no valid number")
     for moment in (job.timestamp, job.started, job.finished):
-        if moment is not None and (type(moment) not in (int, float) or not 0 <= moment < MAX_TIMESTAMP):
+        if moment is not None and not is_time(moment):
             raise ValueError("timestamp, started or finished is no valid time")
     if ranges and any(end != 0 and start >= end for start, end in (ranges[0:2], ranges[3:5])):
         raise ValueError("a range ends before it starts")
     flags = (job.has_brief, job.has_request, job.promised, job.parked, job.cancel_wanted)
     if not isinstance(job.prompt, str) or not all(isinstance(flag, bool) for flag in flags):
         raise ValueError("prompt is no text, or a flag neither true nor false")
-    for text in (job.ip, job.error, job.owner, job.key, job.digest, job.retry_of):
+    for text in (job.ip, job.error, job.owner, job.key, job.digest, job.retry_of, job.label, job.server):
         if text is not None and not isinstance(text, str):
-            raise ValueError("ip, error, owner, key, digest or retry_of is no text")
+            raise ValueError("ip, error, owner, key, digest, retry_of, label or server is no text")
     if job.retry_of is not None and not ID_FORM.match(job.retry_of):
         raise ValueError("retry_of is no job ID")
     return job._replace(parked=job.parked and job.status == PENDING)
@@ -1357,6 +1471,7 @@ class Filter(NamedTuple):
     type: Optional[str] = None  # one of TYPES
     after: Optional[float] = None  # Unix seconds, exclusive
     before: Optional[float] = None
+    label: Optional[str] = None
     q: Optional[str] = None  # text in the prompt, case ignored, at most LIMIT characters
 
     LIMIT = 500
@@ -1372,6 +1487,7 @@ class Filter(NamedTuple):
             and self.type in (None, job.type)
             and (self.after is None or job.timestamp > self.after)
             and (self.before is None or job.timestamp < self.before)
+            and self.label in (None, job.label)
             and self.text in casefold_bytes(job.prompt)
         )
 
@@ -1414,7 +1530,7 @@ class Index:
     Reading needs no lock, and many threads may; one at a time writes. All methods raise sqlite3.Error.
     """
 
-    VERSION = 2  # stands in the file's name, so that an earlier program on the same folder keeps its own
+    VERSION = 3  # stands in the file's name, so that an earlier program on the same folder keeps its own
     FILES = ("", "-wal", "-shm")  # what SQLite adds to the name
     BUSY = 0.5  # seconds that another process may hold the database
     KEPT = 4  # connections that stay open while nobody needs them
@@ -1425,13 +1541,16 @@ class Index:
     SCHEMA = (
         "CREATE TABLE state (inode, indexed_to, checksum, mtime, entries, needs_rewrite, side, compactor, epoch)",
         "CREATE TABLE damages (offset, length)",
-        "CREATE TABLE jobs"
-        " (row INTEGER PRIMARY KEY, id, timestamp, type, ip, status, bytes, key, parked, offset0, offset1, length)",
+        "CREATE TABLE jobs (row INTEGER PRIMARY KEY, id, timestamp, type, ip, status, bytes, key, parked, label, due,"
+        " offset0, offset1, length)",
         "CREATE TABLE texts (row INTEGER PRIMARY KEY, text)",
         "CREATE TABLE totals (status INTEGER PRIMARY KEY, jobs, bytes)",
         "CREATE INDEX by_id ON jobs (id COLLATE NOCASE)",
         *(f"CREATE INDEX by_{column} ON jobs ({column})" for column in ("timestamp", "status", "type", "ip")),
-        *(f"CREATE INDEX by_{column} ON jobs ({column}) WHERE {column} IS NOT NULL" for column in ("key", "parked")),
+        *(
+            f"CREATE INDEX by_{column} ON jobs ({column}) WHERE {column} IS NOT NULL"
+            for column in ("key", "parked", "label", "due")
+        ),
         f"CREATE TRIGGER removed AFTER DELETE ON jobs BEGIN {COUNT_OLD}; END",
         f"CREATE TRIGGER changed AFTER UPDATE OF status, bytes ON jobs BEGIN {COUNT_OLD}; {COUNT_NEW}; END",
     )
@@ -1628,6 +1747,8 @@ class IndexView:
             "bytes": job.bytes,
             "key": bindable(job.key),
             "parked": 1 if job.parked else None,
+            "label": bindable(job.label),
+            "due": job.webhook and job.webhook.due,
             f"offset{self.state.side}": entry.offset,
             "length": entry.length,
         }
@@ -1690,6 +1811,18 @@ class IndexView:
         statement = "SELECT count(*) FROM jobs WHERE parked = 1 AND row >= ? AND row < ?"
         return self.execute(statement, (from_row, to_row)).fetchone()[0]
 
+    def oldest(self, status: str, count: int) -> List[Place]:
+        """The oldest jobs with a status, at most `count`, oldest first."""
+        return self._places("WHERE status = ? ORDER BY row LIMIT ?", STATUSES.index(status), count)
+
+    def due(self, before: float, count: int) -> List[Place]:
+        """Jobs whose webhooks are due before a time (Unix seconds), at most `count`, in that order."""
+        return self._places("WHERE due < ? ORDER BY due LIMIT ?", before, count)
+
+    def next_due(self) -> Optional[float]:
+        """When the next webhook is due, in Unix seconds."""
+        return self.execute("SELECT min(due) FROM jobs WHERE due IS NOT NULL").fetchone()[0]
+
     def places(self, above: int, count: int) -> List[Place]:
         """The next `count` jobs above a row, oldest first."""
         return self._places("WHERE row > ? ORDER BY row LIMIT ?", above, count)
@@ -1741,6 +1874,7 @@ class IndexView:
             "type = ?": filter_.type and TYPES.index(filter_.type),
             "status = ?": filter_.status and STATUSES.index(filter_.status),
             "ip = ?": bindable(filter_.ip),
+            "label = ?": bindable(filter_.label),
             "timestamp > ?": filter_.after,
             "timestamp < ?": filter_.before,
             "instr(text, ?)": filter_.text or None,
@@ -1769,7 +1903,9 @@ class IndexView:
     def _jobs_by_index(self, filter_: Filter) -> str:
         """The index that leaves least of the jobs; "" where looking through all of them is quicker."""
         given = [column for column in ("type", "status") if getattr(filter_, column) is not None]
-        if filter_.ip is not None:
+        if filter_.label is not None:
+            given = ["label"]
+        elif filter_.ip is not None:
             given = ["ip"]
         elif filter_.after is not None or filter_.before is not None:
             after = -1 if filter_.after is None else filter_.after
@@ -1918,6 +2054,7 @@ class JobStore:
         self.path = os.path.realpath(os.path.join(folder, "jobs.json"))
         self._check = check
         self.owner = secrets.token_hex(4)
+        self._server = ""  # see `announce`
         self.removing = threading.Lock()  # for others, around a removal, and a change that must not meet it
         self._lock = threading.Lock()  # guards these two; held for a moment, never for the disk
         self._pending: Overlay = {}
@@ -2080,6 +2217,48 @@ class JobStore:
     def is_ready(self) -> bool:
         """Whether looks at many jobs do not wait for a long jobs.json to be read, as at the first start."""
         return self._is_ready and not self._is_building
+
+    def oldest_pending(self) -> Optional[Job]:
+        """The Pending job that was accepted first, None if none is Pending. Raises StoreError."""
+
+        def find(view: IndexView, pending: Overlay) -> Optional[str]:
+            shown = [(view.row_of(job_id), change.shown) for job_id, change in pending.items()]
+            waiting = [(row, job.id) for row, job in shown if row is not None and job and job.status == PENDING]
+            others = (place for place in view.oldest(PENDING, len(pending) + 1) if place.id not in pending)
+            waiting.extend((place.row, place.id) for place in itertools.islice(others, 1))
+            return min(waiting)[1] if waiting else None
+
+        job_id = self._look(find)
+        job = None if job_id is None else self.get(job_id)
+        return job if job is not None and job.status == PENDING else None
+
+    def due_webhooks(self, before: float, count: int) -> List[Job]:
+        """Ended jobs whose webhooks are due before a time (Unix seconds), at most `count`. Raises StoreError."""
+
+        def find(view: IndexView, pending: Overlay) -> List[str]:
+            return [place.id for place in view.due(before, count + len(pending)) if place.id not in pending]
+
+        jobs = map(self.get, self._look(find)[:count])
+        return [job for job in jobs if job is not None and job.webhook and (job.webhook.due or math.inf) < before]
+
+    def next_webhook(self) -> Optional[float]:
+        """When the next webhook is due, in Unix seconds, None if none is. Raises StoreError."""
+        return self._look(lambda view, _: view.next_due())
+
+    def announce(self, server: str) -> None:
+        """Tells other processes what the webui of this one is called. Waits for nothing."""
+        self._server = server
+        self._sync()
+
+    def servers(self) -> List[str]:
+        """What the webuis on the folder are called that live now. Raises StoreError."""
+        folder, name = os.path.split(self.path)
+        found = {self._server} - {""}
+        with raising_store_error():
+            for entry in os.listdir(folder):
+                if entry.startswith(f"{name}.owner-"):
+                    found.update(filter(None, [FileLock.holder(os.path.join(folder, entry))]))
+        return sorted(found)
 
     def oldest_parked(self) -> Optional[Job]:
         """The parked job that was accepted first, None if none is parked. Raises StoreError."""
@@ -2405,6 +2584,7 @@ class JobStore:
                 self._open()
             elif index.failure is not None or not index.is_in_place():
                 self._open_index()
+            self._owner_lock.sign(self._server)
             yield self._journal
 
     def _open(self) -> None:
@@ -3996,12 +4176,10 @@ class KeyReservation:
 
 Progress = Optional[float]  # 0 to 1; None where unknown
 
-CANCELLED = "Cancelled"
-
 
 def failed_job(job: Job, error: str) -> Job:
     """A job that did not begin, as it ends now."""
-    return job._replace(status=FAILED, parked=False, error=error, finished=time.time())
+    return ended_job(job, FAILED, LEASE, error=error, finished=time.time())
 
 
 def promised_job(job: Job) -> Optional[Job]:
@@ -4084,7 +4262,10 @@ class Tracker:
     FOLLOW_EVERY = 0.5  # seconds between two looks at what other webuis on the folder did
     REMOVED_AT_ONCE = 100  # jobs: a crash leaves the files of no more
     # Fields of the record that are shown as they are.
-    PLAIN_FIELDS = ("id", "type", "status", "prompt", "timestamp", "ip", "started", "finished", "retry_of")
+    PLAIN_FIELDS = (
+        *("id", "type", "status", "prompt", "timestamp", "ip", "started", "finished", "retry_of", "label", "server"),
+    )
+    IMAGE_PATH = "/sdapi/v1/job/{id}/images/{n}"
 
     def __init__(self, settings: Settings, host: Any, store: JobStore, images: ImageStore):
         """`host` says what the generation does that has its queue lock, and can be told to end it.
@@ -4120,7 +4301,10 @@ class Tracker:
         self._parking: Set[str] = set()  # the jobs that are being parked, and may still be given up
         self._admitting = threading.Lock()  # around a count of the jobs that wait
         self._admitted = 0  # requests that were let in, and are not on disk yet
-        self.on_parked: Callable[[], None] = lambda: None  # called from any thread when a job may have been parked
+        # Called from any thread, and not to wait for anything: when a job may have been parked, and when one has ended.
+        self.on_parked: Callable[[], None] = lambda: None
+        self.on_ended: Callable[[Job], None] = lambda job: None
+        self.server = ""  # what this webui is called, see `announce`
         self.stored_at = time.monotonic()  # when the last answer was stored
         self._unstored = 0  # bytes of all answers that wait to be stored
         self._holder: Optional[str] = None  # the job that has the host's queue lock
@@ -4130,6 +4314,11 @@ class Tracker:
         self.recover()  # before anything else, so that nobody sees a job that was left behind
         self._follower = threading.Thread(target=self._follow, name="job-tracker-follow", daemon=True)
         self._follower.start()
+
+    def announce(self, server: str) -> None:
+        """Says what this webui is called among those that share the jobs. Waits for nothing."""
+        self.server = server
+        self.store.announce(server)
 
     # A job's way, from a request whose client waits
 
@@ -4159,7 +4348,7 @@ class Tracker:
         `cancel` is called for a job that is to be cancelled; its generation then sees to it that the job fails, or
         returns False, since it has ended. If the job has a request, its `body` is kept a little later, if possible.
         """
-        job = job._replace(owner=self.store.owner)
+        job = job._replace(owner=self.store.owner, server=self.server or None)
         with self._storing:
             written = self.store.put(job, new=True)
             with self._lock:
@@ -4336,7 +4525,7 @@ class Tracker:
                 return
             changed = live.job._replace(**{moment: live.clock()} if moment else {}, **changes)
             if changed.ended:
-                live.end = changed
+                live.end = ended_job(changed, changed.status, LEASE)
                 self._lock_queue.pop(job_id, None)
             else:
                 live.job = changed
@@ -4368,6 +4557,7 @@ class Tracker:
         It may be called by the store, which is not to wait for anything.
         """
         live = self._leave(job)
+        self.on_ended(job)
         if job.status == COMPLETED and live is None:
             self._remove_request(job)
         elif job.status == COMPLETED:  # not before it is kept
@@ -4421,10 +4611,14 @@ class Tracker:
                 is_withdrawn = job.id not in self._parking
                 self._parking.discard(job.id)
             if is_withdrawn:
-                self.fail_parked([job.id], CANCELLED).add_done_callback(remove)
+                withdrawing = self._change_stored([job.id], withdraw)
+                withdrawing.add_done_callback(remove)
             else:
                 parked.set_result(None)
                 self.on_parked()
+
+        def withdraw(job: Job) -> Optional[Job]:
+            return failed_job(job._replace(webhook=None), CANCELLED) if job.parked else None
 
         def remove(failed: Future) -> None:
             fail(StoreError("the disk does not answer", temporary=True))
@@ -4476,6 +4670,7 @@ class Tracker:
 
         def start(job: Job) -> Optional[Job]:
             changes = {"status": PROCESSING, "owner": self.store.owner, "started": clock(), "parked": False}
+            changes["server"] = self.server or None
             return job._replace(**changes) if job.parked else None
 
         self.leave_lock_queue(job_id)
@@ -4511,7 +4706,7 @@ class Tracker:
                 return None
             if job.cancel_wanted:  # meanwhile
                 return failed_job(job, CANCELLED)._replace(started=None)
-            return job._replace(status=PENDING, started=None, parked=True)
+            return job._replace(status=PENDING, started=None, parked=True, server=None)
 
         if starting.exception() is None:
             self._change_stored([job.id for job in starting.result()], park, until_written=True)
@@ -4533,6 +4728,11 @@ class Tracker:
         changed = self.store.change(ids, decide, until_written)
         changed.add_done_callback(tell)
         return changed
+
+    def webhook_for(self, url: Optional[str]) -> Optional[Webhook]:
+        """The webhook of a new job, whose request names a URL or none."""
+        url = url or self.settings.webhook_url
+        return Webhook(url) if url else None
 
     def retry(self, job_id: str) -> Optional[Job]:
         """Parks a new job with the request of a Failed one, and returns it. None if there is no such job.
@@ -4559,6 +4759,8 @@ class Tracker:
             promised=True,
             parked=True,
             retry_of=job.id,
+            label=job.label,
+            webhook=self.webhook_for(job.webhook and job.webhook.url),
         )
         self.admit()
         try:
@@ -4686,6 +4888,19 @@ class Tracker:
         until = live.clock() if live is not None and not job.ended else job.finished
         return None if job.started is None or until is None else max(until - job.started, 0.0)
 
+    def stats(self) -> Dict[str, Any]:
+        """What there is to know of all jobs together, as the API shows it. Raises StoreError."""
+        counts, size = self.store.stats()
+        oldest = self.store.oldest_pending() if counts[PENDING] else None
+        return {
+            "jobs": counts,
+            "bytes": size,
+            "oldest_pending": oldest and max(round(time.time() - oldest.timestamp, 1), 0.0),
+            "enabled": self.settings.enabled,
+            "version": VERSION,
+            "servers": self.store.servers(),
+        }
+
     async def wait(self, job_id: str, seconds: float) -> None:
         """Returns when a job has ended or is unknown, after some seconds, or at the webui's end. Holds no thread."""
         until = time.monotonic() + seconds
@@ -4719,13 +4934,14 @@ class Tracker:
                 if self._live_job(live.job.id) is live:  # it may have left while another was waited for
                     await self.wait(live.job.id, left)
 
-    def describe(self, job: Job, whole: bool = False) -> Dict[str, Any]:
+    def describe(self, job: Job, whole: bool = False, root: str = "") -> Dict[str, Any]:
         """A job as the API shows it, without its images. Reads the file with the answer.
 
         Unless it is to be `whole`, `parameters` are brief, and only the brief ones are read. What is large is a `Part`.
+        `root` is what the client's paths have before those of the webui.
         """
         parameters = info = None
-        error = job.error
+        error, webhook = job.error, job.webhook
         live = self._live_job(job.id)
         if live is not None and live.end is not None and self.store.trouble:
             error = f"The job has ended, but that could not be stored yet: {self.store.trouble}"
@@ -4745,15 +4961,17 @@ class Tracker:
             "parameters": parameters,
             "info": info,
             "image_count": len(job.images),
+            "image_urls": [root + self.IMAGE_PATH.format(id=job.id, n=number) for number in range(len(job.images))],
+            "webhook": webhook and {name: getattr(webhook, name) for name in ("url", "delivered", "attempts")},
         }
 
-    def as_json(self, job: Job, images: bool = True) -> Iterator[bytes]:
+    def as_json(self, job: Job, images: bool = True, root: str = "") -> Iterator[bytes]:
         """A job as the API shows it, a chunk at a time. Raises StoreError.
 
         Without its images, its `parameters` are brief.
         """
         missing = self.missing(job) if images else set()
-        description = self.describe(job, whole=images)
+        description = self.describe(job, whole=images, root=root)
         if missing:
             description["error"] = f"{len(missing)} of {len(job.images)} images are no longer on disk"
         parts = {name: value for name, value in description.items() if isinstance(value, Part)}
@@ -4939,16 +5157,16 @@ class Tracker:
         """
         found = self.images.find(job)
         if found is not None:
-            return found._replace(status=COMPLETED, parked=False, error=None)
+            return ended_job(found, COMPLETED, error=None)
         is_resumed = job.promised if self.settings.resume == "async" else self.settings.resume == "all"
         if job.cancel_wanted:
-            return job._replace(status=FAILED, parked=False, error=CANCELLED)
+            return ended_job(job, FAILED, error=CANCELLED)
         if job.status == PENDING and is_resumed:
             if self.images.size(self.images.request_name(job)) is not None:
-                return job._replace(promised=True, parked=True)
+                return job._replace(promised=True, parked=True, server=None)
             if job.promised and self.images.is_empty():
                 raise StoreError("there is nothing in images/", temporary=True)
-        return job._replace(status=FAILED, parked=False, error=LEFT_BEHIND)
+        return ended_job(job, FAILED, error=LEFT_BEHIND)
 
     async def stop(self) -> None:
         """The server ends, and has waited for its requests. Returns when the parked job that is generated has ended."""
@@ -5224,6 +5442,20 @@ def path_of(scope: Scope) -> str:
     """The path as the client sent it: with the prefix that a proxy took away, which servers add or do not."""
     root, path = scope.get("root_path", ""), scope["path"]
     return quote(path if path.startswith(root + "/") else root + path)
+
+
+def root_of(scope: Scope) -> str:
+    """What the path has before that of the webui: a prefix that a proxy took away, or the webui's own subpath."""
+    return path_of(scope).partition("/sdapi/")[0]
+
+
+def text_header_of(scope: Scope, name: bytes) -> str:
+    """A request header that is text for people. Clients send it as UTF-8, or as Latin-1 where that has all of it."""
+    text = header_of(scope, name)
+    try:
+        return text.encode("latin-1").decode()
+    except UnicodeDecodeError:
+        return text
 
 
 def accepts_gzip(scope: Scope) -> bool:
@@ -5673,6 +5905,7 @@ GIVE_UP_AFTER = 60.0  # seconds that an answer waits for a disk that has not tak
 EARLY_FAILURE_WINDOW = 0.02  # seconds in which a generation that has just begun may fail with the host's own answer
 INTERRUPT_EVERY = 0.2  # seconds
 IDEMPOTENCY_KEY_LIMIT = 255  # characters
+LABEL_HEADER, WEBHOOK_HEADER = "X-Job-Label", "X-Job-Webhook"
 
 current: "contextvars.ContextVar[Optional[Generation]]" = contextvars.ContextVar("job_tracker_current", default=None)
 
@@ -5702,12 +5935,20 @@ class Cancelled(NoResult):
 class Middleware:
     """Wraps the application of one generation route of the host."""
 
-    def __init__(self, app: ASGIApp, type_: str, tracker: Tracker, host: Any):
-        """`host` is asked for what differs between webuis: see the part Host."""
+    def __init__(
+        self,
+        app: ASGIApp,
+        type_: str,
+        tracker: Tracker,
+        host: Any,
+        check_webhook: Callable[[str], Any] = parse_webhook_url,
+    ):
+        """`host` is asked for what differs between webuis: see the part Host. `check_webhook` raises ValueError."""
         self.app = app
         self.type = type_
         self.tracker = tracker
         self.host = host
+        self.check_webhook = check_webhook
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         # Requests that came before the outer middleware was there have no connection state.
@@ -5864,7 +6105,8 @@ class ClientResponse:
             if not job.parked:
                 with contextlib.suppress(StoreError):  # then as it was
                     job = await self.tracker.find(job.id) or job
-            content: Any = await self._begin(self.tracker.as_json(job, images=False), self.tracker.pool_for(job))
+            description = self.tracker.as_json(job, images=False, root=root_of(self.scope))
+            content: Any = await self._begin(description, self.tracker.pool_for(job))
         elif ended.done():
             content = await result()
         else:
@@ -5946,6 +6188,8 @@ class Generation:
         self.reserved_id: Optional[str] = None
         self.is_admitted = False  # it counts among the jobs that wait
         self.prompt = ""
+        self.label: Optional[str] = None
+        self.webhook: Optional[Webhook] = None
         self.task_id: Optional[str] = None  # the host's own name for it
         self.job = parked  # as it was accepted
         self.written: Optional[Future] = None  # ends when that is on disk
@@ -6018,6 +6262,16 @@ class Generation:
 
     def _check_request(self) -> None:
         """Raises what refuses it."""
+        self.label = text_header_of(self.scope, LABEL_HEADER.lower().encode()).strip() or None
+        if self.label is not None and len(self.label) > LABEL_LIMIT:
+            raise HTTPException(422, f"{LABEL_HEADER} must have at most {LABEL_LIMIT} characters")
+        url = header_of(self.scope, WEBHOOK_HEADER.lower().encode()).strip()
+        try:
+            if url:
+                self.middleware.check_webhook(url)
+        except ValueError as reason:
+            raise HTTPException(422, f"{WEBHOOK_HEADER}: {reason}") from None
+        self.webhook = self.tracker.webhook_for(url)
         if any(name == b"idempotency-key" for name, _ in self.scope["headers"]):
             self._reserve_key(header_of(self.scope, b"idempotency-key"))
         try:
@@ -6080,6 +6334,8 @@ class Generation:
                 has_request=True,
                 promised=self.parks,
                 parked=self.parks,
+                label=self.label,
+                webhook=self.webhook,
             )
             if self.parks:
                 self.written = self.tracker.park(self.job, body)
@@ -6469,6 +6725,14 @@ def nullable(description: str) -> Any:
     return Field(None, description=description, **({"nullable": True} if PYDANTIC.startswith("1.") else {}))
 
 
+class WebhookState(BaseModel):
+    """Whom a job's end is told, and how that stands."""
+
+    url: str
+    delivered: bool
+    attempts: int = Field(description="how often it was tried")
+
+
 class JobSummary(BaseModel):
     """A job without image data."""
 
@@ -6485,6 +6749,9 @@ class JobSummary(BaseModel):
     progress: Optional[float] = nullable("while Processing: 0 to 1")
     eta: Optional[float] = nullable("while Processing: seconds that are left, if that can be told")
     retry_of: Optional[str] = nullable("the Failed job that this one repeats")
+    label: Optional[str] = nullable("the header X-Job-Label of the request")
+    server: Optional[str] = nullable("the webui that generates it, or did; null while the job waits on disk")
+    webhook: Optional[WebhookState] = nullable("whom the job's end is told, if anybody")
     parameters: Optional[Dict[str, Any]] = nullable(
         "as the webui answered. Except in a job with its images, with a note in the place of each text of more than "
         "1,000 characters, and of lists and objects that are too much, so that it has some 64 kB at most. null until "
@@ -6492,6 +6759,7 @@ class JobSummary(BaseModel):
     )
     info: Optional[str] = nullable("JSON text, as the webui answered; null until Completed")
     image_count: int = Field(description="how many images the job has")
+    image_urls: List[str] = Field(description="paths of the images as files, in the webui's order")
 
 
 class JobWithImages(JobSummary):
@@ -6506,6 +6774,17 @@ class JobCount(BaseModel):
     """What was done to all jobs that match."""
 
     jobs: int = Field(description="how many there were")
+
+
+class JobStats(BaseModel):
+    """All jobs together."""
+
+    jobs: Dict[str, int] = Field(description="how many there are, by status")
+    bytes: int = Field(description="what the files of all jobs have")
+    oldest_pending: Optional[float] = nullable("seconds that the oldest Pending job has waited; null if none waits")
+    enabled: bool = Field(description="whether generations become jobs")
+    version: str = Field(description="Job Tracker's")
+    servers: List[str] = Field(description="the webuis that share the jobs, and live")
 
 
 class Problem(BaseModel):
@@ -6538,6 +6817,7 @@ FILTERS: Dict[str, Tuple[str, Dict[str, Any]]] = {
     "type": ("case ignored", {"type": "string", "enum": list(TYPES)}),
     "after": ("accepted after this moment, in Unix seconds", {"type": "number"}),
     "before": ("accepted before this moment, in Unix seconds", {"type": "number"}),
+    "label": ("as in the header X-Job-Label of the request", {"type": "string", "maxLength": LABEL_LIMIT}),
     "q": ("text in the prompt, case ignored", {"type": "string", "maxLength": Filter.LIMIT}),
 }
 
@@ -6569,9 +6849,12 @@ COMPLETED_EXAMPLE = {
     "finished": 1736712009.5,
     "parameters": {"prompt": "a lighthouse", "seed": -1, "steps": 20},
     "info": '{"prompt": "a lighthouse", "seed": 7, "infotexts": ["a lighthouse\\nSteps: 20, Seed: 7"]}',
+    "label": "album 7",
+    "server": "gpu1:7860",
     "image_count": 1,
+    "image_urls": ["/sdapi/v1/job/A3f9K2xY/images/0"],
 }
-UNFINISHED = {"finished": None, "parameters": None, "info": None, "image_count": 0}
+UNFINISHED = {"finished": None, "parameters": None, "info": None, "image_count": 0, "image_urls": []}
 PENDING_EXAMPLE = {**COMPLETED_EXAMPLE, **UNFINISHED, "status": PENDING, "started": None, "queue_position": 3}
 CANCELLED_EXAMPLE = {**COMPLETED_EXAMPLE, **UNFINISHED, "status": FAILED, "finished": 1736712002.5, "error": CANCELLED}
 
@@ -6638,6 +6921,15 @@ COUNT_DOCS = {
         "content": {"application/json": {"schema": {"$ref": "#/components/schemas/HTTPValidationError"}}},
     },
 }
+STATS_EXAMPLE = {
+    "jobs": {PENDING: 3, PROCESSING: 1, COMPLETED: 250, FAILED: 2},
+    "bytes": 312_500_000,
+    "oldest_pending": 42.5,
+    "enabled": True,
+    "version": VERSION,
+    "servers": ["gpu1:7860"],
+}
+STATS_DOCS = {200: {"description": "All jobs together", "content": example(STATS_EXAMPLE)}}
 IMAGE_DOCS = {
     200: {
         "description": "The image",
@@ -6661,11 +6953,15 @@ PREFER_TEXT = (
     "with 202"
 )
 KEY_TEXT = "As a UUID. The same key, user, path and body is one generation, however often it is sent"
+LABEL_TEXT = "A word of yours for the job, as of the album that it is for. Lists can be filtered by it"
+WEBHOOK_TEXT = "The URL that the job's end is sent to, by POST, as Standard Webhooks has it"
 GENERATION_DOCS = {
     # Without examples: Swagger UI would send them, and so one key for all that is tried under /docs.
     "parameters": [
         {"name": "Prefer", "in": "header", **text_header(PREFER_TEXT)},
         {"name": "Idempotency-Key", "in": "header", **text_header(KEY_TEXT, maxLength=IDEMPOTENCY_KEY_LIMIT)},
+        {"name": LABEL_HEADER, "in": "header", **text_header(LABEL_TEXT, maxLength=LABEL_LIMIT)},
+        {"name": WEBHOOK_HEADER, "in": "header", **text_header(WEBHOOK_TEXT, format="uri", maxLength=URL_LIMIT)},
     ],
     "responses": {
         "200": {
@@ -6745,8 +7041,9 @@ class Api:
         job, jobs = "/sdapi/v1/job/{id}", "/sdapi/v1/jobs"
         add("GET", job, self.get_job, JOB_DOCS, response_model=JobWithImages)
         add("GET", jobs, self.get_jobs, JOBS_DOCS, response_model=List[JobSummary], openapi_extra=FILTERS_DOCS)
-        add("GET", f"{job}/images/{{n}}", self.get_image, IMAGE_DOCS, response_class=Response)
-        add("HEAD", f"{job}/images/{{n}}", self.get_image, {}, include_in_schema=False)
+        add("GET", f"{jobs}/stats", self.get_stats, STATS_DOCS, response_model=JobStats)
+        add("GET", Tracker.IMAGE_PATH, self.get_image, IMAGE_DOCS, response_class=Response)
+        add("HEAD", Tracker.IMAGE_PATH, self.get_image, {}, include_in_schema=False)
         add("POST", f"{job}/cancel", self.cancel_job, CANCEL_DOCS, response_model=JobSummary)
         add("POST", f"{job}/retry", self.retry_job, RETRY_DOCS, response_model=JobSummary, status_code=202)
         add("DELETE", job, self.delete_job, CONFLICT_DOCS, status_code=204)
@@ -6786,7 +7083,7 @@ class Api:
 
         async def result() -> ThreadedChunks:
             job = await self._get(job_id)
-            chunks, pool = self.tracker.as_json(job, images), self.tracker.pool_for(job)
+            chunks, pool = self.tracker.as_json(job, images, root_of(request.scope)), self.tracker.pool_for(job)
             return ThreadedChunks(pool, chunks, self.tracker.sending, gzip)
 
         return after_heartbeats(lambda: self.tracker.wait(job_id, seconds), result, gzip)
@@ -6814,7 +7111,15 @@ class Api:
             asked = URL("?" + request.scope["query_string"].decode("latin-1"))
             query = asked.include_query_params(cursor=page.cursor).query
             headers["Link"] = f'<{path_of(request.scope)}?{query}>; rel="next"'
-        return await self._stream(json_array(self.tracker.as_json(job, images=False) for job in page.jobs), headers)
+        root = root_of(request.scope)
+        jobs = (self.tracker.as_json(job, images=False, root=root) for job in page.jobs)
+        return await self._stream(json_array(jobs), headers)
+
+    @endpoint
+    async def get_stats(self, request: Request) -> Response:
+        """How many jobs there are, and how this webui is."""
+        await self.tracker.wait_until_stored()
+        return JSONResponse(await self.tracker.in_pool(self.tracker.stats), headers={"Cache-Control": "no-store"})
 
     @endpoint
     async def get_image(
@@ -6985,7 +7290,7 @@ class Api:
     async def _respond(
         self, request: Request, job: Job, images: bool, status: int = 200, headers: Optional[Dict[str, str]] = None
     ) -> Response:
-        chunks, pool = self.tracker.as_json(job, images), self.tracker.pool_for(job)
+        chunks, pool = self.tracker.as_json(job, images, root_of(request.scope)), self.tracker.pool_for(job)
         return await self._stream(chunks, {**self._json_headers(request), **(headers or {})}, pool=pool, status=status)
 
     async def _stream(
@@ -8105,6 +8410,13 @@ class Host:
         task_id = getattr(body, "force_task_id", None)
         return prompt if isinstance(prompt, str) else "", hide_images, task_id
 
+    # For the Extension
+
+    def server_name(self, demo: Any) -> str:
+        """By which people know this webui: its machine and its port. `demo` is gradio's, None without a UI."""
+        port = getattr(demo, "server_port", None) or getattr(self._shared.cmd_opts, "port", None)
+        return f"{socket.gethostname()}:{port or (7860 if demo is not None else 7861)}"
+
     # For the OriginGuard
 
     def allows_origin(self, origin: str) -> bool:
@@ -8229,6 +8541,7 @@ class Extension:
     def app_started(self, demo: Any, app: Any) -> None:
         """Everything of the host is in place. `demo` is gradio's, None without a UI."""
         has_tab = demo is not None
+        self.tracker.announce(self.tracker.settings.server or self.host.server_name(demo))
         try:
             if has_tab:
                 folders = {EXTENSION_FOLDER, self.tracker.settings.data_folder, self.tracker.images.folder}

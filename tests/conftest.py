@@ -60,6 +60,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: List[pytest.Item
     for item in items:
         if item.path.stem in SLOW:
             item.add_marker(pytest.mark.slow)
+            item.add_marker(pytest.mark.timeout(0))
     if os.environ.get(ONCE):
         kept = once_each([item for item in items if not is_for_all_only(item)])
         config.hook.pytest_deselected(items=[item for item in items if item not in kept])

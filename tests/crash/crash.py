@@ -643,7 +643,7 @@ def check_state(script: Any, folder: Path, said: List[Any]) -> bool:
 
 def epoch_of(folder: Path) -> Optional[int]:
     """What an index has for as long as it is not made anew; None if there is none."""
-    path = folder / "jobs.json.index2"
+    path = folder / "jobs.json.index3"
     if not path.exists():
         return None
     with contextlib.closing(sqlite3.connect(str(path))) as connection:

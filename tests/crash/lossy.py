@@ -4,7 +4,7 @@ power cut could have left.
 What counts as safe is the least that POSIX promises: bytes after an fsync of their file, names after an fsync of their
 folder. Everything else may be there or not, each write and each name for itself, and of a write only some sectors.
 
-jobs.json.index2 is written by SQLite, of which nothing is seen here. So its files are copied after each of its
+jobs.json.index3 is written by SQLite, of which nothing is seen here. So its files are copied after each of its
 transactions, and what a power cut leaves of them is a choice of its own: none, those of the newest or of any earlier
 moment, or those of the newest with a log that lacks its end, as far as SQLite has not synced it: it does so only before
 it copies the log into the database. As the index tells jobs.json by inode and time, both come along: a file has the
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Set, Tuple
 
 SECTOR = 512
-INDEX = ("jobs.json.index2", "jobs.json.index2-wal")
+INDEX = ("jobs.json.index3", "jobs.json.index3-wal")
 NO_FILE = -1
 
 

@@ -63,7 +63,7 @@ OUR_LINES = (  # what Job Tracker may say here
     r"Job \w{8} was cancelled",
     r"jobs\.json: \d+ jobs loaded in [\d.]+ s",
 )
-FIXED_FILES = re.compile(r"jobs\.json(\.lock|\.index2(-wal|-shm)?|\.owner-[0-9a-f]{8})?\Z")
+FIXED_FILES = re.compile(r"jobs\.json(\.lock|\.index3(-wal|-shm)?|\.owner-[0-9a-f]{8})?\Z")
 
 
 class Kept:

@@ -75,7 +75,7 @@ def test_every_answer_is_there(document):
 
 def test_every_filter_is_there(document):
     """In the same words wherever there are some."""
-    filters = {"ip", "status", "type", "after", "before", "q"}
+    filters = {"ip", "status", "type", "after", "before", "label", "q"}
     jobs = document["paths"]["/sdapi/v1/jobs"]
     listed, deleted = ({one["name"]: one for one in jobs[method]["parameters"]} for method in ("get", "delete"))
     assert set(listed) == filters | {"limit", "cursor"} and set(deleted) == filters

@@ -307,7 +307,7 @@ def fill(folder, but=0):
 
 def test_full_disk_while_jobs_are_parked(start, small_disk):
     """202 is refused, nothing is half-kept, and who waits for his answer gets it."""
-    (small_disk / "jobs.json.index2").mkdir()
+    (small_disk / "jobs.json.index3").mkdir()
     webui = start(*QUICK, environ={"TRACKER_DATA_DIR": str(small_disk)})
     assert_tracks(webui)
     hold_the_queue(webui)
@@ -328,7 +328,7 @@ def test_full_disk_while_jobs_are_parked(start, small_disk):
 
 def test_full_disk(start, alone, small_disk):
     """The generation's answer comes all the same, and when there is room again everything works, without a restart."""
-    (small_disk / "jobs.json.index2").mkdir()  # it is in memory then, and takes and gives back no room
+    (small_disk / "jobs.json.index3").mkdir()  # it is in memory then, and takes and gives back no room
     webui = start(*QUICK, environ={"TRACKER_DATA_DIR": str(small_disk)})
     own = alone(webui).post(body())
     assert_tracks(webui)

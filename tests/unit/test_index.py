@@ -30,7 +30,7 @@ EARLIER = "78461e1"  # one with it
 
 @pytest.fixture
 def index(tmp_path):
-    return tmp_path / "jobs.json.index2"
+    return tmp_path / "jobs.json.index3"
 
 
 def filled(script: Any, store: Any, dice: random.Random, count: int = 200, **fields: Any) -> List[Any]:
@@ -159,7 +159,7 @@ os._exit(0)
 @pytest.mark.skipif(not ROOT, reason="only root can make somebody else's files")
 def test_an_index_that_only_its_owner_may_write(script, opened, public, dice):
     filled(script, opened(public), dice, 1)
-    folder, index = public, public / "jobs.json.index2"
+    folder, index = public, public / "jobs.json.index3"
     folder.chmod(0o777)
     for path in folder.glob("jobs.json*"):
         path.chmod(0o666)
@@ -343,7 +343,7 @@ def test_a_folder_that_was_copied_under_a_running_webui(script, opened, index, t
     assert every(script, opened(copy)) == {job.id: job for job in (completed(jobs[0]), *jobs[1:])}
 
 
-@pytest.mark.parametrize("name", ["jobs.json", "jobs.json.index2"])
+@pytest.mark.parametrize("name", ["jobs.json", "jobs.json.index3"])
 def test_one_of_the_two_is_restored(script, opened, index, tmp_path_factory, dice, name):
     store = opened()
     jobs = filled(script, store, dice)
