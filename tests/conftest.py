@@ -31,7 +31,7 @@ if "CI" in os.environ:  # a change is judged by its own faults: elsewhere hypoth
 def pytest_configure(config: pytest.Config) -> None:
     if not hasattr(config, "workerinput"):  # who names a file wants all of it
         named = config.args_source == pytest.Config.ArgsSource.ARGS
-        os.environ[ONCE] = "" if named or config.getoption("--all") else "1"
+        os.environ[ONCE] = "" if named or config.getoption("--all") or config.getoption("--rest") else "1"
         # The script is loaded two thousand times, which took a minute and a half of compiling it.
         with contextlib.suppress(OSError):
             py_compile.compile(str(harness.PROJECT / "scripts" / "job_tracker.py"))
@@ -53,6 +53,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "every mode with and without credentials, every client and gateway, and the soak; without it, each promise once"
     )
     parser.addoption("--all", action="store_true", help=text)
+    parser.addoption("--rest", action="store_true", help="what --all has and the tests without it have not")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -61,10 +62,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: List[pytest.Item
         if item.path.stem in SLOW:
             item.add_marker(pytest.mark.slow)
             item.add_marker(pytest.mark.timeout(0))
-    if os.environ.get(ONCE):
-        kept = once_each([item for item in items if not is_for_all_only(item)])
-        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
-        items[:] = kept
+    is_rest = config.getoption("--rest")
+    if os.environ.get(ONCE) or is_rest:
+        once = set(once_each([item for item in items if not is_for_all_only(item)]))
+        config.hook.pytest_deselected(items=[item for item in items if (item in once) == is_rest])
+        items[:] = [item for item in items if (item in once) != is_rest]
 
 
 def is_for_all_only(item: pytest.Item) -> bool:

@@ -18,6 +18,7 @@ Everything there is to do with Job Tracker's tests, on any Python from 3.8.
   python3 tests/run.py demo               watch Job Tracker work, then try it yourself
   python3 tests/run.py test               run the tests, each promise once
   python3 tests/run.py test --all         in every mode, with every client and gateway, and two minutes of soak
+  python3 tests/run.py test --rest        what --all has besides, for who has run the tests already
   python3 tests/run.py test -k purge -x   run some of them: more words go to pytest
   python3 tests/run.py bench              measure what it costs, with a table and a picture
   python3 tests/run.py matrix             the tests on all hosts' packages and all Pythons there are
@@ -43,7 +44,7 @@ def test(options, pytest_arguments):
     env["PYTHONDONTWRITEBYTECODE"] = ""  # where it is set, each process would compile all the tests again
     # Many of them wait: three at once keep two cores busy. Each begins with a third of them, in their order, and who is
     # done takes over from the others, so that none is left alone with a long file.
-    at_once = ["-n", "3", "--dist", "worksteal"] if not words or words == ["--all"] else []
+    at_once = ["-n", "3", "--dist", "worksteal"] if not words or words in (["--all"], ["--rest"]) else []
     return environment.call([python, "-m", "pytest", *at_once, *words], cwd=environment.PROJECT, env=env)
 
 
