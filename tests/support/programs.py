@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 from typing import Any, Dict
@@ -14,6 +15,7 @@ import pytest
 from harness import TESTS
 
 CLIENTS = TESTS / "clients"
+NPM_SECONDS, NPM_TRIES = 80, 3  # for one try, which takes five seconds
 
 
 def need(program: str) -> str:
@@ -35,12 +37,25 @@ def node() -> str:
 def npm_install(folder: Path, packages: Dict[str, Any]) -> Path:
     """Makes it a folder with packages from npm."""
     node()
-    npm = need("npm")
     (folder / "package.json").write_text(json.dumps(packages))
-    command = [npm, "install", "--no-audit", "--no-fund", "--ignore-scripts", "--cache", str(folder / "cache")]
-    done = subprocess.run(
-        command, cwd=str(folder), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "CI": "1"}
-    )
-    if done.returncode:
-        pytest.skip(f"npm cannot install the packages: {done.stdout.decode()[-300:]}")
-    return folder
+    options = ["--no-audit", "--no-fund", "--ignore-scripts", "--fetch-timeout=20000"]
+    command = [need("npm"), "install", *options, "--cache", str(folder / "cache")]
+    said = b""
+    for _ in range(NPM_TRIES):
+        # npm waits for long for a registry that does not answer. With its children, which would go on.
+        with subprocess.Popen(
+            command,
+            cwd=str(folder),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "CI": "1"},
+            start_new_session=True,
+        ) as process:
+            try:
+                said = process.communicate(timeout=NPM_SECONDS)[0]
+                if process.returncode == 0:
+                    return folder
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                said = b"it takes too long"
+    pytest.skip(f"npm cannot install the packages: {said.decode()[-300:]}")
