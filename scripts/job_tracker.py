@@ -554,18 +554,17 @@ class FileLock:
                 write_at(self._file, name.encode("utf-8", "replace").ljust(SIGNATURE_SIZE)[:SIGNATURE_SIZE], 1)
                 self._signed = name
 
-    @classmethod
-    def holder(cls, path: str) -> Optional[str]:
-        """Who holds the lock at a path, if he signed it. None if nobody does. Raises OSError."""
-        lock = cls(path)
+    @staticmethod
+    def holder(path: str) -> Optional[str]:
+        """Who holds the lock at a path, if he signed it. None if nobody does. Makes no file. Raises OSError."""
+        file = os.open(path, os.O_RDWR | O_NONBLOCK | BINARY)  # NFS locks no file that is open for reading only
         try:
-            if lock.try_acquire():
+            if try_lock(file):
+                unlock(file)
                 return None
-            with open(path, "rb") as file:
-                file.seek(1)
-                return file.read(SIGNATURE_SIZE).decode("utf-8", "replace").strip()
+            return read_at(file, SIGNATURE_SIZE, 1).decode("utf-8", "replace").strip()
         finally:
-            lock.close()
+            close_file(file)
 
     def release(self) -> None:
         self._released_at = time.monotonic()
@@ -700,6 +699,7 @@ SERVER_LIMIT = 100  # characters
 
 
 def parse_server(text: str) -> str:
+    text = text.strip()
     if len(text) > SERVER_LIMIT or not text.isprintable():
         raise ValueError(f"it must have at most {SERVER_LIMIT} characters that can be printed")
     return text
@@ -1815,13 +1815,9 @@ class IndexView:
         """The oldest jobs with a status, at most `count`, oldest first."""
         return self._places("WHERE status = ? ORDER BY row LIMIT ?", STATUSES.index(status), count)
 
-    def due(self, before: float, count: int) -> List[Place]:
-        """Jobs whose webhooks are due before a time (Unix seconds), at most `count`, in that order."""
-        return self._places("WHERE due < ? ORDER BY due LIMIT ?", before, count)
-
-    def next_due(self) -> Optional[float]:
-        """When the next webhook is due, in Unix seconds."""
-        return self.execute("SELECT min(due) FROM jobs WHERE due IS NOT NULL").fetchone()[0]
+    def due(self, before: float, count: int) -> List[Tuple[str, float]]:
+        """IDs of jobs whose webhooks are due before a time, and when (Unix seconds), at most `count`, in that order."""
+        return self.execute("SELECT id, due FROM jobs WHERE due < ? ORDER BY due LIMIT ?", (before, count)).fetchall()
 
     def places(self, above: int, count: int) -> List[Place]:
         """The next `count` jobs above a row, oldest first."""
@@ -2233,17 +2229,22 @@ class JobStore:
         return job if job is not None and job.status == PENDING else None
 
     def due_webhooks(self, before: float, count: int) -> List[Job]:
-        """Ended jobs whose webhooks are due before a time (Unix seconds), at most `count`. Raises StoreError."""
+        """Jobs whose webhooks are due before a time (Unix seconds), at most `count`, the longest due first.
 
-        def find(view: IndexView, pending: Overlay) -> List[str]:
-            return [place.id for place in view.due(before, count + len(pending)) if place.id not in pending]
-
-        jobs = map(self.get, self._look(find)[:count])
-        return [job for job in jobs if job is not None and job.webhook and (job.webhook.due or math.inf) < before]
+        Without those of which a change is not on disk yet. Raises StoreError.
+        """
+        jobs = map(self.get, [job_id for job_id, _ in self._due(before, count)])
+        return [job for job in jobs if job and job.webhook and job.webhook.due is not None and job.webhook.due < before]
 
     def next_webhook(self) -> Optional[float]:
-        """When the next webhook is due, in Unix seconds, None if none is. Raises StoreError."""
-        return self._look(lambda view, _: view.next_due())
+        """When the first of all webhooks is due (Unix seconds), as `due_webhooks` has them. Raises StoreError."""
+        return next((due for _, due in self._due(math.inf, 1)), None)
+
+    def _due(self, before: float, count: int) -> List[Tuple[str, float]]:
+        def find(view: IndexView, pending: Overlay) -> List[Tuple[str, float]]:
+            return [one for one in view.due(before, count + len(pending)) if one[0] not in pending][:count]
+
+        return self._look(find)
 
     def announce(self, server: str) -> None:
         """Tells other processes what the webui of this one is called. Waits for nothing."""
@@ -2253,12 +2254,14 @@ class JobStore:
     def servers(self) -> List[str]:
         """What the webuis on the folder are called that live now. Raises StoreError."""
         folder, name = os.path.split(self.path)
-        found = {self._server} - {""}
+        found = {self._server}
         with raising_store_error():
-            for entry in os.listdir(folder):
-                if entry.startswith(f"{name}.owner-"):
-                    found.update(filter(None, [FileLock.holder(os.path.join(folder, entry))]))
-        return sorted(found)
+            names = os.listdir(folder)
+        for entry in names:
+            if entry.startswith(f"{name}.owner-"):
+                with contextlib.suppress(OSError):  # it has just ended, or its lock is not ours to open
+                    found.add(FileLock.holder(os.path.join(folder, entry)) or "")
+        return sorted(found - {""})
 
     def oldest_parked(self) -> Optional[Job]:
         """The parked job that was accepted first, None if none is parked. Raises StoreError."""
@@ -5446,7 +5449,7 @@ def path_of(scope: Scope) -> str:
 
 def root_of(scope: Scope) -> str:
     """What the path has before that of the webui: a prefix that a proxy took away, or the webui's own subpath."""
-    return path_of(scope).partition("/sdapi/")[0]
+    return path_of(scope).rpartition("/sdapi/")[0]
 
 
 def text_header_of(scope: Scope, name: bytes) -> str:
