@@ -6856,9 +6856,12 @@ COMPLETED_EXAMPLE = {
     "server": "gpu1:7860",
     "image_count": 1,
     "image_urls": ["/sdapi/v1/job/A3f9K2xY/images/0"],
+    "webhook": {"url": "https://example.org/job-ended", "delivered": True, "attempts": 1},
 }
 UNFINISHED = {"finished": None, "parameters": None, "info": None, "image_count": 0, "image_urls": []}
-PENDING_EXAMPLE = {**COMPLETED_EXAMPLE, **UNFINISHED, "status": PENDING, "started": None, "queue_position": 3}
+NOT_TOLD = {**COMPLETED_EXAMPLE["webhook"], "delivered": False, "attempts": 0}
+WAITING = {"status": PENDING, "started": None, "server": None, "webhook": NOT_TOLD, "queue_position": 3}
+PENDING_EXAMPLE = {**COMPLETED_EXAMPLE, **UNFINISHED, **WAITING}
 CANCELLED_EXAMPLE = {**COMPLETED_EXAMPLE, **UNFINISHED, "status": FAILED, "finished": 1736712002.5, "error": CANCELLED}
 
 # The answers of each route, besides those that fastapi finds by itself
@@ -6973,6 +6976,10 @@ GENERATION_DOCS = {
                 "Preference-Applied": text_header("wait=N, of a generation that ended within the N seconds"),
                 "Idempotent-Replayed": text_header("true for a stored answer"),
             }
+        },
+        "422": {
+            "description": "The body is invalid, or a header that is for Job Tracker: then `detail` is a text that says "
+            "which, and what it must be"
         },
         "429": {"description": "Too many generations wait already: try again after `Retry-After` seconds"},
         "503": {"description": "The job cannot be kept, as Prefer: respond-async or Idempotency-Key needs it"},

@@ -73,10 +73,10 @@ PATH = st.one_of(
     st.builds("/sdapi/v1/job/{}".format, IDS),
     st.builds("/sdapi/v1/job/{}/images/{}".format, IDS, st.one_of(NUMBER, ODD)),
     st.builds("/sdapi/v1/job/{}/cancel".format, IDS),
-    st.just("/sdapi/v1/jobs"),
+    st.sampled_from(["/sdapi/v1/jobs", "/sdapi/v1/jobs/stats"]),
     st.builds("/sdapi/v1/{}".format, ODD),
 )
-NAMES = "ip status type after before q limit cursor images wait nobody".split()
+NAMES = "ip status type after before label q limit cursor images wait nobody".split()
 STATUS = st.sampled_from(["Pending", "pROCESSING", "completed", "Failed", "txt2img"])
 CURSOR = st.sampled_from(
     ["0-0-0-AAAAAAAA", "9-9-999999999999-AAAAAAAA", "1" + "-AAAAAAAA" * 11, "0-0-0-{job}", "{cursor}"]
