@@ -6978,8 +6978,8 @@ GENERATION_DOCS = {
             }
         },
         "422": {
-            "description": "The body is invalid, or a header that is for Job Tracker: then `detail` is a text that says "
-            "which, and what it must be"
+            "description": "The body is invalid, or a header that is for Job Tracker: then `detail` is a text that "
+            "says which, and what it must be"
         },
         "429": {"description": "Too many generations wait already: try again after `Retry-After` seconds"},
         "503": {"description": "The job cannot be kept, as Prefer: respond-async or Idempotency-Key needs it"},
