@@ -21,7 +21,7 @@ import httpx
 import pytest
 from inside import load_script
 from programs import need
-from readme import ADDRESS, README, Snippet, names, snippets, table
+from readme import ADDRESS, README, RECEIVERS, Snippet, names, snippets, table
 
 from harness import (
     HOST,
@@ -438,6 +438,12 @@ def check_settings(run, environ):
     settings = run.settings(environ)
     assert (settings.enabled, settings.retention_days) == (True, 7)
     assert environ["COMMANDLINE_ARGS"] == "--api"
+
+
+@snippet_with("standardwebhooks")
+def check_receiver(run, snippet, request):
+    """What comes of it is tried in test_receivers.py."""
+    assert snippet.text in RECEIVERS.values()
 
 
 @snippet_with("export FORWARDED_ALLOW_IPS")
