@@ -554,18 +554,17 @@ class FileLock:
                 write_at(self._file, name.encode("utf-8", "replace").ljust(SIGNATURE_SIZE)[:SIGNATURE_SIZE], 1)
                 self._signed = name
 
-    @classmethod
-    def holder(cls, path: str) -> Optional[str]:
-        """Who holds the lock at a path, if he signed it. None if nobody does. Raises OSError."""
-        lock = cls(path)
+    @staticmethod
+    def holder(path: str) -> Optional[str]:
+        """Who holds the lock at a path, if he signed it. None if nobody does. Makes no file. Raises OSError."""
+        file = os.open(path, os.O_RDWR | O_NONBLOCK | BINARY)  # NFS locks no file that is open for reading only
         try:
-            if lock.try_acquire():
+            if try_lock(file):
+                unlock(file)
                 return None
-            with open(path, "rb") as file:
-                file.seek(1)
-                return file.read(SIGNATURE_SIZE).decode("utf-8", "replace").strip()
+            return read_at(file, SIGNATURE_SIZE, 1).decode("utf-8", "replace").strip()
         finally:
-            lock.close()
+            close_file(file)
 
     def release(self) -> None:
         self._released_at = time.monotonic()
@@ -700,6 +699,7 @@ SERVER_LIMIT = 100  # characters
 
 
 def parse_server(text: str) -> str:
+    text = text.strip()
     if len(text) > SERVER_LIMIT or not text.isprintable():
         raise ValueError(f"it must have at most {SERVER_LIMIT} characters that can be printed")
     return text
@@ -1815,13 +1815,10 @@ class IndexView:
         """The oldest jobs with a status, at most `count`, oldest first."""
         return self._places("WHERE status = ? ORDER BY row LIMIT ?", STATUSES.index(status), count)
 
-    def due(self, before: float, count: int) -> List[Place]:
-        """Jobs whose webhooks are due before a time (Unix seconds), at most `count`, in that order."""
-        return self._places("WHERE due < ? ORDER BY due LIMIT ?", before, count)
-
-    def next_due(self) -> Optional[float]:
-        """When the next webhook is due, in Unix seconds."""
-        return self.execute("SELECT min(due) FROM jobs WHERE due IS NOT NULL").fetchone()[0]
+    def due(self, after: float, before: float, count: int) -> List[Tuple[str, float]]:
+        """IDs of jobs whose webhooks are due between two times (exclusive), and when, at most `count`, in that order."""
+        statement = "SELECT id, due FROM jobs WHERE due > ? AND due < ? ORDER BY due LIMIT ?"
+        return self.execute(statement, (after, before, count)).fetchall()
 
     def places(self, above: int, count: int) -> List[Place]:
         """The next `count` jobs above a row, oldest first."""
@@ -2232,18 +2229,23 @@ class JobStore:
         job = None if job_id is None else self.get(job_id)
         return job if job is not None and job.status == PENDING else None
 
-    def due_webhooks(self, before: float, count: int) -> List[Job]:
-        """Ended jobs whose webhooks are due before a time (Unix seconds), at most `count`. Raises StoreError."""
+    def due_webhooks(self, before: float, count: int, after: float = -1.0) -> List[Job]:
+        """Jobs whose webhooks are due between two times (Unix seconds, exclusive), in that order, at most `count`.
 
-        def find(view: IndexView, pending: Overlay) -> List[str]:
-            return [place.id for place in view.due(before, count + len(pending)) if place.id not in pending]
-
-        jobs = map(self.get, self._look(find)[:count])
-        return [job for job in jobs if job is not None and job.webhook and (job.webhook.due or math.inf) < before]
+        Without those of which a change is not on disk yet. Raises StoreError.
+        """
+        jobs = map(self.get, [job_id for job_id, _ in self._due(after, before, count)])
+        return [job for job in jobs if job and job.webhook and job.webhook.due is not None and job.webhook.due < before]
 
     def next_webhook(self) -> Optional[float]:
-        """When the next webhook is due, in Unix seconds, None if none is. Raises StoreError."""
-        return self._look(lambda view, _: view.next_due())
+        """When the first of all webhooks is due (Unix seconds), as `due_webhooks` has them. Raises StoreError."""
+        return next((due for _, due in self._due(-1.0, math.inf, 1)), None)
+
+    def _due(self, after: float, before: float, count: int) -> List[Tuple[str, float]]:
+        def find(view: IndexView, pending: Overlay) -> List[Tuple[str, float]]:
+            return [one for one in view.due(after, before, count + len(pending)) if one[0] not in pending][:count]
+
+        return self._look(find)
 
     def announce(self, server: str) -> None:
         """Tells other processes what the webui of this one is called. Waits for nothing."""
@@ -2253,12 +2255,14 @@ class JobStore:
     def servers(self) -> List[str]:
         """What the webuis on the folder are called that live now. Raises StoreError."""
         folder, name = os.path.split(self.path)
-        found = {self._server} - {""}
+        found = {self._server}
         with raising_store_error():
-            for entry in os.listdir(folder):
-                if entry.startswith(f"{name}.owner-"):
-                    found.update(filter(None, [FileLock.holder(os.path.join(folder, entry))]))
-        return sorted(found)
+            names = os.listdir(folder)
+        for entry in names:
+            if entry.startswith(f"{name}.owner-"):
+                with contextlib.suppress(OSError):  # it has just ended, or its lock is not ours to open
+                    found.add(FileLock.holder(os.path.join(folder, entry)) or "")
+        return sorted(found - {""})
 
     def oldest_parked(self) -> Optional[Job]:
         """The parked job that was accepted first, None if none is parked. Raises StoreError."""
@@ -5446,7 +5450,7 @@ def path_of(scope: Scope) -> str:
 
 def root_of(scope: Scope) -> str:
     """What the path has before that of the webui: a prefix that a proxy took away, or the webui's own subpath."""
-    return path_of(scope).partition("/sdapi/")[0]
+    return path_of(scope).rpartition("/sdapi/")[0]
 
 
 def text_header_of(scope: Scope, name: bytes) -> str:
@@ -6853,9 +6857,12 @@ COMPLETED_EXAMPLE = {
     "server": "gpu1:7860",
     "image_count": 1,
     "image_urls": ["/sdapi/v1/job/A3f9K2xY/images/0"],
+    "webhook": {"url": "https://example.org/job-ended", "delivered": True, "attempts": 1},
 }
 UNFINISHED = {"finished": None, "parameters": None, "info": None, "image_count": 0, "image_urls": []}
-PENDING_EXAMPLE = {**COMPLETED_EXAMPLE, **UNFINISHED, "status": PENDING, "started": None, "queue_position": 3}
+NOT_TOLD = {**COMPLETED_EXAMPLE["webhook"], "delivered": False, "attempts": 0}
+WAITING = {"status": PENDING, "started": None, "server": None, "webhook": NOT_TOLD, "queue_position": 3}
+PENDING_EXAMPLE = {**COMPLETED_EXAMPLE, **UNFINISHED, **WAITING}
 CANCELLED_EXAMPLE = {**COMPLETED_EXAMPLE, **UNFINISHED, "status": FAILED, "finished": 1736712002.5, "error": CANCELLED}
 
 # The answers of each route, besides those that fastapi finds by itself
@@ -6970,6 +6977,10 @@ GENERATION_DOCS = {
                 "Preference-Applied": text_header("wait=N, of a generation that ended within the N seconds"),
                 "Idempotent-Replayed": text_header("true for a stored answer"),
             }
+        },
+        "422": {
+            "description": "The body is invalid, or a header that is for Job Tracker: then `detail` is a text that "
+            "says which, and what it must be"
         },
         "429": {"description": "Too many generations wait already: try again after `Retry-After` seconds"},
         "503": {"description": "The job cannot be kept, as Prefer: respond-async or Idempotency-Key needs it"},

@@ -24,6 +24,7 @@ ROUTES = {
     ("/sdapi/v1/jobs", "get"),
     ("/sdapi/v1/jobs", "delete"),
     ("/sdapi/v1/jobs/cancel", "post"),
+    ("/sdapi/v1/jobs/stats", "get"),
 }
 
 
@@ -65,6 +66,7 @@ def test_every_answer_is_there(document):
         ("/sdapi/v1/jobs", "get"): {"200"},
         ("/sdapi/v1/jobs", "delete"): {"200", "403"},
         ("/sdapi/v1/jobs/cancel", "post"): {"200", "403"},
+        ("/sdapi/v1/jobs/stats", "get"): {"200"},
     }
     images = document["paths"]["/sdapi/v1/job/{id}/images/{n}"]["get"]["responses"]["200"]
     assert {"image/png", "image/jpeg", "image/webp"} <= set(images["content"])
@@ -89,14 +91,17 @@ def test_every_filter_is_there(document):
     assert (schema["additionalProperties"], schema["minProperties"]) == (False, 1)
     assert listed["status"]["schema"]["enum"] == ["Pending", "Processing", "Completed", "Failed"]
     assert listed["after"]["schema"] == {"type": "number"}
-    assert listed["q"]["schema"]["maxLength"] == 500
+    assert (listed["q"]["schema"]["maxLength"], listed["label"]["schema"]["maxLength"]) == (500, 255)
 
 
 @pytest.mark.parametrize("kind", ["txt2img", "img2img"])
 def test_what_can_be_added_to_a_generation(document, kind):
     operation = document["paths"][f"/sdapi/v1/{kind}"]["post"]
     headers = {one["name"]: one for one in operation["parameters"] if one["in"] == "header"}
-    assert set(headers) == {"Prefer", "Idempotency-Key"}
+    assert set(headers) == {"Prefer", "Idempotency-Key", "X-Job-Label", "X-Job-Webhook"}
+    assert headers["X-Job-Label"]["schema"]["maxLength"] == 255
+    refused = operation["responses"]["422"]
+    assert "header" in refused["description"] and "application/json" in refused["content"]
     for one in headers.values():  # Swagger UI fills these in and sends them: each try would be the same generation
         assert not {"example", "examples"} & {*one, *one["schema"]} and "default" not in one["schema"]
     assert {"X-Job-ID", "Idempotent-Replayed"} <= set(operation["responses"]["200"]["headers"])
@@ -123,11 +128,15 @@ def check(document: Dict[str, Any], schema: Dict[str, Any], value: Any) -> None:
         types = {one.get("type") for one in schema["anyOf"]}
         assert (value is None) <= ("null" in types)
         schema = next(one for one in schema["anyOf"] if one.get("type") != "null")
-        if value is None:
-            return
+        if value is not None:
+            check(document, schema, value)
+        return
     if schema.get("nullable") and value is None:
         return
-    kinds = {"object": dict, "array": list, "string": str, "integer": int, "number": (int, float)}
+    if "allOf" in schema:
+        check(document, schema["allOf"][0], value)
+        return
+    kinds = {"object": dict, "array": list, "string": str, "integer": int, "number": (int, float), "boolean": bool}
     assert isinstance(value, kinds[schema["type"]]), (schema, value)
     assert value in schema.get("enum", [value])
     if schema["type"] == "array":
@@ -148,7 +157,7 @@ def test_examples(document, webui):
         for status in {"200", "202", "403", "409", "410"} & set(operation["responses"]):
             answer = operation["responses"][status].get("content", {}).get("application/json")
             assert answer is None or "example" in answer
-    job_id = webui.post(body()).headers["x-job-id"]
+    job_id = webui.post(body(), headers={"X-Job-Label": "album 7"}).headers["x-job-id"]
     real = webui.job(job_id, wait=30)
     example = document["paths"]["/sdapi/v1/job/{id}"]["get"]["responses"]["200"]["content"]["application/json"][
         "example"
@@ -158,6 +167,7 @@ def test_examples(document, webui):
     check(document, {"$ref": "#/components/schemas/JobWithImages"}, real)
     schema = document["components"]["schemas"]["JobWithImages"]
     assert set(schema["properties"]) == set(real)
+    check(document, {"$ref": "#/components/schemas/JobStats"}, webui.client.get("/sdapi/v1/jobs/stats").json())
 
 
 def test_page(webui):
@@ -170,6 +180,7 @@ def test_wrong_methods(webui):
         "/sdapi/v1/job/AAAAAAAA": ("POST", "PUT", "PATCH"),
         "/sdapi/v1/jobs": ("POST", "PUT", "PATCH"),
         "/sdapi/v1/jobs/cancel": ("GET", "PUT", "PATCH", "DELETE"),
+        "/sdapi/v1/jobs/stats": ("POST", "PUT", "PATCH", "DELETE"),
         "/sdapi/v1/job/AAAAAAAA/cancel": ("GET", "PUT", "PATCH", "DELETE"),
         "/sdapi/v1/job/AAAAAAAA/retry": ("GET", "PUT", "PATCH", "DELETE"),
         "/sdapi/v1/job/AAAAAAAA/images/0": ("POST", "PUT", "PATCH", "DELETE"),

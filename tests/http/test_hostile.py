@@ -73,17 +73,18 @@ PATH = st.one_of(
     st.builds("/sdapi/v1/job/{}".format, IDS),
     st.builds("/sdapi/v1/job/{}/images/{}".format, IDS, st.one_of(NUMBER, ODD)),
     st.builds("/sdapi/v1/job/{}/cancel".format, IDS),
-    st.just("/sdapi/v1/jobs"),
+    st.sampled_from(["/sdapi/v1/jobs", "/sdapi/v1/jobs/stats"]),
     st.builds("/sdapi/v1/{}".format, ODD),
 )
-NAMES = "ip status type after before q limit cursor images wait nobody".split()
+NAMES = "ip status type after before label q limit cursor images wait nobody".split()
 STATUS = st.sampled_from(["Pending", "pROCESSING", "completed", "Failed", "txt2img"])
 CURSOR = st.sampled_from(
     ["0-0-0-AAAAAAAA", "9-9-999999999999-AAAAAAAA", "1" + "-AAAAAAAA" * 11, "0-0-0-{job}", "{cursor}"]
 )
 QUERY = st.lists(st.builds("{}={}".format, st.sampled_from(NAMES), st.one_of(NUMBER, STATUS, CURSOR, ODD)), max_size=4)
 FIELD = st.sampled_from(
-    "Accept-Encoding If-None-Match Prefer Idempotency-Key X-Forwarded-For X-Forwarded-Proto Host Range Origin "
+    "Accept-Encoding If-None-Match Prefer Idempotency-Key X-Job-Label X-Job-Webhook X-Forwarded-For "
+    "X-Forwarded-Proto Host Range Origin "
     "Authorization Cookie Accept Content-Type If-Modified-Since Forwarded X-HTTP-Method-Override Expect".split()
 )
 TOKENS = ["gzip", "q=0", ";", ",", "*", '"', "\\", "W/", "\xe9", "\x85", "\x1b[2J", " "]
@@ -121,12 +122,13 @@ def test_the_job_is_still_there(webui, job_id):
 # Headers
 
 
+KEPT_HEADERS = ["Idempotency-Key", "X-Job-Label", "X-Job-Webhook"]
 REPEATED = ['\\"', '"\\', '"', '"a', ",", ";", " ", "\xe9", "q=", "0"]
 
 
 @pytest.mark.usefixtures("quiet")
 @pytest.mark.parametrize("start, end", [("", ""), ('"', "\\")])
-@pytest.mark.parametrize("name", ["Prefer", "Accept-Encoding", "If-None-Match", "X-Forwarded-For", "Idempotency-Key"])
+@pytest.mark.parametrize("name", ["Prefer", "Accept-Encoding", "If-None-Match", "X-Forwarded-For", *KEPT_HEADERS])
 def test_a_long_header_holds_up_nobody(webui, job_id, name, start, end):
     """Whatever it repeats is read once, and not again from each place where it might begin."""
 
@@ -402,6 +404,7 @@ def test_nothing_forges_a_line_of_the_log(start):
     webui.job(job_id, wait=30)
     replace_answer(webui, job_id, FORGED.encode())
     headers = {"Idempotency-Key": "\x85[Job Tracker] forged \x1b[2J", "X-Forwarded-For": "\x1b[2J"}
+    headers.update({"X-Job-Label": headers["Idempotency-Key"], "X-Job-Webhook": "\x85[Job Tracker] forged"})
     for path in ("job/{}", "job/{}/images/0", "jobs?q={}", "jobs?status={}", "job/{}/cancel"):
         for value in ("%0a%5BJob%20Tracker%5D%20forged%1b%5b2J", "%E2%80%AE", job_id):
             send(webui, "GET", "/sdapi/v1/" + path.format(value), list(headers.items()))

@@ -39,3 +39,7 @@ def table(first: str) -> List[List[str]]:
 def names(cell: str) -> List[str]:
     """What stands in a cell as code."""
     return re.findall(r"`([^`]+)`", cell)
+
+
+# The receivers of webhooks, by their languages
+RECEIVERS = {it.language: it.text for it in snippets() if "standardwebhooks" in it.text}

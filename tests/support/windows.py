@@ -3,8 +3,9 @@
     script = load_on_windows()
 
 There is no `fcntl`, but a `msvcrt`. `os` lacks what Windows lacks, and its files are as there: one that is open, in any
-process of this group, can be neither removed nor renamed nor replaced; names that differ in case only are one; a folder
-cannot be opened; a file that is opened without O_BINARY is one whose line ends would be changed.
+process of this group, can be neither removed nor renamed nor replaced; a byte that this process has locked can be
+neither read nor written by way of another open file; names that differ in case only are one; a folder cannot be opened;
+a file that is opened without O_BINARY is one whose line ends would be changed.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import fcntl
 import os
 import sys
 import types
-from typing import Any, Iterator, List
+from typing import Any, Dict, Iterator, List
 
 from inside import load_script
 
@@ -80,8 +81,9 @@ class WindowsOs:
     name = "nt"
     O_BINARY = O_BINARY
 
-    def __init__(self) -> None:
+    def __init__(self, msvcrt: Msvcrt) -> None:
         self.path = WindowsPath()
+        self._locked = msvcrt.locked
         self.refused: List[str] = []  # what could not be done, since a file was open
 
     def __getattr__(self, name: str) -> Any:
@@ -99,6 +101,21 @@ class WindowsOs:
         if fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
             raise OSError(errno.EBADF, "it is open for reading only")
         os.fsync(file)
+
+    def _refuse_locked(self, file: int) -> None:
+        """The first byte, which is the one that is ever locked."""
+        if os.lseek(file, 0, os.SEEK_CUR) == 0:
+            own = os.fstat(file)
+            if any(other != file and os.path.samestat(found, own) for other, found in list(self._locked.items())):
+                raise PermissionError(errno.EACCES, "another process has locked a portion of the file")
+
+    def read(self, file: int, length: int) -> bytes:
+        self._refuse_locked(file)
+        return os.read(file, length)
+
+    def write(self, file: int, data: bytes) -> int:
+        self._refuse_locked(file)
+        return os.write(file, data)
 
     def _refuse_open(self, what: str, path: str) -> None:
         try:
@@ -137,6 +154,7 @@ class Msvcrt(types.ModuleType):
 
     def __init__(self) -> None:
         super().__init__("msvcrt")
+        self.locked: Dict[int, os.stat_result] = {}  # by the number of the open file
 
     def locking(self, file: int, mode: int, length: int) -> None:
         assert (os.lseek(file, 0, os.SEEK_CUR), length) == (0, 1), "always the same byte"
@@ -145,12 +163,17 @@ class Msvcrt(types.ModuleType):
             fcntl.flock(file, fcntl.LOCK_UN if mode == self.LK_UNLCK else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise PermissionError(errno.EACCES, "Permission denied") from None
+        if mode == self.LK_UNLCK:
+            self.locked.pop(file, None)
+        else:
+            self.locked[file] = os.fstat(file)
 
 
 def load_on_windows() -> Any:
     """The script, as inside.load_script gives it. Its `os` is a WindowsOs."""
     load_script()  # so that its packages are there already, and see the true ones
-    names = {"os": WindowsOs(), "fcntl": None, "msvcrt": Msvcrt()}
+    msvcrt = Msvcrt()
+    names = {"os": WindowsOs(msvcrt), "fcntl": None, "msvcrt": msvcrt}
     before = {name: sys.modules.get(name) for name in names}
     sys.modules.update(names)
     try:

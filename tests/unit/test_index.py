@@ -25,7 +25,7 @@ from journal import lines
 from harness import TESTS
 
 BEFORE = "9945b77"  # the last commit without an index
-EARLIER = "78461e1"  # one with it
+EARLIER = {"": "78461e1", "2": "c4dd77c"}  # versions with it: what its name ends in, and the last commit
 
 
 @pytest.fixture
@@ -405,9 +405,10 @@ def test_the_version_before_is_a_neighbour(script, opened, before, index, dice):
     assert {job.id for job in old.query(before.Filter(), 1000)[0]} == set(known)
 
 
-def test_an_earlier_version_on_the_same_folder(script, opened, index, dice):
-    """Each has its own, also after a compaction, and both count the same."""
-    earlier = program_of(EARLIER)
+@pytest.mark.parametrize("ending", EARLIER)
+def test_an_earlier_version_on_the_same_folder(script, opened, index, dice, ending):
+    """Each has its own, also after a compaction, and both count the same. That of the earlier one goes after it."""
+    earlier = program_of(EARLIER[ending])
     earlier.JobStore.MIN_DEAD_ENTRIES = 20
     set_constants(script, MIN_DEAD_ENTRIES=20)
     stores = [(opened(), script), (opened(program=earlier), earlier)]
@@ -423,6 +424,13 @@ def test_an_earlier_version_on_the_same_folder(script, opened, index, dice):
     for store, _ in stores:
         assert store.idle(20)
         assert store.stats() == ({"Pending": 0, "Processing": 0, "Completed": 200, "Failed": 0}, 2000)
+    theirs = index.with_name(f"jobs.json.index{ending}")
+    for store, _ in stores:  # the earlier version ends last
+        store.close()
+        again = opened()
+        within(20, again.recover(lambda job: job).result)
+        again.close()
+        assert (index.exists(), theirs.exists()) == (True, store is stores[0][0])
 
 
 def test_the_first_build_keeps_nobody_waiting(script, opened, index, dice):
