@@ -8941,7 +8941,7 @@ class Host:
 
     def server_name(self, demo: Any) -> str:
         """By which people know this webui: its machine and its port. `demo` is gradio's, None without a UI."""
-        port = getattr(demo, "server_port", None) or getattr(self._shared.cmd_opts, "port", None)
+        port = getattr(demo, "server_port", None) or getattr(getattr(self._shared, "cmd_opts", None), "port", None)
         return f"{socket.gethostname()}:{port or (7860 if demo is not None else 7861)}"
 
     # For the Webhooks
