@@ -5338,9 +5338,15 @@ class Receiver:
     def __init__(self, name: str):
         self.name = name
         self.state = UNKNOWN
+        self.known_since = time.monotonic()
         self.waiting: "deque[Attempt]" = deque()
         self.running = 0  # tries
         self.is_trouble_logged = False
+
+    @property
+    def turn(self) -> Tuple[int, float]:
+        """The least comes first. Of those that nobody knows it is the newest: a thousand dead ones may be before it."""
+        return self.state, -self.known_since if self.state == UNKNOWN else 0.0
 
     @property
     def has_room(self) -> bool:
@@ -5360,8 +5366,8 @@ class Attempt:
         self.due = due  # as the job's record says: no other process tries before
         self.began = 0.0
         self.task: Optional["asyncio.Task[None]"] = None
-        self.alarm: Optional[asyncio.TimerHandle] = None
-        self.is_given_up = False  # for others
+        self.alarms: List[asyncio.TimerHandle] = []
+        self.given_up = ""  # why
         self.status: Optional[int] = None  # that the receiver answered
 
     @property
@@ -5543,7 +5549,7 @@ class Webhooks:
         """
         running = Counter(attempt.receiver.state for attempt in self._running)
         unclaimed = []
-        for receiver in sorted(self._waiting, key=lambda one: one.state):
+        for receiver in sorted(self._waiting, key=lambda one: one.turn):
             state = receiver.state
             while receiver.waiting and receiver.has_room:
                 if sum(running[other] for other in range(state, TROUBLED + 1)) >= self._shares[state]:
@@ -5566,10 +5572,9 @@ class Webhooks:
             claiming.add_done_callback(lambda _: self._told.set())
 
     def _give_up_longest(self) -> None:
-        troubled = [one for one in self._running if one.receiver.state == TROUBLED and one.task and not one.is_given_up]
+        troubled = [one for one in self._running if one.receiver.state == TROUBLED and one.task and not one.given_up]
         if len(troubled) > self._shares[TROUBLED]:
-            troubled[0].is_given_up = True
-            troubled[0].task.cancel()
+            self._give_up(troubled[0], "it did not answer, while others waited")
 
     async def _claim(self, attempts: List[Attempt]) -> None:
         """Begins those tries that still are to be made, and has no other process make them."""
@@ -5593,9 +5598,17 @@ class Webhooks:
 
     def _begin(self, attempt: Attempt) -> None:
         attempt.began = self._loop.time()
-        attempt.alarm = self._loop.call_later(self.SLOW_AFTER, self._note_slow, attempt)
-        attempt.task = self._loop.create_task(asyncio.wait_for(self._exchange(attempt), self.TRY_SECONDS))
+        attempt.task = self._loop.create_task(self._exchange(attempt))
         attempt.task.add_done_callback(functools.partial(self._tried, attempt))
+        late = self.TRY_SECONDS, self._give_up, attempt, f"it did not answer within {self.TRY_SECONDS:g} s"
+        attempt.alarms = [
+            self._loop.call_later(self.SLOW_AFTER, self._note_slow, attempt),
+            self._loop.call_later(*late),
+        ]
+
+    def _give_up(self, attempt: Attempt, reason: str) -> None:
+        attempt.given_up = reason
+        attempt.task.cancel()
 
     def _note_slow(self, attempt: Attempt) -> None:
         attempt.receiver.state = TROUBLED
@@ -5613,11 +5626,12 @@ class Webhooks:
         self._known.discard(attempt.job_id)
 
     def _tried(self, attempt: Attempt, task: "asyncio.Task[None]") -> None:
-        attempt.alarm.cancel()
+        for alarm in attempt.alarms:
+            alarm.cancel()
         error = None if task.cancelled() else task.exception()
         # Otherwise there was nothing to be told, it could not be read, or the webui unloads its scripts.
         is_receivers = error is not None and not isinstance(error, StoreError)
-        if attempt.status is None and not (is_receivers or attempt.is_given_up):
+        if attempt.status is None and not (is_receivers or attempt.given_up):
             self._forget(attempt)
             return
         receiver = attempt.receiver
@@ -5630,22 +5644,13 @@ class Webhooks:
         else:
             receiver.state = TROUBLED
             if not receiver.is_trouble_logged:
-                reason = escape_for_log(self._reason(attempt, error))
+                reason = f"it answered {attempt.status}" if attempt.status else attempt.given_up
+                reason = escape_for_log(reason or f"{type(error).__name__}: {reason_of(error)}")
                 log.warning("A webhook to %s failed, and later ones may, too: %s", receiver.name, reason)
             receiver.is_trouble_logged = True
         self._outcomes[attempt.job_id] = attempt
         if self._recording is None or self._recording.done():
             self._recording = self._loop.create_task(self._record())
-
-    def _reason(self, attempt: Attempt, error: Optional[BaseException]) -> str:
-        """Why a try has failed."""
-        if attempt.status is not None:
-            return f"it answered {attempt.status}"
-        if attempt.is_given_up:
-            return "it did not answer, while others waited"
-        if isinstance(error, asyncio.TimeoutError):
-            return f"it did not answer within {self.TRY_SECONDS:g} s"
-        return f"{type(error).__name__}: {reason_of(error)}"
 
     async def _record(self) -> None:
         """Writes outcomes, all that there are at once. While the disk takes none, none of these jobs is tried again."""
