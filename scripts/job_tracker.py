@@ -14,6 +14,7 @@ The file reads in the order in which a request meets its parts, and every part k
     ImageStore    images/
     Predecessor   the jobs of API-Job-Tracker-SD-WebUI
     Tracker       a job's life, the only writer of both stores
+    Webhooks      the ends of jobs, told to others
     Housekeeper   what is done now and then
     Http          what HTTP, browsers and servers ask for, whatever is sent
     Generation    the way of one generation request
@@ -34,19 +35,23 @@ import functools
 import glob
 import hashlib
 import heapq
+import hmac
 import importlib
 import io
+import ipaddress
 import itertools
 import json
 import logging
 import math
 import os
 import queue
+import random
 import re
 import secrets
 import shutil
 import socket
 import sqlite3
+import ssl
 import stat
 import struct
 import sys
@@ -59,7 +64,7 @@ from collections import Counter, deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from concurrent.futures import wait as wait_for_futures
-from datetime import datetime
+from datetime import datetime, timezone
 from string import Template
 from types import TracebackType
 from typing import (
@@ -85,6 +90,8 @@ from urllib.parse import quote, urlsplit
 from weakref import WeakSet
 
 import anyio.to_thread
+import h11
+import httpx
 import PIL.Image
 from fastapi import FastAPI, HTTPException, Path, Query, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
@@ -115,8 +122,9 @@ EXTENSION_FOLDER = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 try:
     import fcntl
+    import resource
 except ImportError:  # Windows
-    fcntl = None
+    fcntl = resource = None
     import msvcrt
 
 BINARY = getattr(os, "O_BINARY", 0)
@@ -149,6 +157,11 @@ def reason_of(error: BaseException) -> str:
     return str(error) or type(error).__name__
 
 
+def escape_for_log(text: str) -> str:
+    """Text from outside in a form that cannot forge a line of the log."""
+    return text[:200].encode("unicode_escape").decode("ascii")
+
+
 # Open files
 
 
@@ -160,6 +173,14 @@ def is_same_file(path: str, file: int) -> bool:
         with contextlib.suppress(OSError):
             return LOCKS_OPEN_FILES or os.path.samestat(found, os.fstat(file))
     return False
+
+
+def open_files_limit() -> int:
+    """How many files and connections this process may have open at once. Windows has no such limit that matters."""
+    if resource is None:
+        return 1 << 13
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return 1 << 20 if limit == resource.RLIM_INFINITY else limit
 
 
 def close_file(file: Optional[int]) -> None:
@@ -5218,6 +5239,519 @@ class Tracker:
 
 
 # ------------------------------------------------------------------------------------------------------------------
+# Webhooks: the ends of jobs, told to others
+# ------------------------------------------------------------------------------------------------------------------
+
+GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")  # what all others in IPv6 are for is not the public internet
+SIX_TO_FOUR = ipaddress.IPv6Network("2002::/16")  # which leads to an IPv4 address, through relays of times gone by
+NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # stands for an IPv4 address
+INTERNET = (socket.AF_INET, socket.AF_INET6)
+
+
+def is_global_address(address: str) -> bool:
+    """Whether an IP address is one of the public internet, and so is the IPv4 address that it may stand for."""
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    if isinstance(ip, ipaddress.IPv6Address):
+        inner = ip.ipv4_mapped or (ipaddress.IPv4Address(ip.packed[12:]) if ip in NAT64 else None)
+        if inner is not None:
+            ip = inner
+        elif ip not in GLOBAL_UNICAST or ip in SIX_TO_FOUR or ip.teredo:
+            return False
+    return ip.is_global and not ip.is_multicast
+
+
+def is_any_address(address: str) -> bool:
+    return True
+
+
+def addresses_of(host: str, port: int) -> List[str]:
+    """The IP addresses of a host, in the order in which they are to be tried. May take long. Raises OSError."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except UnicodeError:
+        raise OSError("it cannot be the name of a host") from None
+    return list(dict.fromkeys(str(place[0]) for family, *_, place in found if family in INTERNET))
+
+
+class Target(NamedTuple):
+    """What a webhook's URL says."""
+
+    scheme: str
+    host: str  # a name, or an IP address without brackets
+    port: int
+    authority: str  # as the URL has it, for the header Host
+    path: str  # with the query
+
+    @classmethod
+    def parse(cls, url: str) -> "Target":
+        parts = urlsplit(url)
+        path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        port = parts.port or {"http": 80, "https": 443}[parts.scheme]
+        return cls(parts.scheme, parts.hostname or "", port, parts.netloc, path)
+
+    @property
+    def receiver(self) -> str:
+        """Who is behind it, for the log, too: the rest of a URL may be a secret."""
+        return f"{self.scheme}://{f'[{self.host}]' if ':' in self.host else self.host}:{self.port}"
+
+    @property
+    def is_literal(self) -> bool:
+        """Whether it has an IP address and no name."""
+        with contextlib.suppress(ValueError):
+            return bool(ipaddress.ip_address(self.host))
+        return False
+
+
+class WebhookMessage(NamedTuple):
+    """What a job's webhook says. The ID is the same at each try, so that a receiver knows what it has already."""
+
+    url: str
+    id: str
+    body: bytes
+
+    def headers(self, secret: Optional[bytes], now: int) -> Dict[str, str]:
+        """Those of one try, by Standard Webhooks. `now` is in Unix seconds."""
+        headers = {
+            "content-type": "application/json",
+            "content-length": str(len(self.body)),
+            "user-agent": f"Job-Tracker/{VERSION}",
+            "connection": "close",
+            "webhook-id": self.id,
+            "webhook-timestamp": str(now),
+        }
+        if secret is not None:
+            signed = f"{self.id}.{now}.".encode() + self.body
+            signature = base64.b64encode(hmac.new(secret, signed, hashlib.sha256).digest()).decode()
+            headers["webhook-signature"] = f"v1,{signature}"
+        return headers
+
+
+# How a receiver took what it was sent last, and so the order in which receivers come.
+GOOD, UNKNOWN, TROUBLED = range(3)
+
+
+class Receiver:
+    """A server that webhooks go to. For the thread of the webhooks alone."""
+
+    TRIES_AT_ONCE = 8
+    MOST_WAITING = {GOOD: 1_000, UNKNOWN: 1_000, TROUBLED: 10}  # tries, by its state
+
+    def __init__(self, name: str):
+        self.name = name
+        self.state = UNKNOWN
+        self.known_since = time.monotonic()
+        self.waiting: "deque[Attempt]" = deque()
+        self.running = 0  # tries
+        self.is_trouble_logged = False
+
+    @property
+    def turn(self) -> Tuple[int, float]:
+        """The least comes first. Of those that nobody knows it is the newest: a thousand dead ones may be before it."""
+        return self.state, -self.known_since if self.state == UNKNOWN else 0.0
+
+    @property
+    def has_room(self) -> bool:
+        """Whether another try may begin."""
+        return self.running < (1 if self.state == TROUBLED else self.TRIES_AT_ONCE)
+
+
+class Attempt:
+    """One try to tell one receiver of one job's end."""
+
+    RETRY_DELAYS = (5, 60, 300, 1800, 7200, 18000, 36000, 36000)  # seconds after the first try, the second, and so on
+    JITTER = 0.2  # of these, so that what failed together does not come back together
+
+    def __init__(self, job_id: str, receiver: Receiver, due: float):
+        self.job_id = job_id
+        self.receiver = receiver
+        self.due = due  # as the job's record says: no other process tries before
+        self.began = 0.0
+        self.task: Optional["asyncio.Task[None]"] = None
+        self.alarms: List[asyncio.TimerHandle] = []
+        self.given_up = ""  # why
+        self.status: Optional[int] = None  # that the receiver answered
+
+    @property
+    def is_delivered(self) -> bool:
+        return self.status is not None and 200 <= self.status < 300
+
+    def outcome(self, job: Job) -> Optional[Job]:
+        """A job's record with what came of this try. None if it is to stay, since another process knows more."""
+        webhook = job.webhook
+        if webhook is None or webhook.delivered or (webhook.due != self.due and not self.is_delivered):
+            return None
+        due = None
+        if not self.is_delivered and self.status != 410 and webhook.attempts < len(self.RETRY_DELAYS):
+            due = time.time() + self.RETRY_DELAYS[webhook.attempts] * (1 + random.random() * self.JITTER)
+        changes = {"delivered": self.is_delivered, "attempts": webhook.attempts + 1, "due": due}
+        return job._replace(webhook=webhook._replace(**changes))
+
+
+class Webhooks:
+    """Tells the ends of jobs to whom their requests name, by standardwebhooks.com, in a thread with its own event loop.
+
+    Each end is told at least once, whatever is killed: whether it was, and when the next try is due, stands in the
+    job's record. Until then the job belongs to the process that ended it, or that has put off its due time, and no
+    other one tries. So several webuis on a folder tell an end once. The outcome of a try is in the record before the
+    next one; whoever is killed between a delivery and its record tells the same again under the same `webhook-id`.
+
+    A receiver that does not answer costs the others nothing: see `_start_waiting`.
+    """
+
+    TRY_SECONDS = 15.0  # that one try may take, from the look at the job to the end of the answer
+    CHECK_SECONDS = 2.0  # that a client waits at most for a look at the addresses of its receiver
+    ANSWER_LIMIT = 1 << 16  # bytes that are read of an answer
+    ADDRESSES_TRIED = 4  # of one receiver
+    SLOW_AFTER = 1.0  # seconds after which a receiver is troubled that has not answered
+    TRIES_AT_ONCE = 200
+    KNOWN_LIMIT = 10_000  # jobs that wait in memory, and receivers that are remembered; the rest is on disk
+    FOUND_AT_ONCE = 1_000  # jobs
+    FIND_EVERY = 30.0  # seconds between two looks for what is due while nothing is
+    FIND_AGAIN = 5.0  # the same while something is due
+    CLOSE_EVERY = 1.0  # seconds between two looks whether the webui unloads its scripts
+    CLOSE_SECONDS = 5.0  # that tries may take then
+
+    def __init__(self, tracker: Tracker, rules: Callable[[], Tuple[bool, bool]]):
+        """`rules` says whether a client's URL may be called, and whether only at global addresses."""
+        self.tracker = tracker
+        self.rules = rules
+        limit = max(min(self.TRIES_AT_ONCE, open_files_limit() // 4), 8)
+        # Tries at once by the receiver's state: of this one and of those that come after it.
+        self._shares = {GOOD: limit, UNKNOWN: limit * 7 // 8, TROUBLED: limit // 2}
+        self._writers = Threads(2, "webhook")  # the disk, for what is to be sent
+        # DNS can hang. Good receivers have their own threads for it.
+        self._lookups = {GOOD: Threads(4, "dns"), UNKNOWN: Threads(32, "dns"), TROUBLED: Threads(32, "dns")}
+        self._receivers: Dict[str, Receiver] = {}
+        self._waiting: Dict[Receiver, None] = {}  # for which something waits
+        self._running: Dict[Attempt, None] = {}  # in the order in which they began
+        self._known: Set[str] = set()  # the jobs that wait, or are tried, or whose outcome is being written
+        self._outcomes: Dict[str, Attempt] = {}  # that wait to be written, by job
+        self._recording: Optional["asyncio.Task[None]"] = None
+        self._tls: Optional[Future] = None
+        self._find_at = -math.inf  # Unix seconds
+        self._found_to = -1.0  # due times up to which the last look went, if it did not go to the end
+        self._trouble = ""
+        helper = threading.Thread(target=lambda: asyncio.run(self._run()), name="job-tracker-webhooks", daemon=True)
+        tracker.helpers.append(helper)
+        helper.start()
+
+    # For the host's threads
+
+    def check(self, url: str) -> None:
+        """Raises ValueError for a URL that cannot be called or may not be, as far as that can be told within moments.
+
+        Each try looks again.
+        """
+        target = Target.parse(parse_webhook_url(url))
+        is_allowed = self._address_rule(url)
+        if is_allowed is is_any_address:
+            return
+        try:
+            looking = self._lookups[UNKNOWN].submit(addresses_of, target.host, target.port)
+            addresses = looking.result(self.CHECK_SECONDS)
+        except (OSError, StoreError, FutureTimeout):
+            return
+        self._allowed(addresses, is_allowed)
+
+    def _address_rule(self, url: str) -> Callable[[str], bool]:
+        """Says which addresses may be called for a URL. Raises ValueError if none may.
+
+        The operator's own URL is his to choose.
+        """
+        if url == self.tracker.settings.webhook_url:
+            return is_any_address
+        are_allowed, only_global = self.rules()
+        if not are_allowed:
+            raise ValueError("this webui sends no requests to URLs of its clients")
+        return is_global_address if only_global else is_any_address
+
+    def _allowed(self, addresses: List[str], is_allowed: Callable[[str], bool]) -> List[str]:
+        allowed = list(filter(is_allowed, addresses))
+        if not allowed:
+            raise ValueError("this webui sends no requests to local addresses for its clients")
+        return allowed[: self.ADDRESSES_TRIED]
+
+    # What is to be told
+
+    async def _run(self) -> None:
+        self._loop, self._told = asyncio.get_running_loop(), asyncio.Event()
+        self.tracker.on_ended = self._on_ended
+        while not self.tracker.closing.is_set():
+            if time.time() >= self._find_at:
+                self._find_at = math.inf
+                self._finding = self._loop.create_task(self._find_due())
+            self._start_waiting()
+            pause = min(self._find_at - time.time(), self.CLOSE_EVERY)
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._told.wait(), pause)
+            self._told.clear()
+        ending = [attempt.task for attempt in self._running if attempt.task is not None]
+        if ending:
+            await asyncio.wait(ending, timeout=self.CLOSE_SECONDS)
+        if self._recording is not None:
+            await asyncio.wait({self._recording}, timeout=self.CLOSE_SECONDS)
+        for pool in (self._writers, *self._lookups.values()):
+            pool.shutdown(wait=False)
+
+    def _on_ended(self, job: Job) -> None:
+        """Called from any thread, with a job whose end is on disk."""
+        if job.webhook is not None and job.webhook.due is not None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed. Another process tells, or the next start
+                self._loop.call_soon_threadsafe(self._add, job.id, job.webhook.url, job.webhook.due)
+
+    def _add(self, job_id: str, url: str, due: float) -> None:
+        """Has a try wait. One for which there is no room is found again by its due time."""
+        receiver = self._receiver(Target.parse(url).receiver)
+        limit = self.KNOWN_LIMIT if receiver.state == GOOD else self.KNOWN_LIMIT // 2
+        has_room = len(self._known) < limit and len(receiver.waiting) < receiver.MOST_WAITING[receiver.state]
+        if has_room and job_id not in self._known:
+            self._known.add(job_id)
+            receiver.waiting.append(Attempt(job_id, receiver, due))
+            self._waiting[receiver] = None
+            self._told.set()
+
+    def _receiver(self, name: str) -> Receiver:
+        if name not in self._receivers and len(self._receivers) >= self.KNOWN_LIMIT:
+            busy = (one for one in self._receivers.values() if one.waiting or one.running)
+            self._receivers = {receiver.name: receiver for receiver in busy}
+        return self._receivers.setdefault(name, Receiver(name))
+
+    async def _find_due(self) -> None:
+        """Has those tries wait that are due: again, or since nobody is left who would have made them."""
+        now, pause = time.time(), self.FIND_AGAIN
+        try:
+            store = self.tracker.store
+            find = functools.partial(store.due_webhooks, now, self.FOUND_AT_ONCE, self._found_to)
+            jobs = await self.tracker.in_pool(find, pool=self._writers)
+            for job in jobs:
+                self._add(job.id, job.webhook.url, job.webhook.due)
+            # One receiver that does not answer may have more than one look finds. The next look begins behind these.
+            self._found_to = jobs[-1].webhook.due if len(jobs) == self.FOUND_AT_ONCE else -1.0
+            next_due = await self.tracker.in_pool(store.next_webhook, pool=self._writers)
+            if next_due is None or next_due > now:
+                pause = min(self.FIND_EVERY, math.inf if next_due is None else next_due - now)
+            self._trouble = ""
+        except Exception as error:
+            trouble = f"{type(error).__name__}: {details_of(error)}"
+            if trouble != self._trouble and not self.tracker.closing.is_set():
+                log.error("Webhooks that are due cannot be found now: %s", trouble)
+            self._trouble = trouble
+        self._find_at = min(self._find_at, now + pause)
+        self._told.set()
+
+    # Whose turn it is
+
+    def _start_waiting(self) -> None:
+        """Begins what waits, as far as there is room: good receivers first, troubled ones last.
+
+        A receiver has a few tries at once, a troubled one a single one. There is always room for good receivers, since
+        the others have a share of all tries only. Troubled ones may fill it while nobody else waits. Then those that
+        have taken longest are given up, as tries that failed, until troubled receivers have half of all.
+        """
+        running = Counter(attempt.receiver.state for attempt in self._running)
+        unclaimed = []
+        for receiver in sorted(self._waiting, key=lambda one: one.turn):
+            state = receiver.state
+            while receiver.waiting and receiver.has_room:
+                if sum(running[other] for other in range(state, TROUBLED + 1)) >= self._shares[state]:
+                    if state != TROUBLED:
+                        self._give_up_longest()
+                    break
+                attempt = receiver.waiting.popleft()
+                running[state] += 1
+                receiver.running += 1
+                self._running[attempt] = None
+                if attempt.due - time.time() < self.TRY_SECONDS:
+                    unclaimed.append(attempt)
+                else:
+                    self._begin(attempt)
+            del self._waiting[receiver]
+            if receiver.waiting:
+                self._waiting[receiver] = None  # behind the others
+        if unclaimed:
+            claiming = self._loop.create_task(self._claim(unclaimed))
+            claiming.add_done_callback(lambda _: self._told.set())
+
+    def _give_up_longest(self) -> None:
+        troubled = [one for one in self._running if one.receiver.state == TROUBLED and one.task and not one.given_up]
+        if len(troubled) > self._shares[TROUBLED]:
+            self._give_up(troubled[0], "it did not answer, while others waited")
+
+    async def _claim(self, attempts: List[Attempt]) -> None:
+        """Begins those tries that still are to be made, and has no other process make them."""
+        left = {attempt.job_id: attempt for attempt in attempts}
+
+        def claim(job: Job) -> Optional[Job]:
+            if job.webhook is None or job.webhook.due != left[job.id].due:
+                return None
+            return job._replace(webhook=job.webhook._replace(due=time.time() + LEASE))
+
+        claimed: List[Job] = []
+        with contextlib.suppress(StoreError):  # they are found again
+            claimed = await asyncio.wrap_future(self.tracker.store.change(list(left), claim))
+        for job in claimed:
+            attempt = left[job.id]
+            attempt.due = job.webhook.due
+            if attempt.due - time.time() >= self.TRY_SECONDS:  # otherwise the disk was slow
+                self._begin(left.pop(job.id))
+        for attempt in left.values():
+            self._forget(attempt)
+
+    def _begin(self, attempt: Attempt) -> None:
+        attempt.began = self._loop.time()
+        attempt.task = self._loop.create_task(self._exchange(attempt))
+        attempt.task.add_done_callback(functools.partial(self._tried, attempt))
+        late = self.TRY_SECONDS, self._give_up, attempt, f"it did not answer within {self.TRY_SECONDS:g} s"
+        attempt.alarms = [
+            self._loop.call_later(self.SLOW_AFTER, self._note_slow, attempt),
+            self._loop.call_later(*late),
+        ]
+
+    def _give_up(self, attempt: Attempt, reason: str) -> None:
+        attempt.given_up = reason
+        attempt.task.cancel()
+
+    def _note_slow(self, attempt: Attempt) -> None:
+        attempt.receiver.state = TROUBLED
+        self._told.set()
+
+    def _leave(self, attempt: Attempt) -> None:
+        """A try has ended."""
+        del self._running[attempt]
+        attempt.receiver.running -= 1
+        self._told.set()
+
+    def _forget(self, attempt: Attempt) -> None:
+        """A try was none."""
+        self._leave(attempt)
+        self._known.discard(attempt.job_id)
+
+    def _tried(self, attempt: Attempt, task: "asyncio.Task[None]") -> None:
+        for alarm in attempt.alarms:
+            alarm.cancel()
+        error = None if task.cancelled() else task.exception()
+        # Otherwise there was nothing to be told, it could not be read, or the webui unloads its scripts.
+        is_receivers = error is not None and not isinstance(error, StoreError)
+        if attempt.status is None and not (is_receivers or attempt.given_up):
+            self._forget(attempt)
+            return
+        receiver = attempt.receiver
+        self._leave(attempt)
+        if attempt.is_delivered:
+            if receiver.is_trouble_logged:
+                log.info("Webhooks reach %s again", receiver.name)
+            receiver.is_trouble_logged = False
+            receiver.state = GOOD if self._loop.time() - attempt.began < self.SLOW_AFTER else UNKNOWN
+        else:
+            receiver.state = TROUBLED
+            if not receiver.is_trouble_logged:
+                reason = f"it answered {attempt.status}" if attempt.status else attempt.given_up
+                reason = escape_for_log(reason or f"{type(error).__name__}: {reason_of(error)}")
+                log.warning("A webhook to %s failed, and later ones may, too: %s", receiver.name, reason)
+            receiver.is_trouble_logged = True
+        self._outcomes[attempt.job_id] = attempt
+        if self._recording is None or self._recording.done():
+            self._recording = self._loop.create_task(self._record())
+
+    async def _record(self) -> None:
+        """Writes outcomes, all that there are at once. While the disk takes none, none of these jobs is tried again."""
+        while self._outcomes:
+            outcomes, self._outcomes = self._outcomes, {}
+            written: List[Job] = []
+            with contextlib.suppress(StoreError):  # the store is closed
+                written = await asyncio.wrap_future(self._store_outcomes(outcomes))
+            for job in written:
+                if job.webhook.due is not None:
+                    self._find_at = min(self._find_at, job.webhook.due)
+                elif not job.webhook.delivered:
+                    log.warning("The webhook of job %s is given up after %d tries", job.id, job.webhook.attempts)
+            self._known.difference_update(outcomes)
+            self._told.set()
+
+    def _store_outcomes(self, outcomes: Dict[str, Attempt]) -> Future:
+        decide = lambda job: outcomes[job.id].outcome(job)  # noqa: E731
+        return self.tracker.store.change(list(outcomes), decide, until_written=True)
+
+    # One try
+
+    async def _exchange(self, attempt: Attempt) -> None:
+        """Sends a job's end, and notes what is answered. If the job is not to be told any more, nothing is."""
+        message = await self.tracker.in_pool(self._message, attempt.job_id, pool=self._writers)
+        if message is None:
+            return
+        target, is_allowed = Target.parse(message.url), self._address_rule(message.url)
+        addresses = [target.host]
+        if not target.is_literal:
+            pool = self._lookups[attempt.receiver.state]
+            addresses = await self.tracker.in_pool(addresses_of, target.host, target.port, pool=pool)
+        # There is no other look-up: the addresses that were judged are those that are called.
+        addresses = self._allowed(addresses, is_allowed)
+        context = await self._tls_context() if target.scheme == "https" else None
+        reader, writer = await self._connect(target, addresses, context)
+        try:
+            connection = h11.Connection(h11.CLIENT)
+            headers = message.headers(self.tracker.settings.webhook_secret, int(time.time()))
+            fields = [("host", target.authority), *headers.items()]
+            request = h11.Request(method="POST", target=target.path, headers=fields)
+            events = (request, h11.Data(data=message.body), h11.EndOfMessage())
+            writer.write(b"".join(map(connection.send, events)))
+            await self._read_answer(reader, connection, attempt)
+        finally:
+            writer.transport.abort()  # a clean end of TLS would wait for the receiver
+
+    def _message(self, job_id: str) -> Optional[WebhookMessage]:
+        """What is to be sent. None if the job is gone, or its end was told meanwhile. Raises StoreError."""
+        job = self.tracker.store.get(job_id)
+        if job is None or job.webhook is None or job.webhook.due is None:
+            return None
+        since = datetime.fromtimestamp(job.webhook.since or job.timestamp, timezone.utc)
+        event = {
+            "type": f"job.{job.status.lower()}",
+            "timestamp": since.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+        }
+        data = b"".join(self.tracker.as_json(job, images=False))
+        body = as_json(event)[:-1] + b',"data":' + data + b"}"
+        return WebhookMessage(job.webhook.url, f"msg_{job.id}_{job.timestamp}", body)
+
+    async def _tls_context(self) -> ssl.SSLContext:
+        """Made once, since it takes long: by httpx, which knows the usual authorities and SSL_CERT_FILE."""
+        if self._tls is None or (self._tls.done() and self._tls.exception() is not None):
+            self._tls = self._writers.submit(httpx.create_ssl_context)
+        return await asyncio.shield(asyncio.wrap_future(self._tls))
+
+    async def _connect(
+        self, target: Target, addresses: List[str], context: Optional[ssl.SSLContext]
+    ) -> Tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """A connection to the first address that can be reached. The certificate is that of the name in the URL."""
+        name = None if context is None else target.host
+        failure: Exception = OSError("it has no address")
+        for address in addresses:
+            options = {"limit": self.ANSWER_LIMIT // 4, "ssl": context, "server_hostname": name}
+            opening = asyncio.open_connection(address, target.port, **options)
+            try:
+                return await asyncio.wait_for(opening, self.TRY_SECONDS / len(addresses))
+            except (OSError, asyncio.TimeoutError) as error:
+                failure = error
+        raise failure
+
+    async def _read_answer(self, reader: asyncio.StreamReader, connection: h11.Connection, attempt: Attempt) -> None:
+        """Notes the status of an answer, which counts, whatever becomes of the rest. Decodes nothing."""
+        size = 0
+        while size <= self.ANSWER_LIMIT:
+            event = connection.next_event()
+            if event is h11.NEED_DATA:
+                data = await reader.read(self.ANSWER_LIMIT // 4)
+                size += len(data)
+                connection.receive_data(data)
+            elif isinstance(event, h11.Response):
+                attempt.status = event.status_code
+            elif not isinstance(event, (h11.InformationalResponse, h11.Data)):
+                break
+        if attempt.status is None:
+            raise OSError("it sent no whole head of an answer")
+
+
+# ------------------------------------------------------------------------------------------------------------------
 # Housekeeper: what is done now and then
 # ------------------------------------------------------------------------------------------------------------------
 
@@ -5589,11 +6123,6 @@ def exposed(names: Iterable[str]) -> Dict[str, str]:
 
 
 # Writing the log
-
-
-def escape_for_log(text: str) -> str:
-    """Text from outside in a form that cannot forge a line of the log."""
-    return text[:200].encode("unicode_escape").decode("ascii")
 
 
 def format_host_traceback(error: BaseException) -> str:
@@ -8425,8 +8954,19 @@ class Host:
 
     def server_name(self, demo: Any) -> str:
         """By which people know this webui: its machine and its port. `demo` is gradio's, None without a UI."""
-        port = getattr(demo, "server_port", None) or getattr(self._shared.cmd_opts, "port", None)
+        port = getattr(demo, "server_port", None) or getattr(getattr(self._shared, "cmd_opts", None), "port", None)
         return f"{socket.gethostname()}:{port or (7860 if demo is not None else 7861)}"
+
+    # For the Webhooks
+
+    def request_rules(self) -> Tuple[bool, bool]:
+        """Whether the API may send requests to URLs of its clients, and whether only to global addresses.
+
+        SD.Next has no such options, and so forbids nothing.
+        """
+        options = getattr(self._shared, "opts", None)
+        are_allowed = getattr(options, "api_enable_requests", True)
+        return bool(are_allowed), bool(getattr(options, "api_forbid_local_requests", False))
 
     # For the OriginGuard
 
@@ -8542,6 +9082,7 @@ class Extension:
         self.api = Api(self.tracker, origins)
         self.tab = Tab(self.tracker, self.housekeeper, origins, lambda: self.trouble)
         self.trouble: Optional[str] = None  # why generations are not tracked, for the tab
+        self.webhooks: Optional[Webhooks] = None  # from when all of the host is in place
         self._app: Any = None
         self._routes: List[Any] = []  # those that are tracked, as they stand in the app
 
@@ -8553,6 +9094,7 @@ class Extension:
         """Everything of the host is in place. `demo` is gradio's, None without a UI."""
         has_tab = demo is not None
         self.tracker.announce(self.tracker.settings.server or self.host.server_name(demo))
+        self.webhooks = Webhooks(self.tracker, self.host.request_rules)
         try:
             if has_tab:
                 folders = {EXTENSION_FOLDER, self.tracker.settings.data_folder, self.tracker.images.folder}
@@ -8586,7 +9128,8 @@ class Extension:
         self.api.add_to(add_api_route)
         self.host.observe(routes)
         for route in routes:
-            route.app = Middleware(route.app, self.host.type_of(route), self.tracker, self.host)
+            type_, check_webhook = self.host.type_of(route), self.webhooks.check
+            route.app = Middleware(route.app, type_, self.tracker, self.host, check_webhook)
             route.openapi_extra = {**(route.openapi_extra or {}), **GENERATION_DOCS}
         Runner(private, self.tracker)
         app.openapi_schema = None  # it may have been asked for already

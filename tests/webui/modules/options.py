@@ -3,6 +3,8 @@
 import json
 from collections import namedtuple
 
+from modules.cmd_args import cmd_opts
+
 OptionInfo = namedtuple("OptionInfo", "default label")
 
 LABELS = {
@@ -28,9 +30,17 @@ LABELS = {
     "outdir_img2img_samples": OptionInfo("outputs/img2img-images", "Output directory for img2img images"),
     "outdir_txt2img_grids": OptionInfo("outputs/txt2img-grids", "Output directory for txt2img grids"),
     "outdir_img2img_grids": OptionInfo("outputs/img2img-grids", "Output directory for img2img grids"),
+    "api_enable_requests": OptionInfo(True, "Let the API load images from http:// and https:// URLs"),
+    "api_forbid_local_requests": OptionInfo(True, "Let it load none from local addresses"),
     "hidden_tabs": OptionInfo([], "Hidden UI tabs"),
     "subpath": OptionInfo("", "Subpath"),
 }
+
+# Which a client of the API cannot set. SD.Next has none of them.
+RESTRICTED = ("api_enable_requests", "api_forbid_local_requests")
+if cmd_opts.shape == "sdnext":
+    for name in RESTRICTED:
+        del LABELS[name]
 
 
 class Options:
@@ -54,7 +64,7 @@ class Options:
         self.data[name] = value
 
     def set(self, key, value, **_):
-        if self.data.get(key) == value:
+        if self.data.get(key) == value or key in RESTRICTED:
             return False
         self.data_labels[key]  # an unknown one is the caller's KeyError
         self.data[key] = value
