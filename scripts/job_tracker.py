@@ -90,7 +90,7 @@ from urllib.parse import quote, urlsplit
 from weakref import WeakSet
 
 import anyio.to_thread
-import h11
+import httpcore
 import httpx
 import PIL.Image
 from fastapi import FastAPI, HTTPException, Path, Query, Request, Response
@@ -1837,7 +1837,7 @@ class IndexView:
         return self._places("WHERE status = ? ORDER BY row LIMIT ?", STATUSES.index(status), count)
 
     def due(self, after: float, before: float, count: int) -> List[Tuple[str, float]]:
-        """IDs of jobs whose webhooks are due between two times (exclusive), and when, at most `count`, in that order."""
+        """IDs of jobs whose webhooks are due between two times (exclusive), and when: the first `count` of them."""
         statement = "SELECT id, due FROM jobs WHERE due > ? AND due < ? ORDER BY due LIMIT ?"
         return self.execute(statement, (after, before, count)).fetchall()
 
@@ -5274,20 +5274,17 @@ def addresses_of(host: str, port: int) -> List[str]:
 
 
 class Target(NamedTuple):
-    """What a webhook's URL says."""
+    """Where a webhook's URL leads."""
 
     scheme: str
     host: str  # a name, or an IP address without brackets
     port: int
-    authority: str  # as the URL has it, for the header Host
-    path: str  # with the query
 
     @classmethod
     def parse(cls, url: str) -> "Target":
         parts = urlsplit(url)
-        path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         port = parts.port or {"http": 80, "https": 443}[parts.scheme]
-        return cls(parts.scheme, parts.hostname or "", port, parts.netloc, path)
+        return cls(parts.scheme, parts.hostname or "", port)
 
     @property
     def receiver(self) -> str:
@@ -5302,6 +5299,53 @@ class Target(NamedTuple):
         return False
 
 
+class LimitedStream:
+    """A connection of httpcore's of which no more than some bytes are read."""
+
+    def __init__(self, stream: Any, limit: int):
+        self._stream = stream
+        self._limit = self._left = limit
+
+    async def read(self, *args: Any, **options: Any) -> bytes:
+        data = await self._stream.read(*args, **options)
+        self._left -= len(data)
+        if self._left < 0:
+            raise httpcore.ReadError("it answered too much")
+        return data
+
+    async def start_tls(self, *args: Any, **options: Any) -> "LimitedStream":
+        return LimitedStream(await self._stream.start_tls(*args, **options), self._limit)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+class PinnedNetwork:
+    """Connects httpcore to addresses that are given, in the place of those that a URL's host has by then.
+
+    All else goes by the URL: the header `Host`, and the name that the certificate must have.
+    """
+
+    def __init__(self, addresses: List[str], seconds: float, limit: int):
+        """The addresses are tried in turn, each for some seconds. At most `limit` bytes of the answer are read."""
+        self._addresses = addresses
+        self._seconds = seconds
+        self._limit = limit
+        # httpcore below 0.17 has it by another name.
+        make = getattr(httpcore, "AnyIOBackend", None)
+        self._network = make() if make else importlib.import_module("httpcore.backends.asyncio").AsyncIOBackend()
+
+    async def connect_tcp(self, host: str, port: int, **options: Any) -> LimitedStream:
+        options["timeout"] = self._seconds
+        failure: Exception = httpcore.ConnectError("it has no address")
+        for address in self._addresses:
+            try:
+                return LimitedStream(await self._network.connect_tcp(address, port, **options), self._limit)
+            except (httpcore.ConnectError, httpcore.ConnectTimeout) as error:
+                failure = error
+        raise failure
+
+
 class WebhookMessage(NamedTuple):
     """What a job's webhook says. The ID is the same at each try, so that a receiver knows what it has already."""
 
@@ -5313,7 +5357,6 @@ class WebhookMessage(NamedTuple):
         """Those of one try, by Standard Webhooks. `now` is in Unix seconds."""
         headers = {
             "content-type": "application/json",
-            "content-length": str(len(self.body)),
             "user-agent": f"Job-Tracker/{VERSION}",
             "connection": "close",
             "webhook-id": self.id,
@@ -5687,17 +5730,13 @@ class Webhooks:
         # There is no other look-up: the addresses that were judged are those that are called.
         addresses = self._allowed(addresses, is_allowed)
         context = await self._tls_context() if target.scheme == "https" else None
-        reader, writer = await self._connect(target, addresses, context)
-        try:
-            connection = h11.Connection(h11.CLIENT)
-            headers = message.headers(self.tracker.settings.webhook_secret, int(time.time()))
-            fields = [("host", target.authority), *headers.items()]
-            request = h11.Request(method="POST", target=target.path, headers=fields)
-            events = (request, h11.Data(data=message.body), h11.EndOfMessage())
-            writer.write(b"".join(map(connection.send, events)))
-            await self._read_answer(reader, connection, attempt)
-        finally:
-            writer.transport.abort()  # a clean end of TLS would wait for the receiver
+        network = PinnedNetwork(addresses, self.TRY_SECONDS / len(addresses), self.ANSWER_LIMIT)
+        headers = message.headers(self.tracker.settings.webhook_secret, int(time.time()))
+        pool = httpcore.AsyncConnectionPool(ssl_context=context, network_backend=network)
+        async with pool, pool.stream("POST", message.url, headers=headers, content=message.body) as response:
+            attempt.status = response.status  # which counts, whatever becomes of the rest
+            async for _ in response.aiter_stream():  # as it comes: nothing is decoded
+                pass
 
     def _message(self, job_id: str) -> Optional[WebhookMessage]:
         """What is to be sent. None if the job is gone, or its end was told meanwhile. Raises StoreError."""
@@ -5718,37 +5757,6 @@ class Webhooks:
         if self._tls is None or (self._tls.done() and self._tls.exception() is not None):
             self._tls = self._writers.submit(httpx.create_ssl_context)
         return await asyncio.shield(asyncio.wrap_future(self._tls))
-
-    async def _connect(
-        self, target: Target, addresses: List[str], context: Optional[ssl.SSLContext]
-    ) -> Tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        """A connection to the first address that can be reached. The certificate is that of the name in the URL."""
-        name = None if context is None else target.host
-        failure: Exception = OSError("it has no address")
-        for address in addresses:
-            options = {"limit": self.ANSWER_LIMIT // 4, "ssl": context, "server_hostname": name}
-            opening = asyncio.open_connection(address, target.port, **options)
-            try:
-                return await asyncio.wait_for(opening, self.TRY_SECONDS / len(addresses))
-            except (OSError, asyncio.TimeoutError) as error:
-                failure = error
-        raise failure
-
-    async def _read_answer(self, reader: asyncio.StreamReader, connection: h11.Connection, attempt: Attempt) -> None:
-        """Notes the status of an answer, which counts, whatever becomes of the rest. Decodes nothing."""
-        size = 0
-        while size <= self.ANSWER_LIMIT:
-            event = connection.next_event()
-            if event is h11.NEED_DATA:
-                data = await reader.read(self.ANSWER_LIMIT // 4)
-                size += len(data)
-                connection.receive_data(data)
-            elif isinstance(event, h11.Response):
-                attempt.status = event.status_code
-            elif not isinstance(event, (h11.InformationalResponse, h11.Data)):
-                break
-        if attempt.status is None:
-            raise OSError("it sent no whole head of an answer")
 
 
 # ------------------------------------------------------------------------------------------------------------------
