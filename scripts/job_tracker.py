@@ -1815,9 +1815,10 @@ class IndexView:
         """The oldest jobs with a status, at most `count`, oldest first."""
         return self._places("WHERE status = ? ORDER BY row LIMIT ?", STATUSES.index(status), count)
 
-    def due(self, before: float, count: int) -> List[Tuple[str, float]]:
-        """IDs of jobs whose webhooks are due before a time, and when (Unix seconds), at most `count`, in that order."""
-        return self.execute("SELECT id, due FROM jobs WHERE due < ? ORDER BY due LIMIT ?", (before, count)).fetchall()
+    def due(self, after: float, before: float, count: int) -> List[Tuple[str, float]]:
+        """IDs of jobs whose webhooks are due between two times (exclusive), and when: the first `count` of them."""
+        statement = "SELECT id, due FROM jobs WHERE due > ? AND due < ? ORDER BY due LIMIT ?"
+        return self.execute(statement, (after, before, count)).fetchall()
 
     def places(self, above: int, count: int) -> List[Place]:
         """The next `count` jobs above a row, oldest first."""
@@ -2228,21 +2229,21 @@ class JobStore:
         job = None if job_id is None else self.get(job_id)
         return job if job is not None and job.status == PENDING else None
 
-    def due_webhooks(self, before: float, count: int) -> List[Job]:
-        """Jobs whose webhooks are due before a time (Unix seconds), at most `count`, the longest due first.
+    def due_webhooks(self, before: float, count: int, after: float = -1.0) -> List[Job]:
+        """Jobs whose webhooks are due between two times (Unix seconds, exclusive), in that order, at most `count`.
 
         Without those of which a change is not on disk yet. Raises StoreError.
         """
-        jobs = map(self.get, [job_id for job_id, _ in self._due(before, count)])
+        jobs = map(self.get, [job_id for job_id, _ in self._due(after, before, count)])
         return [job for job in jobs if job and job.webhook and job.webhook.due is not None and job.webhook.due < before]
 
     def next_webhook(self) -> Optional[float]:
         """When the first of all webhooks is due (Unix seconds), as `due_webhooks` has them. Raises StoreError."""
-        return next((due for _, due in self._due(math.inf, 1)), None)
+        return next((due for _, due in self._due(-1.0, math.inf, 1)), None)
 
-    def _due(self, before: float, count: int) -> List[Tuple[str, float]]:
+    def _due(self, after: float, before: float, count: int) -> List[Tuple[str, float]]:
         def find(view: IndexView, pending: Overlay) -> List[Tuple[str, float]]:
-            return [one for one in view.due(before, count + len(pending)) if one[0] not in pending][:count]
+            return [one for one in view.due(after, before, count + len(pending)) if one[0] not in pending][:count]
 
         return self._look(find)
 

@@ -54,6 +54,7 @@ def test_in_the_order_of_their_times(script, opened, dice):
     expected = [jobs[number].id for number in (4, 6, 0, 5, 2)]
     assert due(store) == expected
     assert due(store, count=2) == expected[:2] and due(store, NOW - 2.5) == expected[:3]
+    assert [job.id for job in store.due_webhooks(NOW, 1, after=NOW - 3)] == expected[3:4]
     assert store.next_webhook() == 0.0
     told = [job._replace(webhook=job.webhook._replace(delivered=True, due=None)) for job in jobs]
     for job in told[:1] + told[4:]:
