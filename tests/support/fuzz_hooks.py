@@ -33,11 +33,11 @@ def before_call(context, case, kwargs):
     if isinstance(query.get("wait"), (int, float)) and 0 < query["wait"] <= 300:
         query["wait"] /= 3000
 
-    # A URL says nothing of an empty list, and of a longer one the last item counts. So something else is wrong instead.
-    if case.operation.label == "GET /sdapi/v1/jobs":
+    # A URL says nothing of an empty list, and of another the last item counts. So something else is wrong instead.
+    if case.operation.label in ("GET /sdapi/v1/jobs", "DELETE /sdapi/v1/jobs"):
         unsaid = [name for name, value in query.items() if value is None or isinstance(value, (list, dict))]
         if unsaid:
-            query.update(dict.fromkeys(unsaid, ""), limit="many")
+            query.update(dict.fromkeys(unsaid, ""), after="many")
             case.meta.generation.mode = mode
     # What is for many jobs asks for none of those that the other requests need. No filter at all is refused, of which
     # the description of a query can say nothing.
