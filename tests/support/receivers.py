@@ -115,16 +115,19 @@ def late(seconds: float, status: int = 200) -> Answer:
     return answer
 
 
-def send_without_end(head: bytes, block: bytes) -> Answer:
-    """A head, and then the same bytes until the client leaves."""
+class WithoutEnd:
+    """An answer: a head, and then the same bytes until the client leaves."""
 
-    def answer(handler: http.server.BaseHTTPRequestHandler) -> None:
+    def __init__(self, head: bytes, block: bytes):
+        self.head = head
+        self.block = block
+        self.size = 0  # that the system has taken
+
+    def __call__(self, handler: http.server.BaseHTTPRequestHandler) -> None:
         with contextlib.suppress(OSError):
-            handler.connection.sendall(head)
+            handler.connection.sendall(self.head)
             while True:
-                handler.connection.sendall(block)
-
-    return answer
+                self.size += handler.connection.send(self.block)
 
 
 @contextlib.contextmanager

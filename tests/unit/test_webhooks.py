@@ -11,7 +11,7 @@ from typing import Any, Callable, Dict, Iterator, List, Tuple
 
 import pytest
 from inside import WrappedOs, a_job, generate, load_script, set_constants, until, within
-from receivers import Receiver, hanging, late, make_certificate, redirect_to, send_without_end, server_tls
+from receivers import Receiver, WithoutEnd, hanging, late, make_certificate, redirect_to, server_tls
 
 FREE = (True, False)  # the rules of a webui that forbids nothing
 GLOBAL_ONLY = (True, True)
@@ -373,11 +373,11 @@ def test_receivers_of_all_kinds(script, dice, teller, open_receiver):
         "slow": ([late(0.5)], True),
         "redirects": ([redirect_to(other.url)], False),
         "gone": ([410], False),
-        "body without an end": ([send_without_end(head + b"Content-Length: 99999999999\r\n\r\n", bytes(9999))], True),
-        "head without an end": ([send_without_end(head, b"X: " + b"y" * 9999 + b"\r\n")], False),
-        "hints without an end": ([send_without_end(b"", b"HTTP/1.1 103 Hints\r\n\r\n" * 99)], False),
-        "bomb": ([send_without_end(head + b"Content-Encoding: gzip\r\n\r\n", b"\x1f\x8b" + bytes(9999))], True),
-        "nonsense": ([send_without_end(b"SSH-2.0-OpenSSH\r\n", b"\0")], False),
+        "body without an end": ([WithoutEnd(head + b"Content-Length: 99999999999\r\n\r\n", bytes(9999))], True),
+        "head without an end": ([WithoutEnd(head, b"X: " + b"y" * 9999 + b"\r\n")], False),
+        "hints without an end": ([WithoutEnd(b"", b"HTTP/1.1 103 Hints\r\n\r\n" * 99)], False),
+        "bomb": ([WithoutEnd(head + b"Content-Encoding: gzip\r\n\r\n", b"\x1f\x8b" + bytes(9999))], True),
+        "nonsense": ([WithoutEnd(b"SSH-2.0-OpenSSH\r\n", b"\0")], False),
         "silent": ([lambda handler: None], False),
         "too late": ([late(3)], False),
     }
@@ -391,6 +391,9 @@ def test_receivers_of_all_kinds(script, dice, teller, open_receiver):
     assert {name for name, state in states.items() if state.delivered} == {name for name in kinds if kinds[name][1]}
     assert {name for name, state in states.items() if state.due is None and not state.delivered} == {"gone"}
     assert other.got == []
+    for name, ((answer, *_), _) in kinds.items():
+        if isinstance(answer, WithoutEnd):
+            assert answer.size < 20 << 20, f"{name}: what the systems have in between, and not what 1.5 s can bring"
 
 
 def test_a_thousand_dead_receivers_slow_nobody(script, dice, teller, open_receiver, caplog):
