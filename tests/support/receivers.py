@@ -67,7 +67,6 @@ class Receiver:
             self.server.socket = tls.wrap_socket(self.server.socket, server_side=True)
         self.port = self.server.server_address[1]
         self.url = f"http{'s' if tls else ''}://{host}:{self.port}/hook"
-        self.is_closing = threading.Event()
         threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
 
     def _answer(self, handler: http.server.BaseHTTPRequestHandler) -> None:
@@ -80,12 +79,6 @@ class Receiver:
         else:
             handler.send_response(answer)
             handler.end_headers()
-
-    def hang(self, handler: http.server.BaseHTTPRequestHandler) -> None:
-        """An answer: none, until the client leaves."""
-        handler.connection.settimeout(60)
-        with contextlib.suppress(OSError):
-            handler.connection.recv(1)
 
     def wait(self, count: int = 1) -> List[Delivery]:
         """What came, once that is so many."""
