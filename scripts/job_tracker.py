@@ -5528,9 +5528,12 @@ class Webhooks:
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._told.wait(), pause)
             self._told.clear()
-        ending = [attempt.task for attempt in self._running if attempt.task is not None]
+        ending = {attempt.task for attempt in self._running if attempt.task is not None}
         if ending:
-            await asyncio.wait(ending, timeout=self.CLOSE_SECONDS)
+            _, late = await asyncio.wait(ending, timeout=self.CLOSE_SECONDS)
+            for task in late:
+                task.cancel()
+            await asyncio.gather(*late, return_exceptions=True)
         if self._recording is not None:
             await asyncio.wait({self._recording}, timeout=self.CLOSE_SECONDS)
         for pool in (self._writers, *self._lookups.values()):

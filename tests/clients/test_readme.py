@@ -440,6 +440,15 @@ def check_settings(run, environ):
     assert environ["COMMANDLINE_ARGS"] == "--api"
 
 
+@snippet_with('"type": "job.completed"')
+def check_webhook(run, snippet, request):
+    """What is sent is tried in tests/http/test_webhooks.py."""
+    event = json.loads(snippet.text)
+    run.site.post(body())
+    assert set(event["data"]) < set(run.new_job())
+    assert event["data"]["image_urls"] == [f"/sdapi/v1/job/{event['data']['id']}/images/0"]
+
+
 @snippet_with("standardwebhooks")
 def check_receiver(run, snippet, request):
     """What comes of it is tried in test_receivers.py."""

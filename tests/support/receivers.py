@@ -67,7 +67,6 @@ class Receiver:
             self.server.socket = tls.wrap_socket(self.server.socket, server_side=True)
         self.port = self.server.server_address[1]
         self.url = f"http{'s' if tls else ''}://{host}:{self.port}/hook"
-        self.is_closing = threading.Event()
         threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
 
     def _answer(self, handler: http.server.BaseHTTPRequestHandler) -> None:
@@ -80,12 +79,6 @@ class Receiver:
         else:
             handler.send_response(answer)
             handler.end_headers()
-
-    def hang(self, handler: http.server.BaseHTTPRequestHandler) -> None:
-        """An answer: none, until the client leaves."""
-        handler.connection.settimeout(60)
-        with contextlib.suppress(OSError):
-            handler.connection.recv(1)
 
     def wait(self, count: int = 1) -> List[Delivery]:
         """What came, once that is so many."""
@@ -115,16 +108,19 @@ def late(seconds: float, status: int = 200) -> Answer:
     return answer
 
 
-def send_without_end(head: bytes, block: bytes) -> Answer:
-    """A head, and then the same bytes until the client leaves."""
+class WithoutEnd:
+    """An answer: a head, and then the same bytes until the client leaves."""
 
-    def answer(handler: http.server.BaseHTTPRequestHandler) -> None:
+    def __init__(self, head: bytes, block: bytes):
+        self.head = head
+        self.block = block
+        self.size = 0  # that the system has taken
+
+    def __call__(self, handler: http.server.BaseHTTPRequestHandler) -> None:
         with contextlib.suppress(OSError):
-            handler.connection.sendall(head)
+            handler.connection.sendall(self.head)
             while True:
-                handler.connection.sendall(block)
-
-    return answer
+                self.size += handler.connection.send(self.block)
 
 
 @contextlib.contextmanager
