@@ -4221,6 +4221,15 @@ class LiveJob:
         self.answered = False  # its client may have the answer, which is being stored
 
 
+class Preview(NamedTuple):
+    """How the pictures of a job look while they are generated, as the host shows it."""
+
+    job_id: str
+    number: int  # from 1 on, another for each picture
+    data: bytes
+    media_type: str
+
+
 class Threads(ThreadPoolExecutor):
     """Threads for one kind of work, so that it holds up no other kind. They refuse work once too much of it waits."""
 
@@ -4261,6 +4270,8 @@ class Tracker:
     STORE_WAIT = 1.0  # seconds that `wait_until_stored` waits
     FOLLOW_EVERY = 0.5  # seconds between two looks at what other webuis on the folder did
     REMOVED_AT_ONCE = 100  # jobs: a crash leaves the files of no more
+    PREVIEW_EVERY = 0.4  # seconds, at least, from one preview to the next
+    PREVIEW_PATIENCE = 10.0  # seconds that somebody waits for a preview
     # Fields of the record that are shown as they are.
     PLAIN_FIELDS = (
         *("id", "type", "status", "prompt", "timestamp", "ip", "started", "finished", "retry_of", "label", "server"),
@@ -4272,8 +4283,9 @@ class Tracker:
 
         `host.begun()` is what it says of when its last generation began, and `host.progress(begun)` is given what it
         said when the job got the lock: as long as it says the same, its state is still that of the generation before.
-        `host.interrupt()` ends the generation, and `host.dequeue(task)` says that the task with an ID of the host's
-        own will not begin.
+        The same holds for `host.preview(begun, last)`, see there, which may take a second, while `host.has_previews()`
+        says whether it is of use. `host.interrupt()` ends the generation, and `host.dequeue(task)` says that the task
+        with an ID of the host's own will not begin.
         """
         self.settings = settings
         self.host = host
@@ -4287,6 +4299,7 @@ class Tracker:
         self.storers = Threads(2, "store")  # the disk, to store answers on it
         self.keepers = Threads(2, "keep")  # the disk, to keep requests on it
         self.senders = Threads(2, "send")  # nothing: what is in memory goes to clients
+        self.previewers = Threads(1, "preview")  # the host, to make a preview
         self.sending: "WeakSet[Any]" = WeakSet()  # what is on its way to clients, and needs the pool for its rest
         self.closing = threading.Event()  # set when the webui unloads its scripts
         self.stopping = threading.Event()  # set when no parked job is to begin here any more
@@ -4309,6 +4322,12 @@ class Tracker:
         self._unstored = 0  # bytes of all answers that wait to be stored
         self._holder: Optional[str] = None  # the job that has the host's queue lock
         self._begun: Any = None  # what the host said when it got that
+        self._preview: Optional[Preview] = None  # the last one, of the job that has the lock
+        self._preview_place: Any = None  # where the generation stood in it, as the host says
+        self._preview_failed: Optional[str] = None  # the job whose preview failed, which is logged once
+        self._previewing: "Future[None]" = Future()  # the last look at the host for one
+        self._previewing.set_result(None)
+        self._previewing_since = ("", -math.inf)  # for which job, and since when
         self._reservations: Dict[str, KeyReservation] = {}  # by idempotency key
         self._hung: Optional[Future] = None  # the last work for a request that took too long
         self.recover()  # before anything else, so that nobody sees a job that was left behind
@@ -4455,7 +4474,7 @@ class Tracker:
         For one that may have been promised that is on disk first, if the disk answers: otherwise it would be generated
         once more after a crash. One with a key may have been promised by another webui, which does not say so.
         """
-        self._holder, self._begun = job_id, self.host.begun()
+        self._hold_lock(job_id)
         self.leave_lock_queue(job_id)
         self._change(job_id, "started", status=PROCESSING)
         live = self._live_job(job_id)
@@ -4463,9 +4482,14 @@ class Tracker:
             with contextlib.suppress(FutureTimeout, StoreError):  # it goes on all the same
                 self._wait_for(live.written)
 
+    def _hold_lock(self, job_id: str) -> None:
+        """In this order: whoever reads that the job has the lock reads then what the host said when it got that."""
+        self._begun = self.host.begun()
+        self._holder = job_id
+
     def generated(self) -> None:
         """The job that has the queue lock is about to give it back."""
-        self._holder = None
+        self._holder = self._preview = None
 
     def answered(self, job_id: str) -> None:
         """The host answered, and the client may have that answer before it is stored."""
@@ -4692,7 +4716,7 @@ class Tracker:
                 live.kept.set_result(True)
                 with self._lock:
                     self._live[job_id] = live
-                self._holder, self._begun = job_id, self.host.begun()
+                self._hold_lock(job_id)
             return bool(started)
         finally:
             with self._lock:
@@ -4887,6 +4911,69 @@ class Tracker:
         live = self._live_job(job.id)
         until = live.clock() if live is not None and not job.ended else job.finished
         return None if job.started is None or until is None else max(until - job.started, 0.0)
+
+    async def preview(self, job_id: str) -> Optional[Preview]:
+        """The live preview of a job that has the queue lock here, None if there is none. Does not raise.
+
+        All who ask share one look at the host, in a thread of its own. There is none while nobody asks.
+        """
+        looking = self._look_for_preview(job_id)
+        if looking is not None:
+            await asyncio.wait({asyncio.wrap_future(looking)}, timeout=self.PREVIEW_PATIENCE)
+        return self.last_preview(job_id)
+
+    def begin_preview(self, job_id: str) -> Optional[int]:
+        """The number of the last preview of a job, None if there is none. Has a new one made. Waits for nothing."""
+        self._look_for_preview(job_id)
+        preview = self.last_preview(job_id)
+        return None if preview is None else preview.number
+
+    def last_preview(self, job_id: str) -> Optional[Preview]:
+        """The last preview that somebody asked for. Waits for nothing."""
+        preview = self._preview
+        return preview if preview is not None and preview.job_id == job_id == self._holder else None
+
+    def why_no_preview(self, job: Job) -> str:
+        """For people: why a job has no preview now."""
+        if job.status != PROCESSING:
+            return f"The job is {job.status}: there is a preview only while it is {PROCESSING}"
+        if job.owner != self.store.owner:
+            return "The job is generated by another webui, which alone has its preview"
+        if not self.host.has_previews():
+            return "Live previews are off in the webui's settings"
+        return "There is no preview of the job now"
+
+    def _look_for_preview(self, job_id: str) -> Optional[Future]:
+        """Has a new preview made, unless the last one is new. The Future ends when it is there. None if none can be."""
+        with self._lock:
+            if self._holder != job_id:
+                return None
+            last_job, since = self._previewing_since
+            is_due = last_job != job_id or time.monotonic() - since >= self.PREVIEW_EVERY
+            if is_due and self._previewing.done():
+                with contextlib.suppress(StoreError):  # the webui is being reloaded
+                    self._previewing = self.previewers.submit(self._make_preview, job_id)
+                    self._previewing_since = job_id, time.monotonic()
+            return self._previewing
+
+    def _make_preview(self, job_id: str) -> None:
+        """Makes a preview, if the host has something new to show of the job. Does not raise."""
+        if self._holder != job_id:
+            return
+        last, begun = self.last_preview(job_id), self._begun
+        try:
+            made = self.host.preview(begun, last and self._preview_place)
+        except Exception as error:  # whatever a fork has in the place of what we know
+            if self._preview_failed != job_id:
+                self._preview_failed = job_id
+                log.warning("Job %s has no preview: %s", job_id, error, exc_info=True)
+            return
+        if made is not None:
+            self._preview_place, data, media_type = made
+            self._preview = Preview(job_id, last.number + 1 if last else 1, data, media_type)
+            # It is the job's if that has had the lock all the time. Otherwise nobody was given it, see `last_preview`.
+            if self._holder != job_id:
+                self._preview = None
 
     def stats(self) -> Dict[str, Any]:
         """What there is to know of all jobs together, as the API shows it. Raises StoreError."""
@@ -5207,6 +5294,7 @@ class Tracker:
             self.store.close()
             for pool in (self.pool, self.searchers, self.key_readers, self.storers, self.keepers, self.senders):
                 pool.shutdown(wait=False)
+            self.previewers.shutdown(wait=False)
             closed.set_result(None)
 
         threading.Thread(target=drain, name="job-tracker-end", daemon=True).start()
@@ -5584,6 +5672,17 @@ def exposed(names: Iterable[str]) -> Dict[str, str]:
     return {"Access-Control-Expose-Headers": ", ".join(own)} if own else {}
 
 
+# Images
+
+IMAGE_HEADERS = {"Content-Security-Policy": "default-src 'none'", "X-Content-Type-Options": "nosniff"}
+
+
+def is_known(scope: Scope, etag: str) -> bool:
+    """Whether If-None-Match names what the client has already (RFC 9110, 13.1.2)."""
+    known = [tag.strip() for tag in header_of(scope, b"if-none-match").replace("W/", "").split(",")]
+    return etag in known or known == ["*"]
+
+
 # Writing the log
 
 
@@ -5785,7 +5884,17 @@ class ConnectionState:
         self.aborted = False  # nothing more is sent, and the connection is closed without a clean end
         self.refused = False  # a 403 is sent in the response's place
         self.error_headers: Dict[str, str] = {}  # which an error gets besides: the host drops those of an exception
+        self.uncompressed = False  # see `leave_uncompressed`
         self.work: Optional["asyncio.Task[None]"] = None  # which outlives the response
+
+    def leave_uncompressed(self) -> Dict[str, str]:
+        """The headers by which the host's gzip leaves a response alone, on the event loop and as large as it is.
+
+        It does so for what has an encoding. There is none, which is the name of one (RFC 9110, 8.4.1) but is not to be
+        sent, and so the outermost layer takes it away again.
+        """
+        self.uncompressed = True
+        return {"Content-Encoding": "identity"}
 
     def filter(self, scope: Scope, receive: Receive, send: Send) -> Send:
         """A `send` that does what was told here."""
@@ -5796,6 +5905,9 @@ class ConnectionState:
                 if is_head:
                     await refusal()(scope, receive, send)
                 return
+            if is_head and self.uncompressed:
+                raw = [header for header in message["headers"] if header != (b"content-encoding", b"identity")]
+                message = {**message, "headers": raw}
             if is_head and message["status"] >= 400 and self.error_headers:
                 headers = MutableHeaders(raw=list(message["headers"]))
                 headers.update({**self.error_headers, **exposed(self.error_headers)})
@@ -5859,6 +5971,11 @@ class OuterMiddleware:
         except asyncio.TimeoutError:  # the client does not read
             transport.abort()
         cycle.disconnected = True  # or uvicorn, which may not have noticed yet, complains of a response without an end
+
+
+def connection_of(scope: Scope) -> ConnectionState:
+    """That of a request. One for nobody where it came before the outermost layer was there."""
+    return scope.get(OuterMiddleware.KEY) or ConnectionState()
 
 
 def without_chunk_sizes(send: Send, cycle: Any) -> Send:
@@ -6946,6 +7063,18 @@ IMAGE_DOCS = {
     304: {"description": "If-None-Match names the image that the client has"},
 }
 
+PREVIEW_DOCS = {
+    200: {
+        "description": "The picture as it is now",
+        "content": {
+            media_type: {"schema": {"type": "string", "format": "binary"}}
+            for media_type in ("image/png", "image/jpeg", "image/webp")
+        },
+        "headers": {"ETag": text_header("for If-None-Match"), "Cache-Control": text_header("no-store")},
+    },
+    304: {"description": "If-None-Match names the picture that the client has: there is no newer one"},
+}
+
 # What is added to the host's own description of a generation route
 PREFER_TEXT = (
     "RFC 7240. respond-async: answer 202 with the job when it is accepted. respond-async, wait=N: what ends within N "
@@ -7000,7 +7129,7 @@ def endpoint(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     async def answer(api: "Api", request: Request, **arguments: Any) -> Response:
-        connection = request.scope.get(OuterMiddleware.KEY) or ConnectionState()
+        connection = connection_of(request.scope)
         # A cache may keep a 404 (RFC 9111, 4.2.2), and what is not there now may be there in a moment.
         connection.error_headers = {"Cache-Control": "no-store"}
         if request.method in CHANGING:
@@ -7044,6 +7173,8 @@ class Api:
         add("GET", f"{jobs}/stats", self.get_stats, STATS_DOCS, response_model=JobStats)
         add("GET", Tracker.IMAGE_PATH, self.get_image, IMAGE_DOCS, response_class=Response)
         add("HEAD", Tracker.IMAGE_PATH, self.get_image, {}, include_in_schema=False)
+        add("GET", f"{job}/preview", self.get_preview, PREVIEW_DOCS, response_class=Response)
+        add("HEAD", f"{job}/preview", self.get_preview, {}, include_in_schema=False)
         add("POST", f"{job}/cancel", self.cancel_job, CANCEL_DOCS, response_model=JobSummary)
         add("POST", f"{job}/retry", self.retry_job, RETRY_DOCS, response_model=JobSummary, status_code=202)
         add("DELETE", job, self.delete_job, CONFLICT_DOCS, status_code=204)
@@ -7142,12 +7273,10 @@ class Api:
             "ETag": f'"{image.file_name}-{size}{"-gzip" * gzip}"',
             "Cache-Control": "private, max-age=31536000, immutable",
             "Content-Disposition": f'inline; filename="{image.file_name}"',
-            "Content-Security-Policy": "default-src 'none'",
-            "X-Content-Type-Options": "nosniff",
+            **IMAGE_HEADERS,
             "Vary": "Accept-Encoding",
         }
-        known = [tag.strip() for tag in request.headers.get("If-None-Match", "").replace("W/", "").split(",")]
-        if headers["ETag"] in known or known == ["*"]:
+        if is_known(request.scope, headers["ETag"]):
             return Response(None, 304, {**headers, **exposed(headers)})
         # Otherwise the host would compress the image itself, on the event loop and to no use.
         headers.update({"Content-Encoding": "gzip"} if gzip else {"Content-Length": str(size)})
@@ -7156,6 +7285,29 @@ class Api:
             return await self._stream(chunks, headers, image.media_type, level=0)
         except StoreError as error:
             raise (error if error.temporary else lost) from None
+
+    @endpoint
+    async def get_preview(self, request: Request, id: str = Path(description="the job's ID")) -> Response:
+        """How a job's pictures look while they are generated: the webui's live preview, of this job only.
+
+        There is none before the first and after the last step, and where live previews are off in the settings. It is
+        made when it is asked for, at most every 0.4 s.
+        """
+        preview = await self.tracker.preview(id)
+        if preview is None:
+            raise HTTPException(404, self.tracker.why_no_preview(await self._get(id)))
+        headers = {
+            "ETag": f'"{preview.job_id}-{preview.number}"',
+            "Cache-Control": "no-store",
+            **IMAGE_HEADERS,
+            **connection_of(request.scope).leave_uncompressed(),
+        }
+        headers.update(exposed(headers))
+        if is_known(request.scope, headers["ETag"]):
+            return Response(None, 304, headers)
+        if request.method == "HEAD":
+            headers["Content-Length"] = str(len(preview.data))
+        return Response(b"" if request.method == "HEAD" else preview.data, 200, headers, preview.media_type)
 
     @endpoint
     async def cancel_job(self, request: Request, id: str = Path(description="the job's ID")) -> Response:
@@ -8368,6 +8520,49 @@ class Host:
             return min(max(progress, 0.0), 1.0)
         except (AttributeError, TypeError):  # the state of a fork that counts in another way
             return None
+
+    def has_previews(self) -> bool:
+        """Whether the settings allow live previews."""
+        # SD.Next lacks the former. By the latter it shows the last picture of the generation before.
+        options = self._shared.opts
+        return getattr(options, "live_previews_enable", True) and getattr(options, "show_progress_type", "") != "None"
+
+    def preview(self, begun: Any, last: Any) -> Optional[Tuple[Any, bytes, str]]:
+        """A picture of the generation under way: where that stood, the image, its media type. None if none is new.
+
+        `begun` is what `begun()` said when the job got the queue lock, and `last` where the generation stood in the
+        last picture of this job. Made by the host's own function, as often as the settings want it, on this thread.
+
+        That function puts the picture into the host's state once it is made, and by then that can be the state of
+        another generation. So it is given a copy, which is one moment of one generation. What others had the host make
+        is not used, for the same reason, but for what the generation has made itself.
+        """
+        shared, state = self._shared, copy.copy(self._shared.state)
+        if state.time_start == begun or state.job_count <= 0 or not self.has_previews():
+            return None
+        place: Tuple[Any, ...] = (state.time_start, state.job_no)
+        is_own = not getattr(shared, "parallel_processing_allowed", True)  # with little memory
+        is_own = is_own or getattr(shared.opts, "show_progress_every_n_steps", None) == -1
+        if is_own:
+            place += (state.id_live_preview,)
+        else:
+            before = last[-1] if last and last[:-1] == place else min(state.current_image_sampling_step, 0)
+            place += (state.sampling_step,)
+            state.current_image, state.current_image_sampling_step = None, before
+            if hasattr(state, "disable_preview"):  # SD.Next, where the other function refuses what the API generates
+                if shared.cmd_opts.lowvram or state.job in ("VAE", "Upscale"):
+                    return None
+                state.do_set_current_image()
+            else:
+                state.set_current_image()
+        if state.current_image is None or place == last:
+            return None
+        image, format_ = state.current_image, getattr(shared.opts, "live_previews_image_format", "jpeg")
+        file = io.BytesIO()
+        if format_ == "jpeg" and image.mode not in ("RGB", "L"):
+            image = image.convert("RGB")
+        image.save(file, format_, **({"compress_level": 1} if format_ == "png" else {}))
+        return place, file.getvalue(), f"image/{format_}"
 
     def interrupt(self) -> None:
         self._shared.state.interrupt()
