@@ -17,6 +17,7 @@ The file reads in the order in which a request meets its parts, and every part k
     Housekeeper   what is done now and then
     Http          what HTTP, browsers and servers ask for, whatever is sent
     Generation    the way of one generation request
+    Events        what those are told who watch a job
     API           the routes under /sdapi/v1/job
     Tab           the page "Job Tracker" in the webui
     Host          the only part that knows the webui
@@ -4192,6 +4193,15 @@ def details_of(error: BaseException) -> str:
     return str(getattr(error, "details", error))
 
 
+def description_as_json(description: Dict[str, Any]) -> Iterator[bytes]:
+    """The JSON of what `Tracker.describe` says of a job, a chunk at a time, but for the brace at its end."""
+    parts = {name: value for name, value in description.items() if isinstance(value, Part)}
+    yield as_json({name: value for name, value in description.items() if name not in parts})[:-1]
+    for name, part in parts.items():
+        yield b',"%s":' % name.encode()
+        yield from part.chunks()
+
+
 class Clock:
     """Unix seconds, from now on by a clock that nobody sets: what differs by a second was a second apart."""
 
@@ -5061,11 +5071,7 @@ class Tracker:
         description = self.describe(job, whole=images, root=root)
         if missing:
             description["error"] = f"{len(missing)} of {len(job.images)} images are no longer on disk"
-        parts = {name: value for name, value in description.items() if isinstance(value, Part)}
-        yield as_json({name: value for name, value in description.items() if name not in parts})[:-1]
-        for name, part in parts.items():
-            yield b',"%s":' % name.encode()
-            yield from part.chunks()
+        yield from description_as_json(description)
         if images:
             yield b',"images":['
             yield from self.images.images_as_json(job)
@@ -5827,12 +5833,17 @@ class NoResult(HTTPException):
 
 
 class ClosingStreamingResponse(StreamingResponse):
-    """Its content is closed at the end, also when the client leaves before. It breaks off without a clean end."""
+    """Its content is closed at the end, also when the client leaves before. It breaks off without a clean end.
+
+    Content that has a function `leave` is told by it at once that the client has left, and ends then.
+    """
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         connection = scope.get(OuterMiddleware.KEY)
         self.headers.update(exposed(self.headers))
         gone = asyncio.get_running_loop().create_task(wait_for_disconnect(receive))
+        if hasattr(self.body_iterator, "leave"):
+            gone.add_done_callback(self.body_iterator.leave)
         try:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             async for chunk in self.body_iterator:
@@ -5840,7 +5851,8 @@ class ClosingStreamingResponse(StreamingResponse):
                 # Not before: a response that ends before its first chunk is an error to the host's layers.
                 if gone.done():
                     return
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
+            if not gone.done():
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
         except Exception as error:
             if connection is None:
                 raise
@@ -5885,6 +5897,7 @@ class ConnectionState:
         self.refused = False  # a 403 is sent in the response's place
         self.error_headers: Dict[str, str] = {}  # which an error gets besides: the host drops those of an exception
         self.uncompressed = False  # see `leave_uncompressed`
+        self.server_stops: Callable[[], bool] = lambda: False  # whether the server waits for this request, to end
         self.work: Optional["asyncio.Task[None]"] = None  # which outlives the response
 
     def leave_uncompressed(self) -> Dict[str, str]:
@@ -5937,6 +5950,7 @@ class OuterMiddleware:
             return
         connection = scope[self.KEY] = ConnectionState()
         cycle = getattr(send, "__self__", None)  # uvicorn's, of this request
+        connection.server_stops = functools.partial(server_stops, cycle, getattr(cycle, "keep_alive", False))
         if scope.get("http_version") == "1.0":
             send = without_chunk_sizes(send, cycle)
         asked = header_of(scope, b"access-control-request-headers").lower()
@@ -5976,6 +5990,16 @@ class OuterMiddleware:
 def connection_of(scope: Scope) -> ConnectionState:
     """That of a request. One for nobody where it came before the outermost layer was there."""
     return scope.get(OuterMiddleware.KEY) or ConnectionState()
+
+
+def server_stops(cycle: Any, kept_alive: bool) -> bool:
+    """Whether uvicorn takes no more requests, and waits for those that it has. It tells nobody.
+
+    `cycle` is its own for a request that it has, and `kept_alive` whether the connection was to stay open after that.
+    """
+    server = getattr(getattr(cycle, "transport", None), "_server", None)  # asyncio's. TLS hides it
+    has_closed = server is not None and not server.is_serving()
+    return has_closed or (kept_alive and not cycle.keep_alive)
 
 
 def without_chunk_sizes(send: Send, cycle: Any) -> Send:
@@ -6833,6 +6857,257 @@ class Runner:
 
 
 # ------------------------------------------------------------------------------------------------------------------
+# Events: what those are told who watch a job
+# ------------------------------------------------------------------------------------------------------------------
+#
+# Server-Sent Events, WHATWG HTML, 9.2. A watch follows one job for all its listeners: it looks at the job, and makes
+# the bytes of each event once, in threads. A listener is one response. It has no queue: each time that it can send, it
+# takes what is newest of each kind, so that a slow client skips what is outdated and costs no memory.
+
+STATUS_EVENT, PROGRESS_EVENT, PREVIEW_EVENT = EVENT_KINDS = ("status", "progress", "preview")
+LAST_EVENT = "ended"  # the ID of a job's last event. A browser sends it when it connects again, as it does by itself
+LINE_ENDS = bytes.maketrans(b"\r\n", b"  ")  # in JSON they are white space, in an event its end
+EVENT_COMMENT = b":\n\n"
+
+
+def event(kind: str, data: bytes, event_id: str = "") -> bytes:
+    return b"event: %s\n%sdata: %s\n\n" % (
+        kind.encode(),
+        b"id: %s\n" % event_id.encode() if event_id else b"",
+        data.translate(LINE_ENDS),
+    )
+
+
+class Look(NamedTuple):
+    """What a watch has seen of its job. The bytes are events."""
+
+    job: Job
+    status: bytes
+    place: Tuple[Any, Any]  # how far the job is, of which a change is worth an event
+    progress: bytes
+    preview: bytes  # empty where there is no other one than at the look before
+    preview_number: Optional[int]
+
+
+class Listener:
+    """The events of one response, from the job as it is to its end. All its methods are the event loop's."""
+
+    def __init__(self, watch: "Watch", kinds: Tuple[str, ...], connection: ConnectionState):
+        self.kinds = kinds
+        self.connection = connection
+        self._watch = watch
+        self._sent = watch.numbers_for_new()  # of the last event of each kind
+        self._woken = asyncio.get_running_loop().create_future()
+        self._left = False
+
+    def __aiter__(self) -> "Listener":
+        return self
+
+    async def __anext__(self) -> bytes:
+        while not self._left:
+            events = self._watch.events_after(self._sent, self.kinds)
+            if events:
+                return events
+            if self._watch.over:
+                break
+            loop = asyncio.get_running_loop()
+            self._woken = loop.create_future()
+            timer = loop.call_later(HEARTBEAT, set_once, self._woken, EVENT_COMMENT)
+            try:
+                comment = await self._woken
+            finally:
+                timer.cancel()
+            if comment:
+                return comment
+        raise StopAsyncIteration
+
+    def wake(self) -> None:
+        set_once(self._woken, None)
+
+    def leave(self, _: Any = None) -> None:
+        """The client has left."""
+        self._left = True
+        self.wake()
+
+    async def aclose(self) -> None:
+        self._watch.remove(self)
+
+
+class Watch:
+    """Follows a job for all who listen to it, until that has ended or nobody listens any more."""
+
+    EVERY = 0.5  # seconds from one look at the job to the next
+
+    def __init__(self, events: "Events", job_id: str, root: str):
+        """`root` is what the paths of images begin with."""
+        self.key = job_id, root
+        self.listeners: Dict[Listener, None] = {}
+        self.over = False  # there will be no other event
+        self._events, self._tracker = events, events.tracker
+        self._job_id, self._root = job_id, root
+        self._newest: Dict[str, Tuple[int, bytes]] = {}  # events by kind, with their numbers
+        self._last: Optional[Look] = None
+        self._following = asyncio.get_running_loop().create_task(self._follow())
+
+    def add(self, kinds: Tuple[str, ...], connection: ConnectionState) -> Listener:
+        listener = Listener(self, kinds, connection)
+        self.listeners[listener] = None
+        return listener
+
+    def remove(self, listener: Listener) -> None:
+        self.listeners.pop(listener, None)
+        if not self.listeners:
+            self.end()
+
+    def end(self) -> None:
+        """Ends the listeners' responses, once they have sent what is new."""
+        if not self.over:
+            self.over = True
+            self._events.forget(self)
+            self._following.cancel()
+            self._events.wake(self.listeners)
+
+    def events_after(self, sent: Dict[str, int], kinds: Tuple[str, ...]) -> bytes:
+        """The newest event of each kind, unless it has been sent. Notes in `sent` that it has."""
+        new = []
+        for kind in kinds:
+            number, data = self._newest.get(kind, (0, b""))
+            if number > sent.get(kind, 0):
+                sent[kind] = number
+                new.append(data)
+        return b"".join(new)
+
+    def numbers_for_new(self) -> Dict[str, int]:
+        """The progress stands in the job as it is, with which each response begins."""
+        number, _ = self._newest.get(PROGRESS_EVENT, (0, b""))
+        return {PROGRESS_EVENT: number}
+
+    async def _follow(self) -> None:
+        try:
+            while not self._tracker.closing.is_set():
+                pause = self._events.pause(self.EVERY)
+                try:
+                    if await self._look():
+                        break
+                    await self._tracker.wait(self._job_id, pause)  # for its end is told at once
+                except StoreError:  # later, perhaps
+                    await asyncio.sleep(pause)
+        except Exception:
+            log.exception("Job %s cannot be watched", self._job_id)
+        finally:
+            self.end()
+
+    async def _look(self) -> bool:
+        """Tells the listeners what has changed. True if nothing will any more. Raises StoreError."""
+        running = self._tracker.running(self._job_id)
+        wants_preview = any(PREVIEW_EVENT in listener.kinds for listener in self.listeners)
+        pool = self._tracker.pool_for(running)
+        look = await self._tracker.in_pool(self._look_in_thread, running, self._last, wants_preview, pool=pool)
+        if look is None:  # the job was deleted
+            return True
+        last, self._last = self._last, look
+        is_new_status = last is None or look.job.status != last.job.status
+        # The status is kept up to date for those who are new.
+        self._set(STATUS_EVENT, look.status, is_new_status)
+        changed = {STATUS_EVENT} if is_new_status else set()
+        if look.job.ended:
+            self._newest = {STATUS_EVENT: self._newest[STATUS_EVENT]}
+        else:
+            if last is not None and look.place != last.place and not is_new_status:
+                self._set(PROGRESS_EVENT, look.progress)
+                changed.add(PROGRESS_EVENT)
+            if look.preview:
+                self._set(PREVIEW_EVENT, look.preview)
+                changed.add(PREVIEW_EVENT)
+        self._events.wake(listener for listener in self.listeners if changed.intersection(listener.kinds))
+        return look.job.ended
+
+    def _set(self, kind: str, data: bytes, is_new: bool = True) -> None:
+        number, _ = self._newest.get(kind, (0, b""))
+        self._newest[kind] = number + is_new, data
+
+    def _look_in_thread(self, job: Optional[Job], last: Optional[Look], wants_preview: bool) -> Optional[Look]:
+        job = job or self._tracker.get(self._job_id)
+        if job is None:
+            return None
+        description = self._tracker.describe(job, root=self._root)
+        progress = {name: description[name] for name in ("progress", "eta", "queue_position")}
+        data = b"".join(description_as_json(description)) + b"}"
+        number, preview = last and last.preview_number, b""
+        # The one that is begun now is seen at the next look.
+        newest = self._tracker.begin_preview(job.id) if wants_preview else None
+        seen = self._tracker.last_preview(job.id) if newest not in (None, number) else None
+        if seen is not None:
+            uri = b"data:%s;base64,%s" % (seen.media_type.encode(), base64.b64encode(seen.data))
+            number, preview = seen.number, event(PREVIEW_EVENT, uri)
+        return Look(
+            job,
+            event(STATUS_EVENT, data, LAST_EVENT if job.ended else ""),
+            (progress["progress"], progress["queue_position"]),
+            event(PROGRESS_EVENT, as_json(progress)),
+            preview,
+            number,
+        )
+
+
+class Events:
+    """All watches, and what they share: the event loop, which they are not to hold."""
+
+    LOOKS = 100  # the most, by all watches together in a second
+    BATCH = 8  # listeners that are woken at a time: each sends through all the layers of the host
+    BATCH_PAUSE = 0.002  # seconds after that
+    CHECK_EVERY = 0.5  # seconds between two checks whether the server stops
+
+    def __init__(self, tracker: Tracker):
+        self.tracker = tracker
+        self._watches: Dict[Tuple[str, str], Watch] = {}  # by job and root, which is in the URLs of images
+        self._to_wake: Dict[Listener, None] = {}
+        self._waking: Optional["asyncio.Task[None]"] = None
+        self._checking: Optional["asyncio.Task[None]"] = None
+
+    def listen(self, job_id: str, root: str, with_preview: bool, connection: ConnectionState) -> Listener:
+        """The events of a response, to be closed at its end."""
+        key = job_id, root
+        if key not in self._watches:
+            self._watches[key] = Watch(self, job_id, root)
+        if self._checking is None or self._checking.done():
+            self._checking = asyncio.get_running_loop().create_task(self._check_server())
+        return self._watches[key].add(EVENT_KINDS if with_preview else EVENT_KINDS[:2], connection)
+
+    def pause(self, seconds: float) -> float:
+        """The seconds between two looks of a watch: more where there are many."""
+        return max(seconds, len(self._watches) / self.LOOKS)
+
+    def forget(self, watch: Watch) -> None:
+        """A watch is over."""
+        if self._watches.get(watch.key) is watch:
+            del self._watches[watch.key]
+
+    def wake(self, listeners: Iterable[Listener]) -> None:
+        """Has listeners send what is new, a few at a time."""
+        self._to_wake.update(dict.fromkeys(listeners))
+        if self._to_wake and (self._waking is None or self._waking.done()):
+            self._waking = asyncio.get_running_loop().create_task(self._wake())
+
+    async def _wake(self) -> None:
+        while self._to_wake:
+            for listener in list(itertools.islice(self._to_wake, self.BATCH)):
+                del self._to_wake[listener]
+                listener.wake()
+            await asyncio.sleep(self.BATCH_PAUSE)
+
+    async def _check_server(self) -> None:
+        """Ends all watches with the webui, and where the server waits for their responses, to end itself."""
+        while self._watches:
+            await asyncio.sleep(self.CHECK_EVERY)
+            listeners = [next(iter(watch.listeners), None) for watch in self._watches.values()]
+            stops = any(listener is not None and listener.connection.server_stops() for listener in listeners)
+            if stops or self.tracker.closing.is_set():
+                for watch in list(self._watches.values()):
+                    watch.end()
+
+
+# ------------------------------------------------------------------------------------------------------------------
 # API: the routes under /sdapi/v1/job
 # ------------------------------------------------------------------------------------------------------------------
 
@@ -7074,6 +7349,24 @@ PREVIEW_DOCS = {
     },
     304: {"description": "If-None-Match names the picture that the client has: there is no newer one"},
 }
+EVENTS_EXAMPLE = (
+    b"".join(
+        (
+            event(STATUS_EVENT, as_json({**PENDING_EXAMPLE, "status": PROCESSING, "progress": 0.0})),
+            event(PROGRESS_EVENT, as_json({"progress": 0.25, "eta": 6.9, "queue_position": None})),
+            event(PREVIEW_EVENT, b"data:image/png;base64,iVBORw0K..."),
+            event(STATUS_EVENT, as_json(COMPLETED_EXAMPLE), LAST_EVENT),
+        )
+    )
+).decode()
+EVENTS_DOCS = {
+    200: {
+        "description": "Server-Sent Events until the job has ended. The data of `status` is a JobSummary as JSON, that "
+        "of `progress` has three of its fields, that of `preview` is a data: URI. The last event has the ID `ended`",
+        "content": {"text/event-stream": {"schema": {"type": "string"}, "example": EVENTS_EXAMPLE}},
+    },
+    204: {"description": "The client has the last event, says its Last-Event-ID: it is not to connect again"},
+}
 
 # What is added to the host's own description of a generation route
 PREFER_TEXT = (
@@ -7159,6 +7452,7 @@ class Api:
     def __init__(self, tracker: Tracker, origins: OriginGuard):
         self.tracker = tracker
         self.origins = origins
+        self.events = Events(tracker)
 
     def add_to(self, add_route: Callable[..., Any]) -> None:
         """Registers the routes through the host's own `add_api_route`, which guards them as it guards its own."""
@@ -7175,6 +7469,7 @@ class Api:
         add("HEAD", Tracker.IMAGE_PATH, self.get_image, {}, include_in_schema=False)
         add("GET", f"{job}/preview", self.get_preview, PREVIEW_DOCS, response_class=Response)
         add("HEAD", f"{job}/preview", self.get_preview, {}, include_in_schema=False)
+        add("GET", f"{job}/events", self.get_events, EVENTS_DOCS, response_class=StreamingResponse)
         add("POST", f"{job}/cancel", self.cancel_job, CANCEL_DOCS, response_model=JobSummary)
         add("POST", f"{job}/retry", self.retry_job, RETRY_DOCS, response_model=JobSummary, status_code=202)
         add("DELETE", job, self.delete_job, CONFLICT_DOCS, status_code=204)
@@ -7308,6 +7603,25 @@ class Api:
         if request.method == "HEAD":
             headers["Content-Length"] = str(len(preview.data))
         return Response(b"" if request.method == "HEAD" else preview.data, 200, headers, preview.media_type)
+
+    @endpoint
+    async def get_events(
+        self,
+        request: Request,
+        id: str = Path(description="the job's ID"),
+        preview: bool = Query(False, description="true sends the live previews, too"),
+    ) -> Response:
+        """The job as it goes on, as a browser's EventSource reads it: `status` at once and at each change of it,
+        `progress` at most twice a second, and `preview` where it is asked for. Ends when the job has ended.
+        """
+        await self._get(id)
+        if request.headers.get("Last-Event-ID") == LAST_EVENT:
+            return Response(None, 204, {"Cache-Control": "no-store"})
+        connection = connection_of(request.scope)
+        # nginx would keep the events back until its buffers are full.
+        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no", **connection.leave_uncompressed()}
+        events = self.events.listen(id, root_of(request.scope), preview, connection)
+        return ClosingStreamingResponse(events, 200, headers, "text/event-stream")
 
     @endpoint
     async def cancel_job(self, request: Request, id: str = Path(description="the job's ID")) -> Response:
