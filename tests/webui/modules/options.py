@@ -3,6 +3,8 @@
 import json
 from collections import namedtuple
 
+from modules.cmd_args import cmd_opts
+
 OptionInfo = namedtuple("OptionInfo", "default label")
 
 LABELS = {
@@ -31,6 +33,10 @@ LABELS = {
     "hidden_tabs": OptionInfo([], "Hidden UI tabs"),
     "subpath": OptionInfo("", "Subpath"),
 }
+
+if cmd_opts.shape == "sdnext":  # which lacks them
+    for name in ("live_previews_enable", "show_progress_every_n_steps", "live_previews_image_format"):
+        del LABELS[name]
 
 
 class Options:
