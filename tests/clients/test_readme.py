@@ -302,6 +302,11 @@ snippet_with('Path("job-id.txt")')(check_stored_id)
 snippet_with('writeFile("job-id.txt"')(check_stored_id)
 
 
+@snippet_with("new EventSource(")
+def check_live_page(run, snippet, request):
+    assert snippet.language == "html"  # tests/browser/test_live.py opens it
+
+
 @snippet_with("def generate(request):")
 def check_recovery(run, snippet, request):
     breaking = request.getfixturevalue("breaking")
