@@ -18,6 +18,7 @@ The file reads in the order in which a request meets its parts, and every part k
     Housekeeper   what is done now and then
     Http          what HTTP, browsers and servers ask for, whatever is sent
     Generation    the way of one generation request
+    Events        what those are told who watch a job
     API           the routes under /sdapi/v1/job
     Tab           the page "Job Tracker" in the webui
     Host          the only part that knows the webui
@@ -4217,6 +4218,15 @@ def details_of(error: BaseException) -> str:
     return str(getattr(error, "details", error))
 
 
+def description_as_json(description: Dict[str, Any]) -> Iterator[bytes]:
+    """The JSON of what `Tracker.describe` says of a job, a chunk at a time, but for the brace at its end."""
+    parts = {name: value for name, value in description.items() if isinstance(value, Part)}
+    yield as_json({name: value for name, value in description.items() if name not in parts})[:-1]
+    for name, part in parts.items():
+        yield b',"%s":' % name.encode()
+        yield from part.chunks()
+
+
 class Clock:
     """Unix seconds, from now on by a clock that nobody sets: what differs by a second was a second apart."""
 
@@ -4244,6 +4254,15 @@ class LiveJob:
         self.accepted_at = time.monotonic()
         self.cancel = cancel
         self.answered = False  # its client may have the answer, which is being stored
+
+
+class Preview(NamedTuple):
+    """How the pictures of a job look while they are generated, as the host shows it."""
+
+    job_id: str
+    number: int  # from 1 on, another for each picture
+    data: bytes
+    media_type: str
 
 
 class Threads(ThreadPoolExecutor):
@@ -4286,6 +4305,8 @@ class Tracker:
     STORE_WAIT = 1.0  # seconds that `wait_until_stored` waits
     FOLLOW_EVERY = 0.5  # seconds between two looks at what other webuis on the folder did
     REMOVED_AT_ONCE = 100  # jobs: a crash leaves the files of no more
+    PREVIEW_EVERY = 0.4  # seconds, at least, from one preview to the next
+    PREVIEW_PATIENCE = 10.0  # seconds that somebody waits for a preview
     # Fields of the record that are shown as they are.
     PLAIN_FIELDS = (
         *("id", "type", "status", "prompt", "timestamp", "ip", "started", "finished", "retry_of", "label", "server"),
@@ -4297,8 +4318,9 @@ class Tracker:
 
         `host.begun()` is what it says of when its last generation began, and `host.progress(begun)` is given what it
         said when the job got the lock: as long as it says the same, its state is still that of the generation before.
-        `host.interrupt()` ends the generation, and `host.dequeue(task)` says that the task with an ID of the host's
-        own will not begin.
+        The same holds for `host.preview(begun, last)`, see there, which may take a second, while `host.has_previews()`
+        says whether it is of use. `host.interrupt()` ends the generation, and `host.dequeue(task)` says that the task
+        with an ID of the host's own will not begin.
         """
         self.settings = settings
         self.host = host
@@ -4312,6 +4334,7 @@ class Tracker:
         self.storers = Threads(2, "store")  # the disk, to store answers on it
         self.keepers = Threads(2, "keep")  # the disk, to keep requests on it
         self.senders = Threads(2, "send")  # nothing: what is in memory goes to clients
+        self.previewers = Threads(1, "preview")  # the host, to make a preview
         self.sending: "WeakSet[Any]" = WeakSet()  # what is on its way to clients, and needs the pool for its rest
         self.closing = threading.Event()  # set when the webui unloads its scripts
         self.stopping = threading.Event()  # set when no parked job is to begin here any more
@@ -4334,6 +4357,12 @@ class Tracker:
         self._unstored = 0  # bytes of all answers that wait to be stored
         self._holder: Optional[str] = None  # the job that has the host's queue lock
         self._begun: Any = None  # what the host said when it got that
+        self._preview: Optional[Preview] = None  # the last one, of the job that has the lock
+        self._preview_place: Any = None  # where the generation stood in it, as the host says
+        self._preview_failed: Optional[str] = None  # the job whose preview failed, which is logged once
+        self._previewing: "Future[None]" = Future()  # the last look at the host for one
+        self._previewing.set_result(None)
+        self._previewing_since = ("", -math.inf)  # for which job, and since when
         self._reservations: Dict[str, KeyReservation] = {}  # by idempotency key
         self._hung: Optional[Future] = None  # the last work for a request that took too long
         self.recover()  # before anything else, so that nobody sees a job that was left behind
@@ -4480,7 +4509,7 @@ class Tracker:
         For one that may have been promised that is on disk first, if the disk answers: otherwise it would be generated
         once more after a crash. One with a key may have been promised by another webui, which does not say so.
         """
-        self._holder, self._begun = job_id, self.host.begun()
+        self._hold_lock(job_id)
         self.leave_lock_queue(job_id)
         self._change(job_id, "started", status=PROCESSING)
         live = self._live_job(job_id)
@@ -4488,9 +4517,14 @@ class Tracker:
             with contextlib.suppress(FutureTimeout, StoreError):  # it goes on all the same
                 self._wait_for(live.written)
 
+    def _hold_lock(self, job_id: str) -> None:
+        """In this order: whoever reads that the job has the lock reads then what the host said when it got that."""
+        self._begun = self.host.begun()
+        self._holder = job_id
+
     def generated(self) -> None:
         """The job that has the queue lock is about to give it back."""
-        self._holder = None
+        self._holder = self._preview = None
 
     def answered(self, job_id: str) -> None:
         """The host answered, and the client may have that answer before it is stored."""
@@ -4717,7 +4751,7 @@ class Tracker:
                 live.kept.set_result(True)
                 with self._lock:
                     self._live[job_id] = live
-                self._holder, self._begun = job_id, self.host.begun()
+                self._hold_lock(job_id)
             return bool(started)
         finally:
             with self._lock:
@@ -4913,6 +4947,69 @@ class Tracker:
         until = live.clock() if live is not None and not job.ended else job.finished
         return None if job.started is None or until is None else max(until - job.started, 0.0)
 
+    async def preview(self, job_id: str) -> Optional[Preview]:
+        """The live preview of a job that has the queue lock here, None if there is none. Does not raise.
+
+        All who ask share one look at the host, in a thread of its own. There is none while nobody asks.
+        """
+        looking = self._look_for_preview(job_id)
+        if looking is not None:
+            await asyncio.wait({asyncio.wrap_future(looking)}, timeout=self.PREVIEW_PATIENCE)
+        return self.last_preview(job_id)
+
+    def begin_preview(self, job_id: str) -> Optional[int]:
+        """The number of the last preview of a job, None if there is none. Has a new one made. Waits for nothing."""
+        self._look_for_preview(job_id)
+        preview = self.last_preview(job_id)
+        return None if preview is None else preview.number
+
+    def last_preview(self, job_id: str) -> Optional[Preview]:
+        """The last preview that somebody asked for. Waits for nothing."""
+        preview = self._preview
+        return preview if preview is not None and preview.job_id == job_id == self._holder else None
+
+    def why_no_preview(self, job: Job) -> str:
+        """For people: why a job has no preview now."""
+        if job.status != PROCESSING:
+            return f"The job is {job.status}: there is a preview only while it is {PROCESSING}"
+        if job.owner != self.store.owner:
+            return "The job is generated by another webui, which alone has its preview"
+        if not self.host.has_previews():
+            return "Live previews are off in the webui's settings"
+        return "There is no preview of the job now"
+
+    def _look_for_preview(self, job_id: str) -> Optional[Future]:
+        """Has a new preview made, unless the last one is new. The Future ends when it is there. None if none can be."""
+        with self._lock:
+            if self._holder != job_id:
+                return None
+            last_job, since = self._previewing_since
+            is_due = last_job != job_id or time.monotonic() - since >= self.PREVIEW_EVERY
+            if is_due and self._previewing.done():
+                with contextlib.suppress(StoreError):  # the webui is being reloaded
+                    self._previewing = self.previewers.submit(self._make_preview, job_id)
+                    self._previewing_since = job_id, time.monotonic()
+            return self._previewing
+
+    def _make_preview(self, job_id: str) -> None:
+        """Makes a preview, if the host has something new to show of the job. Does not raise."""
+        if self._holder != job_id:
+            return
+        last, begun = self.last_preview(job_id), self._begun
+        try:
+            made = self.host.preview(begun, last and self._preview_place)
+        except Exception as error:  # whatever a fork has in the place of what we know
+            if self._preview_failed != job_id:
+                self._preview_failed = job_id
+                log.warning("Job %s has no preview: %s", job_id, error, exc_info=True)
+            return
+        if made is not None:
+            self._preview_place, data, media_type = made
+            self._preview = Preview(job_id, last.number + 1 if last else 1, data, media_type)
+            # It is the job's if that has had the lock all the time. Otherwise nobody was given it, see `last_preview`.
+            if self._holder != job_id:
+                self._preview = None
+
     def stats(self) -> Dict[str, Any]:
         """What there is to know of all jobs together, as the API shows it. Raises StoreError."""
         counts, size = self.store.stats()
@@ -4999,11 +5096,7 @@ class Tracker:
         description = self.describe(job, whole=images, root=root)
         if missing:
             description["error"] = f"{len(missing)} of {len(job.images)} images are no longer on disk"
-        parts = {name: value for name, value in description.items() if isinstance(value, Part)}
-        yield as_json({name: value for name, value in description.items() if name not in parts})[:-1]
-        for name, part in parts.items():
-            yield b',"%s":' % name.encode()
-            yield from part.chunks()
+        yield from description_as_json(description)
         if images:
             yield b',"images":['
             yield from self.images.images_as_json(job)
@@ -5232,6 +5325,7 @@ class Tracker:
             self.store.close()
             for pool in (self.pool, self.searchers, self.key_readers, self.storers, self.keepers, self.senders):
                 pool.shutdown(wait=False)
+            self.previewers.shutdown(wait=False)
             closed.set_result(None)
 
         threading.Thread(target=drain, name="job-tracker-end", daemon=True).start()
@@ -6133,6 +6227,17 @@ def exposed(names: Iterable[str]) -> Dict[str, str]:
     return {"Access-Control-Expose-Headers": ", ".join(own)} if own else {}
 
 
+# Images
+
+IMAGE_HEADERS = {"Content-Security-Policy": "default-src 'none'", "X-Content-Type-Options": "nosniff"}
+
+
+def is_known(scope: Scope, etag: str) -> bool:
+    """Whether If-None-Match names what the client has already (RFC 9110, 13.1.2)."""
+    known = [tag.strip() for tag in header_of(scope, b"if-none-match").replace("W/", "").split(",")]
+    return etag in known or known == ["*"]
+
+
 # Writing the log
 
 
@@ -6272,12 +6377,17 @@ class NoResult(HTTPException):
 
 
 class ClosingStreamingResponse(StreamingResponse):
-    """Its content is closed at the end, also when the client leaves before. It breaks off without a clean end."""
+    """Its content is closed at the end, also when the client leaves before. It breaks off without a clean end.
+
+    Content that has a function `leave` is told by it at once that the client has left, and ends then.
+    """
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         connection = scope.get(OuterMiddleware.KEY)
         self.headers.update(exposed(self.headers))
         gone = asyncio.get_running_loop().create_task(wait_for_disconnect(receive))
+        if hasattr(self.body_iterator, "leave"):
+            gone.add_done_callback(self.body_iterator.leave)
         try:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             async for chunk in self.body_iterator:
@@ -6285,7 +6395,8 @@ class ClosingStreamingResponse(StreamingResponse):
                 # Not before: a response that ends before its first chunk is an error to the host's layers.
                 if gone.done():
                     return
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
+            if not gone.done():
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
         except Exception as error:
             if connection is None:
                 raise
@@ -6329,7 +6440,18 @@ class ConnectionState:
         self.aborted = False  # nothing more is sent, and the connection is closed without a clean end
         self.refused = False  # a 403 is sent in the response's place
         self.error_headers: Dict[str, str] = {}  # which an error gets besides: the host drops those of an exception
+        self.uncompressed = False  # see `leave_uncompressed`
+        self.server_stops: Callable[[], bool] = lambda: False  # whether the server waits for this request, to end
         self.work: Optional["asyncio.Task[None]"] = None  # which outlives the response
+
+    def leave_uncompressed(self) -> Dict[str, str]:
+        """The headers by which the host's gzip leaves a response alone, on the event loop and as large as it is.
+
+        It does so for what has an encoding. There is none, which is the name of one (RFC 9110, 8.4.1) but is not to be
+        sent, and so the outermost layer takes it away again.
+        """
+        self.uncompressed = True
+        return {"Content-Encoding": "identity"}
 
     def filter(self, scope: Scope, receive: Receive, send: Send) -> Send:
         """A `send` that does what was told here."""
@@ -6340,6 +6462,9 @@ class ConnectionState:
                 if is_head:
                     await refusal()(scope, receive, send)
                 return
+            if is_head and self.uncompressed:
+                raw = [header for header in message["headers"] if header != (b"content-encoding", b"identity")]
+                message = {**message, "headers": raw}
             if is_head and message["status"] >= 400 and self.error_headers:
                 headers = MutableHeaders(raw=list(message["headers"]))
                 headers.update({**self.error_headers, **exposed(self.error_headers)})
@@ -6369,6 +6494,7 @@ class OuterMiddleware:
             return
         connection = scope[self.KEY] = ConnectionState()
         cycle = getattr(send, "__self__", None)  # uvicorn's, of this request
+        connection.server_stops = functools.partial(server_stops, cycle, getattr(cycle, "keep_alive", False))
         if scope.get("http_version") == "1.0":
             send = without_chunk_sizes(send, cycle)
         asked = header_of(scope, b"access-control-request-headers").lower()
@@ -6403,6 +6529,21 @@ class OuterMiddleware:
         except asyncio.TimeoutError:  # the client does not read
             transport.abort()
         cycle.disconnected = True  # or uvicorn, which may not have noticed yet, complains of a response without an end
+
+
+def connection_of(scope: Scope) -> ConnectionState:
+    """That of a request. One for nobody where it came before the outermost layer was there."""
+    return scope.get(OuterMiddleware.KEY) or ConnectionState()
+
+
+def server_stops(cycle: Any, kept_alive: bool) -> bool:
+    """Whether uvicorn takes no more requests, and waits for those that it has. It tells nobody.
+
+    `cycle` is its own for a request that it has, and `kept_alive` whether the connection was to stay open after that.
+    """
+    server = getattr(getattr(cycle, "transport", None), "_server", None)  # asyncio's. TLS hides it
+    has_closed = server is not None and not server.is_serving()
+    return has_closed or (kept_alive and not cycle.keep_alive)
 
 
 def without_chunk_sizes(send: Send, cycle: Any) -> Send:
@@ -7260,6 +7401,257 @@ class Runner:
 
 
 # ------------------------------------------------------------------------------------------------------------------
+# Events: what those are told who watch a job
+# ------------------------------------------------------------------------------------------------------------------
+#
+# Server-Sent Events, WHATWG HTML, 9.2. A watch follows one job for all its listeners: it looks at the job, and makes
+# the bytes of each event once, in threads. A listener is one response. It has no queue: each time that it can send, it
+# takes what is newest of each kind, so that a slow client skips what is outdated and costs no memory.
+
+STATUS_EVENT, PROGRESS_EVENT, PREVIEW_EVENT = EVENT_KINDS = ("status", "progress", "preview")
+LAST_EVENT = "ended"  # the ID of a job's last event. A browser sends it when it connects again, as it does by itself
+LINE_ENDS = bytes.maketrans(b"\r\n", b"  ")  # in JSON they are white space, in an event its end
+EVENT_COMMENT = b":\n\n"
+
+
+def event(kind: str, data: bytes, event_id: str = "") -> bytes:
+    return b"event: %s\n%sdata: %s\n\n" % (
+        kind.encode(),
+        b"id: %s\n" % event_id.encode() if event_id else b"",
+        data.translate(LINE_ENDS),
+    )
+
+
+class Look(NamedTuple):
+    """What a watch has seen of its job. The bytes are events."""
+
+    job: Job
+    status: bytes
+    place: Tuple[Any, Any]  # how far the job is, of which a change is worth an event
+    progress: bytes
+    preview: bytes  # empty where there is no other one than at the look before
+    preview_number: Optional[int]
+
+
+class Listener:
+    """The events of one response, from the job as it is to its end. All its methods are the event loop's."""
+
+    def __init__(self, watch: "Watch", kinds: Tuple[str, ...], connection: ConnectionState):
+        self.kinds = kinds
+        self.connection = connection
+        self._watch = watch
+        self._sent = watch.numbers_for_new()  # of the last event of each kind
+        self._woken = asyncio.get_running_loop().create_future()
+        self._left = False
+
+    def __aiter__(self) -> "Listener":
+        return self
+
+    async def __anext__(self) -> bytes:
+        while not self._left:
+            events = self._watch.events_after(self._sent, self.kinds)
+            if events:
+                return events
+            if self._watch.over:
+                break
+            loop = asyncio.get_running_loop()
+            self._woken = loop.create_future()
+            timer = loop.call_later(HEARTBEAT, set_once, self._woken, EVENT_COMMENT)
+            try:
+                comment = await self._woken
+            finally:
+                timer.cancel()
+            if comment:
+                return comment
+        raise StopAsyncIteration
+
+    def wake(self) -> None:
+        set_once(self._woken, None)
+
+    def leave(self, _: Any = None) -> None:
+        """The client has left."""
+        self._left = True
+        self.wake()
+
+    async def aclose(self) -> None:
+        self._watch.remove(self)
+
+
+class Watch:
+    """Follows a job for all who listen to it, until that has ended or nobody listens any more."""
+
+    EVERY = 0.5  # seconds from one look at the job to the next
+
+    def __init__(self, events: "Events", job_id: str, root: str):
+        """`root` is what the paths of images begin with."""
+        self.key = job_id, root
+        self.listeners: Dict[Listener, None] = {}
+        self.over = False  # there will be no other event
+        self._events, self._tracker = events, events.tracker
+        self._job_id, self._root = job_id, root
+        self._newest: Dict[str, Tuple[int, bytes]] = {}  # events by kind, with their numbers
+        self._last: Optional[Look] = None
+        self._following = asyncio.get_running_loop().create_task(self._follow())
+
+    def add(self, kinds: Tuple[str, ...], connection: ConnectionState) -> Listener:
+        listener = Listener(self, kinds, connection)
+        self.listeners[listener] = None
+        return listener
+
+    def remove(self, listener: Listener) -> None:
+        self.listeners.pop(listener, None)
+        if not self.listeners:
+            self.end()
+
+    def end(self) -> None:
+        """Ends the listeners' responses, once they have sent what is new."""
+        if not self.over:
+            self.over = True
+            self._events.forget(self)
+            self._following.cancel()
+            self._events.wake(self.listeners)
+
+    def events_after(self, sent: Dict[str, int], kinds: Tuple[str, ...]) -> bytes:
+        """The newest event of each kind, unless it has been sent. Notes in `sent` that it has."""
+        new = []
+        for kind in kinds:
+            number, data = self._newest.get(kind, (0, b""))
+            if number > sent.get(kind, 0):
+                sent[kind] = number
+                new.append(data)
+        return b"".join(new)
+
+    def numbers_for_new(self) -> Dict[str, int]:
+        """The progress stands in the job as it is, with which each response begins."""
+        number, _ = self._newest.get(PROGRESS_EVENT, (0, b""))
+        return {PROGRESS_EVENT: number}
+
+    async def _follow(self) -> None:
+        try:
+            while not self._tracker.closing.is_set():
+                pause = self._events.pause(self.EVERY)
+                try:
+                    if await self._look():
+                        break
+                    await self._tracker.wait(self._job_id, pause)  # for its end is told at once
+                except StoreError:  # later, perhaps
+                    await asyncio.sleep(pause)
+        except Exception:
+            log.exception("Job %s cannot be watched", self._job_id)
+        finally:
+            self.end()
+
+    async def _look(self) -> bool:
+        """Tells the listeners what has changed. True if nothing will any more. Raises StoreError."""
+        running = self._tracker.running(self._job_id)
+        wants_preview = any(PREVIEW_EVENT in listener.kinds for listener in self.listeners)
+        pool = self._tracker.pool_for(running)
+        look = await self._tracker.in_pool(self._look_in_thread, running, self._last, wants_preview, pool=pool)
+        if look is None:  # the job was deleted
+            return True
+        last, self._last = self._last, look
+        is_new_status = last is None or look.job.status != last.job.status
+        # The status is kept up to date for those who are new.
+        self._set(STATUS_EVENT, look.status, is_new_status)
+        changed = {STATUS_EVENT} if is_new_status else set()
+        if look.job.ended:
+            self._newest = {STATUS_EVENT: self._newest[STATUS_EVENT]}
+        else:
+            if last is not None and look.place != last.place and not is_new_status:
+                self._set(PROGRESS_EVENT, look.progress)
+                changed.add(PROGRESS_EVENT)
+            if look.preview:
+                self._set(PREVIEW_EVENT, look.preview)
+                changed.add(PREVIEW_EVENT)
+        self._events.wake(listener for listener in self.listeners if changed.intersection(listener.kinds))
+        return look.job.ended
+
+    def _set(self, kind: str, data: bytes, is_new: bool = True) -> None:
+        number, _ = self._newest.get(kind, (0, b""))
+        self._newest[kind] = number + is_new, data
+
+    def _look_in_thread(self, job: Optional[Job], last: Optional[Look], wants_preview: bool) -> Optional[Look]:
+        job = job or self._tracker.get(self._job_id)
+        if job is None:
+            return None
+        description = self._tracker.describe(job, root=self._root)
+        progress = {name: description[name] for name in ("progress", "eta", "queue_position")}
+        data = b"".join(description_as_json(description)) + b"}"
+        number, preview = last and last.preview_number, b""
+        # The one that is begun now is seen at the next look.
+        newest = self._tracker.begin_preview(job.id) if wants_preview else None
+        seen = self._tracker.last_preview(job.id) if newest not in (None, number) else None
+        if seen is not None:
+            uri = b"data:%s;base64,%s" % (seen.media_type.encode(), base64.b64encode(seen.data))
+            number, preview = seen.number, event(PREVIEW_EVENT, uri)
+        return Look(
+            job,
+            event(STATUS_EVENT, data, LAST_EVENT if job.ended else ""),
+            (progress["progress"], progress["queue_position"]),
+            event(PROGRESS_EVENT, as_json(progress)),
+            preview,
+            number,
+        )
+
+
+class Events:
+    """All watches, and what they share: the event loop, which they are not to hold."""
+
+    LOOKS = 100  # the most, by all watches together in a second
+    BATCH = 8  # listeners that are woken at a time: each sends through all the layers of the host
+    BATCH_PAUSE = 0.002  # seconds after that
+    CHECK_EVERY = 0.5  # seconds between two checks whether the server stops
+
+    def __init__(self, tracker: Tracker):
+        self.tracker = tracker
+        self._watches: Dict[Tuple[str, str], Watch] = {}  # by job and root, which is in the URLs of images
+        self._to_wake: Dict[Listener, None] = {}
+        self._waking: Optional["asyncio.Task[None]"] = None
+        self._checking: Optional["asyncio.Task[None]"] = None
+
+    def listen(self, job_id: str, root: str, with_preview: bool, connection: ConnectionState) -> Listener:
+        """The events of a response, to be closed at its end."""
+        key = job_id, root
+        if key not in self._watches:
+            self._watches[key] = Watch(self, job_id, root)
+        if self._checking is None or self._checking.done():
+            self._checking = asyncio.get_running_loop().create_task(self._check_server())
+        return self._watches[key].add(EVENT_KINDS if with_preview else EVENT_KINDS[:2], connection)
+
+    def pause(self, seconds: float) -> float:
+        """The seconds between two looks of a watch: more where there are many."""
+        return max(seconds, len(self._watches) / self.LOOKS)
+
+    def forget(self, watch: Watch) -> None:
+        """A watch is over."""
+        if self._watches.get(watch.key) is watch:
+            del self._watches[watch.key]
+
+    def wake(self, listeners: Iterable[Listener]) -> None:
+        """Has listeners send what is new, a few at a time."""
+        self._to_wake.update(dict.fromkeys(listeners))
+        if self._to_wake and (self._waking is None or self._waking.done()):
+            self._waking = asyncio.get_running_loop().create_task(self._wake())
+
+    async def _wake(self) -> None:
+        while self._to_wake:
+            for listener in list(itertools.islice(self._to_wake, self.BATCH)):
+                del self._to_wake[listener]
+                listener.wake()
+            await asyncio.sleep(self.BATCH_PAUSE)
+
+    async def _check_server(self) -> None:
+        """Ends all watches with the webui, and where the server waits for their responses, to end itself."""
+        while self._watches:
+            await asyncio.sleep(self.CHECK_EVERY)
+            listeners = [next(iter(watch.listeners), None) for watch in self._watches.values()]
+            stops = any(listener is not None and listener.connection.server_stops() for listener in listeners)
+            if stops or self.tracker.closing.is_set():
+                for watch in list(self._watches.values()):
+                    watch.end()
+
+
+# ------------------------------------------------------------------------------------------------------------------
 # API: the routes under /sdapi/v1/job
 # ------------------------------------------------------------------------------------------------------------------
 
@@ -7493,6 +7885,36 @@ IMAGE_DOCS = {
     304: {"description": "If-None-Match names the image that the client has"},
 }
 
+PREVIEW_DOCS = {
+    200: {
+        "description": "The picture as it is now",
+        "content": {
+            media_type: {"schema": {"type": "string", "format": "binary"}}
+            for media_type in ("image/png", "image/jpeg", "image/webp")
+        },
+        "headers": {"ETag": text_header("for If-None-Match"), "Cache-Control": text_header("no-store")},
+    },
+    304: {"description": "If-None-Match names the picture that the client has: there is no newer one"},
+}
+EVENTS_EXAMPLE = (
+    b"".join(
+        (
+            event(STATUS_EVENT, as_json({**PENDING_EXAMPLE, "status": PROCESSING, "progress": 0.0})),
+            event(PROGRESS_EVENT, as_json({"progress": 0.25, "eta": 6.9, "queue_position": None})),
+            event(PREVIEW_EVENT, b"data:image/png;base64,iVBORw0K..."),
+            event(STATUS_EVENT, as_json(COMPLETED_EXAMPLE), LAST_EVENT),
+        )
+    )
+).decode()
+EVENTS_DOCS = {
+    200: {
+        "description": "Server-Sent Events until the job has ended. The data of `status` is a JobSummary as JSON, that "
+        "of `progress` has three of its fields, that of `preview` is a data: URI. The last event has the ID `ended`",
+        "content": {"text/event-stream": {"schema": {"type": "string"}, "example": EVENTS_EXAMPLE}},
+    },
+    204: {"description": "The client has the last event, says its Last-Event-ID: it is not to connect again"},
+}
+
 # What is added to the host's own description of a generation route
 PREFER_TEXT = (
     "RFC 7240. respond-async: answer 202 with the job when it is accepted. respond-async, wait=N: what ends within N "
@@ -7551,7 +7973,7 @@ def endpoint(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     async def answer(api: "Api", request: Request, **arguments: Any) -> Response:
-        connection = request.scope.get(OuterMiddleware.KEY) or ConnectionState()
+        connection = connection_of(request.scope)
         # A cache may keep a 404 (RFC 9111, 4.2.2), and what is not there now may be there in a moment.
         connection.error_headers = {"Cache-Control": "no-store"}
         if request.method in CHANGING:
@@ -7581,6 +8003,7 @@ class Api:
     def __init__(self, tracker: Tracker, origins: OriginGuard):
         self.tracker = tracker
         self.origins = origins
+        self.events = Events(tracker)
 
     def add_to(self, add_route: Callable[..., Any]) -> None:
         """Registers the routes through the host's own `add_api_route`, which guards them as it guards its own."""
@@ -7595,6 +8018,9 @@ class Api:
         add("GET", f"{jobs}/stats", self.get_stats, STATS_DOCS, response_model=JobStats)
         add("GET", Tracker.IMAGE_PATH, self.get_image, IMAGE_DOCS, response_class=Response)
         add("HEAD", Tracker.IMAGE_PATH, self.get_image, {}, include_in_schema=False)
+        add("GET", f"{job}/preview", self.get_preview, PREVIEW_DOCS, response_class=Response)
+        add("HEAD", f"{job}/preview", self.get_preview, {}, include_in_schema=False)
+        add("GET", f"{job}/events", self.get_events, EVENTS_DOCS, response_class=StreamingResponse)
         add("POST", f"{job}/cancel", self.cancel_job, CANCEL_DOCS, response_model=JobSummary)
         add("POST", f"{job}/retry", self.retry_job, RETRY_DOCS, response_model=JobSummary, status_code=202)
         add("DELETE", job, self.delete_job, CONFLICT_DOCS, status_code=204)
@@ -7693,12 +8119,10 @@ class Api:
             "ETag": f'"{image.file_name}-{size}{"-gzip" * gzip}"',
             "Cache-Control": "private, max-age=31536000, immutable",
             "Content-Disposition": f'inline; filename="{image.file_name}"',
-            "Content-Security-Policy": "default-src 'none'",
-            "X-Content-Type-Options": "nosniff",
+            **IMAGE_HEADERS,
             "Vary": "Accept-Encoding",
         }
-        known = [tag.strip() for tag in request.headers.get("If-None-Match", "").replace("W/", "").split(",")]
-        if headers["ETag"] in known or known == ["*"]:
+        if is_known(request.scope, headers["ETag"]):
             return Response(None, 304, {**headers, **exposed(headers)})
         # Otherwise the host would compress the image itself, on the event loop and to no use.
         headers.update({"Content-Encoding": "gzip"} if gzip else {"Content-Length": str(size)})
@@ -7707,6 +8131,48 @@ class Api:
             return await self._stream(chunks, headers, image.media_type, level=0)
         except StoreError as error:
             raise (error if error.temporary else lost) from None
+
+    @endpoint
+    async def get_preview(self, request: Request, id: str = Path(description="the job's ID")) -> Response:
+        """How a job's pictures look while they are generated: the webui's live preview, of this job only.
+
+        There is none before the first and after the last step, and where live previews are off in the settings. It is
+        made when it is asked for, at most every 0.4 s.
+        """
+        preview = await self.tracker.preview(id)
+        if preview is None:
+            raise HTTPException(404, self.tracker.why_no_preview(await self._get(id)))
+        headers = {
+            "ETag": f'"{preview.job_id}-{preview.number}"',
+            "Cache-Control": "no-store",
+            **IMAGE_HEADERS,
+            **connection_of(request.scope).leave_uncompressed(),
+        }
+        headers.update(exposed(headers))
+        if is_known(request.scope, headers["ETag"]):
+            return Response(None, 304, headers)
+        if request.method == "HEAD":
+            headers["Content-Length"] = str(len(preview.data))
+        return Response(b"" if request.method == "HEAD" else preview.data, 200, headers, preview.media_type)
+
+    @endpoint
+    async def get_events(
+        self,
+        request: Request,
+        id: str = Path(description="the job's ID"),
+        preview: bool = Query(False, description="true sends the live previews, too"),
+    ) -> Response:
+        """The job as it goes on, as a browser's EventSource reads it: `status` at once and at each change of it,
+        `progress` at most twice a second, and `preview` where it is asked for. Ends when the job has ended.
+        """
+        await self._get(id)
+        if request.headers.get("Last-Event-ID") == LAST_EVENT:
+            return Response(None, 204, {"Cache-Control": "no-store"})
+        connection = connection_of(request.scope)
+        # nginx would keep the events back until its buffers are full.
+        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no", **connection.leave_uncompressed()}
+        events = self.events.listen(id, root_of(request.scope), preview, connection)
+        return ClosingStreamingResponse(events, 200, headers, "text/event-stream")
 
     @endpoint
     async def cancel_job(self, request: Request, id: str = Path(description="the job's ID")) -> Response:
@@ -8919,6 +9385,49 @@ class Host:
             return min(max(progress, 0.0), 1.0)
         except (AttributeError, TypeError):  # the state of a fork that counts in another way
             return None
+
+    def has_previews(self) -> bool:
+        """Whether the settings allow live previews."""
+        # SD.Next lacks the former. By the latter it shows the last picture of the generation before.
+        options = self._shared.opts
+        return getattr(options, "live_previews_enable", True) and getattr(options, "show_progress_type", "") != "None"
+
+    def preview(self, begun: Any, last: Any) -> Optional[Tuple[Any, bytes, str]]:
+        """A picture of the generation under way: where that stood, the image, its media type. None if none is new.
+
+        `begun` is what `begun()` said when the job got the queue lock, and `last` where the generation stood in the
+        last picture of this job. Made by the host's own function, as often as the settings want it, on this thread.
+
+        That function puts the picture into the host's state once it is made, and by then that can be the state of
+        another generation. So it is given a copy, which is one moment of one generation. What others had the host make
+        is not used, for the same reason, but for what the generation has made itself.
+        """
+        shared, state = self._shared, copy.copy(self._shared.state)
+        if state.time_start == begun or state.job_count <= 0 or not self.has_previews():
+            return None
+        place: Tuple[Any, ...] = (state.time_start, state.job_no)
+        is_own = not getattr(shared, "parallel_processing_allowed", True)  # with little memory
+        is_own = is_own or getattr(shared.opts, "show_progress_every_n_steps", None) == -1
+        if is_own:
+            place += (state.id_live_preview,)
+        else:
+            before = last[-1] if last and last[:-1] == place else min(state.current_image_sampling_step, 0)
+            place += (state.sampling_step,)
+            state.current_image, state.current_image_sampling_step = None, before
+            if hasattr(state, "disable_preview"):  # SD.Next, where the other function refuses what the API generates
+                if shared.cmd_opts.lowvram or state.job in ("VAE", "Upscale"):
+                    return None
+                state.do_set_current_image()
+            else:
+                state.set_current_image()
+        if state.current_image is None or place == last:
+            return None
+        image, format_ = state.current_image, getattr(shared.opts, "live_previews_image_format", "jpeg")
+        file = io.BytesIO()
+        if format_ == "jpeg" and image.mode not in ("RGB", "L"):
+            image = image.convert("RGB")
+        image.save(file, format_, **({"compress_level": 1} if format_ == "png" else {}))
+        return place, file.getvalue(), f"image/{format_}"
 
     def interrupt(self) -> None:
         self._shared.state.interrupt()

@@ -17,6 +17,7 @@ from typing import Any, Callable, Dict, List, Tuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 
+import bench_events
 import bench_parked
 import bench_requests
 import bench_store
@@ -162,6 +163,9 @@ def run(parts: List[str], jobs: int) -> int:
     if "parked" in parts:
         for figure in bench_parked.figures():
             print(figure, flush=True)
+    if "events" in parts:
+        for figure in bench_events.figures():
+            print(figure, flush=True)
     if "http" in parts:
         with harness.started(lambda: Path(tempfile.mkdtemp(prefix="bench-"))) as start:
             for cells in over_http(start, jobs, progress):
@@ -175,7 +179,7 @@ def run(parts: List[str], jobs: int) -> int:
     return 0
 
 
-PARTS = ("store", "requests", "parked", "http", "growth")
+PARTS = ("store", "requests", "parked", "events", "http", "growth")
 
 if __name__ == "__main__":
     sys.exit(run(sys.argv[2:] or list(PARTS), int(sys.argv[1])))

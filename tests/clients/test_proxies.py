@@ -233,6 +233,20 @@ def test_failure(site, front, encoding):
     assert end_of_a_failure(site, front.port, encoding, front.row) == front.row.failure
 
 
+def test_events(site, front):
+    """Each comes when it is sent, and the end is a clean one."""
+    gate = site.gate()
+    job_id = site.send(body(standin={"hold": str(gate.path)})).job_id()
+    url = f"http://127.0.0.1:{front.port}/sdapi/v1/job/{job_id}/events"
+    with requests.get(url, stream=True, timeout=30) as response:
+        assert response.headers["Content-Type"].startswith("text/event-stream")
+        lines = response.iter_lines(chunk_size=1)
+        assert next(lines) == b"event: status"
+        assert b":" in lines, "a comment, of a job that goes on"
+        gate.open()
+        assert list(lines)[-3] == b"id: ended"
+
+
 def test_nothing_is_answered_from_before(site, front):
     assert not early_answer_is_kept(site, front.port)
 

@@ -302,6 +302,11 @@ snippet_with('Path("job-id.txt")')(check_stored_id)
 snippet_with('writeFile("job-id.txt"')(check_stored_id)
 
 
+@snippet_with("new EventSource(")
+def check_live_page(run, snippet, request):
+    assert snippet.language == "html"  # tests/browser/test_live.py opens it
+
+
 @snippet_with("def generate(request):")
 def check_recovery(run, snippet, request):
     breaking = request.getfixturevalue("breaking")
@@ -770,7 +775,8 @@ def test_links():
 
 def test_plain_text():
     assert README.isascii()
-    assert set(re.findall(r"https?://[\w.:-]+", README)) == {ADDRESS}
+    page = "http://127.0.0.1:8000"  # of the page that shows a job live
+    assert set(re.findall(r"https?://[\w.:-]+", README)) == {ADDRESS, page}
     text = re.sub(r"^```.*?^```$", "", README, flags=re.MULTILINE | re.DOTALL)
     too_long = [line for line in text.splitlines() if len(line) > 120 and not line.startswith(("|", "!["))]
     assert not too_long

@@ -21,6 +21,8 @@ ROUTES = {
     ("/sdapi/v1/job/{id}/cancel", "post"),
     ("/sdapi/v1/job/{id}/retry", "post"),
     ("/sdapi/v1/job/{id}/images/{n}", "get"),
+    ("/sdapi/v1/job/{id}/preview", "get"),
+    ("/sdapi/v1/job/{id}/events", "get"),
     ("/sdapi/v1/jobs", "get"),
     ("/sdapi/v1/jobs", "delete"),
     ("/sdapi/v1/jobs/cancel", "post"),
@@ -63,6 +65,8 @@ def test_every_answer_is_there(document):
         ("/sdapi/v1/job/{id}/cancel", "post"): {"200", "403", "409"},
         ("/sdapi/v1/job/{id}/retry", "post"): {"202", "403", "409", "410", "429"},
         ("/sdapi/v1/job/{id}/images/{n}", "get"): {"200", "304"},
+        ("/sdapi/v1/job/{id}/preview", "get"): {"200", "304"},
+        ("/sdapi/v1/job/{id}/events", "get"): {"200", "204"},
         ("/sdapi/v1/jobs", "get"): {"200"},
         ("/sdapi/v1/jobs", "delete"): {"200", "403"},
         ("/sdapi/v1/jobs/cancel", "post"): {"200", "403"},
@@ -72,6 +76,8 @@ def test_every_answer_is_there(document):
     assert {"image/png", "image/jpeg", "image/webp"} <= set(images["content"])
     assert "application/json" not in images["content"]
     assert {"ETag", "Cache-Control"} <= set(images["headers"])
+    events = document["paths"]["/sdapi/v1/job/{id}/events"]["get"]["responses"]["200"]
+    assert set(events["content"]) == {"text/event-stream"}
     assert "Link" in document["paths"]["/sdapi/v1/jobs"]["get"]["responses"]["200"]["headers"]
 
 
@@ -183,6 +189,8 @@ def test_wrong_methods(webui):
         "/sdapi/v1/jobs/stats": ("POST", "PUT", "PATCH", "DELETE"),
         "/sdapi/v1/job/AAAAAAAA/cancel": ("GET", "PUT", "PATCH", "DELETE"),
         "/sdapi/v1/job/AAAAAAAA/retry": ("GET", "PUT", "PATCH", "DELETE"),
+        "/sdapi/v1/job/AAAAAAAA/preview": ("POST", "PUT", "PATCH", "DELETE"),
+        "/sdapi/v1/job/AAAAAAAA/events": ("POST", "PUT", "PATCH", "DELETE"),
         "/sdapi/v1/job/AAAAAAAA/images/0": ("POST", "PUT", "PATCH", "DELETE"),
     }.items():
         for method in methods:

@@ -52,6 +52,9 @@ ROUTES = [
     ("GET", "/sdapi/v1/job/{id}/images/99"),
     ("GET", "/sdapi/v1/job/{id}/images/none"),
     ("HEAD", "/sdapi/v1/job/{id}/images/0"),
+    ("GET", "/sdapi/v1/job/{id}/preview"),
+    ("HEAD", "/sdapi/v1/job/{id}/preview"),
+    ("GET", "/sdapi/v1/job/{id}/events?preview=true"),
     ("POST", "/sdapi/v1/job/{id}/cancel"),
     ("DELETE", "/sdapi/v1/job/{id}"),
 ]

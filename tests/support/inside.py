@@ -93,6 +93,12 @@ class NoHost:
     def progress(self, begun: None) -> None:
         pass
 
+    def has_previews(self) -> bool:
+        return False
+
+    def preview(self, begun: None, last: None) -> None:
+        pass
+
     def interrupt(self) -> None:
         pass
 

@@ -19,6 +19,7 @@ add("--cors-allow-origins-regex", "--cors-regex", type=str, default=None, help="
 add("--subpath", type=str, default=None, help="path under which a reverse proxy offers this program")
 add("--tls-keyfile", type=str, default=None, help="key for TLS, of the API without the UI")
 add("--tls-certfile", type=str, default=None, help="certificate for TLS, likewise")
+add("--lowvram", action="store_true", help="spare the memory of the graphics card")
 add("--timeout-keep-alive", type=int, default=30, help="seconds an idle connection is kept")
 add("--skip-install", action="store_true", help="do not run the extensions' install.py")
 add("--data-dir", type=str, default=None, help="folder for settings and saved images; else a new temporary one")

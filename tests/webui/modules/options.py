@@ -36,10 +36,10 @@ LABELS = {
     "subpath": OptionInfo("", "Subpath"),
 }
 
-# Which a client of the API cannot set. SD.Next has none of them.
-RESTRICTED = ("api_enable_requests", "api_forbid_local_requests")
-if cmd_opts.shape == "sdnext":
-    for name in RESTRICTED:
+RESTRICTED = ("api_enable_requests", "api_forbid_local_requests")  # which a client of the API cannot set
+PREVIEWS = ("live_previews_enable", "show_progress_every_n_steps", "live_previews_image_format")
+if cmd_opts.shape == "sdnext":  # which lacks them
+    for name in (*RESTRICTED, *PREVIEWS):
         del LABELS[name]
 
 

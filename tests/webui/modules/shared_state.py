@@ -59,6 +59,10 @@ class State:
         self.job_count = 0
 
     def nextjob(self):
+        from modules.shared import opts
+
+        if opts.live_previews_enable and opts.show_progress_every_n_steps == -1:
+            self.do_set_current_image()
         self.job_no += 1
         self.sampling_step = 0
         self.current_image_sampling_step = 0
@@ -78,13 +82,19 @@ class State:
     def set_current_image(self):
         from modules.shared import opts
 
-        draw, every = self.current_latent, opts.show_progress_every_n_steps
-        if not opts.live_previews_enable or draw is None or every < 1:
-            return
-        if self.sampling_step - self.current_image_sampling_step >= every:
+        every = opts.show_progress_every_n_steps
+        if opts.live_previews_enable and every != -1:
+            if self.sampling_step - self.current_image_sampling_step >= every:
+                self.do_set_current_image()
+
+    def do_set_current_image(self):
+        if self.current_latent is not None:
+            self.assign_current_image(self.current_latent())
             self.current_image_sampling_step = self.sampling_step
-            self.current_image = draw()
-            self.id_live_preview += 1
+
+    def assign_current_image(self, image):
+        self.current_image = image
+        self.id_live_preview += 1
 
     @property
     def server_command(self):
@@ -123,9 +133,13 @@ class SDNextState(State):
         super().__init__()
         self.id = ""
         self.paused = False
+        self.api = False
+        self.disable_preview = False
 
     def begin(self, title="", task_id=0, api=None):
         super().begin(title)
+        self.api = bool(api)
+        self.current_image_sampling_step = -1
         self.id = task_id or uuid.uuid4().hex[:15]
         self.job_count = 1
         self.sampling_steps = 0
@@ -140,6 +154,14 @@ class SDNextState(State):
     def nextjob(self):
         self.job_no += 1
         self.current_image_sampling_step = -1
+
+    def set_current_image(self):
+        if self.job not in ("VAE", "Upscale") and not self.api:
+            self.do_set_current_image()
+
+    def do_set_current_image(self):
+        if not self.disable_preview and self.current_image_sampling_step != self.sampling_step:
+            super().do_set_current_image()
 
     def pause(self):
         self.paused = not self.paused
