@@ -66,6 +66,7 @@ from types import TracebackType
 from typing import (
     Any,
     AsyncIterator,
+    BinaryIO,
     Callable,
     ContextManager,
     Coroutine,
@@ -3169,7 +3170,8 @@ class JobStore:
 DAY_FORM = re.compile(r"\d{4}-\d\d-\d\d\Z")
 OWN_FILE_FORM = re.compile(
     r"\d{4}-\d\d-\d\d/[A-Za-z0-9]{8}"
-    r"((\.brief|\.request)?\.json|_\d{1,6}\.[a-z]{3,4}|(_\d{1,6}|\.brief|\.request)?\.[0-9a-f]{8}\.part)\Z"
+    r"((\.brief|\.request)?\.json|_\d{1,6}\.[a-z]{3,4}|\.thumb\.jpg"
+    r"|(_\d{1,6}|\.brief|\.request|\.thumb)?\.[0-9a-f]{8}\.part)\Z"
 )
 IMAGE_STARTS = {  # ending -> how such a file begins
     "png": re.compile(rb"\x89PNG\r\n\x1a\n"),
@@ -3365,6 +3367,33 @@ def brief_answer_of(rest: bytes, contents: Contents) -> Optional[bytes]:
     return None if parameters == contents.parameters else rest[:start] + data + rest[end:]
 
 
+THUMBNAIL_SIDE = 128  # pixels, the longer one
+THUMBNAIL_QUALITY = 80  # with which even noise has less than 20 kB
+PIXEL_LIMIT = 64_000_000  # of an image of which a thumbnail is made: 4 bytes of memory each, for a while
+
+
+def thumbnail_of(file: BinaryIO, ending: str) -> bytes:
+    """A small JPEG of an image, without its metadata, on white where it is transparent.
+
+    Only Pillow's reader for this ending has a look at the file, and no pixel is decoded before their number is known.
+    Raises whatever Pillow raises for what it cannot read.
+    """
+    with PIL.Image.open(file, formats=["jpeg" if ending == "jpg" else ending]) as image:
+        if image.width * image.height > PIXEL_LIMIT:
+            raise ValueError("it has too many pixels")
+        if image.mode[0] in "IF":  # 16 bits for each pixel, of which the upper 8 count
+            image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
+        elif image.mode not in ("L", "LA", "RGB", "RGBA", "CMYK") or "transparency" in image.info:
+            image = image.convert("RGBA")  # neither a palette's colours nor one that stands for none can be averaged
+        image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+        image = image.convert("RGBA")
+    small = PIL.Image.new("RGB", image.size, "white")
+    small.paste(image, mask=image.getchannel("A"))
+    data = io.BytesIO()
+    small.save(data, "JPEG", quality=THUMBNAIL_QUALITY)
+    return data.getvalue()
+
+
 class Part(NamedTuple):
     """A value within a large answer. It is passed on in chunks, and never read as a whole."""
 
@@ -3428,10 +3457,21 @@ class ImageStore:
         return f"{cls.day_of(job)}/{job.id}.request.json"
 
     @classmethod
-    def files_of(cls, job: Job) -> List[str]:
-        """All files that a record stands for."""
+    def thumbnail_name(cls, job: Job) -> str:
+        """The file with the thumbnail, if one was asked for."""
+        return f"{cls.day_of(job)}/{job.id}.thumb.jpg"
+
+    @classmethod
+    def counted_files_of(cls, job: Job) -> List[str]:
+        """The files that are there from the job's end on, whose bytes its record counts."""
         names = [*(image.name for image in job.images), cls.answer_name(job), cls.brief_answer_name(job)]
         return list(dict.fromkeys([*names, cls.request_name(job)] if job.has_request else names))
+
+    @classmethod
+    def files_of(cls, job: Job) -> List[str]:
+        """All files that a record stands for, in the order in which they are to be removed."""
+        names = cls.counted_files_of(job)
+        return [*names, cls.thumbnail_name(job)] if job.images else names
 
     def _path(self, name: str) -> str:
         return os.path.join(self.folder, *name.split("/"))
@@ -3570,7 +3610,7 @@ class ImageStore:
                 contents = contents_of(rest)
                 ranges = ranges_of(rest, contents) if len(rest) >= LARGE else ()
                 job = job._replace(prompt=job.prompt or contents.prompt, ranges=ranges)
-        return job._replace(bytes=sum(sizes[name] for name in self.files_of(job)))
+        return job._replace(bytes=sum(sizes[name] for name in self.counted_files_of(job)))
 
     # Reading
 
@@ -3711,6 +3751,49 @@ class ImageStore:
                 yield from self.images_as_json(job, needed=True)
             yield rest[start.end() :]
             yield from chunks
+
+    # Thumbnails
+
+    @staticmethod
+    def may_have_thumbnail(job: Job) -> bool:
+        """Whether a job has an image of which one could be made, as far as its record says. Opens no file."""
+        return job.status == COMPLETED and bool(job.images) and job.images[0].media_type.startswith("image/")
+
+    def read_thumbnail(self, job: Job) -> Optional[bytes]:
+        """The thumbnail of a job's first image as a JPEG, None if none was made. Raises only a temporary StoreError."""
+        try:
+            data = b"".join(self.read(self.thumbnail_name(job)))
+        except StoreError as error:
+            if error.temporary:
+                raise
+            return None
+        return data if data.startswith(b"\xff\xd8\xff") and data.endswith(b"\xff\xd9") else None
+
+    def make_thumbnail(self, job: Job) -> Optional[bytes]:
+        """The same, made and kept if none was. None if none can be made of that image, or if that is gone.
+
+        Takes a second for a large image. A disk that does not take it is no trouble. Raises only a temporary
+        StoreError.
+        """
+        made = self.read_thumbnail(job)
+        if made is not None or not self.may_have_thumbnail(job):
+            return made
+        name = job.images[0].name
+        try:
+            with self._opened(name) as file, os.fdopen(os.dup(file), "rb") as stream:
+                made = thumbnail_of(stream, name.rpartition(".")[2])
+        except StoreError as error:
+            if error.temporary:
+                raise
+            return None
+        except Exception:  # Pillow raises much for a file that is cut, damaged, or of a format that it does not know
+            return None
+        with contextlib.suppress(OSError):
+            self._write(self.thumbnail_name(job), [made])
+        if self.size(name) is None:  # the job was removed meanwhile, and what was removed last was not there yet
+            self.remove([self.thumbnail_name(job)])
+            return None
+        return made
 
     # Removing
 
@@ -4310,6 +4393,7 @@ class Tracker:
         self.keepers = Threads(2, "keep")  # the disk, to keep requests on it
         self.senders = Threads(2, "send")  # nothing: what is in memory goes to clients
         self.previewers = Threads(1, "preview")  # the host, to make a preview
+        self.painters = Threads(1, "paint", limit=200)  # thumbnails to be made, each of which can take a second
         self.sending: "WeakSet[Any]" = WeakSet()  # what is on its way to clients, and needs the pool for its rest
         self.closing = threading.Event()  # set when the webui unloads its scripts
         self.stopping = threading.Event()  # set when no parked job is to begin here any more
@@ -4890,6 +4974,20 @@ class Tracker:
         """The numbers of a job's images that are no longer on disk. Raises a temporary StoreError."""
         return {number for number, image in enumerate(job.images) if self.images.size(image.name) is None}
 
+    async def thumbnail(self, job: Job, abandoned: threading.Event) -> Optional[bytes]:
+        """A job's thumbnail, made unless it was made before. None if there can be none. Raises StoreError.
+
+        Set `abandoned` once nobody waits for it any more.
+        """
+
+        def make() -> Optional[bytes]:
+            return None if abandoned.is_set() else self.images.make_thumbnail(job)
+
+        made = await self.in_pool(self.images.read_thumbnail, job)
+        if made is None and self.images.may_have_thumbnail(job):
+            made = await self.in_pool(make, pool=self.painters)
+        return made
+
     def position(self, job: Job) -> Optional[int]:
         """Where a Pending job stands in the queue, 1 is next. None for any other, and where that cannot be told.
 
@@ -5298,9 +5396,9 @@ class Tracker:
             self._drained.set()
             self._follower.join()
             self.store.close()
-            for pool in (self.pool, self.searchers, self.key_readers, self.storers, self.keepers, self.senders):
+            looking, storing = (self.pool, self.searchers, self.key_readers), (self.storers, self.keepers)
+            for pool in (*looking, *storing, self.senders, self.previewers, self.painters):
                 pool.shutdown(wait=False)
-            self.previewers.shutdown(wait=False)
             closed.set_result(None)
 
         threading.Thread(target=drain, name="job-tracker-end", daemon=True).start()
@@ -5477,7 +5575,7 @@ class Housekeeper:
         orphans, lost = self._orphans(self.ORPHAN_AGE)
         if lost:
             log.warning("%d jobs in images/ are not in jobs.json. Is it whole? Their files are kept", lost)
-        images = sum(not name.endswith((".json", ".part")) for name in orphans)
+        images = sum(IMAGE_FORM.match(name) is not None for name in orphans)
         return Purged(0, images, self.images.remove(orphans))
 
     def kept_orphans(self) -> Tuple[int, int]:
@@ -7443,6 +7541,9 @@ def endpoint(function: Callable[..., Any]) -> Callable[..., Any]:
     return answer
 
 
+FOR_GOOD = "private, max-age=31536000, immutable"  # Cache-Control of what never changes
+
+
 class Api:
     """The endpoints. They look at jobs in threads of the tracker's own, so that the host's are never needed."""
 
@@ -7566,7 +7667,7 @@ class Api:
         gzip = accepts_gzip(request.scope)
         headers = {
             "ETag": f'"{image.file_name}-{size}{"-gzip" * gzip}"',
-            "Cache-Control": "private, max-age=31536000, immutable",
+            "Cache-Control": FOR_GOOD,
             "Content-Disposition": f'inline; filename="{image.file_name}"',
             **IMAGE_HEADERS,
             "Vary": "Accept-Encoding",
@@ -7591,18 +7692,20 @@ class Api:
         preview = await self.tracker.preview(id)
         if preview is None:
             raise HTTPException(404, self.tracker.why_no_preview(await self._get(id)))
-        headers = {
-            "ETag": f'"{preview.job_id}-{preview.number}"',
-            "Cache-Control": "no-store",
-            **IMAGE_HEADERS,
-            **connection_of(request.scope).leave_uncompressed(),
-        }
-        headers.update(exposed(headers))
-        if is_known(request.scope, headers["ETag"]):
-            return Response(None, 304, headers)
-        if request.method == "HEAD":
-            headers["Content-Length"] = str(len(preview.data))
-        return Response(b"" if request.method == "HEAD" else preview.data, 200, headers, preview.media_type)
+        etag = f'"{preview.job_id}-{preview.number}"'
+        return self._send_picture(request, preview.data, preview.media_type, etag, "no-store")
+
+    @endpoint
+    async def get_thumbnail(self, request: Request, id: str = Path(description="the job's ID")) -> Response:
+        """A small JPEG of a job's first image, for the tab."""
+        job, abandoned = await self._get(id), threading.Event()
+        try:
+            data = await self._while_connected(request, self.tracker.thumbnail(job, abandoned))
+        finally:
+            abandoned.set()
+        if data is None:
+            raise HTTPException(404, "The job has no thumbnail")
+        return self._send_picture(request, data, "image/jpeg", f'"{job.id}-{zlib.crc32(data):08x}"', FOR_GOOD)
 
     @endpoint
     async def get_events(
@@ -7758,6 +7861,22 @@ class Api:
     ) -> Response:
         chunks, pool = self.tracker.as_json(job, images, root_of(request.scope)), self.tracker.pool_for(job)
         return await self._stream(chunks, {**self._json_headers(request), **(headers or {})}, pool=pool, status=status)
+
+    @staticmethod
+    def _send_picture(request: Request, data: bytes, media_type: str, etag: str, cache_control: str) -> Response:
+        """A picture that is in memory, or 304 if the client has it."""
+        headers = {
+            "ETag": etag,
+            "Cache-Control": cache_control,
+            **IMAGE_HEADERS,
+            **connection_of(request.scope).leave_uncompressed(),
+        }
+        headers.update(exposed(headers))
+        if is_known(request.scope, etag):
+            return Response(None, 304, headers)
+        if request.method == "HEAD":
+            headers["Content-Length"] = str(len(data))
+        return Response(b"" if request.method == "HEAD" else data, 200, headers, media_type)
 
     async def _stream(
         self,
@@ -8136,7 +8255,10 @@ class TabHtml:
 
     ROWS = 50
     INFOTEXTS = 20
-    IMAGE = "/job-tracker/{id}/{n}"  # guarded as gradio guards the page; the API's route wants its own credentials
+    # Guarded as gradio guards the page: the API's routes want their own credentials.
+    IMAGE = "/job-tracker/{id}/{n}"
+    THUMBNAIL = "/job-tracker/{id}/thumbnail"
+    PREVIEW = "/job-tracker/{id}/preview"
     SHOWN_FORMATS = ("png", "jpg", "webp", "gif", "avif", "bmp")  # by browsers
 
     def __init__(self, tracker: Tracker, housekeeper: Housekeeper):
@@ -9011,7 +9133,10 @@ class Host:
             demo.blocked_paths = [*demo.blocked_paths, *folders, *map(os.path.realpath, folders)]
 
     def add_page_routes(self, app: Any, routes: Dict[str, Callable[..., Any]]) -> None:
-        """Adds routes for the tab. Whoever gradio lets see the page may use them, with or without --api-auth."""
+        """Adds routes for the tab, of which the first that fits a path has it.
+
+        Whoever gradio lets see the page may use them, with or without --api-auth.
+        """
         paths = {route.path: route for route in app.routes if hasattr(route, "dependencies")}
         login = next((route.dependencies for path, route in paths.items() if path.startswith("/file=")), None)
         if login is None:
@@ -9061,7 +9186,16 @@ class Extension:
             self.trouble = str(error) if is_known else f"{type(error).__name__}: {reason_of(error)}"
             log.warning("Generations are not tracked: %s", self.trouble, exc_info=not is_known)
         if has_tab:
-            self.host.add_page_routes(app, {TabHtml.IMAGE: self.api.get_image, Tab.TOKEN: self.tab.get_token})
+            self.host.add_page_routes(app, self._page_routes())
+
+    def _page_routes(self) -> Dict[str, Callable[..., Any]]:
+        """What the tab asks for by itself. The path of the images, with any number, comes last of its kind."""
+        return {
+            TabHtml.THUMBNAIL: self.api.get_thumbnail,
+            TabHtml.PREVIEW: self.api.get_preview,
+            TabHtml.IMAGE: self.api.get_image,
+            Tab.TOKEN: self.tab.get_token,
+        }
 
     def script_unloaded(self) -> None:
         """The webui reloads its scripts."""
