@@ -71,6 +71,7 @@ from types import TracebackType
 from typing import (
     Any,
     AsyncIterator,
+    BinaryIO,
     Callable,
     ContextManager,
     Coroutine,
@@ -3194,7 +3195,8 @@ class JobStore:
 DAY_FORM = re.compile(r"\d{4}-\d\d-\d\d\Z")
 OWN_FILE_FORM = re.compile(
     r"\d{4}-\d\d-\d\d/[A-Za-z0-9]{8}"
-    r"((\.brief|\.request)?\.json|_\d{1,6}\.[a-z]{3,4}|(_\d{1,6}|\.brief|\.request)?\.[0-9a-f]{8}\.part)\Z"
+    r"((\.brief|\.request)?\.json|_\d{1,6}\.[a-z]{3,4}|\.thumb\.jpg"
+    r"|(_\d{1,6}|\.brief|\.request|\.thumb)?\.[0-9a-f]{8}\.part)\Z"
 )
 IMAGE_STARTS = {  # ending -> how such a file begins
     "png": re.compile(rb"\x89PNG\r\n\x1a\n"),
@@ -3390,6 +3392,33 @@ def brief_answer_of(rest: bytes, contents: Contents) -> Optional[bytes]:
     return None if parameters == contents.parameters else rest[:start] + data + rest[end:]
 
 
+THUMBNAIL_SIDE = 128  # pixels, the longer one
+THUMBNAIL_QUALITY = 80  # with which even noise has less than 20 kB
+PIXEL_LIMIT = 64_000_000  # of an image of which a thumbnail is made: 4 bytes of memory each, for a while
+
+
+def thumbnail_of(file: BinaryIO, ending: str) -> bytes:
+    """A small JPEG of an image, without its metadata, on white where it is transparent.
+
+    Only Pillow's reader for this ending has a look at the file, and no pixel is decoded before their number is known.
+    Raises whatever Pillow raises for what it cannot read.
+    """
+    with PIL.Image.open(file, formats=["jpeg" if ending == "jpg" else ending]) as image:
+        if image.width * image.height > PIXEL_LIMIT:
+            raise ValueError("it has too many pixels")
+        if image.mode[0] in "IF":  # 16 bits for each pixel, of which the upper 8 count
+            image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
+        elif image.mode not in ("L", "LA", "RGB", "RGBA", "CMYK") or "transparency" in image.info:
+            image = image.convert("RGBA")  # neither a palette's colours nor one that stands for none can be averaged
+        image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+        image = image.convert("RGBA")
+    small = PIL.Image.new("RGB", image.size, "white")
+    small.paste(image, mask=image.getchannel("A"))
+    data = io.BytesIO()
+    small.save(data, "JPEG", quality=THUMBNAIL_QUALITY)
+    return data.getvalue()
+
+
 class Part(NamedTuple):
     """A value within a large answer. It is passed on in chunks, and never read as a whole."""
 
@@ -3453,10 +3482,21 @@ class ImageStore:
         return f"{cls.day_of(job)}/{job.id}.request.json"
 
     @classmethod
-    def files_of(cls, job: Job) -> List[str]:
-        """All files that a record stands for."""
+    def thumbnail_name(cls, job: Job) -> str:
+        """The file with the thumbnail, if one was asked for."""
+        return f"{cls.day_of(job)}/{job.id}.thumb.jpg"
+
+    @classmethod
+    def counted_files_of(cls, job: Job) -> List[str]:
+        """The files that are there from the job's end on, whose bytes its record counts."""
         names = [*(image.name for image in job.images), cls.answer_name(job), cls.brief_answer_name(job)]
         return list(dict.fromkeys([*names, cls.request_name(job)] if job.has_request else names))
+
+    @classmethod
+    def files_of(cls, job: Job) -> List[str]:
+        """All files that a record stands for, in the order in which they are to be removed."""
+        names = cls.counted_files_of(job)
+        return [*names, cls.thumbnail_name(job)] if job.images else names
 
     def _path(self, name: str) -> str:
         return os.path.join(self.folder, *name.split("/"))
@@ -3595,7 +3635,7 @@ class ImageStore:
                 contents = contents_of(rest)
                 ranges = ranges_of(rest, contents) if len(rest) >= LARGE else ()
                 job = job._replace(prompt=job.prompt or contents.prompt, ranges=ranges)
-        return job._replace(bytes=sum(sizes[name] for name in self.files_of(job)))
+        return job._replace(bytes=sum(sizes[name] for name in self.counted_files_of(job)))
 
     # Reading
 
@@ -3736,6 +3776,49 @@ class ImageStore:
                 yield from self.images_as_json(job, needed=True)
             yield rest[start.end() :]
             yield from chunks
+
+    # Thumbnails
+
+    @staticmethod
+    def may_have_thumbnail(job: Job) -> bool:
+        """Whether a job has an image of which one could be made, as far as its record says. Opens no file."""
+        return job.status == COMPLETED and bool(job.images) and job.images[0].media_type.startswith("image/")
+
+    def read_thumbnail(self, job: Job) -> Optional[bytes]:
+        """The thumbnail of a job's first image as a JPEG, None if none was made. Raises only a temporary StoreError."""
+        try:
+            data = b"".join(self.read(self.thumbnail_name(job)))
+        except StoreError as error:
+            if error.temporary:
+                raise
+            return None
+        return data if data.startswith(b"\xff\xd8\xff") and data.endswith(b"\xff\xd9") else None
+
+    def make_thumbnail(self, job: Job) -> Optional[bytes]:
+        """The same, made and kept if none was. None if none can be made of that image, or if that is gone.
+
+        Takes a second for a large image. A disk that does not take it is no trouble. Raises only a temporary
+        StoreError.
+        """
+        made = self.read_thumbnail(job)
+        if made is not None or not self.may_have_thumbnail(job):
+            return made
+        name = job.images[0].name
+        try:
+            with self._opened(name) as file, os.fdopen(os.dup(file), "rb") as stream:
+                made = thumbnail_of(stream, name.rpartition(".")[2])
+        except StoreError as error:
+            if error.temporary:
+                raise
+            return None
+        except Exception:  # Pillow raises much for a file that is cut, damaged, or of a format that it does not know
+            return None
+        with contextlib.suppress(OSError):
+            self._write(self.thumbnail_name(job), [made])
+        if self.size(name) is None:  # the job was removed meanwhile, and what was removed last was not there yet
+            self.remove([self.thumbnail_name(job)])
+            return None
+        return made
 
     # Removing
 
@@ -4335,6 +4418,7 @@ class Tracker:
         self.keepers = Threads(2, "keep")  # the disk, to keep requests on it
         self.senders = Threads(2, "send")  # nothing: what is in memory goes to clients
         self.previewers = Threads(1, "preview")  # the host, to make a preview
+        self.painters = Threads(1, "paint", limit=200)  # thumbnails to be made, each of which can take a second
         self.sending: "WeakSet[Any]" = WeakSet()  # what is on its way to clients, and needs the pool for its rest
         self.closing = threading.Event()  # set when the webui unloads its scripts
         self.stopping = threading.Event()  # set when no parked job is to begin here any more
@@ -4915,6 +4999,20 @@ class Tracker:
         """The numbers of a job's images that are no longer on disk. Raises a temporary StoreError."""
         return {number for number, image in enumerate(job.images) if self.images.size(image.name) is None}
 
+    async def thumbnail(self, job: Job, abandoned: threading.Event) -> Optional[bytes]:
+        """A job's thumbnail, made unless it was made before. None if there can be none. Raises StoreError.
+
+        Set `abandoned` once nobody waits for it any more.
+        """
+
+        def make() -> Optional[bytes]:
+            return None if abandoned.is_set() else self.images.make_thumbnail(job)
+
+        made = await self.in_pool(self.images.read_thumbnail, job)
+        if made is None and self.images.may_have_thumbnail(job):
+            made = await self.in_pool(make, pool=self.painters)
+        return made
+
     def position(self, job: Job) -> Optional[int]:
         """Where a Pending job stands in the queue, 1 is next. None for any other, and where that cannot be told.
 
@@ -5323,9 +5421,9 @@ class Tracker:
             self._drained.set()
             self._follower.join()
             self.store.close()
-            for pool in (self.pool, self.searchers, self.key_readers, self.storers, self.keepers, self.senders):
+            looking, storing = (self.pool, self.searchers, self.key_readers), (self.storers, self.keepers)
+            for pool in (*looking, *storing, self.senders, self.previewers, self.painters):
                 pool.shutdown(wait=False)
-            self.previewers.shutdown(wait=False)
             closed.set_result(None)
 
         threading.Thread(target=drain, name="job-tracker-end", daemon=True).start()
@@ -6026,7 +6124,7 @@ class Housekeeper:
         orphans, lost = self._orphans(self.ORPHAN_AGE)
         if lost:
             log.warning("%d jobs in images/ are not in jobs.json. Is it whole? Their files are kept", lost)
-        images = sum(not name.endswith((".json", ".part")) for name in orphans)
+        images = sum(IMAGE_FORM.match(name) is not None for name in orphans)
         return Purged(0, images, self.images.remove(orphans))
 
     def kept_orphans(self) -> Tuple[int, int]:
@@ -7994,6 +8092,9 @@ def endpoint(function: Callable[..., Any]) -> Callable[..., Any]:
     return answer
 
 
+FOR_GOOD = "private, max-age=31536000, immutable"  # Cache-Control of what never changes
+
+
 class Api:
     """The endpoints. They look at jobs in threads of the tracker's own, so that the host's are never needed."""
 
@@ -8117,7 +8218,7 @@ class Api:
         gzip = accepts_gzip(request.scope)
         headers = {
             "ETag": f'"{image.file_name}-{size}{"-gzip" * gzip}"',
-            "Cache-Control": "private, max-age=31536000, immutable",
+            "Cache-Control": FOR_GOOD,
             "Content-Disposition": f'inline; filename="{image.file_name}"',
             **IMAGE_HEADERS,
             "Vary": "Accept-Encoding",
@@ -8142,18 +8243,20 @@ class Api:
         preview = await self.tracker.preview(id)
         if preview is None:
             raise HTTPException(404, self.tracker.why_no_preview(await self._get(id)))
-        headers = {
-            "ETag": f'"{preview.job_id}-{preview.number}"',
-            "Cache-Control": "no-store",
-            **IMAGE_HEADERS,
-            **connection_of(request.scope).leave_uncompressed(),
-        }
-        headers.update(exposed(headers))
-        if is_known(request.scope, headers["ETag"]):
-            return Response(None, 304, headers)
-        if request.method == "HEAD":
-            headers["Content-Length"] = str(len(preview.data))
-        return Response(b"" if request.method == "HEAD" else preview.data, 200, headers, preview.media_type)
+        etag = f'"{preview.job_id}-{preview.number}"'
+        return self._send_picture(request, preview.data, preview.media_type, etag, "no-store")
+
+    @endpoint
+    async def get_thumbnail(self, request: Request, id: str = Path(description="the job's ID")) -> Response:
+        """A small JPEG of a job's first image, for the tab."""
+        job, abandoned = await self._get(id), threading.Event()
+        try:
+            data = await self._while_connected(request, self.tracker.thumbnail(job, abandoned))
+        finally:
+            abandoned.set()
+        if data is None:
+            raise HTTPException(404, "The job has no thumbnail")
+        return self._send_picture(request, data, "image/jpeg", f'"{job.id}-{zlib.crc32(data):08x}"', FOR_GOOD)
 
     @endpoint
     async def get_events(
@@ -8310,6 +8413,22 @@ class Api:
         chunks, pool = self.tracker.as_json(job, images, root_of(request.scope)), self.tracker.pool_for(job)
         return await self._stream(chunks, {**self._json_headers(request), **(headers or {})}, pool=pool, status=status)
 
+    @staticmethod
+    def _send_picture(request: Request, data: bytes, media_type: str, etag: str, cache_control: str) -> Response:
+        """A picture that is in memory, or 304 if the client has it."""
+        headers = {
+            "ETag": etag,
+            "Cache-Control": cache_control,
+            **IMAGE_HEADERS,
+            **connection_of(request.scope).leave_uncompressed(),
+        }
+        headers.update(exposed(headers))
+        if is_known(request.scope, etag):
+            return Response(None, 304, headers)
+        if request.method == "HEAD":
+            headers["Content-Length"] = str(len(data))
+        return Response(b"" if request.method == "HEAD" else data, 200, headers, media_type)
+
     async def _stream(
         self,
         chunks: Iterator[bytes],
@@ -8340,7 +8459,7 @@ class Texts:
     OTHER_RETENTION = "{days:g} days"
     LOCKED = "Set by the variable {variable}, and locked by it."
     PURGE, PURGE_JOBS, PURGE_FILES, PURGING = "Purge Now", "Remove {jobs}?", "Remove stray files?", "Purging \u2026"
-    ALL, ANY_IP, ANY_PROMPT = "All", "Any address", "Any text"
+    ALL, ANY_IP, ANY_LABEL, ANY_PROMPT = "All", "Any address", "Any label", "Any text"
     LOADING = "Loading"
     NOT_SAVED = "Not saved: {reason}"
     NO_QUEUE = "This cannot be called through the queue"
@@ -8373,11 +8492,12 @@ class Texts:
     # The figures
     ON_DISK, ON_DISK_OF, NEXT_PURGE = "On disk", "On disk, of {limit:g} GB", "Next purge"
     CANCEL_WAITING, CANCEL_WAITING_NOW = "Cancel all that wait", "Cancel {jobs}?"
-    NEVER, SOON, IN_MINUTES, IN_HOURS = "Off", "soon", "in {minutes} min", "in {hours} h {minutes:02} min"
+    NEVER = "Off"
 
     # The table of jobs
     ID, TIME, TYPE, STATUS = "ID", "Time", "Type", "Status"
-    PROMPT, IMAGES, SECONDS, IP = "Prompt", "Images", "Seconds", "IP"
+    PROMPT, LABEL, IMAGES, SECONDS, IP, SERVER = "Prompt", "Label", "Images", "Seconds", "IP", "Server"
+    THUMBNAIL = ""  # the column of pictures
     NEXT, PLACE = "next", "no. {place}"  # of a job that waits
     CANCELLED, CRASHED, ERROR = "cancelled", "crashed", "error"  # why a job failed
     NO_JOBS, NO_MATCH = "No jobs yet.", "No job matches these filters."
@@ -8390,42 +8510,71 @@ class Texts:
     NOT_DONE = "Not done: {reason}"
     INFO_TOO_LONG = "What the webui says of this job is too long to be shown here: {size}"
     IMAGE, IMAGE_GONE = "Image {number}", "no longer on disk"
+    PREVIEW = "Live preview"
     NEGATIVE_PROMPT, INFOTEXT, INFOTEXT_OF_IMAGE = "Negative prompt", "Infotext", "Infotext of image {number}"
     CLIENT, ACCEPTED, WAITED, TOOK, LEFT, SEED = "Client", "Accepted", "Waited", "Took", "Left", "Seed"
-    RETRY_OF = "Retry of"
+    RETRY_OF, WEBHOOK = "Retry of", "Webhook"
+    WEBHOOK_WAITS, BEING_DELIVERED, DELIVERED = "waits for the job", "is being delivered", "delivered"
+    TRIED, GIVEN_UP = "tried {times}, next {when}", "given up after {tries}"
 
     # Values
     CUT = "\u2026 and {count:,} characters more"
     JOBS, DAYS = ("1 job", "{:,} jobs"), ("1 day", "{:g} days")
+    TIMES, TRIES = ("once", "{:,} times"), ("1 try", "{:,} tries")
+    SOON, IN_MINUTES, IN_HOURS = "soon", "in {minutes} min", "in {hours} h {minutes:02} min"
     DURATIONS = ("{seconds} s", "{minutes} min {seconds:02} s", "{hours} h {minutes:02} min")
     SIZES = ("{:,.0f} bytes", "{:,.1f} kB", "{:,.1f} MB", "{:,.1f} GB")
 
 
-# The columns of the table: class, heading, and how a cell is made, as a piece of the template: `shown` says what is
-# known of `job` besides.
+class Column(NamedTuple):
+    """A column of the table."""
+
+    name: str  # and the class of its cells
+    heading: str
+    cell: str  # as a piece of the template: `shown` says what is known of `job` besides
+    # Whether a page with these jobs has it, on the webui that is called so.
+    is_on: Callable[[List[Job], str], bool] = lambda jobs, server: True
+
+
 COLUMNS = (
-    ("id", Texts.ID, '<button type="button" aria-expanded="{{ is_open | lower }}">{{ job.id }}</button>'),
-    ("time", Texts.TIME, "{{ job.timestamp | time }}"),
-    ("type", Texts.TYPE, "{{ job.type }}"),
-    ("status", Texts.STATUS, "{{ status(job.status, shown) }}"),
-    ("prompt", Texts.PROMPT, "{{ job.prompt[:300] | text }}"),
-    ("images", Texts.IMAGES, '{{ job.images | length or "" }}'),
-    ("seconds", Texts.SECONDS, '{{ "" if shown.seconds is none else "{:.1f}".format(shown.seconds) }}'),
-    ("ip", Texts.IP, "{{ job.ip | text(100) }}"),
+    Column(
+        "thumbnail",
+        Texts.THUMBNAIL,
+        """{% if shown.has_thumbnail %}
+          <img src="{{ "." + thumbnail_path.format(id=job.id) }}" alt="" loading="lazy">
+        {% endif %}""",
+        lambda jobs, _: any(map(ImageStore.may_have_thumbnail, jobs)),
+    ),
+    Column("id", Texts.ID, '<button type="button" aria-expanded="{{ is_open | lower }}">{{ job.id }}</button>'),
+    Column("time", Texts.TIME, "{{ job.timestamp | time }}"),
+    Column("type", Texts.TYPE, "{{ job.type }}"),
+    Column("status", Texts.STATUS, "{{ status(job.status, shown) }}"),
+    Column("prompt", Texts.PROMPT, "{{ job.prompt[:300] | text }}"),
+    Column("label", Texts.LABEL, "{{ job.label | text(100) }}", lambda jobs, _: any(job.label for job in jobs)),
+    Column("images", Texts.IMAGES, '{{ job.images | length or "" }}'),
+    Column("seconds", Texts.SECONDS, '{{ "" if shown.seconds is none else "{:.1f}".format(shown.seconds) }}'),
+    Column("ip", Texts.IP, "{{ job.ip | text(100) }}"),
+    # For people with more than one webui: on a single one, each row would say the same.
+    Column(
+        "server",
+        Texts.SERVER,
+        "{{ job.server | text(100) }}",
+        lambda jobs, server: any(job.server not in (None, server) for job in jobs),
+    ),
 )
 
 # What the template, the script and the style share is named once, here. They write `$name`, and a name that is not here
 # is an error as soon as this file is loaded. What they write without `$` is HTML's or gradio's.
 IDS = (
-    *("style", "settings", "enabled", "retention", "purge", "filters", "status", "ip", "text", "fresh", "look"),
-    "action",
+    *("style", "settings", "enabled", "retention", "purge", "filters", "status", "ip", "label", "text", "fresh"),
+    *("look", "action"),
 )
 CLASSES = (
     *("top", "main", "note", "error", "empty", "figures", "frame", "open", "gallery", "blank", "text", "wide"),
-    *("actions", "asking"),
+    *("actions", "asking", "preview"),
 )
 DATA = ("job", "page", "key", "version", "action", "asks", "confirm")  # attributes data-...
-NAMES = {name: name for name in (*CLASSES, *DATA, *STATUSES, *(name for name, _, _ in COLUMNS))}
+NAMES = {name: name for name in (*CLASSES, *DATA, *STATUSES, *(column.name for column in COLUMNS))}
 NAMES.update({"tab": "job_tracker", **{f"tab_{name}": f"job_tracker_{name}" for name in IDS}})
 
 
@@ -8480,6 +8629,14 @@ def as_duration(seconds: float) -> str:
     return (long if hours else medium).format(hours=hours, minutes=minutes, seconds=seconds)
 
 
+def as_wait(seconds: float) -> str:
+    """How far away something is that is to come, to the minute."""
+    hours, minutes = divmod(int(seconds) // 60, 60)
+    if seconds < 60:
+        return Texts.SOON
+    return (Texts.IN_HOURS if hours else Texts.IN_MINUTES).format(hours=hours, minutes=minutes)
+
+
 def as_size(size: float) -> str:
     """A number of bytes, in the units that people use."""
     *texts, largest = Texts.SIZES
@@ -8495,6 +8652,26 @@ def failure_of(job: Job) -> Optional[str]:
     if job.status != FAILED:
         return None
     return {CANCELLED: Texts.CANCELLED, LEFT_BEHIND: Texts.CRASHED}.get(job.error or "", Texts.ERROR)
+
+
+def target_of(webhook: Webhook) -> str:
+    """Where a webhook leads. What follows the path is left out: it may be a secret."""
+    url = urlsplit(webhook.url)
+    return url.netloc + url.path
+
+
+def state_of(webhook: Webhook) -> str:
+    """How far the delivery of a webhook is."""
+    if webhook.delivered:
+        return Texts.DELIVERED
+    if webhook.since is None:
+        return Texts.WEBHOOK_WAITS
+    if webhook.due is None:
+        return Texts.GIVEN_UP.format(tries=as_count(webhook.attempts, Texts.TRIES))
+    if not webhook.attempts:
+        return Texts.BEING_DELIVERED
+    times, when = as_count(webhook.attempts, Texts.TIMES), as_wait(webhook.due - time.time())
+    return Texts.TRIED.format(times=times, when=when)
 
 
 def why_no_job(outlook: Outlook) -> str:
@@ -8563,6 +8740,8 @@ TAB_TEMPLATE = with_names(
 
 {% macro link_to(job_id) %}<button type="button" data-$job="{{ job_id }}">{{ job_id }}</button>{% endmacro %}
 
+{% macro webhook(one) %}{{ one | target | text(100) }} <small>{{ one | state }}</small>{% endmacro %}
+
 {% macro fact(label, value, is_wide=false) %}
   {% if value %}
     <div{% if is_wide %} class="$wide"{% endif %}><dt>{{ label }}</dt><dd>{{ value }}</dd></div>
@@ -8592,12 +8771,16 @@ TAB_TEMPLATE = with_names(
       {% if table.jobs %}
         <div class="$frame"><table>
           <thead><tr>
-            {% for name, heading, _ in columns %}<th class="{{ name }}" scope="col">{{ heading }}</th>{% endfor %}
+            {% for name, heading in table.columns.items() %}
+              <th class="{{ name }}" scope="col">{{ heading }}</th>
+            {% endfor %}
           </tr></thead>
           <tbody>
             {% for shown in table.jobs %}
               {% set job, is_open = shown.job, shown.job.id == table.open %}
-              <tr data-$job="{{ "" if is_open else job.id }}" class="{{ "$open" if is_open }}">$cells</tr>
+              <tr data-$key="{{ job.id }}" data-$job="{{ "" if is_open else job.id }}" class="{{ "$open" if is_open }}">
+                $cells
+              </tr>
             {% endfor %}
           </tbody>
         </table></div>
@@ -8625,6 +8808,10 @@ TAB_TEMPLATE = with_names(
         <div class="$actions" aria-live="polite">{% for one in open.actions %}{{ button(*one) }}{% endfor %}</div>
         <div>{{ notes_of(open.notes) }}</div>
         <div class="$gallery">
+          {% if open.preview is not none %}
+            {% set url = "." + preview_path.format(id=job.id) ~ "?n=" ~ open.preview %}
+            <figure class="$preview"><img src="{{ url }}" alt="{{ texts.PREVIEW }}"></figure>
+          {% endif %}
           {% for image, size in open.images %}
             {% set url = "." + image_path.format(id=job.id, n=loop.index0) %}
             {{ figure_of(image.file_name, image.media_type, size, loop.index, url) }}
@@ -8641,6 +8828,9 @@ TAB_TEMPLATE = with_names(
           {{ fact(texts.LEFT, shown.eta | duration if shown.eta is not none) }}
           {{ fact(texts.ON_DISK, job.bytes | size if job.bytes) }}
           {{ fact(texts.RETRY_OF, link_to(job.retry_of) if job.retry_of) }}
+          {{ fact(texts.SERVER, job.server | text(100) if open.is_elsewhere or "server" in table.columns) }}
+          {{ fact(texts.LABEL, job.label | text(300), is_wide=true) }}
+          {{ fact(texts.WEBHOOK, webhook(job.webhook) if job.webhook, is_wide=true) }}
           {{ fact(texts.SEED, open.seeds | text(1000), is_wide=true) }}
         </dl>
         {% for text in open.infotexts %}
@@ -8654,7 +8844,10 @@ TAB_TEMPLATE = with_names(
   {% endif %}
 </div>
 """,
-    cells="".join(f'<td class="{name}">{with_names(cell)}</td>' for name, _, cell in COLUMNS),
+    cells="".join(
+        f'{{% if "{name}" in table.columns %}}<td class="{name}">{with_names(cell)}</td>{{% endif %}}'
+        for name, _, cell, _ in COLUMNS
+    ),
 )
 
 
@@ -8687,7 +8880,10 @@ class TabHtml:
 
     ROWS = 50
     INFOTEXTS = 20
-    IMAGE = "/job-tracker/{id}/{n}"  # guarded as gradio guards the page; the API's route wants its own credentials
+    # Guarded as gradio guards the page: the API's routes want their own credentials.
+    IMAGE = "/job-tracker/{id}/{n}"
+    THUMBNAIL = "/job-tracker/{id}/thumbnail"
+    PREVIEW = "/job-tracker/{id}/preview"
     SHOWN_FORMATS = ("png", "jpg", "webp", "gif", "avif", "bmp")  # by browsers
 
     def __init__(self, tracker: Tracker, housekeeper: Housekeeper):
@@ -8696,10 +8892,11 @@ class TabHtml:
         # Every value is escaped that is not Markup, and an unknown name raises.
         environment = Environment(autoescape=True, undefined=StrictUndefined)
         environment.filters.update(text=as_text, time=as_time, duration=as_duration, size=as_size)
+        environment.filters.update(target=target_of, state=state_of)
         shown = [MEDIA_TYPES[name] for name in self.SHOWN_FORMATS]
-        environment.globals.update(
-            texts=Texts, columns=COLUMNS, media_types=shown, image_path=self.IMAGE, pending=PENDING
-        )
+        environment.globals.update(texts=Texts, media_types=shown, pending=PENDING)
+        paths = {"image_path": self.IMAGE, "thumbnail_path": self.THUMBNAIL, "preview_path": self.PREVIEW}
+        environment.globals.update(paths)
         # Line breaks between two tags, and what indents the second, are for the template's readers only.
         self._template = environment.from_string(re.sub(r"(?<=[>}])\n\s*(?=[<{])", "", TAB_TEMPLATE.strip()))
 
@@ -8722,10 +8919,7 @@ class TabHtml:
         at = self.housekeeper.next_purge
         if self.tracker.settings.retention_days is None:
             return Texts.NEVER
-        if at is None:
-            return Texts.SOON
-        hours, minutes = divmod(max(int(at - time.monotonic()) // 60, 0), 60)
-        return (Texts.IN_HOURS if hours else Texts.IN_MINUTES).format(hours=hours, minutes=minutes)
+        return Texts.SOON if at is None else as_wait(at - time.monotonic())
 
     def _table(self, state: PageState, filter_: Filter, counts: Dict[str, int]) -> Dict[str, Any]:
         """A page of the jobs that match. A page beyond the last one becomes the first."""
@@ -8737,8 +8931,10 @@ class TabHtml:
             page, found = 0, self.tracker.store.query(filter_, self.ROWS)
         first = page * self.ROWS + 1
         where = Texts.ROWS if total is None else Texts.ROWS_OF_ALL
+        jobs = [self.tracker.running(job.id) or job for job in found.jobs]
         return {
-            "jobs": [self._shown(self.tracker.running(job.id) or job) for job in found.jobs],
+            "jobs": list(map(self._shown, jobs)),
+            "columns": {one.name: one.heading for one in COLUMNS if one.is_on(jobs, self.tracker.server)},
             "open": state.job,
             "nothing": Texts.NO_JOBS if filter_ == Filter() else Texts.NO_MATCH,
             "page": page,
@@ -8752,7 +8948,7 @@ class TabHtml:
         progress, eta = self.tracker.progress_of(job)
         position, seconds = self.tracker.position(job), self.tracker.seconds(job)
         shown = {"job": job, "progress": progress, "eta": eta, "position": position, "seconds": seconds}
-        return {**shown, "failure": failure_of(job)}
+        return {**shown, "failure": failure_of(job), "has_thumbnail": self.tracker.images.may_have_thumbnail(job)}
 
     def _open(self, job_id: str) -> Dict[str, Any]:
         """All there is to know of a job."""
@@ -8765,8 +8961,16 @@ class TabHtml:
         if isinstance(info, Part):
             notes.append(Note(Texts.INFO_TOO_LONG.format(size=as_size(info.size))))
         images = [(image, self.tracker.images.size(image.name)) for image in job.images]
-        shown, actions = self._shown(job), [*self._actions(job)]
-        return {"id": job_id, "shown": shown, "actions": actions, "notes": notes, "images": images, **self._info(info)}
+        return {
+            "id": job_id,
+            "shown": self._shown(job),
+            "actions": [*self._actions(job)],
+            "notes": notes,
+            "images": images,
+            "preview": self.tracker.begin_preview(job_id),
+            "is_elsewhere": job.server not in (None, self.tracker.server),
+            **self._info(info),
+        }
 
     @staticmethod
     def _actions(job: Job) -> Iterator[Tuple[str, ...]]:
@@ -8842,6 +9046,8 @@ class Tab:
                 statuses = [Texts.ALL, *STATUSES]
                 status = gr.Dropdown(statuses, value=Texts.ALL, label=Texts.STATUS, elem_id=NAMES["tab_status"])
                 ip = gr.Textbox(label=Texts.IP, placeholder=Texts.ANY_IP, max_lines=1, elem_id=NAMES["tab_ip"])
+                a_label = {"label": Texts.LABEL, "placeholder": Texts.ANY_LABEL}
+                label = gr.Textbox(max_lines=1, elem_id=NAMES["tab_label"], **a_label)
                 prompt = {"label": Texts.PROMPT, "placeholder": Texts.ANY_PROMPT}
                 text = gr.Textbox(max_lines=1, elem_id=NAMES["tab_text"], **prompt)
             gr.HTML(with_names('<div class="$main"><p class="$empty">$loading</p></div>', loading=Texts.LOADING))
@@ -8852,11 +9058,11 @@ class Tab:
             action = gr.Button("Action", elem_id=NAMES["tab_action"])  # nor this
 
             self._on(blocks.load, TAB_SCRIPT)
-            inputs = [state, enabled, retention, status, ip, text, token]
+            inputs = [state, enabled, retention, status, ip, text, label, token]
             outputs = [enabled, retention, purge, fresh]
             looked = self._call(look.click, "ask", self.look, "see the jobs", inputs, outputs)
             self._on(looked.success, "() => window.jobTracker.answered()")
-            for control in (status, ip, text):
+            for control in (status, ip, text, label):
                 self._on(control.change, "() => window.jobTracker.filter()")
             self._on(purge.click, f'() => window.jobTracker.press("{PURGE}", true)')
             acted = self._call(
@@ -9005,11 +9211,14 @@ class Tab:
             why.append(Texts.LOST_JOBS.format(jobs=as_count(lost, Texts.JOBS)))
         return purged, " ".join(why)
 
-    async def look(self, state: Any, enabled: Any, retention: Any, status: Any, ip: Any, text: Any) -> List[Any]:
+    async def look(
+        self, state: Any, enabled: Any, retention: Any, status: Any, ip: Any, text: Any, label: Any
+    ) -> List[Any]:
         """The outputs of `build`, for the values of its inputs."""
         filter_ = Filter(
             ip=str(ip or "").strip() or None,
             status=status if status in STATUSES else None,
+            label=str(label or "").strip() or None,
             q=str(text or "").strip()[: Filter.LIMIT] or None,
         )
         pool = self.tracker.searchers if filter_.text else self.tracker.pool
@@ -9109,12 +9318,19 @@ TAB_SCRIPT = with_names(
         if (old.nodeType !== 1 || old.nodeName !== fresh.nodeName || old.dataset.$key !== fresh.dataset.$key)
             return old.replaceWith(fresh.cloneNode(true));
         if (old.nodeName !== "DETAILS") {  // which are the reader's to open and close
-            for (const {name} of [...old.attributes]) if (!fresh.hasAttribute(name)) old.removeAttribute(name);
+            for (const {name} of [...old.attributes])  // the style is this script's own, see below
+                if (!fresh.hasAttribute(name) && name !== "style") old.removeAttribute(name);
             for (const {name, value} of fresh.attributes) old.setAttribute(name, value);
         }
+        // What has a key is never made into something else: a row stays that of its job, and its picture with it.
+        const keyOf = (node) => node?.dataset?.$key, keys = new Set([...fresh.children].map(keyOf));
+        for (const child of [...old.children]) if (keyOf(child) && !keys.has(keyOf(child))) child.remove();
         [...fresh.childNodes].forEach((child, place) => {
-            if (old.childNodes[place]) morph(old.childNodes[place], child);
-            else old.append(child.cloneNode(true));
+            const here = old.childNodes[place];
+            if (here && keyOf(here) === keyOf(child)) return morph(here, child);
+            const same = keyOf(child) && [...old.children].find((one) => keyOf(one) === keyOf(child));
+            if (same) morph(same, child);
+            old.insertBefore(same || child.cloneNode(true), here ?? null);
         });
         while (old.childNodes.length > fresh.childNodes.length) old.lastChild.remove();
     };
@@ -9186,6 +9402,12 @@ TAB_SCRIPT = with_names(
         if (state.confirm) act({confirm: ""});
         else if (state.job) openJob("");
     });
+    // A picture that is not there after all leaves its place empty, without the browser's sign for a broken one.
+    for (const kind of ["error", "load"])
+        document.addEventListener(kind, ({target}) => {
+            const visibility = kind === "error" ? "hidden" : "";
+            if (target.matches?.("#$tab :is(td, .$preview) img")) Object.assign(target.style, {visibility});
+        }, true);
     document.addEventListener("visibilitychange", tick);
     setInterval(tick, 200);
     learnToken();
@@ -9278,14 +9500,18 @@ TAB_STYLE = with_names("""
 #$tab :is(td, dd) button { display: block; padding: 0; border: 0; background: none; color: var(--body-text-color);
     font: inherit; font-family: var(--font-mono); cursor: pointer; }
 #$tab dd button { text-decoration: underline; }
+#$tab .$thumbnail { width: 58px; }
+#$tab td.$thumbnail { height: 48px; padding: 4px 0 4px 10px; text-overflow: clip; }
+#$tab td img { display: block; width: 40px; height: 40px; object-fit: cover; border-radius: var(--radius-sm);
+    background: var(--background-fill-secondary); }
 #$tab .$id { width: 100px; }
 #$tab .$time { width: calc(20px + 8.8em); }
 #$tab .$type { width: 80px; }
 #$tab :is(th, td).$status { width: 150px; }
 #$tab .$images { width: 70px; text-align: right; }
 #$tab .$seconds { width: 80px; text-align: right; font-variant-numeric: tabular-nums; }
-#$tab .$ip { width: 130px; }
-#$tab .$main:has(aside) :is(.$type, .$images, .$seconds, .$ip) { display: none; }
+#$tab :is(.$ip, .$label, .$server) { width: 130px; }
+#$tab .$main:has(aside) :is(.$type, .$label, .$images, .$seconds, .$ip, .$server) { display: none; }
 #$tab nav { display: flex; justify-content: center; align-items: center; gap: 4px; padding: 12px 0;
     white-space: nowrap; }
 #$tab nav span { min-width: 110px; text-align: center; font-variant-numeric: tabular-nums; }
@@ -9316,29 +9542,44 @@ TAB_STYLE = with_names("""
 #$tab dl .$wide { grid-column: 1 / -1; }
 #$tab dd { overflow-wrap: anywhere; }
 
-@media (min-width: 1001px) {
+/* The prompt has what the other columns leave. gradio is narrower by a quarter from 1023 on. */
+@media (max-width: 1400px) {
+    #$tab table:has(.$server) :is(.$type, .$images) { display: none; }
+}
+@media (max-width: 1250px) {
+    #$tab table:has(.$label, .$server) :is(.$type, .$images, .$seconds) { display: none; }
+    #$tab :is(table:has(.$server) .$ip, .$main:has(aside) .$time) { display: none; }
+}
+@media (min-width: 1024px) {
     #$tab .$figures:has([data-$action]) { grid-template-columns: 1.5fr repeat(5, 1fr); }
 }
-@media (max-width: 1000px) {
+@media (max-width: 1023px) {
     #$tab .$figures { grid-template-columns: repeat(3, 1fr); }
-    #$tab :is(.$type, .$ip) { display: none; }
+    #$tab :is(.$type, .$ip, .$server) { display: none; }
     #$tab .$main aside { position: fixed; z-index: 100; inset: 0; max-width: 100vw; max-height: 100vh; border: 0;
         border-radius: 0; }
     /* Where anything on the page is wider than a phone, the job would be as wide, and Close out of sight. */
     :is(html, body):has(#$tab .$main aside) { overflow-x: clip; }
+}
+@media (max-width: 800px) {
+    #$tab :is(.$label, .$images, .$seconds) { display: none; }
 }
 @media (max-width: 640px) {
     #$tab .$figures { grid-template-columns: repeat(2, 1fr); }
     #$tab_purge { margin-left: 0; }
     #$tab_filters .form { display: grid; grid-template-columns: 1fr 1fr; }
     #$tab_filters .form > * { min-width: 0 !important; }
-    #$tab_filters .form > :last-child { grid-column: 1 / -1; }
     #$tab thead { display: none; }
     #$tab tbody tr:first-child { border: 0; }
     #$tab td progress { margin: 3px 0 0; }
-    #$tab tbody tr { display: grid; grid-template-columns: 1fr auto; padding: 8px 10px; }
-    #$tab :is(td.$id, td.$prompt, td.$status, td.$time) { display: block; width: auto; padding: 1px 0; }
-    #$tab td.$prompt { grid-area: 1 / 1 / 2 / 3; }
+    #$tab tbody tr { display: grid; grid-template-columns: auto 1fr auto; padding: 8px 10px; }
+    #$tab :is(td.$prompt, td.$status, td.$time, td.$label) { display: block; width: auto; padding: 1px 0; }
+    #$tab td.$thumbnail { grid-area: 1 / 1 / 3 / 2; display: block; width: 48px; height: 40px; padding: 0; }
+    #$tab td.$prompt { grid-area: 1 / 2 / 2 / 4; }
+    #$tab td.$time { grid-column: 2; }
+    #$tab td.$status { grid-column: 3; padding-left: 8px; }
+    #$tab td.$label { grid-column: 2 / 4; }
+    #$tab td.$label:empty { display: none; }
     #$tab :is(.$id, .$images, .$seconds):is(th, td) { display: none; }
     #$tab nav { flex-wrap: wrap; }
     #$tab nav span { flex: 1 0 100%; order: -1; }
@@ -9573,7 +9814,10 @@ class Host:
             demo.blocked_paths = [*demo.blocked_paths, *folders, *map(os.path.realpath, folders)]
 
     def add_page_routes(self, app: Any, routes: Dict[str, Callable[..., Any]]) -> None:
-        """Adds routes for the tab. Whoever gradio lets see the page may use them, with or without --api-auth."""
+        """Adds routes for the tab, of which the first that fits a path has it.
+
+        Whoever gradio lets see the page may use them, with or without --api-auth.
+        """
         paths = {route.path: route for route in app.routes if hasattr(route, "dependencies")}
         login = next((route.dependencies for path, route in paths.items() if path.startswith("/file=")), None)
         if login is None:
@@ -9625,7 +9869,16 @@ class Extension:
             self.trouble = str(error) if is_known else f"{type(error).__name__}: {reason_of(error)}"
             log.warning("Generations are not tracked: %s", self.trouble, exc_info=not is_known)
         if has_tab:
-            self.host.add_page_routes(app, {TabHtml.IMAGE: self.api.get_image, Tab.TOKEN: self.tab.get_token})
+            self.host.add_page_routes(app, self._page_routes())
+
+    def _page_routes(self) -> Dict[str, Callable[..., Any]]:
+        """What the tab asks for by itself. The path of the images, with any number, comes last of its kind."""
+        return {
+            TabHtml.THUMBNAIL: self.api.get_thumbnail,
+            TabHtml.PREVIEW: self.api.get_preview,
+            TabHtml.IMAGE: self.api.get_image,
+            Tab.TOKEN: self.tab.get_token,
+        }
 
     def script_unloaded(self) -> None:
         """The webui reloads its scripts."""

@@ -156,7 +156,7 @@ def test_page_from_elsewhere(start, driver, elsewhere, page, name):
 
     functions = Calls(webui.client)
     calls = {
-        "job_tracker_look": ["{}", True, "30 days", "All", "", ""],
+        "job_tracker_look": ["{}", True, "30 days", "All", "", "", ""],
         "job_tracker_enabled": [False],
         "job_tracker_retention": ["1 day"],
         "job_tracker_action": ["purge"],

@@ -119,7 +119,7 @@ def test_searches_that_nobody_waits_for(start, archive, mode):
     else:
         page = Page(webui.client)
         view = json.dumps({"page": 0, "job": ""})
-        request = page.request("job_tracker_look", view, True, "", "All", "", "nobody wrote this")
+        request = page.request("job_tracker_look", view, True, "", "All", "", "nobody wrote this", "")
         fields = {"Host": "localhost", "Content-Type": "application/json", "Content-Length": str(len(request))}
         head = "POST /run/predict HTTP/1.1\r\n" + "".join(f"{name}: {value}\r\n" for name, value in fields.items())
         sent = []

@@ -252,7 +252,7 @@ def test_documented(webui):
 
 
 CALLS: Dict[str, List[Any]] = {
-    "job_tracker_look": ["{}", True, "30 days", "All", "", ""],
+    "job_tracker_look": ["{}", True, "30 days", "All", "", "", ""],
     "job_tracker_enabled": [False],
     "job_tracker_retention": ["1 day"],
     "job_tracker_action": ["purge"],

@@ -304,7 +304,7 @@ def test_the_pages_images_are_guarded_as_its_files(doors, name):
     job_id = next(iter(doors.records()))
     own = ask(doors, "GET", "/file=nothing", STRANGERS[name])
     assert status_of(own) == 401
-    for path in ("/job-tracker/{id}/0", "/job-tracker/{id}/99", "/job-tracker/{id}/none"):
+    for path in (f"/job-tracker/{{id}}/{what}" for what in ("0", "99", "none", "thumbnail", "preview")):
         for one in (job_id, UNKNOWN, MALFORMED):
             assert ask(doors, "GET", path.format(id=one), STRANGERS[name]) == own
         for method in METHODS[1:]:
@@ -319,12 +319,15 @@ def test_the_page_and_the_api_each_have_their_own_credentials(doors, resident):
     assert image.content == doors.client.get(f"/sdapi/v1/job/{job_id}/images/0").content
     assert resident.get(f"/job-tracker/{UNKNOWN}/0").status_code == 404
     assert resident.get(f"/job-tracker/{job_id}/99").status_code == 404
+    thumbnail = resident.get(f"/job-tracker/{job_id}/thumbnail")
+    assert thumbnail.status_code == 200 and thumbnail.headers["content-type"] == "image/jpeg"
+    assert resident.get(f"/job-tracker/{job_id}/preview").status_code == 404, "it has ended"
     for method, path in ROUTES:
         assert resident.request(method, path.format(id=job_id)).status_code == 401, (method, path)
 
 
 CALLS = {
-    "job_tracker_look": ["{}", True, "30 days", "All", "", ""],
+    "job_tracker_look": ["{}", True, "30 days", "All", "", "", ""],
     "job_tracker_enabled": [False],
     "job_tracker_retention": ["1 day"],
     "job_tracker_action": ["purge"],

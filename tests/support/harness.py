@@ -639,7 +639,7 @@ class Page:
     def look(self, page: int = 0, job: str = "") -> str:
         """What the page shows, as HTML."""
         view = json.dumps({"page": page, "job": job})
-        response = self.call("job_tracker_look", view, True, "", "All", "", "")
+        response = self.call("job_tracker_look", view, True, "", "All", "", "", "")
         assert response.status_code == 200, f"the tab answered {response.status_code}: {response.text[:200]}"
         return response.json()["data"][3]
 

@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 import browser
-from browser import MAIN, OPEN_JOB, Page
+from browser import MAIN, Page
 from harness import PROJECT, Webui, started
 
 OPENED = "layered mountains under a low sun, cut paper, soft grain"
@@ -68,7 +68,7 @@ def main() -> None:
         page.open(next(row["id"] for row in page.rows() if row["prompt"] == OPENED))
         page.until(lambda: "Processing 6" in page.text(MAIN), "one is at 60 percent", 40)
         page.until(
-            lambda: page.run(f"return [...document.querySelectorAll('{OPEN_JOB} img')].every((i) => i.naturalWidth)"),
+            lambda: page.run(f"return [...document.querySelectorAll('{MAIN} img')].every((i) => i.naturalWidth)"),
             "the images are there",
         )
         page.picture(target)

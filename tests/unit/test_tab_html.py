@@ -52,10 +52,10 @@ class Tab(NamedTuple):
     script: Any
     tab: Any
 
-    def look(self, job: str = "", text: str = "", confirm: str = "") -> str:
+    def look(self, job: str = "", text: str = "", confirm: str = "", label: str = "") -> str:
         """The HTML, with a job open, and a button that asks."""
         state = json.dumps({"job": job, "confirm": confirm})
-        return asyncio.run(self.tab.look(state, None, None, "All", "", text))[3]
+        return asyncio.run(self.tab.look(state, None, None, "All", "", text, label))[3]
 
     def act(self, action: Any) -> Any:
         return asyncio.run(self.tab.act(action))
@@ -63,7 +63,12 @@ class Tab(NamedTuple):
 
 def jobs_of(script: Any) -> Iterator[Any]:
     job = script.Job("", "txt2img", "", int(time.time()), FOREIGN, FOREIGN, error=FOREIGN)
-    yield job._replace(id="FAILED01", status="Failed", retry_of="IMAGES01", has_request=True)
+    told = {
+        "label": FOREIGN,
+        "server": FOREIGN,
+        "webhook": script.Webhook("https://receiver/hook?key=secret", since=1.0),
+    }
+    yield job._replace(id="FAILED01", status="Failed", retry_of="IMAGES01", has_request=True, **told)
     files = ("0.png", "1.txt", "2.png")
     folder = script.ImageStore.day_of(job)
     images = tuple(script.Image(f"{folder}/IMAGES01_{name}", 1, "image/png") for name in files)
@@ -104,9 +109,10 @@ def test_foreign_text_is_text_in_an_element_of_its_own(shown):
         pages[job] = [element for element, text in texts if text.rstrip(".").endswith(SHOWN)]
         assert not shown.script.UNPRINTABLE.search(html)
         assert "x()" not in "".join(text for element, text in texts if element != "bdi")
-    # The note above all says why nothing is tracked, and two rows have a prompt and an IP. An open job has an error, a
-    # prompt and an IP; a Completed one has a negative prompt, a seed and two infotexts, too.
-    assert {job: len(elements) for job, elements in pages.items()} == {"": 5, "FAILED01": 8, "IMAGES01": 12}
+    # The note above all says why nothing is tracked, two rows have a prompt and an IP, one a label and a server too. An
+    # open job has an error, a prompt and an IP, and that one its label and server; a Completed one has a negative
+    # prompt, a seed and two infotexts, too.
+    assert {job: len(elements) for job, elements in pages.items()} == {"": 7, "FAILED01": 12, "IMAGES01": 14}
     assert {element for elements in pages.values() for element in elements} == {"bdi"}
 
 
@@ -126,9 +132,10 @@ def test_long_text_is_cut_and_says_so():
     assert as_text(None) == as_text("") == ""
 
 
-def test_markup_style_and_script_agree(shown):
+def test_markup_style_and_script_agree(shown, monkeypatch):
     """A name that one of them spells otherwise would be no error, and nothing would happen."""
-    pages = [shown.look(job) for job in ("", "FAILED01", "IMAGES01", "GONE0001")] + [
+    monkeypatch.setattr(shown.tab.tracker, "begin_preview", {"RUNNING1": 3}.get)
+    pages = [shown.look(job) for job in ("", "FAILED01", "IMAGES01", "RUNNING1", "GONE0001")] + [
         shown.look(text="nobody wrote this"),
         shown.look("FAILED01", confirm="delete FAILED01"),
     ]
@@ -141,6 +148,85 @@ def test_markup_style_and_script_agree(shown):
     in_code = re.findall(r"(?:#|dataset\.|data-|\"\.)([A-Za-z]\w*)", code)
     assert {*in_style, *in_code} - OF_GRADIO <= names
     assert len(set(in_style)) > 30 and len(set(in_code)) >= 8
+
+
+# What is there for some jobs only
+
+
+def headings_of(html: str) -> List[str]:
+    return re.findall(r'<th class="(\w+)"', html)
+
+
+def rows_of(html: str) -> Dict[str, str]:
+    return dict(re.findall(r'<tr data-key="(\w+)"(.*?)</tr>', html, re.DOTALL))
+
+
+ALWAYS = ["id", "time", "type", "status", "prompt", "images", "seconds", "ip"]
+
+
+def test_columns_that_say_nothing_are_left_out(shown):
+    tracker = shown.tab.tracker
+    html = shown.look()
+    assert headings_of(html) == ["thumbnail", *ALWAYS[:5], "label", *ALWAYS[5:], "server"]
+    assert {row.count("<td") for row in rows_of(html).values()} == {len(ALWAYS) + 3}, "each row has each column"
+    tracker.server = FOREIGN  # then all jobs were at this one
+    assert headings_of(shown.look())[-1] == "ip"
+    assert "<dt>Server</dt>" not in shown.look("FAILED01")
+    assert [*rows_of(shown.look(label=f" {FOREIGN} "))] == ["FAILED01"], "the whole label matches, and nothing less"
+    assert not rows_of(shown.look(label=FOREIGN[:5]))
+    assert tracker.delete("FAILED01")
+    assert headings_of(shown.look()) == ["thumbnail", *ALWAYS]
+    assert tracker.delete("IMAGES01")
+    assert headings_of(shown.look()) == ALWAYS
+
+
+def test_a_completed_row_begins_with_a_thumbnail_and_opens_no_file(shown, monkeypatch):
+    def fail(*arguments: Any) -> Any:
+        raise AssertionError("a list opens no file")
+
+    for name in ("read", "size", "read_thumbnail", "make_thumbnail", "read_values"):
+        monkeypatch.setattr(shown.tab.tracker.images, name, fail)
+    rows = rows_of(shown.look())
+    pictures = {job_id: re.findall(r'<td class="thumbnail">(.*?)</td>', row) for job_id, row in rows.items()}
+    img = '<img src="./job-tracker/IMAGES01/thumbnail" alt="" loading="lazy">'
+    assert pictures == {"IMAGES01": [img], "FAILED01": [""], "RUNNING1": [""], "WAITING1": [""]}
+
+
+def test_an_open_job_has_its_live_preview_while_there_is_one(shown, monkeypatch):
+    number, asked = None, []
+    monkeypatch.setattr(shown.tab.tracker, "begin_preview", lambda job_id: asked.append(job_id) or number)
+    assert "/preview" not in shown.look("RUNNING1")
+    number = 3
+    assert '<img src="./job-tracker/RUNNING1/preview?n=3" alt="Live preview">' in shown.look("RUNNING1")
+    shown.look()
+    assert asked == ["RUNNING1", "RUNNING1"], "nothing is made while no job is open"
+
+
+@pytest.mark.parametrize(
+    "state, text",
+    [
+        ({}, "waits for the job"),
+        ({"since": 1.0, "due": 1.0}, "is being delivered"),
+        ({"since": 1.0, "due": 1e9, "attempts": 1}, "tried once, next soon"),
+        ({"since": 1.0, "due": 330, "attempts": 3}, "tried 3 times, next in 5 min"),
+        ({"since": 1.0, "due": 36_030, "attempts": 1_000}, "tried 1,000 times, next in 10 h 00 min"),
+        ({"since": 1.0, "attempts": 1}, "given up after 1 try"),
+        ({"since": 1.0, "attempts": 9}, "given up after 9 tries"),
+        ({"since": 1.0, "attempts": 2, "delivered": True}, "delivered"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_how_far_a_webhook_is(monkeypatch, state, text):
+    script = load_script()
+    monkeypatch.setattr(script.time, "time", lambda: 1e9 if state.get("due") == 1e9 else 0.0)
+    assert script.state_of(script.Webhook("https://receiver/", **state)) == text
+
+
+def test_an_open_job_shows_its_webhook_without_what_may_be_secret(shown):
+    html = shown.look("FAILED01")
+    assert "<dt>Webhook</dt><dd><bdi>receiver/hook</bdi> <small>given up after 0 tries</small></dd>" in html
+    assert "secret" not in html
+    assert "<dt>Webhook</dt>" not in shown.look("IMAGES01")
 
 
 def test_an_unknown_name_is_an_error():
