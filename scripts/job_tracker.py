@@ -1601,8 +1601,14 @@ class Index:
             self.begin(0, 0, False)
 
     def _connect(self) -> sqlite3.Connection:
+        # SQLite is to open the file that is there. Where that has just been removed, it would make one for all to read.
+        there = f"file:{'//' * self.path.startswith('/')}{quote(os.fsencode(self.path))}?mode=rw"
         connection = sqlite3.connect(
-            self.path or ":memory:", timeout=self.BUSY, isolation_level=None, check_same_thread=False
+            there if self.path else ":memory:",
+            timeout=self.BUSY,
+            isolation_level=None,
+            check_same_thread=False,
+            uri=bool(self.path),
         )
         connection.execute("PRAGMA synchronous = NORMAL")
         connection.execute("PRAGMA secure_delete = ON")  # a removed prompt is gone from here, too

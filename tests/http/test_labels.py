@@ -232,6 +232,7 @@ def test_stats(start):
     assert set(stats()["jobs"]) == {"Pending", "Processing", "Completed", "Failed"}
     assert stats()["bytes"] == 0
     webui.job(webui.post(body()).headers["x-job-id"], wait=30)
+    until(lambda: not any(".request" in path.name for path in webui.images()), what="the request is gone")
     size = stats(Completed=1)["bytes"]
     assert size == sum(path.stat().st_size for path in webui.images())
     hold_the_queue(webui)

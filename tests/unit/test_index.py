@@ -114,6 +114,24 @@ def test_the_index_is_removed_while_many_look(script, opened, index, dice):
     assert set(modes(index.parent).values()) == {0o600}
 
 
+def test_one_that_was_removed_is_not_made_by_who_looks(script, index):
+    """SQLite would make it for everybody to read, whoever may read jobs.json."""
+    opened = script.Index(str(index), str(index))
+    with opened.reading():
+        index.unlink()
+        with pytest.raises(sqlite3.OperationalError), opened.reading():
+            pass
+    opened.close()
+    assert not index.exists()
+
+
+@pytest.mark.parametrize("name", ["a b?mode=memory", "100%41 #1", "\udcff"], ids=ascii)
+def test_whatever_its_folder_is_called(script, opened, tmp_path, dice, name):
+    jobs = filled(script, opened(tmp_path / name), dice, 2)
+    assert len(every(script, opened(tmp_path / name))) == len(jobs)
+    assert (tmp_path / name / "jobs.json.index3").stat().st_size
+
+
 def test_a_link_to_a_file_of_somebody_is_not_followed(script, opened, index, tmp_path_factory, dice):
     other = tmp_path_factory.mktemp("other") / "theirs.db"
     with contextlib.closing(sqlite3.connect(other)) as database:
