@@ -56,13 +56,20 @@ class Teller:
 
 
 @pytest.fixture
-def teller(script, new_tracker) -> Callable[..., Teller]:
+def teller(script, new_tracker) -> Iterator[Callable[..., Teller]]:
     set_constants(script, CLOSE_EVERY=0.05, CLOSE_SECONDS=0.2, FIND_EVERY=0.5, FIND_AGAIN=0.1)
 
-    def make(rules: Tuple[bool, bool] = FREE, program: Any = script, **environ: str) -> Teller:
-        return Teller(program, new_tracker(**environ), rules)
+    made: List[Teller] = []
 
-    return make
+    def make(rules: Tuple[bool, bool] = FREE, program: Any = script, **environ: str) -> Teller:
+        made.append(Teller(program, new_tracker(**environ), rules))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.tracker.closing.set()
+        for helper in one.tracker.helpers:  # so that none of them logs when the test has ended
+            helper.join(60)
 
 
 # What is sent
