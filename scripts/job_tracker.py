@@ -6490,12 +6490,16 @@ class ClosingStreamingResponse(StreamingResponse):
         connection = scope.get(OuterMiddleware.KEY)
         self.headers.update(exposed(self.headers))
         gone = asyncio.get_running_loop().create_task(wait_for_disconnect(receive))
-        if hasattr(self.body_iterator, "leave"):
+        is_live = hasattr(self.body_iterator, "leave")
+        if is_live:
             gone.add_done_callback(self.body_iterator.leave)
         try:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             async for chunk in self.body_iterator:
-                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                if is_live and connection is not None:
+                    await connection.send_past_layers(send, chunk)
+                else:
+                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
                 # Not before: a response that ends before its first chunk is an error to the host's layers.
                 if gone.done():
                     return
@@ -6545,6 +6549,8 @@ class ConnectionState:
         self.refused = False  # a 403 is sent in the response's place
         self.error_headers: Dict[str, str] = {}  # which an error gets besides: the host drops those of an exception
         self.uncompressed = False  # see `leave_uncompressed`
+        self._server_send: Optional[Send] = None  # that of the server, once it has the head
+        self._in_layers = 0  # bytes of `send_past_layers` that the host's layers were given, and have not passed on
         self.server_stops: Callable[[], bool] = lambda: False  # whether the server waits for this request, to end
         self.work: Optional["asyncio.Task[None]"] = None  # which outlives the response
 
@@ -6556,6 +6562,20 @@ class ConnectionState:
         """
         self.uncompressed = True
         return {"Content-Encoding": "identity"}
+
+    async def send_past_layers(self, send: Send, data: bytes) -> None:
+        """Sends a piece of a response that has many, and many clients, for which each of the host's layers takes time.
+
+        The first goes through all of them, by `send`, as the head does. They are passed by from when they have let it
+        through: if it has another length then, one of them changes what it gets, and they get everything.
+        """
+        message = {"type": "http.response.body", "body": data, "more_body": True}
+        if self._server_send is not None and self._in_layers == 0:
+            if not self.aborted:
+                await self._server_send(message)
+        else:
+            self._in_layers += len(data)
+            await send(message)
 
     def filter(self, scope: Scope, receive: Receive, send: Send) -> Send:
         """A `send` that does what was told here."""
@@ -6575,6 +6595,10 @@ class ConnectionState:
                 message = {**message, "headers": headers.raw}
             if not self.aborted:
                 await send(message)
+            if is_head:
+                self._server_send = send
+            else:
+                self._in_layers -= len(message.get("body", b""))
 
         return pass_on
 

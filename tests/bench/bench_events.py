@@ -59,7 +59,8 @@ async def watch(webui: Webui, idle: Webui, path: str, listeners: int) -> Crowd:
         await reader.readuntil(b"event: status")
         ready.release()
         while not over.is_set():
-            counts[0] += (await reader.read(1 << 16)).count(b"event: ")
+            data = await reader.read(1 << 16)
+            counts[0] += data.count(b"event: ")
         writer.close()
 
     async def poll(own: Client, path: str, seconds: List[float]) -> None:

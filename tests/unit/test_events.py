@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from typing import Any, Dict, List, Tuple
+from typing import Any, Callable, Dict, List, Tuple
 
 import pytest
 from inside import a_job
@@ -176,6 +176,60 @@ def test_ends_with(script, tracker, host, job_id, end):
     asyncio.run(listen())
     tracker.running, tracker.get = running, get
     tracker.fail(job_id, "no")
+
+
+class Layer:
+    """One of the host's: it passes messages on from a task of its own, later, as starlette's do."""
+
+    def __init__(self, app: Any, change: Callable[[bytes], bytes]):
+        self.app, self.change = app, change
+        self.bodies: List[bytes] = []
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        messages: asyncio.Queue[Any] = asyncio.Queue()
+
+        async def pass_on() -> None:
+            more = True
+            while more:
+                message = dict(await messages.get())
+                await asyncio.sleep(0.002)
+                if message["type"] == "http.response.body":
+                    self.bodies.append(message["body"])
+                    message["body"] = self.change(message["body"])
+                    more = message["more_body"]
+                await send(message)
+
+        passing = asyncio.ensure_future(pass_on())
+        await self.app(scope, receive, messages.put)
+        await passing
+
+
+@pytest.mark.parametrize("changes", [False, True])
+def test_layers_are_passed_by(script, changes):
+    """Not before they have let through what came before, and not where one of them changes what it gets."""
+    sent: List[bytes] = []
+    pieces = [b"%d" % number for number in range(9)]
+    arrived: List[Any] = []  # an event: the head and five pieces are out
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        arrived.append(asyncio.Event())
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        for number, piece in enumerate(pieces):
+            await scope[script.OuterMiddleware.KEY].send_past_layers(send, piece)
+            if number == 4:
+                await arrived[0].wait()
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def send(message: Any) -> None:
+        sent.append(message.get("body", b""))
+        if len(sent) == 6:
+            asyncio.get_running_loop().call_later(0.01, arrived[0].set)  # the layer has to return from here
+
+    layer = Layer(app, (lambda data: data * 2) if changes else (lambda data: data))
+    scope = {"type": "http", "method": "GET", "headers": []}
+    asyncio.run(script.OuterMiddleware(layer)(scope, None, send))
+    assert b"".join(sent) == b"".join(map(layer.change, pieces))
+    assert layer.bodies == (pieces if changes else pieces[:5]) + [b""]
 
 
 def test_no_line_end_of_the_data_ends_an_event(script):
