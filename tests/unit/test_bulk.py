@@ -419,6 +419,7 @@ def test_a_disk_that_fails_half_way(script, webui, caplog):
         return os.pwrite(*arguments)
 
     set_constants(script, RETRY=0.1)
+    assert webui.tracker.store.idle()  # it has put its name into its lock
     script.os = WrappedOs(pwrite=pwrite)
     answer = delete(webui, {"after": 0})
     assert answer.status_code == 503
