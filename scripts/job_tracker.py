@@ -4428,6 +4428,7 @@ class Tracker:
         self.sending: "WeakSet[Any]" = WeakSet()  # what is on its way to clients, and needs the pool for its rest
         self.closing = threading.Event()  # set when the webui unloads its scripts
         self.stopping = threading.Event()  # set when no parked job is to begin here any more
+        self.listener: Any = None  # asyncio's server, by which requests come, if that can be told
         self._drained = threading.Event()  # set when nothing runs here any more after that
         self.helpers: List[threading.Thread] = []  # which use the stores, and end soon after `closing`
         self._storing = threading.Lock()  # around this lock: jobs go to the store in the order of their changes
@@ -4826,7 +4827,8 @@ class Tracker:
         with self._lock:
             self._starting.add(job_id)
         try:
-            if self.stopping.is_set():  # otherwise the store stays open for it
+            # Otherwise the store stays open for it. A server that stops waits for its clients, but not for these jobs.
+            if self.stopping.is_set() or (self.listener is not None and not self.listener.is_serving()):
                 return False
             starting = self.store.change([job_id], start)
             try:
@@ -6551,6 +6553,7 @@ class ConnectionState:
         self.uncompressed = False  # see `leave_uncompressed`
         self._server_send: Optional[Send] = None  # that of the server, once it has the head
         self._in_layers = 0  # bytes of `send_past_layers` that the host's layers were given, and have not passed on
+        self.listener: Any = None  # asyncio's server, by which the request came, if that can be told
         self.server_stops: Callable[[], bool] = lambda: False  # whether the server waits for this request, to end
         self.work: Optional["asyncio.Task[None]"] = None  # which outlives the response
 
@@ -6622,7 +6625,10 @@ class OuterMiddleware:
             return
         connection = scope[self.KEY] = ConnectionState()
         cycle = getattr(send, "__self__", None)  # uvicorn's, of this request
-        connection.server_stops = functools.partial(server_stops, cycle, getattr(cycle, "keep_alive", False))
+        connection.listener = getattr(getattr(cycle, "transport", None), "_server", None)  # TLS hides it
+        connection.server_stops = functools.partial(
+            server_stops, connection.listener, cycle, getattr(cycle, "keep_alive", False)
+        )
         if scope.get("http_version") == "1.0":
             send = without_chunk_sizes(send, cycle)
         asked = header_of(scope, b"access-control-request-headers").lower()
@@ -6664,13 +6670,12 @@ def connection_of(scope: Scope) -> ConnectionState:
     return scope.get(OuterMiddleware.KEY) or ConnectionState()
 
 
-def server_stops(cycle: Any, kept_alive: bool) -> bool:
+def server_stops(listener: Any, cycle: Any, kept_alive: bool) -> bool:
     """Whether uvicorn takes no more requests, and waits for those that it has. It tells nobody.
 
     `cycle` is its own for a request that it has, and `kept_alive` whether the connection was to stay open after that.
     """
-    server = getattr(getattr(cycle, "transport", None), "_server", None)  # asyncio's. TLS hides it
-    has_closed = server is not None and not server.is_serving()
+    has_closed = listener is not None and not listener.is_serving()
     return has_closed or (kept_alive and not cycle.keep_alive)
 
 
@@ -6784,6 +6789,7 @@ class ClientResponse:
         self.receive = receive
         self.send = send
         self.connection: ConnectionState = scope[OuterMiddleware.KEY]
+        self.tracker.listener = self.connection.listener or self.tracker.listener
         self.gzip = Gzip() if accepts_gzip(scope) else None
         self.preference = Preference.of(scope)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
@@ -168,6 +170,25 @@ def asks_for_the_lock(webui: Webui, job_id: str) -> bool:
     position = webui.job(job_id)["queue_position"]
     cancel(webui, later)
     return position == 1
+
+
+@pytest.mark.skipif(SHAPE != "a1111" or os.name == "nt", reason="this webui dies at once in every mode")
+def test_none_begins_while_a_server_that_stops_waits_for_clients(start):
+    """It might be killed while it generates that, and then the job would have failed. The next start generates it."""
+    webui = start("--nowebui")
+    hold_the_queue(webui)
+    parked = submit(webui)
+    until(lambda: asks_for_the_lock(webui, parked))
+    last = webui.send(body(seed=9))
+    assert webui.job(last.job_id())["queue_position"] == 2
+    webui.process.send_signal(signal.SIGTERM)
+    until(lambda: "Shutting down" in webui.log)
+    webui.gates[-1].open()
+    last.content()
+    assert webui.process.wait(30) is not None
+    assert webui.records()[parked]["status"] == "Pending"
+    webui.restart()
+    assert webui.job(parked, wait=30)["status"] == "Completed"
 
 
 def test_positions(webui):
