@@ -194,7 +194,9 @@ def images_are_stored(script: Any, folder: Path) -> None:
     long["parameters"]["negative_prompt"] = "secret" * 1000
     kept = images.save(job, answer._replace(images=[*answer.images, b"no base64"], rest=json.dumps(long).encode()))
     assert len(images.counted_files_of(kept)) == 5
-    assert {path.name for path in folder.glob("images/*/*")} == {name.split("/")[1] for name in images.counted_files_of(kept)}
+    assert {path.name for path in folder.glob("images/*/*")} == {
+        name.split("/")[1] for name in images.counted_files_of(kept)
+    }
 
 
 def legacy_file(folder: Path) -> Path:
@@ -301,7 +303,11 @@ def test_images_are_for_those_who_may_read_jobs_json(tmp_path, umask, mode, expe
         os.umask(before)
     modes = modes_of(tmp_path / "images")
     folders = expected | (expected & 0o444) >> 2
-    assert modes == {".": folders, images.day_of(job): folders, **dict.fromkeys(images.counted_files_of(kept), expected)}
+    assert modes == {
+        ".": folders,
+        images.day_of(job): folders,
+        **dict.fromkeys(images.counted_files_of(kept), expected),
+    }
 
 
 def as_another(work: Callable[[], Any], user: int = NOBODY, group: int = NOBODY) -> None:
