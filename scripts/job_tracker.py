@@ -3414,8 +3414,8 @@ def thumbnail_of(file: BinaryIO, ending: str) -> bytes:
             raise ValueError("it has too many pixels")
         if image.mode[0] in "IF":  # 16 bits for each pixel, of which the upper 8 count
             image = image.convert("I").point(lambda value: value * (1 / 256)).convert("L")
-        elif image.mode not in ("L", "LA", "RGB", "RGBA", "CMYK") or "transparency" in image.info:
-            image = image.convert("RGBA")  # neither a palette's colours nor one that stands for none can be averaged
+        elif image.mode not in ("L", "LA", "RGB", "RGBA", "CMYK"):  # the numbers of a palette cannot be averaged
+            image = image.convert("RGBA")
         image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
         image = image.convert("RGBA")
     small = PIL.Image.new("RGB", image.size, "white")
@@ -9356,7 +9356,8 @@ TAB_SCRIPT = with_names(
         if (old.nodeName !== "DETAILS") {  // which are the reader's to open and close
             for (const {name} of [...old.attributes])  // the style is this script's own, see below
                 if (!fresh.hasAttribute(name) && name !== "style") old.removeAttribute(name);
-            for (const {name, value} of fresh.attributes) old.setAttribute(name, value);
+            for (const {name, value} of fresh.attributes)  // the same source again would be loaded again
+                if (old.getAttribute(name) !== value) old.setAttribute(name, value);
         }
         // What has a key is never made into something else: a row stays that of its job, and its picture with it.
         const keyOf = (node) => node?.dataset?.$key, keys = new Set([...fresh.children].map(keyOf));
