@@ -25,7 +25,8 @@ from bench_requests import LEAST, TICKER, Client, Figure, Hold, Start, percentil
 import harness
 from harness import HOST, MODE_FLAGS, MODES, Webui, body, connect
 
-SECONDS = 10.0  # for which the job is watched
+WINDOWS, WINDOW = 5, 2.0  # for so many times so many seconds the job is watched
+SECONDS = WINDOWS * WINDOW
 
 
 class Crowd(NamedTuple):
@@ -34,7 +35,7 @@ class Crowd(NamedTuple):
     events: int
     polls: List[float]  # seconds of each
     idle_polls: List[float]  # the same of an idle webui: what the machine has to do with it
-    hold: Hold
+    hold: Hold  # in the middle of the windows: in some, Python collects the garbage of the whole webui
     connected: float  # MB of the process when all were connected
     grown: float  # MB that it grew from then on
 
@@ -78,19 +79,22 @@ async def watch(webui: Webui, idle: Webui, path: str, listeners: int) -> Crowd:
         if number % 20 == 19:  # a crowd comes in a while
             await asyncio.gather(*(ready.acquire() for _ in range(20)))
     connected = await loop.run_in_executor(None, rss, webui)
-    await in_thread("POST", "/ticker/begin")
     counts[0] = 0
     polling = [asyncio.ensure_future(poll(client, LEAST, polls)), asyncio.ensure_future(poll(other, LEAST, idle_polls))]
-    await asyncio.sleep(SECONDS)
+    holds = []
+    for _ in range(WINDOWS):
+        await in_thread("POST", "/ticker/begin")
+        await asyncio.sleep(WINDOW)
+        holds.append(await in_thread("POST", "/ticker/end"))
     seen = counts[0]
-    found = await in_thread("POST", "/ticker/end")
+    hold = Hold(*(statistics.median(one[name] for one in holds) for name in ("wall", "busy")))
     grown = await loop.run_in_executor(None, rss, webui) - connected
     over.set()
     await asyncio.gather(*polling)
     for one in listening:
         one.cancel()
     await asyncio.gather(*listening, return_exceptions=True)
-    return Crowd(seen, polls, idle_polls, Hold(found["wall"], found["busy"]), connected, grown)
+    return Crowd(seen, polls, idle_polls, hold, connected, grown)
 
 
 def listeners(start: Start, count: int = 1000) -> Iterator[Figure]:
@@ -101,7 +105,7 @@ def listeners(start: Start, count: int = 1000) -> Iterator[Figure]:
     for query in ("", "?preview=true"):
         crowds = {}
         for number in (0, count):
-            job_id = connect(webui, standin={"seconds": 60}, steps=3000, width=256, height=256)
+            job_id = connect(webui, standin={"seconds": 60}, steps=3000, width=128, height=128)
             webui.until_status(job_id, "Processing")
             before = rss(webui)
             crowds[number] = asyncio.run(watch(webui, idle, f"/sdapi/v1/job/{job_id}/events{query}", number))

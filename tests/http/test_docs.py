@@ -245,6 +245,7 @@ def test_schemathesis(programs, start, tmp_path):
     jobs = submit(20) + submit(3, fail="RuntimeError", fail_after=1)
     for job_id in jobs:
         webui.job(job_id, wait=30)
+    ended = ",".join(jobs)
     log_before = len(webui.log)  # of those that failed it has a traceback each
     jobs += submit(6, hold=webui.gate())
     (tmp_path / "config.toml").write_text(CONFIG)
@@ -261,6 +262,7 @@ def test_schemathesis(programs, start, tmp_path):
         SCHEMATHESIS_HOOKS="fuzz_hooks",
         PYTHONPATH=str(TESTS / "support"),
         JOB_IDS=",".join(jobs),
+        ENDED_JOB_IDS=ended,
     )
     assert f"{len(ROUTES)} selected" in said and f"Tested: {len(ROUTES)}" in said
     entries = json.loads((tmp_path / "said.har").read_text(encoding="utf-8"))["log"]["entries"]

@@ -7,7 +7,7 @@ import re
 import schemathesis
 from schemathesis import GenerationMode
 
-IDS = os.environ["JOB_IDS"].split(",")
+IDS, ENDED = (os.environ[name].split(",") for name in ("JOB_IDS", "ENDED_JOB_IDS"))
 chance = random.Random(7)
 
 
@@ -27,7 +27,8 @@ def before_call(context, case, kwargs):
     path, query = case.path_parameters, case.query
     mode = case.meta.generation.mode  # which is found anew after a change
     if "id" in path and chance.random() < 0.8:
-        path["id"] = chance.choice(IDS)
+        # The events of a job that is held have no end.
+        path["id"] = chance.choice(ENDED if case.operation.label.endswith("/events") else IDS)
     if isinstance(path.get("n"), int) and path["n"] > 3:
         path["n"] %= 3
     if isinstance(query.get("wait"), (int, float)) and 0 < query["wait"] <= 300:
@@ -55,10 +56,10 @@ def before_call(context, case, kwargs):
                 values[name] = str(values[name])[:-2]
     # To a reader of URLs, 0 and 1 are booleans. The example of an answer's `images` is none for this parameter.
     # Parameters that nobody knows are ignored, as is usual.
-    images = str(query.get("images", "true"))
-    if images in ("0", "1") or "iVBOR" in images:
-        query["images"] = "true"
-        case.meta.generation.mode = GenerationMode.POSITIVE
+    for name in {"images", "preview"} & set(query):
+        if str(query[name]) in ("0", "1") or "iVBOR" in str(query[name]):
+            query[name] = "true"
+            case.meta.generation.mode = GenerationMode.POSITIVE
     if query.pop("x-schemathesis-unknown-property", None) is not None:
         case.meta.generation.mode = GenerationMode.POSITIVE
     # Only a Link header has a valid cursor, of which the description knows nothing.
