@@ -5477,17 +5477,34 @@ class Target(NamedTuple):
     scheme: str
     host: str  # a name, or an IP address without brackets
     port: int
+    path: str  # with the query
+
+    PORTS = {"http": 80, "https": 443}
 
     @classmethod
     def parse(cls, url: str) -> "Target":
         parts = urlsplit(url)
-        port = parts.port or {"http": 80, "https": 443}[parts.scheme]
-        return cls(parts.scheme, parts.hostname or "", port)
+        path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        return cls(parts.scheme, parts.hostname or "", parts.port or cls.PORTS[parts.scheme], path)
+
+    @property
+    def _host_in_url(self) -> str:
+        return f"[{self.host}]" if ":" in self.host else self.host
 
     @property
     def receiver(self) -> str:
         """Who is behind it, for the log, too: the rest of a URL may be a secret."""
-        return f"{self.scheme}://{f'[{self.host}]' if ':' in self.host else self.host}:{self.port}"
+        return f"{self.scheme}://{self._host_in_url}:{self.port}"
+
+    @property
+    def authority(self) -> str:
+        """What the header `Host` says. httpcore leaves out the brackets of an IPv6 address."""
+        return self._host_in_url if self.port == self.PORTS[self.scheme] else f"{self._host_in_url}:{self.port}"
+
+    @property
+    def url(self) -> httpcore.URL:
+        """For httpcore, which would leave out what follows a semicolon."""
+        return httpcore.URL(scheme=self.scheme, host=self.host, port=self.port, target=self.path)
 
     @property
     def is_literal(self) -> bool:
@@ -5933,8 +5950,9 @@ class Webhooks:
         context = await self._tls_context() if target.scheme == "https" else None
         network = PinnedNetwork(addresses, self.TRY_SECONDS / len(addresses), self.ANSWER_LIMIT)
         headers = message.headers(self.tracker.settings.webhook_secret, int(time.time()))
+        headers = {"host": target.authority, **headers}
         pool = httpcore.AsyncConnectionPool(ssl_context=context, network_backend=network)
-        async with pool, pool.stream("POST", message.url, headers=headers, content=message.body) as response:
+        async with pool, pool.stream("POST", target.url, headers=headers, content=message.body) as response:
             attempt.status = response.status  # which counts, whatever becomes of the rest
             async for _ in response.aiter_stream():  # as it comes: nothing is decoded
                 pass

@@ -103,6 +103,15 @@ def test_without_a_secret_there_is_no_signature(dice, teller, open_receiver):
     assert "webhook-signature" not in got.headers
 
 
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_a_url_is_called_as_it_is_written(dice, teller, open_receiver, host):
+    receiver = open_receiver(host=host)
+    teller().end(dice, receiver.url + "/a;v=1//%2e%2e/b;id=7?x=1;2")
+    (got,) = receiver.wait()
+    assert got.path == "/hook/a;v=1//%2e%2e/b;id=7?x=1;2"
+    assert got.headers["host"] == receiver.name
+
+
 def test_it_leaves_within_moments(dice, teller, open_receiver):
     receiver, ours = open_receiver(), teller()
     on_disk: Dict[str, float] = {}
