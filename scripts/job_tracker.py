@@ -5546,6 +5546,7 @@ class PinnedNetwork:
         self._addresses = addresses
         self._seconds = seconds
         self._limit = limit
+        self._streams: List[LimitedStream] = []
         # httpcore below 0.17 has it by another name.
         make = getattr(httpcore, "AnyIOBackend", None)
         self._network = make() if make else importlib.import_module("httpcore.backends.asyncio").AsyncIOBackend()
@@ -5555,10 +5556,18 @@ class PinnedNetwork:
         failure: Exception = httpcore.ConnectError("it has no address")
         for address in self._addresses:
             try:
-                return LimitedStream(await self._network.connect_tcp(address, port, **options), self._limit)
+                stream = LimitedStream(await self._network.connect_tcp(address, port, **options), self._limit)
             except (httpcore.ConnectError, httpcore.ConnectTimeout) as error:
                 failure = error
+            else:
+                self._streams.append(stream)
+                return stream
         raise failure
+
+    async def aclose(self) -> None:
+        """Closes all connections. httpcore leaves one open if its task is cancelled while TLS is being negotiated."""
+        for stream in self._streams:
+            await stream.aclose()
 
 
 class WebhookMessage(NamedTuple):
@@ -5952,10 +5961,13 @@ class Webhooks:
         headers = message.headers(self.tracker.settings.webhook_secret, int(time.time()))
         headers = {"host": target.authority, **headers}
         pool = httpcore.AsyncConnectionPool(ssl_context=context, network_backend=network)
-        async with pool, pool.stream("POST", target.url, headers=headers, content=message.body) as response:
-            attempt.status = response.status  # which counts, whatever becomes of the rest
-            async for _ in response.aiter_stream():  # as it comes: nothing is decoded
-                pass
+        try:
+            async with pool, pool.stream("POST", target.url, headers=headers, content=message.body) as response:
+                attempt.status = response.status  # which counts, whatever becomes of the rest
+                async for _ in response.aiter_stream():  # as it comes: nothing is decoded
+                    pass
+        finally:
+            await network.aclose()
 
     def _message(self, job_id: str) -> Optional[WebhookMessage]:
         """What is to be sent. None if the job is gone, or its end was told meanwhile. Raises StoreError."""

@@ -411,6 +411,21 @@ def test_receivers_of_all_kinds(script, dice, teller, open_receiver):
             assert answer.size < 20 << 20, f"{name}: what the systems have in between, and not what 3 s can bring"
 
 
+def test_no_connection_outlives_its_try(script, dice, teller):
+    """Where nobody answers the first message of TLS, nor any other."""
+    set_constants(script, TRY_SECONDS=0.5)
+    ours = teller()
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(9)
+        for scheme in ("https", "http"):
+            ours.until_tried(ours.end(dice, f"{scheme}://127.0.0.1:{listener.getsockname()[1]}/"))
+            with listener.accept()[0] as connection:
+                connection.settimeout(20)
+                while connection.recv(9999):
+                    pass
+
+
 def test_a_thousand_dead_receivers_slow_nobody(script, dice, teller, open_receiver, caplog):
     ours, good, new = teller(), open_receiver(), open_receiver()
     ours.until_tried(ours.end(dice, good.url))
