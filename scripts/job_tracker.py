@@ -1121,6 +1121,7 @@ def webhook_from_record(record: Any) -> Optional[Webhook]:
     except (TypeError, ValueError):
         return None
     is_valid = isinstance(webhook.delivered, bool) and type(webhook.attempts) is int and webhook.attempts >= 0
+    is_valid = is_valid and not (webhook.delivered and webhook.due is not None)  # it would be told for ever
     return webhook if is_valid and all(time is None or is_time(time) for time in webhook[3:]) else None
 
 
@@ -1159,6 +1160,8 @@ def job_from_record(record: Any) -> Job:
             raise ValueError("ip, error, owner, key, digest, retry_of, label or server is no text")
     if job.retry_of is not None and not ID_FORM.match(job.retry_of):
         raise ValueError("retry_of is no job ID")
+    if job.webhook is not None and not job.ended:  # nothing can have been told yet
+        job = job._replace(webhook=Webhook(job.webhook.url))
     return job._replace(parked=job.parked and job.status == PENDING)
 
 
