@@ -1121,6 +1121,7 @@ def webhook_from_record(record: Any) -> Optional[Webhook]:
     except (TypeError, ValueError):
         return None
     is_valid = isinstance(webhook.delivered, bool) and type(webhook.attempts) is int and webhook.attempts >= 0
+    is_valid = is_valid and not (webhook.delivered and webhook.due is not None)  # it would be told for ever
     return webhook if is_valid and all(time is None or is_time(time) for time in webhook[3:]) else None
 
 
@@ -1159,6 +1160,8 @@ def job_from_record(record: Any) -> Job:
             raise ValueError("ip, error, owner, key, digest, retry_of, label or server is no text")
     if job.retry_of is not None and not ID_FORM.match(job.retry_of):
         raise ValueError("retry_of is no job ID")
+    if job.webhook is not None and not job.ended:  # nothing can have been told yet
+        job = job._replace(webhook=Webhook(job.webhook.url))
     return job._replace(parked=job.parked and job.status == PENDING)
 
 
@@ -5479,17 +5482,34 @@ class Target(NamedTuple):
     scheme: str
     host: str  # a name, or an IP address without brackets
     port: int
+    path: str  # with the query
+
+    PORTS = {"http": 80, "https": 443}
 
     @classmethod
     def parse(cls, url: str) -> "Target":
         parts = urlsplit(url)
-        port = parts.port or {"http": 80, "https": 443}[parts.scheme]
-        return cls(parts.scheme, parts.hostname or "", port)
+        path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        return cls(parts.scheme, parts.hostname or "", parts.port or cls.PORTS[parts.scheme], path)
+
+    @property
+    def _host_in_url(self) -> str:
+        return f"[{self.host}]" if ":" in self.host else self.host
 
     @property
     def receiver(self) -> str:
         """Who is behind it, for the log, too: the rest of a URL may be a secret."""
-        return f"{self.scheme}://{f'[{self.host}]' if ':' in self.host else self.host}:{self.port}"
+        return f"{self.scheme}://{self._host_in_url}:{self.port}"
+
+    @property
+    def authority(self) -> str:
+        """What the header `Host` says. httpcore leaves out the brackets of an IPv6 address."""
+        return self._host_in_url if self.port == self.PORTS[self.scheme] else f"{self._host_in_url}:{self.port}"
+
+    @property
+    def url(self) -> httpcore.URL:
+        """For httpcore, which would leave out what follows a semicolon."""
+        return httpcore.URL(scheme=self.scheme, host=self.host, port=self.port, target=self.path)
 
     @property
     def is_literal(self) -> bool:
@@ -5531,6 +5551,7 @@ class PinnedNetwork:
         self._addresses = addresses
         self._seconds = seconds
         self._limit = limit
+        self._streams: List[LimitedStream] = []
         # httpcore below 0.17 has it by another name.
         make = getattr(httpcore, "AnyIOBackend", None)
         self._network = make() if make else importlib.import_module("httpcore.backends.asyncio").AsyncIOBackend()
@@ -5540,10 +5561,18 @@ class PinnedNetwork:
         failure: Exception = httpcore.ConnectError("it has no address")
         for address in self._addresses:
             try:
-                return LimitedStream(await self._network.connect_tcp(address, port, **options), self._limit)
+                stream = LimitedStream(await self._network.connect_tcp(address, port, **options), self._limit)
             except (httpcore.ConnectError, httpcore.ConnectTimeout) as error:
                 failure = error
+            else:
+                self._streams.append(stream)
+                return stream
         raise failure
+
+    async def aclose(self) -> None:
+        """Closes all connections. httpcore leaves one open if its task is cancelled while TLS is being negotiated."""
+        for stream in self._streams:
+            await stream.aclose()
 
 
 class WebhookMessage(NamedTuple):
@@ -5935,11 +5964,15 @@ class Webhooks:
         context = await self._tls_context() if target.scheme == "https" else None
         network = PinnedNetwork(addresses, self.TRY_SECONDS / len(addresses), self.ANSWER_LIMIT)
         headers = message.headers(self.tracker.settings.webhook_secret, int(time.time()))
+        headers = {"host": target.authority, **headers}
         pool = httpcore.AsyncConnectionPool(ssl_context=context, network_backend=network)
-        async with pool, pool.stream("POST", message.url, headers=headers, content=message.body) as response:
-            attempt.status = response.status  # which counts, whatever becomes of the rest
-            async for _ in response.aiter_stream():  # as it comes: nothing is decoded
-                pass
+        try:
+            async with pool, pool.stream("POST", target.url, headers=headers, content=message.body) as response:
+                attempt.status = response.status  # which counts, whatever becomes of the rest
+                async for _ in response.aiter_stream():  # as it comes: nothing is decoded
+                    pass
+        finally:
+            await network.aclose()
 
     def _message(self, job_id: str) -> Optional[WebhookMessage]:
         """What is to be sent. None if the job is gone, or its end was told meanwhile. Raises StoreError."""

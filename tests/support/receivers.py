@@ -58,6 +58,7 @@ class Receiver:
 
         class Server(http.server.ThreadingHTTPServer):
             request_queue_size = 100
+            address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
 
             def handle_error(self, *_: Any) -> None:
                 pass  # a client that has left
@@ -66,7 +67,8 @@ class Receiver:
         if tls is not None:
             self.server.socket = tls.wrap_socket(self.server.socket, server_side=True)
         self.port = self.server.server_address[1]
-        self.url = f"http{'s' if tls else ''}://{host}:{self.port}/hook"
+        self.name = f"[{host}]:{self.port}" if ":" in host else f"{host}:{self.port}"
+        self.url = f"http{'s' if tls else ''}://{self.name}/hook"
         threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
 
     def _answer(self, handler: http.server.BaseHTTPRequestHandler) -> None:

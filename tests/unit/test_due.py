@@ -115,6 +115,7 @@ def test_a_record_that_is_no_webhook(script, opened, path, dice):
         (b'"due":1736711999.0', b'"due":1e300'),
         (b'"attempts":0', b'"attempts":-1'),
         (b'"delivered":false', b'"delivered":0'),
+        (b'"delivered":false', b'"delivered":true'),  # and due
         (b"https:", b"file:"),
         (b'"url"', b'"link"'),
     ]:
@@ -124,6 +125,19 @@ def test_a_record_that_is_no_webhook(script, opened, path, dice):
         assert within(20, store.get, good.id) == good._replace(webhook=None), new
         assert (due(store), store.next_webhook()) == ([], None)
         store.close()
+
+
+@pytest.mark.parametrize("status", ["Pending", "Processing"])
+def test_what_has_not_ended_is_not_due(script, opened, path, dice, status):
+    """Whatever its record says."""
+    changes = {"status": status, "owner": "12345678"}
+    job, told = (ended(script, dice, due)._replace(**changes) for due in (NOW - 1, None))
+    told = told._replace(webhook=told.webhook._replace(delivered=True, attempts=3))
+    records = [b'"%s":%s' % (one.id.encode(), script.record_of(one)) for one in (job, told)]
+    path.write_bytes(b"{\n" + b",\n".join(records) + b"\n}\n")
+    store = opened()
+    assert [within(20, store.get, one.id).webhook for one in (job, told)] == [script.Webhook(URL)] * 2
+    assert (due(store), store.next_webhook()) == ([], None)
 
 
 def test_the_oldest_that_waits(script, opened, dice):

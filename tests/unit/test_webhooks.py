@@ -103,6 +103,15 @@ def test_without_a_secret_there_is_no_signature(dice, teller, open_receiver):
     assert "webhook-signature" not in got.headers
 
 
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_a_url_is_called_as_it_is_written(dice, teller, open_receiver, host):
+    receiver = open_receiver(host=host)
+    teller().end(dice, receiver.url + "/a;v=1//%2e%2e/b;id=7?x=1;2")
+    (got,) = receiver.wait()
+    assert got.path == "/hook/a;v=1//%2e%2e/b;id=7?x=1;2"
+    assert got.headers["host"] == receiver.name
+
+
 def test_it_leaves_within_moments(dice, teller, open_receiver):
     receiver, ours = open_receiver(), teller()
     on_disk: Dict[str, float] = {}
@@ -400,6 +409,21 @@ def test_receivers_of_all_kinds(script, dice, teller, open_receiver):
     for name, ((answer, *_), _) in kinds.items():
         if isinstance(answer, WithoutEnd):
             assert answer.size < 20 << 20, f"{name}: what the systems have in between, and not what 3 s can bring"
+
+
+def test_no_connection_outlives_its_try(script, dice, teller):
+    """Where nobody answers the first message of TLS, nor any other."""
+    set_constants(script, TRY_SECONDS=0.5)
+    ours = teller()
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(9)
+        for scheme in ("https", "http"):
+            ours.until_tried(ours.end(dice, f"{scheme}://127.0.0.1:{listener.getsockname()[1]}/"))
+            with listener.accept()[0] as connection:
+                connection.settimeout(20)
+                while connection.recv(9999):
+                    pass
 
 
 def test_a_thousand_dead_receivers_slow_nobody(script, dice, teller, open_receiver, caplog):
