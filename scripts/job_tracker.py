@@ -5939,7 +5939,7 @@ class Webhooks:
                 if job.webhook.due is not None:
                     self._find_at = min(self._find_at, job.webhook.due)
                 elif not job.webhook.delivered:
-                    log.warning("The webhook of job %s is given up after %d tries", job.id, job.webhook.attempts)
+                    log.warning("The webhook of job %s is given up after attempt %d", job.id, job.webhook.attempts)
             self._known.difference_update(outcomes)
             self._told.set()
 

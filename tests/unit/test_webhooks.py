@@ -177,7 +177,7 @@ def test_again_until_it_is_given_up(script, dice, teller, open_receiver, caplog)
     name = receiver.url.replace("/hook", "")
     assert caplog.messages == [
         f"A webhook to {name} failed, and later ones may, too: it answered 500",
-        f"The webhook of job {job_id} is given up after 3 tries",
+        f"The webhook of job {job_id} is given up after attempt 3",
     ]
 
 
