@@ -5700,7 +5700,7 @@ class Webhooks:
         self._outcomes: Dict[str, Attempt] = {}  # that wait to be written, by job
         self._recording: Optional["asyncio.Task[None]"] = None
         self._tls: Optional[Future] = None
-        self._find_at = -math.inf  # Unix seconds
+        self._find_at = -math.inf  # by the loop's clock, which nobody sets
         self._found_to = -1.0  # due times up to which the last look went, if it did not go to the end
         self._trouble = ""
         helper = threading.Thread(target=lambda: asyncio.run(self._run()), name="job-tracker-webhooks", daemon=True)
@@ -5749,11 +5749,11 @@ class Webhooks:
         self._loop, self._told = asyncio.get_running_loop(), asyncio.Event()
         self.tracker.on_ended = self._on_ended
         while not self.tracker.closing.is_set():
-            if time.time() >= self._find_at:
+            if self._loop.time() >= self._find_at:
                 self._find_at = math.inf
                 self._finding = self._loop.create_task(self._find_due())
             self._start_waiting()
-            pause = min(self._find_at - time.time(), self.CLOSE_EVERY)
+            pause = min(self._find_at - self._loop.time(), self.CLOSE_EVERY)
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._told.wait(), pause)
             self._told.clear()
@@ -5811,7 +5811,7 @@ class Webhooks:
             if trouble != self._trouble and not self.tracker.closing.is_set():
                 log.error("Webhooks that are due cannot be found now: %s", trouble)
             self._trouble = trouble
-        self._find_at = min(self._find_at, now + pause)
+        self._find_at = min(self._find_at, self._loop.time() + pause)
         self._told.set()
 
     # Whose turn it is
@@ -5937,7 +5937,7 @@ class Webhooks:
                 written = await asyncio.wrap_future(self._store_outcomes(outcomes))
             for job in written:
                 if job.webhook.due is not None:
-                    self._find_at = min(self._find_at, job.webhook.due)
+                    self._find_at = min(self._find_at, self._loop.time() + job.webhook.due - time.time())
                 elif not job.webhook.delivered:
                     log.warning("The webhook of job %s is given up after attempt %d", job.id, job.webhook.attempts)
             self._known.difference_update(outcomes)

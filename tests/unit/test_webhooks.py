@@ -154,6 +154,22 @@ def test_what_ends_it(script, dice, status, is_last):
     assert not attempt.outcome(job).webhook.delivered
 
 
+def test_what_is_due_is_found_when_the_clock_was_set_back(script, dice, teller, open_receiver):
+    class SetBack:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(time, name)
+
+        def time(self) -> float:
+            return time.time() - 3600
+
+    receiver, ours = open_receiver(), teller()
+    ours.until_tried(ours.end(dice, receiver.url))
+    script.time = SetBack()
+    job = script.ended_job(a_job(script, dice, webhook=script.Webhook(receiver.url)), "Failed")
+    ours.tracker.store.put(job._replace(error="no"), new=True).result(20)
+    receiver.wait(2)
+
+
 def test_a_late_loser_changes_nothing(script, dice):
     """Another process has tried meanwhile."""
     url = "http://example.org/"
