@@ -5512,11 +5512,14 @@ class Target(NamedTuple):
         return httpcore.URL(scheme=self.scheme, host=self.host, port=self.port, target=self.path)
 
     @property
-    def is_literal(self) -> bool:
-        """Whether it has an IP address and no name."""
+    def address(self) -> Optional[str]:
+        """The IP address that it has in the place of a name, in the form that Python and the system read alike.
+
+        Pythons before 3.8.12 and 3.9.5 take 0177.0.0.1 for 177.0.0.1, and systems for 127.0.0.1.
+        """
         with contextlib.suppress(ValueError):
-            return bool(ipaddress.ip_address(self.host))
-        return False
+            return str(ipaddress.ip_address(self.host))
+        return None
 
 
 class LimitedStream:
@@ -5955,8 +5958,8 @@ class Webhooks:
         if message is None:
             return
         target, is_allowed = Target.parse(message.url), self._address_rule(message.url)
-        addresses = [target.host]
-        if not target.is_literal:
+        addresses = [] if target.address is None else [target.address]
+        if not addresses:
             pool = self._lookups[attempt.receiver.state]
             addresses = await self.tracker.in_pool(addresses_of, target.host, target.port, pool=pool)
         # There is no other look-up: the addresses that were judged are those that are called.

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import ipaddress
 import os
 import socket
 import threading
 import time
+import types
 from typing import Any, Callable, Dict, Iterator, List, Tuple
 
 import pytest
@@ -371,6 +373,20 @@ def test_the_address_that_was_judged_is_called(script, dice, teller, open_receiv
     assert [got.headers["host"] for got in good.got] == [f"evil.example:{good.port}"]
     assert names.asked == ["evil.example"] * 2, "one look at each try"
     assert evil.got == []
+
+
+def test_an_address_that_python_reads_in_another_way_than_the_system(script, dice, teller, open_receiver):
+    """As Python 3.8.10 does."""
+
+    def ip_address(text: str) -> Any:
+        return ipaddress.ip_address(".".join(str(int(part)) for part in text.split(".")))
+
+    script.ipaddress = types.SimpleNamespace(**{**vars(ipaddress), "ip_address": ip_address})
+    judged = open_receiver(host="127.0.0.10")
+    other = open_receiver(host="127.0.0.8", port=judged.port)
+    job_id = teller().end(dice, f"http://127.0.0.010:{judged.port}/")
+    judged.wait()
+    assert job_id in judged.got[0].id and other.got == []
 
 
 def test_of_several_addresses_one_that_can_be_reached(script, dice, teller, open_receiver, monkeypatch):
