@@ -7829,7 +7829,7 @@ def nullable(description: str) -> Any:
 
 
 class WebhookState(BaseModel):
-    """Whom a job's end is told, and how that stands."""
+    """Where a job's end is sent, and how that stands."""
 
     url: str
     delivered: bool
@@ -7854,7 +7854,7 @@ class JobSummary(BaseModel):
     retry_of: Optional[str] = nullable("the Failed job that this one repeats")
     label: Optional[str] = nullable("the header X-Job-Label of the request")
     server: Optional[str] = nullable("the webui that generates it, or did; null while the job waits on disk")
-    webhook: Optional[WebhookState] = nullable("whom the job's end is told, if anybody")
+    webhook: Optional[WebhookState] = nullable("where the job's end is sent, if anywhere")
     parameters: Optional[Dict[str, Any]] = nullable(
         "as the webui answered. Except in a job with its images, with a note in the place of each text of more than "
         "1,000 characters, and of lists and objects that are too much, so that it has some 64 kB at most. null until "
@@ -7967,9 +7967,9 @@ CANCELLED_EXAMPLE = {**COMPLETED_EXAMPLE, **UNFINISHED, "status": FAILED, "finis
 # The answers of each route, besides those that fastapi finds by itself
 ANY_ROUTE_DOCS = {
     401: problem("Missing or wrong credentials"),
-    404: problem("There is no such job", "Job not found"),
     503: problem("The jobs cannot be read from disk or changed there"),
 }
+ONE_JOB_DOCS = {404: problem("There is no such job", "Job not found")}
 CONFLICT_DOCS = {409: problem("The job's status does not allow this", "The job is Completed")}
 FOREIGN_DOCS = {
     403: problem(
@@ -8050,6 +8050,7 @@ IMAGE_DOCS = {
         },
     },
     304: {"description": "If-None-Match names the image that the client has"},
+    404: problem("There is no such job, or no such image of it", "The job has no such image"),
 }
 
 PREVIEW_DOCS = {
@@ -8062,6 +8063,7 @@ PREVIEW_DOCS = {
         "headers": {"ETag": text_header("for If-None-Match"), "Cache-Control": text_header("no-store")},
     },
     304: {"description": "If-None-Match names the picture that the client has: there is no newer one"},
+    404: problem("There is no such job, or no preview of it now", "Job not found"),
 }
 EVENTS_EXAMPLE = (
     b"".join(
@@ -8089,8 +8091,8 @@ PREFER_TEXT = (
     "with 202"
 )
 KEY_TEXT = "As a UUID. The same key, user, path and body is one generation, however often it is sent"
-LABEL_TEXT = "A word of yours for the job, as of the album that it is for. Lists can be filtered by it"
-WEBHOOK_TEXT = "The URL that the job's end is sent to, by POST, as Standard Webhooks has it"
+LABEL_TEXT = "Your own word for the job, such as the name of an album. Lists can be filtered by it"
+WEBHOOK_TEXT = "The URL to which the job's end is sent, by POST, as Standard Webhooks has it"
 GENERATION_DOCS = {
     # Without examples: Swagger UI would send them, and so one key for all that is tried under /docs.
     "parameters": [
@@ -8179,7 +8181,8 @@ class Api:
         """Registers the routes through the host's own `add_api_route`, which guards them as it guards its own."""
 
         def add(method: str, path: str, function: Callable[..., Any], docs: Dict[int, Any], **more: Any) -> None:
-            responses = {**ANY_ROUTE_DOCS, **docs, **(FOREIGN_DOCS if method in CHANGING else {})}
+            any_job = {**ANY_ROUTE_DOCS, **(ONE_JOB_DOCS if "{id}" in path else {})}
+            responses = {**any_job, **docs, **(FOREIGN_DOCS if method in CHANGING else {})}
             add_route(path, function, methods=[method], tags=["Job Tracker"], responses=responses, **more)
 
         job, jobs = "/sdapi/v1/job/{id}", "/sdapi/v1/jobs"
