@@ -3403,7 +3403,7 @@ def brief_answer_of(rest: bytes, contents: Contents) -> Optional[bytes]:
 
 THUMBNAIL_SIDE = 128  # pixels, the longer one
 THUMBNAIL_QUALITY = 80  # with which even noise has less than 20 kB
-PIXEL_LIMIT = 64_000_000  # of an image of which a thumbnail is made: 4 bytes of memory each, for a while
+PIXEL_LIMIT = 64_000_000  # of an image of which a thumbnail is made: 4 to 16 bytes of memory each, for a while
 
 
 def thumbnail_of(file: BinaryIO, ending: str) -> bytes:
@@ -9597,7 +9597,8 @@ TAB_STYLE = with_names("""
 #$tab header b { font-family: var(--font-mono); }
 #$tab header button { margin-left: auto; }
 #$tab header progress { width: 80px; margin: 2px 0 0; }
-#$tab .$actions { display: flex; gap: 8px; margin: 0 0 14px; }
+#$tab .$actions { display: flex; gap: 8px; margin: 2px 0 14px; }
+#$tab aside .$note { max-height: 240px; overflow: auto; }
 #$tab .$gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(160px, 1fr)); gap: 12px; }
 #$tab :is(.$gallery:not(:empty), dl, details) { margin: 0 0 14px !important; }
 #$tab figure:only-child { grid-column: 1 / -1; }
@@ -9645,7 +9646,7 @@ TAB_STYLE = with_names("""
     #$tab thead { display: none; }
     #$tab tbody tr:first-child { border: 0; }
     #$tab td progress { margin: 3px 0 0; }
-    #$tab tbody tr { display: grid; grid-template-columns: auto 1fr auto; padding: 8px 10px; }
+    #$tab tbody tr { position: relative; display: grid; grid-template-columns: auto 1fr auto; padding: 8px 10px; }
     #$tab :is(td.$prompt, td.$status, td.$time, td.$label) { display: block; width: auto; padding: 1px 0; }
     #$tab td.$thumbnail { grid-area: 1 / 1 / 3 / 2; display: block; width: 48px; height: 40px; padding: 0; }
     #$tab td.$prompt { grid-area: 1 / 2 / 2 / 4; }
@@ -9653,7 +9654,10 @@ TAB_STYLE = with_names("""
     #$tab td.$status { grid-column: 3; padding-left: 8px; }
     #$tab td.$label { grid-column: 2 / 4; }
     #$tab td.$label:empty { display: none; }
-    #$tab :is(.$id, .$images, .$seconds):is(th, td) { display: none; }
+    #$tab :is(.$images, .$seconds):is(th, td) { display: none; }
+    /* Unseen, but its button is how the keyboard and screen readers come to a row. */
+    #$tab td.$id { position: absolute; width: 1px; height: 1px; padding: 0; clip-path: inset(50%); }
+    #$tab tbody tr:has(:focus-visible) { outline: 2px solid var(--color-accent); outline-offset: -2px; }
     #$tab nav { flex-wrap: wrap; }
     #$tab nav span { flex: 1 0 100%; order: -1; }
 }
