@@ -3403,7 +3403,7 @@ def brief_answer_of(rest: bytes, contents: Contents) -> Optional[bytes]:
 
 THUMBNAIL_SIDE = 128  # pixels, the longer one
 THUMBNAIL_QUALITY = 80  # with which even noise has less than 20 kB
-PIXEL_LIMIT = 64_000_000  # of an image of which a thumbnail is made: 4 bytes of memory each, for a while
+PIXEL_LIMIT = 64_000_000  # of an image of which a thumbnail is made: 4 to 16 bytes of memory each, for a while
 
 
 def thumbnail_of(file: BinaryIO, ending: str) -> bytes:
@@ -7832,7 +7832,7 @@ def nullable(description: str) -> Any:
 
 
 class WebhookState(BaseModel):
-    """Whom a job's end is told, and how that stands."""
+    """Where a job's end is sent, and how that stands."""
 
     url: str
     delivered: bool
@@ -7857,7 +7857,7 @@ class JobSummary(BaseModel):
     retry_of: Optional[str] = nullable("the Failed job that this one repeats")
     label: Optional[str] = nullable("the header X-Job-Label of the request")
     server: Optional[str] = nullable("the webui that generates it, or did; null while the job waits on disk")
-    webhook: Optional[WebhookState] = nullable("whom the job's end is told, if anybody")
+    webhook: Optional[WebhookState] = nullable("where the job's end is sent, if anywhere")
     parameters: Optional[Dict[str, Any]] = nullable(
         "as the webui answered. Except in a job with its images, with a note in the place of each text of more than "
         "1,000 characters, and of lists and objects that are too much, so that it has some 64 kB at most. null until "
@@ -7970,9 +7970,9 @@ CANCELLED_EXAMPLE = {**COMPLETED_EXAMPLE, **UNFINISHED, "status": FAILED, "finis
 # The answers of each route, besides those that fastapi finds by itself
 ANY_ROUTE_DOCS = {
     401: problem("Missing or wrong credentials"),
-    404: problem("There is no such job", "Job not found"),
     503: problem("The jobs cannot be read from disk or changed there"),
 }
+ONE_JOB_DOCS = {404: problem("There is no such job", "Job not found")}
 CONFLICT_DOCS = {409: problem("The job's status does not allow this", "The job is Completed")}
 FOREIGN_DOCS = {
     403: problem(
@@ -8053,6 +8053,7 @@ IMAGE_DOCS = {
         },
     },
     304: {"description": "If-None-Match names the image that the client has"},
+    404: problem("There is no such job, or no such image of it", "The job has no such image"),
 }
 
 PREVIEW_DOCS = {
@@ -8065,6 +8066,7 @@ PREVIEW_DOCS = {
         "headers": {"ETag": text_header("for If-None-Match"), "Cache-Control": text_header("no-store")},
     },
     304: {"description": "If-None-Match names the picture that the client has: there is no newer one"},
+    404: problem("There is no such job, or no preview of it now", "Job not found"),
 }
 EVENTS_EXAMPLE = (
     b"".join(
@@ -8092,8 +8094,8 @@ PREFER_TEXT = (
     "with 202"
 )
 KEY_TEXT = "As a UUID. The same key, user, path and body is one generation, however often it is sent"
-LABEL_TEXT = "A word of yours for the job, as of the album that it is for. Lists can be filtered by it"
-WEBHOOK_TEXT = "The URL that the job's end is sent to, by POST, as Standard Webhooks has it"
+LABEL_TEXT = "Your own word for the job, such as the name of an album. Lists can be filtered by it"
+WEBHOOK_TEXT = "The URL to which the job's end is sent, by POST, as Standard Webhooks has it"
 GENERATION_DOCS = {
     # Without examples: Swagger UI would send them, and so one key for all that is tried under /docs.
     "parameters": [
@@ -8182,7 +8184,8 @@ class Api:
         """Registers the routes through the host's own `add_api_route`, which guards them as it guards its own."""
 
         def add(method: str, path: str, function: Callable[..., Any], docs: Dict[int, Any], **more: Any) -> None:
-            responses = {**ANY_ROUTE_DOCS, **docs, **(FOREIGN_DOCS if method in CHANGING else {})}
+            any_job = {**ANY_ROUTE_DOCS, **(ONE_JOB_DOCS if "{id}" in path else {})}
+            responses = {**any_job, **docs, **(FOREIGN_DOCS if method in CHANGING else {})}
             add_route(path, function, methods=[method], tags=["Job Tracker"], responses=responses, **more)
 
         job, jobs = "/sdapi/v1/job/{id}", "/sdapi/v1/jobs"
@@ -9597,7 +9600,8 @@ TAB_STYLE = with_names("""
 #$tab header b { font-family: var(--font-mono); }
 #$tab header button { margin-left: auto; }
 #$tab header progress { width: 80px; margin: 2px 0 0; }
-#$tab .$actions { display: flex; gap: 8px; margin: 0 0 14px; }
+#$tab .$actions { display: flex; gap: 8px; margin: 2px 0 14px; }
+#$tab aside .$note { max-height: 240px; overflow: auto; }
 #$tab .$gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(160px, 1fr)); gap: 12px; }
 #$tab :is(.$gallery:not(:empty), dl, details) { margin: 0 0 14px !important; }
 #$tab figure:only-child { grid-column: 1 / -1; }
@@ -9645,7 +9649,7 @@ TAB_STYLE = with_names("""
     #$tab thead { display: none; }
     #$tab tbody tr:first-child { border: 0; }
     #$tab td progress { margin: 3px 0 0; }
-    #$tab tbody tr { display: grid; grid-template-columns: auto 1fr auto; padding: 8px 10px; }
+    #$tab tbody tr { position: relative; display: grid; grid-template-columns: auto 1fr auto; padding: 8px 10px; }
     #$tab :is(td.$prompt, td.$status, td.$time, td.$label) { display: block; width: auto; padding: 1px 0; }
     #$tab td.$thumbnail { grid-area: 1 / 1 / 3 / 2; display: block; width: 48px; height: 40px; padding: 0; }
     #$tab td.$prompt { grid-area: 1 / 2 / 2 / 4; }
@@ -9653,7 +9657,10 @@ TAB_STYLE = with_names("""
     #$tab td.$status { grid-column: 3; padding-left: 8px; }
     #$tab td.$label { grid-column: 2 / 4; }
     #$tab td.$label:empty { display: none; }
-    #$tab :is(.$id, .$images, .$seconds):is(th, td) { display: none; }
+    #$tab :is(.$images, .$seconds):is(th, td) { display: none; }
+    /* Unseen, but its button is how the keyboard and screen readers come to a row. */
+    #$tab td.$id { position: absolute; width: 1px; height: 1px; padding: 0; clip-path: inset(50%); }
+    #$tab tbody tr:has(:focus-visible) { outline: 2px solid var(--color-accent); outline-offset: -2px; }
     #$tab nav { flex-wrap: wrap; }
     #$tab nav span { flex: 1 0 100%; order: -1; }
 }

@@ -7,7 +7,7 @@ from typing import Any, List
 import pytest
 
 import browser
-from browser import MAIN, OPEN_JOB, PHONE, WIDE, Page
+from browser import MAIN, OPEN_JOB, PHONE, WIDE, Keys, Page
 from harness import Webui, body, submit
 
 pytestmark = browser.NEEDED
@@ -119,7 +119,7 @@ CELLS = """
 return [...document.querySelectorAll(arguments[0])].map((row) => [...row.cells].map((cell) => {
     const {left, top, right, bottom} = cell.getBoundingClientRect();
     return {left, top, right, bottom, name: cell.className};
-}).filter(({left, right}) => right > left));
+}).filter(({left, right}) => right > left + 1));
 """
 
 
@@ -136,6 +136,9 @@ def test_rows_on_a_phone(webui, driver):
         assert webui.client.post("/sdapi/v1/txt2img", json=body("b" * 300), headers=headers).status_code == 200
         page.until(lambda: len(page.rows()) == 3 and widths(page) == [64, 64], "all rows are there")
         rows += page.run(CELLS, f"{MAIN} tbody tr")
+        page.run(f"document.querySelector('{MAIN} tbody tr:last-child button').focus()")
+        driver.switch_to.active_element.send_keys(Keys.ENTER)
+        page.until(lambda: page.seen(OPEN_JOB), "the keyboard opens a row, too")
     finally:
         page.resize(*WIDE)
     plain = ["time", "status", "prompt"]
