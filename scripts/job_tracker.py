@@ -998,6 +998,7 @@ class Webhook(NamedTuple):
     attempts: int = 0  # that have come to an end
     since: Optional[float] = None  # Unix seconds, when the job's end became known
     due: Optional[float] = None  # Unix seconds, from which on any process may try; None: not yet, or never again
+    is_operators: bool = False  # the URL is that of TRACKER_WEBHOOK_URL, and follows it
 
 
 class Job(NamedTuple):
@@ -1120,9 +1121,10 @@ def webhook_from_record(record: Any) -> Optional[Webhook]:
         parse_webhook_url(webhook.url)
     except (TypeError, ValueError):
         return None
-    is_valid = isinstance(webhook.delivered, bool) and type(webhook.attempts) is int and webhook.attempts >= 0
+    is_valid = all(isinstance(flag, bool) for flag in (webhook.delivered, webhook.is_operators))
+    is_valid = is_valid and type(webhook.attempts) is int and webhook.attempts >= 0
     is_valid = is_valid and not (webhook.delivered and webhook.due is not None)  # it would be told for ever
-    return webhook if is_valid and all(time is None or is_time(time) for time in webhook[3:]) else None
+    return webhook if is_valid and all(time is None or is_time(time) for time in (webhook.since, webhook.due)) else None
 
 
 def job_from_record(record: Any) -> Job:
@@ -1161,7 +1163,7 @@ def job_from_record(record: Any) -> Job:
     if job.retry_of is not None and not ID_FORM.match(job.retry_of):
         raise ValueError("retry_of is no job ID")
     if job.webhook is not None and not job.ended:  # nothing can have been told yet
-        job = job._replace(webhook=Webhook(job.webhook.url))
+        job = job._replace(webhook=Webhook(job.webhook.url, is_operators=job.webhook.is_operators))
     return job._replace(parked=job.parked and job.status == PENDING)
 
 
@@ -4432,8 +4434,9 @@ class Tracker:
         self.closing = threading.Event()  # set when the webui unloads its scripts
         self.stopping = threading.Event()  # set when no parked job is to begin here any more
         self.listener: Any = None  # asyncio's server, by which requests come, if that can be told
-        self._drained = threading.Event()  # set when nothing runs here any more after that
+        self.drained = threading.Event()  # set when nothing runs here any more after that
         self.helpers: List[threading.Thread] = []  # which use the stores, and end soon after `closing`
+        self.late_helpers: List[threading.Thread] = []  # the same after `drained`
         self._storing = threading.Lock()  # around this lock: jobs go to the store in the order of their changes
         self._lock = threading.Lock()  # held for a moment, never while the store is asked: the event loop takes it
         self._live: Dict[str, LiveJob] = {}  # in order of acceptance
@@ -4460,8 +4463,9 @@ class Tracker:
         self._reservations: Dict[str, KeyReservation] = {}  # by idempotency key
         self._hung: Optional[Future] = None  # the last work for a request that took too long
         self.recover()  # before anything else, so that nobody sees a job that was left behind
-        self._follower = threading.Thread(target=self._follow, name="job-tracker-follow", daemon=True)
-        self._follower.start()
+        follower = threading.Thread(target=self._follow, name="job-tracker-follow", daemon=True)
+        self.late_helpers.append(follower)
+        follower.start()
 
     def announce(self, server: str) -> None:
         """Says what this webui is called among those that share the jobs. Waits for nothing."""
@@ -4885,8 +4889,13 @@ class Tracker:
 
     def webhook_for(self, url: Optional[str]) -> Optional[Webhook]:
         """The webhook of a new job, whose request names a URL or none."""
-        url = url or self.settings.webhook_url
-        return Webhook(url) if url else None
+        if url:
+            return Webhook(url)
+        return Webhook(self.settings.webhook_url, is_operators=True) if self.settings.webhook_url else None
+
+    def webhook_url(self, webhook: Webhook) -> str:
+        """Where a webhook goes now: the operator's may have moved since its job was accepted."""
+        return (webhook.is_operators and self.settings.webhook_url) or webhook.url
 
     def retry(self, job_id: str) -> Optional[Job]:
         """Parks a new job with the request of a Failed one, and returns it. None if there is no such job.
@@ -4914,7 +4923,7 @@ class Tracker:
             parked=True,
             retry_of=job.id,
             label=job.label,
-            webhook=self.webhook_for(job.webhook and job.webhook.url),
+            webhook=self.webhook_for(job.webhook.url if job.webhook and not job.webhook.is_operators else None),
         )
         self.admit()
         try:
@@ -4932,7 +4941,7 @@ class Tracker:
         """Notices what other webuis on the folder do: they park and end jobs, and ask for the end of ours."""
         unsure: Set[str] = set()  # whose end could not be looked up
         unheard: Set[str] = set()  # to be cancelled, but not here, unless they have begun only now
-        while not self._drained.wait(self.FOLLOW_EVERY):
+        while not self.drained.wait(self.FOLLOW_EVERY):
             changed = self.store.follow()
             with self._lock:
                 live, waiting = dict(self._live), set(self._waiting).difference(self._live)
@@ -5429,8 +5438,9 @@ class Tracker:
             self.bulk.shutdown()
             while self._starting or self._live or self.sending:  # in this order: what starts comes to live
                 time.sleep(0.2)
-            self._drained.set()
-            self._follower.join()
+            self.drained.set()
+            for helper in self.late_helpers:
+                helper.join()
             self.store.close()
             looking, storing = (self.pool, self.searchers, self.key_readers), (self.storers, self.keepers)
             for pool in (*looking, *storing, self.senders, self.previewers, self.painters):
@@ -5582,6 +5592,7 @@ class WebhookMessage(NamedTuple):
     """What a job's webhook says. The ID is the same at each try, so that a receiver knows what it has already."""
 
     url: str
+    is_operators: bool  # who may have it go to any address
     id: str
     body: bytes
 
@@ -5683,7 +5694,7 @@ class Webhooks:
     FOUND_AT_ONCE = 1_000  # jobs
     FIND_EVERY = 30.0  # seconds between two looks for what is due while nothing is
     FIND_AGAIN = 5.0  # the same while something is due
-    CLOSE_EVERY = 1.0  # seconds between two looks whether the webui unloads its scripts
+    CLOSE_EVERY = 0.5  # seconds between two looks whether nothing is left to be told after the scripts were unloaded
     CLOSE_SECONDS = 5.0  # that tries may take then
 
     def __init__(self, tracker: Tracker, rules: Callable[[], Tuple[bool, bool]]):
@@ -5705,9 +5716,8 @@ class Webhooks:
         self._tls: Optional[Future] = None
         self._find_at = -math.inf  # by the loop's clock, which nobody sets
         self._found_to = -1.0  # due times up to which the last look went, if it did not go to the end
-        self._trouble = ""
         helper = threading.Thread(target=lambda: asyncio.run(self._run()), name="job-tracker-webhooks", daemon=True)
-        tracker.helpers.append(helper)
+        tracker.late_helpers.append(helper)
         helper.start()
 
     # For the host's threads
@@ -5718,7 +5728,7 @@ class Webhooks:
         Each try looks again.
         """
         target = Target.parse(parse_webhook_url(url))
-        is_allowed = self._address_rule(url)
+        is_allowed = self._address_rule()
         if is_allowed is is_any_address:
             return
         try:
@@ -5728,13 +5738,8 @@ class Webhooks:
             return
         self._allowed(addresses, is_allowed)
 
-    def _address_rule(self, url: str) -> Callable[[str], bool]:
-        """Says which addresses may be called for a URL. Raises ValueError if none may.
-
-        The operator's own URL is his to choose.
-        """
-        if url == self.tracker.settings.webhook_url:
-            return is_any_address
+    def _address_rule(self) -> Callable[[str], bool]:
+        """Says which addresses may be called for a client. Raises ValueError if none may."""
         are_allowed, only_global = self.rules()
         if not are_allowed:
             raise ValueError("this webui sends no requests to URLs of its clients")
@@ -5751,7 +5756,7 @@ class Webhooks:
     async def _run(self) -> None:
         self._loop, self._told = asyncio.get_running_loop(), asyncio.Event()
         self.tracker.on_ended = self._on_ended
-        while not self.tracker.closing.is_set():
+        while not self.tracker.drained.is_set():
             if self._loop.time() >= self._find_at:
                 self._find_at = math.inf
                 self._finding = self._loop.create_task(self._find_due())
@@ -5775,16 +5780,16 @@ class Webhooks:
         """Called from any thread, with a job whose end is on disk."""
         if job.webhook is not None and job.webhook.due is not None:
             with contextlib.suppress(RuntimeError):  # the loop is closed. Another process tells, or the next start
-                self._loop.call_soon_threadsafe(self._add, job.id, job.webhook.url, job.webhook.due)
+                self._loop.call_soon_threadsafe(self._add, job.id, job.webhook)
 
-    def _add(self, job_id: str, url: str, due: float) -> None:
+    def _add(self, job_id: str, webhook: Webhook) -> None:
         """Has a try wait. One for which there is no room is found again by its due time."""
-        receiver = self._receiver(Target.parse(url).receiver)
+        receiver = self._receiver(Target.parse(self.tracker.webhook_url(webhook)).receiver)
         limit = self.KNOWN_LIMIT if receiver.state == GOOD else self.KNOWN_LIMIT // 2
         has_room = len(self._known) < limit and len(receiver.waiting) < receiver.MOST_WAITING[receiver.state]
         if has_room and job_id not in self._known:
             self._known.add(job_id)
-            receiver.waiting.append(Attempt(job_id, receiver, due))
+            receiver.waiting.append(Attempt(job_id, receiver, webhook.due))
             self._waiting[receiver] = None
             self._told.set()
 
@@ -5802,18 +5807,17 @@ class Webhooks:
             find = functools.partial(store.due_webhooks, now, self.FOUND_AT_ONCE, self._found_to)
             jobs = await self.tracker.in_pool(find, pool=self._writers)
             for job in jobs:
-                self._add(job.id, job.webhook.url, job.webhook.due)
+                self._add(job.id, job.webhook)
             # One receiver that does not answer may have more than one look finds. The next look begins behind these.
             self._found_to = jobs[-1].webhook.due if len(jobs) == self.FOUND_AT_ONCE else -1.0
             next_due = await self.tracker.in_pool(store.next_webhook, pool=self._writers)
             if next_due is None or next_due > now:
                 pause = min(self.FIND_EVERY, math.inf if next_due is None else next_due - now)
-            self._trouble = ""
-        except Exception as error:
-            trouble = f"{type(error).__name__}: {details_of(error)}"
-            if trouble != self._trouble and not self.tracker.closing.is_set():
-                log.error("Webhooks that are due cannot be found now: %s", trouble)
-            self._trouble = trouble
+        except StoreError:  # it is logged, and asked again
+            pass
+        except Exception:  # a bug of ours
+            log.exception("Webhooks that are due cannot be found now")
+            pause = self.FIND_EVERY
         self._find_at = min(self._find_at, self._loop.time() + pause)
         self._told.set()
 
@@ -5957,7 +5961,8 @@ class Webhooks:
         message = await self.tracker.in_pool(self._message, attempt.job_id, pool=self._writers)
         if message is None:
             return
-        target, is_allowed = Target.parse(message.url), self._address_rule(message.url)
+        target = Target.parse(message.url)
+        is_allowed = is_any_address if message.is_operators else self._address_rule()
         addresses = [] if target.address is None else [target.address]
         if not addresses:
             pool = self._lookups[attempt.receiver.state]
@@ -5989,7 +5994,8 @@ class Webhooks:
         }
         data = b"".join(self.tracker.as_json(job, images=False))
         body = as_json(event)[:-1] + b',"data":' + data + b"}"
-        return WebhookMessage(job.webhook.url, f"msg_{job.id}_{job.timestamp}", body)
+        url = self.tracker.webhook_url(job.webhook)
+        return WebhookMessage(url, job.webhook.is_operators, f"msg_{job.id}_{job.timestamp}", body)
 
     async def _tls_context(self) -> ssl.SSLContext:
         """Made once, since it takes long: by httpx, which knows the usual authorities and SSL_CERT_FILE."""
