@@ -777,8 +777,8 @@ def test_links():
 
 def test_plain_text():
     assert README.isascii()
-    page = "http://127.0.0.1:8000"  # of the page that shows a job live
-    assert set(re.findall(r"https?://[\w.:-]+", README)) == {ADDRESS, page}
+    page, receiver = "http://127.0.0.1:8000", "http://127.0.0.1:9000"  # that shows a job live, and of webhooks
+    assert set(re.findall(r"https?://[\w.:-]+", README)) == {ADDRESS, page, receiver}
     text = re.sub(r"^```.*?^```$", "", README, flags=re.MULTILINE | re.DOTALL)
     too_long = [line for line in text.splitlines() if len(line) > 120 and not line.startswith(("|", "!["))]
     assert not too_long
