@@ -698,6 +698,7 @@ def parse_webhook_url(text: str) -> str:
     try:
         parts = urlsplit(text)
         is_url = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        (parts.hostname or "").encode("idna")  # raises ValueError for what cannot be the name of a host
     except ValueError:
         is_url = False
     if not is_url:

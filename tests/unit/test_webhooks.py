@@ -43,9 +43,9 @@ class Teller:
         self.webhooks = script.Webhooks(tracker, lambda: self.rules)
         until(lambda: tracker.on_ended.__name__ != "<lambda>")
 
-    def end(self, dice: Any, url: str) -> str:
+    def end(self, dice: Any, url: str, **more: Any) -> str:
         """Has a job end that is told to a URL, and gives its ID."""
-        job = a_job(self.script, dice, webhook=self.script.Webhook(url))
+        job = a_job(self.script, dice, webhook=self.script.Webhook(url, **more))
         generate(self.script, self.tracker, job)
         return job.id
 
@@ -330,16 +330,17 @@ def test_what_a_client_may_name(script, teller, monkeypatch):
     try:
         for host in ("in.example", "127.0.0.1", "[::1]", "[::ffff:127.0.0.1]", "0.0.0.0:7860"):
             assert refused(f"http://{host}/") == local, host
-        for host in ("out.example", "both.example", "no.example", "slow.example", "1.1.1.1", "a" * 64 + ".example"):
+        for host in ("out.example", "both.example", "no.example", "slow.example", "1.1.1.1"):
             assert refused(f"https://{host}:8443/") == "", host
-        assert refused(own) == ""
-        assert refused("ftp://out.example/") != ""
+        assert refused(own) == local, "a client may not, though the operator may"
+        for url in ("ftp://out.example/", f"http://{'a' * 64}.example/", "http://a..example/"):
+            assert "must be a URL that begins with" in refused(url), url
         ours.rules = FREE
         resolver.asked.clear()
         assert refused("http://in.example/") == "" and resolver.asked == []
         ours.rules = (False, False)
         assert refused("http://out.example/") == "this webui sends no requests to URLs of its clients"
-        assert refused(own) == "" and resolver.asked == []
+        assert refused(own) == "this webui sends no requests to URLs of its clients" and resolver.asked == []
     finally:
         held.set()
 
@@ -350,7 +351,7 @@ def test_the_rules_hold_at_each_try(script, dice, teller, open_receiver, caplog)
     ours = teller(GLOBAL_ONLY, TRACKER_WEBHOOK_URL=own.url)
     job_id = ours.end(dice, receiver.url)
     ours.until_tried(job_id)
-    ours.end(dice, own.url)
+    ours.end(dice, own.url, is_operators=True)
     own.wait()
     ours.rules = (False, False)
     ours.until_tried(job_id, 2)
@@ -358,6 +359,16 @@ def test_the_rules_hold_at_each_try(script, dice, teller, open_receiver, caplog)
     ours.rules = FREE
     receiver.wait()
     assert "local addresses" in caplog.messages[0]
+
+
+def test_the_operators_url_may_move(script, dice, teller, open_receiver):
+    """What waited for the old one, as over a restart, is told to the new."""
+    old, new = open_receiver(), open_receiver()
+    ours = teller(GLOBAL_ONLY, TRACKER_WEBHOOK_URL=new.url)
+    assert ours.tracker.webhook_for(None) == script.Webhook(new.url, is_operators=True)
+    job_id = ours.end(dice, old.url, is_operators=True)
+    assert job_id in new.wait()[0].id
+    assert ours.until_tried(job_id).delivered and old.got == []
 
 
 def test_the_address_that_was_judged_is_called(script, dice, teller, open_receiver, monkeypatch):
