@@ -154,7 +154,7 @@ def test_failure_over_tls(start, tmp_path, version):
     request = ["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost", "-days", "2"]
     subprocess.run([openssl, *request, "-keyout", key, "-out", certificate], check=True, stderr=subprocess.DEVNULL)
     webui = start(*QUICK, "--tls-keyfile", key, "--tls-certfile", certificate)
-    data = webui.raw(body(standin={"seconds": 5, "fail": "ValueError", "fail_after": 0.3}))
+    data = webui.raw(body(standin={"seconds": 5, "fail": "ValueError", "fail_after": 1}))
     plain = socket.create_connection(("127.0.0.1", webui.port), 30)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE

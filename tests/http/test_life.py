@@ -35,8 +35,9 @@ def hold_and_queue(webui):
 def test_interrupt(every_webui):
     """The webui answers with what there is of the image, and so does the job."""
     webui = every_webui
-    whole = webui.post(body("interrupted", steps=20)).json()["images"]
-    until(webui.is_idle)
+    first = webui.post(body("interrupted", steps=20))
+    whole = first.json()["images"]
+    webui.job(first.headers["X-Job-ID"], wait=30)
     with ThreadPoolExecutor(1) as pool:
         answering = pool.submit(webui.post, body("interrupted", steps=20, standin={"seconds": 60}))
         (job,) = until(lambda: webui.jobs(status="Processing", q="interrupted"))
