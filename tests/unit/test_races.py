@@ -79,7 +79,7 @@ def test_who_has_waited_leaves_nothing(script, tracker):
     try:
         before = tracemalloc.get_traced_memory()[0]
         asyncio.run(wait(1000))
-        assert tracemalloc.get_traced_memory()[0] - before < 50_000
+        assert tracemalloc.get_traced_memory()[0] - before < 100_000, "a hundred bytes each, of all threads there are"
     finally:
         tracemalloc.stop()
     tracker.fail(job.id, "")
