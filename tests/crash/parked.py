@@ -1,8 +1,9 @@
 """Two webuis on one folder, while requests are parked at both: killed, suspended and reloaded at random moments.
 
-The clients remember what they were told. An extension in each webui writes down which generation begins, which comes to
-its end, and in which process. Its name there is its job's ID, or, in SD.Next, which gives it none, the prompt, which a
-retry has too. `judge` says what must hold of all that when nothing waits any more.
+All ends are told to a receiver of webhooks, which now and then fails or takes its time. The clients remember what they
+were told. An extension in each webui writes down which generation begins, which comes to its end, and in which process.
+Its name there is its job's ID, or, in SD.Next, which gives it none, the prompt, which a retry has too. `judge` says
+what must hold of all that when nothing waits any more.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Se
 
 import httpx
 from inside import load_script, make_tracker, until
+from receivers import Delivery, Receiver
 
 import harness
 
@@ -221,9 +223,13 @@ class Pair:
         self.befell: Counter[str] = Counter()
         self.waiting = 0  # at all of that
         constants = {"DELAY": 0.2, "RECOVER_EVERY": 1.0, "LOOK_EVERY": 0.5, "MIN_DEAD_ENTRIES": 100}
+        constants.update(LEASE=2.0, TRY_SECONDS=1.0, RETRY_DELAYS=(0.2,) * 100, FIND_EVERY=1.0, FIND_AGAIN=0.5)
+        self.deliveries: List[Tuple[Delivery, bool]] = []  # what came to the receiver, and whether it took it
+        self.receiver = Receiver(self.receive)
         if dice.random() < 0.5:  # less than a webui is suspended for
             constants.update(PATIENCE=1.0, LOCK_SECONDS=0.5)
         environ = {"TRACKER_DATA_DIR": str(self.data), "TRACKER_RETENTION": "off", "TRACKER_ENABLED": "1"}
+        environ["TRACKER_WEBHOOK_URL"] = self.receiver.url
         modes = ["ui", harness.MODES[-1]]
         self.webuis = []
         for mode in modes:
@@ -232,6 +238,17 @@ class Pair:
             scripts = {"z-counter": COUNTER.format(path=str(self.counted))}
             options = {"tracking": None, "environ": environ, "constants": constants, "scripts": scripts}
             self.webuis.append(harness.Webui(place, *harness.MODE_FLAGS[mode], **options))
+
+    def receive(self, handler: Any) -> None:
+        """Answers a webhook."""
+        dice = random.Random()
+        takes = dice.random() < 0.9
+        if dice.random() < 0.1:
+            time.sleep(dice.random() * 1.5)
+        self.deliveries.append((handler.delivery, takes))
+        with contextlib.suppress(OSError):  # it was killed
+            handler.send_response(204 if takes else 503)
+            handler.end_headers()
 
     def start(self) -> None:
         for webui in self.webuis:
@@ -309,13 +326,13 @@ class Pair:
                 time.sleep(1.0)
 
     def settle(self) -> None:
-        """All that waits is generated."""
+        """All that waits is generated, and all ends are told."""
         for webui in self.webuis:
             webui.wait()
         end = time.monotonic() + SETTLED
         left: List[str] = []
         while time.monotonic() < end:
-            left = [record["id"] for record in self.records().values() if record["status"] in ("Pending", "Processing")]
+            left = [record["id"] for record in self.records().values() if not is_settled(record)]
             if not left:
                 return
             time.sleep(0.1)
@@ -325,9 +342,14 @@ class Pair:
         for webui in self.webuis:
             webui.kill()
             webui.client.close()
+        self.receiver.close()
 
     def records(self) -> Dict[str, Dict[str, Any]]:
         return self.webuis[0].records()
+
+
+def is_settled(record: Dict[str, Any]) -> bool:
+    return record["status"] in ("Completed", "Failed") and (record["webhook"] or {}).get("due") is None
 
 
 class Counted(NamedTuple):
@@ -356,6 +378,7 @@ def judge(pair: Pair, told: Told) -> None:
     for job_id, record in records.items():
         named.setdefault(record["prompt"] if harness.SHAPE == "sdnext" else job_id, []).append(record)
         judge_end(record, told)
+    judge_webhooks(records, pair.deliveries)
     for name, jobs in named.items():
         judge_generations(jobs, counted.get(name, Counted([], [])), pair.killed, told)
     holders = Counter(record["key"] for record in records.values() if record["key"] and record["status"] != "Failed")
@@ -374,6 +397,23 @@ def judge_end(record: Dict[str, Any], told: Told) -> None:
     else:
         assert record["status"] == "Failed" and record["error"] == LEFT_BEHIND, record
         assert job_id not in told.promised or record["started"], f"it was promised, and had not begun: {record}"
+
+
+def judge_webhooks(records: Dict[str, Dict[str, Any]], deliveries: List[Tuple[Delivery, bool]]) -> None:
+    """Each end was told, as it is on disk, at least once, and always by the same ID."""
+    told: Dict[str, List[Tuple[Delivery, bool]]] = {}
+    for delivery, was_taken in deliveries:
+        told.setdefault(delivery.event["data"]["id"], []).append((delivery, was_taken))
+    # A request that was refused after all, since the disk was slow, has no end that anybody is to be told.
+    to_tell = {job_id for job_id, record in records.items() if record["webhook"] is not None}
+    assert set(told) == to_tell, f"told or not told: {set(told) ^ to_tell}"
+    for job_id, tries in told.items():
+        record, events = records[job_id], [delivery.event for delivery, _ in tries]
+        story = f"{record}, {tries}"
+        assert {event["type"] for event in events} == {f"job.{record['status'].lower()}"}, f"told another end: {story}"
+        assert {event["data"]["status"] for event in events} == {record["status"]}, story
+        assert len({(delivery.id, delivery.event["timestamp"]) for delivery, _ in tries}) == 1, f"two IDs: {story}"
+        assert record["webhook"]["delivered"] and any(was_taken for _, was_taken in tries), f"not delivered: {story}"
 
 
 def judge_generations(jobs: List[Dict[str, Any]], counted: Counted, killed: Set[int], told: Told) -> None:
@@ -469,6 +509,8 @@ def session(folder: Path, rounds: int, progress: Callable[[int, int], None]) -> 
     left = check_files(pair, told)
     records = pair.records().values()
     late = [record["id"] for record in records if record["status"] == "Completed" and record["id"] in told.cancelled]
+    taken = sum(was_taken for _, was_taken in pair.deliveries)
     others = {"waited at that": pair.waiting, "were cancelled too late": len(late), "requests left for an hour": left}
+    others["ends that were told more than once"] = taken - len(records)
     ends = Counter(record["error"] or record["status"] for record in records)
     return Result(pair.befell, told.answers, ends, Counter(others))

@@ -451,8 +451,8 @@ class Webui:
             return file.read().decode("utf-8", "replace")
 
     def our_log(self) -> List[str]:
-        """The lines of Job Tracker."""
-        return [line for line in self.log.splitlines() if line.startswith("[Job Tracker] ")]
+        """The lines of Job Tracker. One may come between a line of the webui and its end."""
+        return re.findall(r"\[Job Tracker\] .*", self.log)
 
     def records(self) -> Dict[str, Dict[str, Any]]:
         """jobs.json as everybody reads it, without those that were removed. One that meets a write reads again."""

@@ -75,7 +75,8 @@ class Receiver:
         body = handler.rfile.read(int(handler.headers.get("content-length", 0)))
         headers = {name.lower(): value for name, value in handler.headers.items()}
         answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
-        self.got.append(Delivery(handler.path, headers, body, time.time()))
+        handler.delivery = Delivery(handler.path, headers, body, time.time())
+        self.got.append(handler.delivery)
         if callable(answer):
             answer(handler)
         else:

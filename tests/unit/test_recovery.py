@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import subprocess
 import sys
 import threading
 import time
@@ -19,35 +20,39 @@ from harness import until
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells which file a descriptor is of")
 
 
+# Adds a job to the folder, and dies where it is to sync that. It is no fork of the tests' process, which has threads: a
+# lock that one of them holds just then would be held in the fork for ever.
+DYING_NEIGHBOUR = """
+import os, sys, time
+from inside import WrappedOs, load_script
+
+def die(file):
+    if os.readlink(f"/proc/self/fd/{file}").endswith("jobs.json"):
+        os._exit(9)
+
+script = load_script()
+store = script.JobStore(sys.argv[1])
+store.query(script.Filter(), 1)
+script.os = WrappedOs(fsync=die)
+store.put(script.Job("NEWJOB00", "txt2img", script.PENDING, int(time.time()), None, ""), new=True).result()
+"""
+
+
 def test_a_line_of_a_neighbour_is_synced_before_it_is_shown(script, tmp_path):
     """It may have been killed before it did that itself."""
     calls: List[str] = []
-    job = script.Job("NEWJOB00", "txt2img", script.PENDING, int(time.time()), None, "")
 
     def note(file: int) -> None:
         os.fsync(file)
         calls.append(os.readlink(f"/proc/self/fd/{file}"))
 
-    def die(file: int) -> None:
-        if os.readlink(f"/proc/self/fd/{file}").endswith("jobs.json"):
-            os._exit(9)
-
-    neighbour = os.fork()
-    if neighbour == 0:
-        try:
-            until((tmp_path / "begun").exists)
-            store = script.JobStore(str(tmp_path))
-            store.query(script.Filter(), 1)
-            script.os = WrappedOs(fsync=die)
-            store.put(job, new=True).result()
-        finally:
-            os._exit(1)
     tracker = make_tracker(script, tmp_path)
     until(lambda: tracker.housekeeper.next_purge, what="it has looked for jobs left behind")
     script.os = WrappedOs(fsync=note)
-    (tmp_path / "begun").touch()
-    assert os.waitpid(neighbour, 0)[1] == 9 << 8, "it died where it was to sync"
-    assert tracker.get(job.id).status == "Pending"
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    neighbour = subprocess.run([sys.executable, "-c", DYING_NEIGHBOUR, str(tmp_path)], env=environ, timeout=60)
+    assert neighbour.returncode == 9, "it died where it was to sync"
+    assert tracker.get("NEWJOB00").status == "Pending"
     assert str(tmp_path / "jobs.json") in calls
     tracker.close()
 
