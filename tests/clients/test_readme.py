@@ -741,10 +741,8 @@ def test_address_of_the_client(site):
 
 
 def test_no_password_on_disk(guarded):
-    job_id = guarded.post(body(), headers={"Idempotency-Key": "with credentials"}).headers["x-job-id"]
+    guarded.post(body(), headers={"Idempotency-Key": "with credentials"})
     until(guarded.is_idle)
-    # The webui is shared, and keeps the requests of jobs that have failed.
-    until(lambda: not any(path.name == f"{job_id}.request.json" for path in guarded.images()))
     files = [guarded.data / "jobs.json", *guarded.images()]
     assert len(files) >= 3
     for path in files:

@@ -451,8 +451,8 @@ class Webui:
             return file.read().decode("utf-8", "replace")
 
     def our_log(self) -> List[str]:
-        """The lines of Job Tracker. One may come between a line of the webui and its end."""
-        return re.findall(r"\[Job Tracker\] .*", self.log)
+        """The lines of Job Tracker."""
+        return [line for line in self.log.splitlines() if line.startswith("[Job Tracker] ")]
 
     def records(self) -> Dict[str, Dict[str, Any]]:
         """jobs.json as everybody reads it, without those that were removed. One that meets a write reads again."""
@@ -466,7 +466,15 @@ class Webui:
             return {job_id: record for job_id, record in json.load(file).items() if record is not None}
 
     def images(self) -> List[Path]:
-        """All files below images/."""
+        """All files below images/. Gives the webui a moment to remove the requests of jobs that are Completed."""
+
+        def are_requests_gone() -> bool:
+            left = [path.name[:8] for path in (self.data / "images").glob("*/*.request.json")]
+            records = self.records() if left else {}
+            return all(records.get(job_id, {}).get("status") != "Completed" for job_id in left)
+
+        with contextlib.suppress(AssertionError, OSError, ValueError):  # they stay, or jobs.json cannot be read
+            until(are_requests_gone, 3)
         return sorted(path for path in (self.data / "images").glob("**/*") if path.is_file())
 
     def is_idle(self) -> bool:

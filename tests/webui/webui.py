@@ -58,7 +58,7 @@ def api_only():
     add_standin_routes(app)
     script_callbacks.before_ui_callback()
     script_callbacks.app_started_callback(None, app)
-    print(f"Startup time: {startup_timer.summary()}.")
+    print(f"Startup time: {startup_timer.summary()}.\n", end="")  # at once, whoever else writes
     api.launch(cmd_opts.port or 7861, root_path())
 
 
@@ -94,7 +94,7 @@ def webui():
         startup_timer.record("add APIs")
         script_callbacks.app_started_callback(shared.demo, app)
         startup_timer.record("app_started_callback")
-        print(f"Startup time: {startup_timer.summary()}.")
+        print(f"Startup time: {startup_timer.summary()}.\n", end="")  # at once, whoever else writes
 
         command = None
         while command not in ("stop", "restart"):
@@ -149,7 +149,7 @@ def sdnext():
         shared.opts.save()
         gradio.mount_gradio_app(app, shared.demo, path=cmd_opts.subpath)
     logs.take_over()
-    print(f"Startup time: {startup_timer.summary()}.")
+    print(f"Startup time: {startup_timer.summary()}.\n", end="")  # at once, whoever else writes
 
     while shared.state.wait_for_server_command(timeout=5) != "restart":
         pass
