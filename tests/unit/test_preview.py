@@ -316,7 +316,9 @@ def test_one_that_hangs_or_fails(new_world, tracker, caplog):
     assert world.color(job_id) == RED
     del world.state.job_no  # as in a fork that counts in another way
     assert world.preview(job_id).number == world.preview(job_id).number == 1
-    assert [record.getMessage().split(":")[0] for record in caplog.records] == [f"Job {job_id} has no preview"]
+    # Python 3.8 says besides that the test's event loop has ended before what was waited for in it.
+    said = [record.getMessage().split(":")[0] for record in caplog.records if record.name == "job_tracker"]
+    assert said == [f"Job {job_id} has no preview"]
     tracker.fail(job_id, "no")
     tracker.generated()
     assert when_ended(tracker, job_id).status == "Failed"
