@@ -723,7 +723,6 @@ SERVER_LIMIT = 100  # characters
 
 
 def parse_server(text: str) -> str:
-    text = text.strip()
     if len(text) > SERVER_LIMIT or not text.isprintable():
         raise ValueError(f"it must have at most {SERVER_LIMIT} characters that can be printed")
     return text
@@ -1125,7 +1124,8 @@ def webhook_from_record(record: Any) -> Optional[Webhook]:
     is_valid = all(isinstance(flag, bool) for flag in (webhook.delivered, webhook.is_operators))
     is_valid = is_valid and type(webhook.attempts) is int and webhook.attempts >= 0
     is_valid = is_valid and not (webhook.delivered and webhook.due is not None)  # it would be told for ever
-    return webhook if is_valid and all(time is None or is_time(time) for time in (webhook.since, webhook.due)) else None
+    is_valid = is_valid and all(moment is None or is_time(moment) for moment in (webhook.since, webhook.due))
+    return webhook if is_valid else None
 
 
 def job_from_record(record: Any) -> Job:
@@ -5884,10 +5884,10 @@ class Webhooks:
         attempt.began = self._loop.time()
         attempt.task = self._loop.create_task(self._exchange(attempt))
         attempt.task.add_done_callback(functools.partial(self._tried, attempt))
-        late = self.TRY_SECONDS, self._give_up, attempt, f"it did not answer within {self.TRY_SECONDS:g} s"
+        reason = f"it did not answer within {self.TRY_SECONDS:g} s"
         attempt.alarms = [
             self._loop.call_later(self.SLOW_AFTER, self._note_slow, attempt),
-            self._loop.call_later(*late),
+            self._loop.call_later(self.TRY_SECONDS, self._give_up, attempt, reason),
         ]
 
     def _give_up(self, attempt: Attempt, reason: str) -> None:
@@ -5952,8 +5952,7 @@ class Webhooks:
             self._told.set()
 
     def _store_outcomes(self, outcomes: Dict[str, Attempt]) -> Future:
-        decide = lambda job: outcomes[job.id].outcome(job)  # noqa: E731
-        return self.tracker.store.change(list(outcomes), decide, until_written=True)
+        return self.tracker.store.change(list(outcomes), lambda job: outcomes[job.id].outcome(job), until_written=True)
 
     # One try
 
@@ -8608,6 +8607,11 @@ class Texts:
     SIZES = ("{:,.0f} bytes", "{:,.1f} kB", "{:,.1f} MB", "{:,.1f} GB")
 
 
+def is_elsewhere(job: Job, server: str) -> bool:
+    """Whether a job was at another webui than that which is called so."""
+    return job.server not in (None, server)
+
+
 class Column(NamedTuple):
     """A column of the table."""
 
@@ -8641,7 +8645,7 @@ COLUMNS = (
         "server",
         Texts.SERVER,
         "{{ job.server | text(100) }}",
-        lambda jobs, server: any(job.server not in (None, server) for job in jobs),
+        lambda jobs, server: any(is_elsewhere(job, server) for job in jobs),
     ),
 )
 
@@ -9050,7 +9054,7 @@ class TabHtml:
             "notes": notes,
             "images": images,
             "preview": self.tracker.begin_preview(job_id),
-            "is_elsewhere": job.server not in (None, self.tracker.server),
+            "is_elsewhere": is_elsewhere(job, self.tracker.server),
             **self._info(info),
         }
 
