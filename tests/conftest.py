@@ -17,6 +17,7 @@ import hypothesis
 import pytest
 from clock import Clock
 from inside import load_script, make_tracker
+from receivers import Receiver
 
 import harness
 from harness import AUTH, MODE_FLAGS, MODES, ONCE, ORIGIN, Start, Webui
@@ -105,6 +106,20 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
     """`start(*flags, **options)` starts a webui for one test; the arguments are those of harness.Webui."""
     with harness.started(lambda: tmp_path_factory.mktemp("webui")) as function:
         yield function
+
+
+@pytest.fixture
+def open_receiver() -> Iterator[Callable[..., Receiver]]:
+    """`open_receiver(*answers, **options)` is a server for webhooks; the arguments are those of receivers.Receiver."""
+    made: List[Receiver] = []
+
+    def make(*answers: Any, **options: Any) -> Receiver:
+        made.append(Receiver(*answers, **options))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 
 from bench_parked import rss
-from bench_requests import LEAST, TICKER, Client, Figure, Hold, Start, percentile
+from bench_requests import LEAST, TICKER, Client, Figure, Hold, Start, percentile, print_table
 
 import harness
 from harness import HOST, MODE_FLAGS, MODES, Webui, body, connect
@@ -205,7 +205,4 @@ def figures() -> Iterator[Figure]:
 
 
 if __name__ == "__main__":
-    print(f"Packages of {HOST}, Python {sys.version.split()[0]}\n")
-    print("| what | with Job Tracker | beside |\n| --- | --- | --- |")
-    for figure in figures():
-        print(figure, flush=True)
+    print_table(figures())

@@ -18,10 +18,10 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Tuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 
 import bench_requests
-from bench_requests import Figure, Start, job_id_of, percentile
+from bench_requests import Figure, Start, job_id_of, percentile, print_table
 
 import harness
-from harness import ASYNC, HOST, MODE_FLAGS, MODES, Gate, Webui, body, submit, until
+from harness import ASYNC, MODE_FLAGS, MODES, Gate, Webui, body, submit, until
 
 FLAGS = MODE_FLAGS[MODES[-1]]
 AT_ONCE = 16  # clients that hand in the jobs
@@ -188,7 +188,4 @@ def figures(jobs: int = 10_000) -> Iterator[Figure]:
 
 
 if __name__ == "__main__":
-    print(f"Packages of {HOST}, Python {sys.version.split()[0]}\n")
-    print("| what | with Job Tracker | beside |\n| --- | --- | --- |")
-    for figure in figures():
-        print(figure, flush=True)
+    print_table(figures())

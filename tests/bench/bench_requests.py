@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Tuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 
@@ -460,8 +460,13 @@ def figures() -> Iterator[Figure]:
             yield from measurement(start)
 
 
-if __name__ == "__main__":
+def print_table(found: Iterable[Figure]) -> None:
+    """Each when it is there."""
     print(f"Packages of {HOST}, Python {sys.version.split()[0]}\n")
     print("| what | with Job Tracker | beside |\n| --- | --- | --- |")
-    for figure in figures():
+    for figure in found:
         print(figure, flush=True)
+
+
+if __name__ == "__main__":
+    print_table(figures())

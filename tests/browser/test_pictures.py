@@ -8,7 +8,7 @@ import pytest
 
 import browser
 from browser import MAIN, OPEN_JOB, PHONE, WIDE, Keys, Page
-from harness import Webui, body, submit
+from harness import Webui, body, done
 
 pytestmark = browser.NEEDED
 
@@ -20,12 +20,6 @@ SOON = 3  # seconds in which the page shows something new
 @pytest.fixture
 def webui(start: Any) -> Webui:
     return start("--api")
-
-
-def done(webui: Webui, *prompt: str, **fields: Any) -> str:
-    job_id = submit(webui, *prompt, **fields)
-    assert webui.job(job_id, wait=30)["status"] == "Completed"
-    return job_id
 
 
 def widths(page: Page) -> List[int]:

@@ -10,7 +10,7 @@ import httpx
 import pytest
 from PIL import Image
 
-from harness import Webui, body, submit, until
+from harness import Webui, body, done, until
 
 UNKNOWN = "AAAAAAAA"
 
@@ -18,12 +18,6 @@ UNKNOWN = "AAAAAAAA"
 @pytest.fixture(scope="module")
 def webui(start_shared: Any) -> Webui:
     return start_shared("--api")
-
-
-def done(webui: Webui, *prompt: str, **fields: Any) -> str:
-    job_id = submit(webui, *prompt, **fields)
-    assert webui.job(job_id, wait=30)["status"] == "Completed"
-    return job_id
 
 
 def get(webui: Webui, job_id: str, what: str = "thumbnail", **headers: str) -> httpx.Response:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-from typing import Any, Callable, Dict, Iterator, List
+from typing import Any, Callable, Dict, Iterator
 
 import pytest
 from receivers import Receiver
@@ -21,19 +21,6 @@ def allow_local(webui: Webui) -> None:
     """Prepares a webui whose clients may name receivers on this machine, as the operator can set it."""
     options = webui.folder / "webui" / "config.json"
     options.write_text(json.dumps({} if SHAPE == "sdnext" else {"api_forbid_local_requests": False}))
-
-
-@pytest.fixture
-def open_receiver() -> Iterator[Callable[..., Receiver]]:
-    made: List[Receiver] = []
-
-    def make(*answers: Any, **options: Any) -> Receiver:
-        made.append(Receiver(*answers, **options))
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.close()
 
 
 @pytest.fixture(scope="module")

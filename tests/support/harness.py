@@ -570,6 +570,13 @@ def connect(webui: Webui, *prompt: str, **fields: Any) -> str:
     return webui.send(body(*prompt, **fields)).job_id()
 
 
+def done(webui: Webui, *prompt: str, **fields: Any) -> str:
+    """A Completed job."""
+    job_id = submit(webui, *prompt, **fields)
+    assert webui.job(job_id, wait=30)["status"] == "Completed"
+    return job_id
+
+
 def hold_the_queue(webui: Webui, **standin: Any) -> str:
     """A job that this webui runs until the latest gate is opened."""
     job_id = connect(webui, standin={"hold": webui.gate(), **standin})

@@ -13,24 +13,11 @@ from typing import Any, Callable, Dict, Iterator, List, Tuple
 
 import pytest
 from inside import WrappedOs, a_job, generate, load_script, set_constants, until, within
-from receivers import Receiver, WithoutEnd, hanging, late, make_certificate, redirect_to, server_tls
+from receivers import WithoutEnd, hanging, late, make_certificate, redirect_to, server_tls
 
 FREE = (True, False)  # the rules of a webui that forbids nothing
 GLOBAL_ONLY = (True, True)
 SECRET = "whsec_" + "c2VjcmV0" * 5
-
-
-@pytest.fixture
-def open_receiver() -> Iterator[Callable[..., Receiver]]:
-    made: List[Receiver] = []
-
-    def make(*answers: Any, **options: Any) -> Receiver:
-        made.append(Receiver(*answers, **options))
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.close()
 
 
 class Teller:
