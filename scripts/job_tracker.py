@@ -12,6 +12,7 @@ The file reads in the order in which a request meets its parts, and every part k
     Index         a view of them on SQLite, to find jobs by
     JobStore      the jobs, in both
     ImageStore    images/
+    Fleet         the same two stores for many webuis, on PostgreSQL and a bucket
     Predecessor   the jobs of API-Job-Tracker-SD-WebUI
     Tracker       a job's life, the only writer of both stores
     Webhooks      the ends of jobs, told to others
@@ -73,6 +74,7 @@ from typing import (
     AsyncIterator,
     BinaryIO,
     Callable,
+    Collection,
     ContextManager,
     Coroutine,
     Dict,
@@ -719,6 +721,26 @@ def parse_webhook_secret(text: str) -> bytes:
     return key
 
 
+def parse_store_url(text: str) -> str:
+    """Where jobs are kept that many webuis share: a PostgreSQL database, as libpq names it. Raises ValueError."""
+    if not text.startswith(("postgresql://", "postgres://")):
+        raise ValueError("it must be a URL that begins with postgresql://")
+    return text
+
+
+BUCKETS = ("s3", "s3a", "gs", "az", "azure", "abfs", "abfss", "adl")  # schemes of object stores
+
+
+def parse_images_url(text: str) -> str:
+    """Where images are kept that many webuis share: a bucket and a prefix in it. Raises ValueError."""
+    parts = urlsplit(text)
+    if parts.scheme not in BUCKETS or not parts.netloc or parts.query or parts.fragment:
+        raise ValueError("it must be a URL such as s3://bucket/prefix, gs://bucket/prefix or az://container/prefix")
+    if "@" in parts.netloc and not parts.scheme.startswith("abfs"):  # a password would be shown
+        raise ValueError("it must not have a key: keys come by the store's own variables, such as AWS_ACCESS_KEY_ID")
+    return text.rstrip("/")
+
+
 SERVER_LIMIT = 100  # characters
 
 
@@ -759,6 +781,8 @@ SETTINGS = (
     Setting("webhook_url", None, "TRACKER_WEBHOOK_URL", parse_webhook_url, is_secret=True),
     Setting("webhook_secret", None, "TRACKER_WEBHOOK_SECRET", parse_webhook_secret, is_secret=True),
     Setting("server", None, "TRACKER_SERVER", parse_server),
+    Setting("store_url", None, "TRACKER_STORE", parse_store_url, is_secret=True),
+    Setting("images_url", None, "TRACKER_IMAGES", parse_images_url, is_secret=True),
 )
 IN_CONFIG = {setting.name: setting for setting in SETTINGS if setting.check}
 DEFAULT_CONFIG = {name: setting.default for name, setting in IN_CONFIG.items()}
@@ -802,6 +826,8 @@ class Settings:
     webhook_url: Optional[str]  # where the ends of jobs are told whose requests name no other URL
     webhook_secret: Optional[bytes]  # the key that webhooks are signed by
     server: Optional[str]  # what this webui is called among others; None: by its host and port
+    store_url: Optional[str]  # the database that has the jobs, with its password; None: jobs.json
+    images_url: Optional[str]  # the bucket that has the images; None: images/
 
     def __init__(self, folder: str, environ: Dict[str, str]):
         self.folder = folder  # the extension's
@@ -1191,6 +1217,30 @@ class StoreError(Exception):
         failure = cls(reason_of(error), isinstance(error, OSError) and error.errno in TEMPORARY_ERRNOS)
         failure.details, failure.__cause__ = str(error), error
         return failure
+
+
+class KeyTaken(StoreError):
+    """A new job was not stored: another webui was first with its idempotency key, in the same moment."""
+
+    def __init__(self, job_id: str, digest: str):
+        super().__init__("another request with the same Idempotency-Key was first")
+        self.job_id = job_id  # of the first
+        self.digest = digest  # of the first one's body
+
+
+class Superseded(StoreError):
+    """A change was not stored, for the job is no longer this process's: others took it for dead, and went on."""
+
+
+class Glance(NamedTuple):
+    """What only the webui that runs a job knows of it, for the others. The moment is the store's to judge."""
+
+    progress: Optional[float]
+    eta: Optional[float]  # seconds
+    queue_position: Optional[int]
+    preview: bytes = b""  # empty: there is none, or nobody asks for it
+    preview_number: int = 0
+    media_type: str = ""
 
 
 class InvalidCursor(ValueError):
@@ -2070,6 +2120,11 @@ class JobStore:
     `remove` reports done survives a crash and a power cut.
     """
 
+    # For those who use the store.
+    PATIENCE = 10.0  # seconds that a request waits for it before it goes on without, or is refused
+    RECOVER_EVERY = 60.0  # seconds between two looks for dead processes
+    FOLLOW_EVERY = 0.5  # seconds between two calls of `follow`
+
     MIN_DEAD_ENTRIES = 1000  # dead ones that are not worth a compaction
     RETRY = 5.0  # seconds until a write that failed is tried again
     COMPACT_RETRY = 600.0  # the same for a compaction
@@ -2121,6 +2176,11 @@ class JobStore:
         self._thread.start()
 
     # For any thread
+
+    @staticmethod
+    def now() -> float:
+        """Unix seconds by the clock that all who share the store go by. Waits for nothing."""
+        return time.time()
 
     def put(self, job: Job, new: bool = False, meanwhile: Optional[Job] = None) -> Future:
         """Keeps a job as it is now. The Future ends when that is on disk, or with StoreError.
@@ -2194,6 +2254,11 @@ class JobStore:
             entry = self._read(state, place)
             if entry is not None:
                 return entry.job
+
+    def get_many(self, ids: Iterable[str]) -> Dict[str, Job]:
+        """Those of some jobs that are there, by ID. Raises StoreError."""
+        found = ((job_id, self.get(job_id)) for job_id in ids)
+        return {job_id: job for job_id, job in found if job is not None}
 
     def with_key(self, key: str) -> Optional[Job]:
         """The latest job with an idempotency key, None if there is none. Raises StoreError."""
@@ -2299,11 +2364,16 @@ class JobStore:
                     found.add(FileLock.holder(os.path.join(folder, entry)) or "")
         return sorted(found - {""})
 
-    def oldest_parked(self) -> Optional[Job]:
-        """The parked job that was accepted first, None if none is parked. Raises StoreError."""
+    def oldest_parked(self, hold: bool = False, without: Collection[str] = ()) -> Optional[Job]:
+        """The parked job that was accepted first, None if none is parked. Raises StoreError.
+
+        `without` has the IDs of jobs that are passed over. With `hold`, other webuis may be kept for a moment from
+        finding it: the caller is about to start it.
+        """
 
         def find(view: IndexView, pending: Overlay) -> Optional[str]:
             taken = {job_id for job_id, change in pending.items() if not (change.shown and change.shown.parked)}
+            taken.update(without)
             return next((place.id for place in view.parked(len(taken) + 1) if place.id not in taken), None)
 
         job_id = self._look(find)
@@ -2419,6 +2489,27 @@ class JobStore:
         # Its owner may have written another line since, which does not say so.
         changed.update((entry.group(2).decode(), True) for entry in entries if CANCEL_WANTED in entry.group(3))
         return changed
+
+    @contextlib.contextmanager
+    def purging(self, wait: bool) -> Iterator[bool]:
+        """Around a purge, of which there is one at a time among all who share the store.
+
+        False if another is under way, which is waited for with `wait`. Raises StoreError.
+        """
+        yield True  # of webuis on one folder, each may purge: what is gone already is no trouble
+
+    def glance(self, job: Job, with_preview: bool = False) -> Optional[Glance]:
+        """What another process last said of a job that runs there. Asks it to go on saying that for some seconds.
+
+        None while it has said nothing, and where processes tell each other nothing, as here. Raises StoreError.
+        """
+
+    def glanced_at(self) -> Dict[str, bool]:
+        """The IDs of this process's own jobs at which others glance now, with whether they want previews, too."""
+        return {}
+
+    def show(self, glances: Dict[str, Glance]) -> None:
+        """Says what they glance at. Waits for nothing but the disk, and does not raise."""
 
     def recover(
         self, end: Callable[[Job], Job], ended: Callable[[Job], None] = lambda job: None, parked: bool = False
@@ -3873,6 +3964,18 @@ class ImageStore:
 
 
 # ------------------------------------------------------------------------------------------------------------------
+# Fleet: the two stores for many webuis on many machines
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def open_stores(settings: Settings, check: Callable[[], None] = lambda: None) -> Tuple[JobStore, ImageStore]:
+    """The stores that the settings name. `check` is for the files, see `JobStore`."""
+    store = JobStore(settings.data_folder, check)
+    images = ImageStore(os.path.join(settings.data_folder, "images"))
+    return store, images
+
+
+# ------------------------------------------------------------------------------------------------------------------
 # Predecessor: the jobs of API-Job-Tracker-SD-WebUI
 # ------------------------------------------------------------------------------------------------------------------
 
@@ -4394,11 +4497,9 @@ class Tracker:
     between it is a record on disk, and belongs to nobody: the runner of any webui on the folder may start it.
     """
 
-    PATIENCE = 10.0  # seconds that a request waits for the disk before it goes on without it, or is refused
-    MOMENT = 0.5  # the same while the disk does not answer
+    MOMENT = 0.5  # seconds that a request waits for the disk while that does not answer
     UNSTORED_LIMIT = 1 << 29  # bytes of answers that wait for the disk: more could cost the webui its memory
     STORE_WAIT = 1.0  # seconds that `wait_until_stored` waits
-    FOLLOW_EVERY = 0.5  # seconds between two looks at what other webuis on the folder did
     REMOVED_AT_ONCE = 100  # jobs: a crash leaves the files of no more
     PREVIEW_EVERY = 0.4  # seconds, at least, from one preview to the next
     PREVIEW_PATIENCE = 10.0  # seconds that somebody waits for a preview
@@ -4580,10 +4681,10 @@ class Tracker:
         """Seconds that a request waits for the disk now: a moment only after another has waited too long."""
         with self._lock:
             since = [live.accepted_at for live in self._live.values() if not live.accepted.done()]
-        has_hung = since and time.monotonic() - min(since) >= self.PATIENCE
+        has_hung = since and time.monotonic() - min(since) >= self.store.PATIENCE
         if has_hung or (self._hung is not None and not self._hung.done()):
             return self.MOMENT
-        return self.PATIENCE
+        return self.store.PATIENCE
 
     def _wait_for(self, work: Future) -> Any:
         """The result of work that a request waits for. Raises FutureTimeout after `patience`: others wait less then."""
@@ -4942,7 +5043,7 @@ class Tracker:
         """Notices what other webuis on the folder do: they park and end jobs, and ask for the end of ours."""
         unsure: Set[str] = set()  # whose end could not be looked up
         unheard: Set[str] = set()  # to be cancelled, but not here, unless they have begun only now
-        while not self.drained.wait(self.FOLLOW_EVERY):
+        while not self.drained.wait(self.store.FOLLOW_EVERY):
             changed = self.store.follow()
             with self._lock:
                 live, waiting = dict(self._live), set(self._waiting).difference(self._live)
@@ -5228,7 +5329,7 @@ class Tracker:
         """Reserves a key, or finds the reservation of the first who did. True for the caller's own.
 
         The caller must `free_key` its own at the request's end. A Failed job frees its key, also while its generation
-        still waits in the queue. Raises StoreError, also when the disk does nothing for `PATIENCE` seconds.
+        still waits in the queue. Raises StoreError, also when the disk does nothing for `store.PATIENCE` seconds.
         """
         own = self._reservations.get(key)
         if own is not None and not own.outcome.done():  # which needs no disk
@@ -5416,7 +5517,7 @@ class Tracker:
             if is_idle:
                 break
             await asyncio.sleep(0.1)
-        await asyncio.gather(*(self.wait(job_id, self.PATIENCE) for job_id in ending))
+        await asyncio.gather(*(self.wait(job_id, self.store.PATIENCE) for job_id in ending))
 
     def close(self) -> Future:
         """Closes the store and the threads once the last running job has ended and the last answer is sent.
@@ -6023,7 +6124,7 @@ class Housekeeper:
     """A thread that removes what is too old, ends what other webuis left behind, and looks at what may have changed."""
 
     LOOK_EVERY = 5  # seconds between two looks at config.json, and at the host
-    RECOVER_EVERY = 60  # seconds between two looks for dead processes, and until a failed purge is repeated
+    AGAIN_AFTER = 60  # seconds until a failed purge is repeated
     PURGE_EVERY = 6 * 3600
     ORPHAN_AGE = 3600  # seconds; a younger file may belong to a job that is being stored
 
@@ -6049,7 +6150,7 @@ class Housekeeper:
 
     def _keep_house(self) -> None:
         purge_at = time.monotonic()
-        recover_at = purge_at + self.RECOVER_EVERY
+        recover_at = purge_at + self.store.RECOVER_EVERY
         trouble = ""
         while True:
             now = time.monotonic()
@@ -6057,11 +6158,11 @@ class Housekeeper:
                 self.settings.refresh()
                 self.watch()
                 if now >= recover_at:
-                    recover_at = now + self.RECOVER_EVERY
+                    recover_at = now + self.store.RECOVER_EVERY
                     self.tracker.recover().result()
                     trouble = ""
                 if now >= purge_at:
-                    purge_at = now + self.RECOVER_EVERY
+                    purge_at = now + self.AGAIN_AFTER
                     self.purge(asked_for=False)
                     self.next_purge = purge_at = now + self.PURGE_EVERY
                 self.keep_below_limit()
@@ -9929,8 +10030,7 @@ class Extension:
         self.host = host = Host()
         predecessor = Predecessor(settings.folder, settings.data_folder)
         predecessor.merge_jobs()
-        store = JobStore(settings.data_folder, predecessor.refuse_to_open)
-        images = ImageStore(os.path.join(settings.data_folder, "images"))
+        store, images = open_stores(settings, predecessor.refuse_to_open)
         self.tracker = Tracker(settings, host, store, images)
         self.housekeeper = Housekeeper(self.tracker, predecessor)
         origins = OriginGuard(host.allows_origin)

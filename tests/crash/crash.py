@@ -53,7 +53,7 @@ except ImportError:
 
 import lossy
 import parked as two_webuis
-from inside import an_answer, files_are_whole, load_script, make_tracker, pixels, until
+from inside import an_answer, files_are_whole, load_script, make_tracker, pixels, set_constants, until
 
 import harness
 
@@ -159,7 +159,7 @@ class Work:
         script.JobStore.MIN_DEAD_ENTRIES = options.spare_dead
         script.JOURNAL_CHUNK = 4000
         script.Housekeeper.LOOK_EVERY = 0.02
-        script.Housekeeper.RECOVER_EVERY = 0.02 if options.together else 3600
+        set_constants(script, RECOVER_EVERY=0.02 if options.together else 3600)
 
     def say(self, word: str, job_id: str = "") -> None:
         line = f"{word} {job_id}\n".encode()

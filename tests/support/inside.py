@@ -140,8 +140,7 @@ def make_tracker(script: Any, folder: Path, **environ: str) -> Any:
     settings = script.Settings(str(folder), environ)
     predecessor = script.Predecessor(settings.folder, settings.data_folder)
     predecessor.merge_jobs()
-    store = script.JobStore(settings.data_folder, predecessor.refuse_to_open)
-    images = script.ImageStore(str(Path(settings.data_folder) / "images"))
+    store, images = script.open_stores(settings, predecessor.refuse_to_open)
     tracker = script.Tracker(settings, NoHost(), store, images)
     tracker.housekeeper = script.Housekeeper(tracker, predecessor)
     return tracker
