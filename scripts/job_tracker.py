@@ -2108,16 +2108,12 @@ def find_with_changes(
     return merged[start : start + limit]
 
 
-class JobStore:
-    """Jobs in jobs.json, which is the only truth, and found by an index beside it.
+class QueuedStore:
+    """What every store of jobs has: changes wait in a queue, and one thread, the store's own, writes all that wait.
 
-    One thread, the store's own, writes both. It writes all that waits to be written with one fsync, has the index learn
-    what it does not know, and compacts. The last two go step by step, and between two steps it writes what waits: so
-    neither the first start nor a compaction with a million jobs keeps a request waiting.
-
-    Any thread may call any method; none is for the event loop. Several processes may share the file: each holds
-    `jobs.json.lock` while it writes, and follows what the others appended or replaced. What a Future of `put` or
-    `remove` reports done survives a crash and a power cut.
+    A store of a kind says how they are written, by `_store_changes` and `_store_decision`, and runs the thread. Any
+    thread may call any method; none is for the event loop. What a Future of `put` or `remove` reports done survives a
+    crash and a power cut.
     """
 
     # For those who use the store.
@@ -2125,55 +2121,29 @@ class JobStore:
     RECOVER_EVERY = 60.0  # seconds between two looks for dead processes
     FOLLOW_EVERY = 0.5  # seconds between two calls of `follow`
 
-    MIN_DEAD_ENTRIES = 1000  # dead ones that are not worth a compaction
+    PLACE = ""  # where the jobs are, for people
     RETRY = 5.0  # seconds until a write that failed is tried again
-    COMPACT_RETRY = 600.0  # the same for a compaction
     SPARE_IDS = 100  # that are looked for ahead of time
-    YIELD = 0.0005  # seconds between two steps of work that a caller waits for
-    INDEX_FAILURES = 3  # after which the index is in memory
-    LONG = 1 << 20  # bytes to be indexed, for which `get` does not wait
-    FOLLOWED_AT_MOST = 1 << 26  # bytes of what others wrote, after which it is not read any more
-    COPIED_AT_ONCE = 200  # records, in a compaction
-    TAIL_ROUNDS = 4  # of copying what was appended during a compaction, before the rest is copied under the lock
 
-    def __init__(self, folder: str, check: Callable[[], None] = lambda: None):
-        """`check` raises OSError as long as jobs.json is not to be opened."""
-        self.path = os.path.realpath(os.path.join(folder, "jobs.json"))
-        self._check = check
-        self.owner = secrets.token_hex(4)
+    def __init__(self) -> None:
+        self.owner = secrets.token_hex(4)  # this process, among those that share the jobs
         self._server = ""  # see `announce`
         self.removing = threading.Lock()  # for others, around a removal, and a change that must not meet it
+        self.trouble = ""  # why records cannot be written now, for users; empty while they can
         self._lock = threading.Lock()  # guards these two; held for a moment, never for the disk
         self._pending: Overlay = {}
         self._spare_ids: List[str] = []
-        self._reading = threading.Lock()  # while it is held, the file is not closed
-        self._journal = OpenJournal()
-        self._index: Optional[Index] = None
-        self._index_failures = 0
-        self._followed = (0, 0)  # the file's inode, and up to where `follow` has read it
-        self._counted: Tuple[Optional[IndexState], int, int] = (None, 0, 0)  # parked jobs before a row, at that state
-        self._is_ready = False  # jobs that dead processes left have been looked for
-        self._is_building = False  # the index has a long way to go
-        self._is_appending = False  # what the file has beyond the index is this process's own
-        self.progress = 0  # of the index, in bytes: it changes as long as jobs.json is read
-        self.trouble = ""  # why records cannot be written now, for users; empty while they can
-        self._work = threading.Condition()  # guards these seven
+        self._work = threading.Condition()  # guards these five
         self._queue: List[Change] = []
         self._decisions: List[Decision] = []
-        self._sync_requested: Optional[Future] = None
-        self._recovery: Optional[Tuple[Callable[[Job], Job], Callable[[Job], None], bool]] = None  # see `recover`
-        self._waiters = 0
         self._closing = self._closed = False
         self._is_busy = False
-        # Used by the thread alone, as is what follows. The second is held for as long as this process lives.
-        self._process_lock = FileLock(self.path + ".lock", self.path)
-        self._owner_lock = FileLock(f"{self.path}.owner-{self.owner}", self.path)
+        # Used by the thread alone.
         self._retry: List[Change] = []  # that could not be written
         self._lasting: List[Decision] = []  # the same for decisions
-        self._retry_at = self._compact_at = self._step_began = 0.0
+        self._retry_at = 0.0
         self._troubles: Dict[str, str] = {}
         self._thread = threading.Thread(target=self._run, name="job-tracker-store", daemon=True)
-        self._thread.start()
 
     # For any thread
 
@@ -2214,7 +2184,7 @@ class JobStore:
     def reserve_id(self) -> str:
         """An ID that no job has, in any spelling. Waits for nothing.
 
-        Before the index is ready, and in a burst of more than `SPARE_IDS`, it is new by chance alone: that it is not,
+        Before the store is ready, and in a burst of more than `SPARE_IDS`, it is new by chance alone: that it is not,
         for a million jobs, is one case in three million.
         """
         with self._lock:
@@ -2223,6 +2193,188 @@ class JobStore:
                 job_id = self._spare_ids.pop() if self._spare_ids else new_id()
                 if job_id.lower() not in taken:
                     return job_id
+
+    def idle(self, seconds: float = 60.0) -> bool:
+        """Waits until nothing is left to be written, read or compacted. False if that takes too long."""
+        with self._work:
+            return self._work.wait_for(
+                lambda: self._closed or not (self._is_busy or self._retry or self._lasting or self._has_work()), seconds
+            )
+
+    def close(self) -> None:
+        """Writes what waits to be written and ends the thread. Other work is given up."""
+        with self._work:
+            self._closing = True
+            self._work.notify_all()
+        self._thread.join()
+
+    # For the store of a kind
+
+    def _store_changes(self, jobs: Dict[str, Optional[Job]], new: Set[str]) -> Dict[str, StoreError]:
+        """Writes jobs, None for those that are removed, and then shows what they say. `new` has the IDs of new ones.
+
+        Returns those that are refused for good, with why. Raises NotUndone where any may be written all the same.
+        """
+        raise NotImplementedError
+
+    def _store_decision(self, decision: Decision, changed: Dict[str, Job]) -> None:
+        """Decides about jobs as they are now, writes those that it has changed, and puts them into `changed`."""
+        raise NotImplementedError
+
+    def _run(self) -> None:
+        raise NotImplementedError
+
+    def _has_work(self) -> bool:
+        return bool(self._queue or self._decisions or self._closing)
+
+    def _pending_now(self) -> Overlay:
+        with self._lock:
+            return dict(self._pending)
+
+    def _enqueue(self, changes: Overlay, is_new: bool, is_patient: bool) -> Future:
+        jobs = {job_id: change.job for job_id, change in changes.items()}
+        with self._lock:
+            self._pending.update(changes)
+            with self._work:
+                if self._closed:
+                    return failed_future(StoreError("the store is closed"))
+                written = uncancellable_future()
+                self._queue.append(Change(jobs, is_new, is_patient, written))
+                self._work.notify_all()
+                return written
+
+    # The store's thread
+
+    def _write_waiting(self) -> None:
+        with self._work:
+            changes, self._queue = self._queue, []
+            decisions, self._decisions = self._decisions, []
+            self._closed = self._closing and not (changes or decisions)
+        if changes or (self._retry and (self._closed or time.monotonic() >= self._retry_at)):
+            self._write(changes)
+        if self._lasting and (self._closed or time.monotonic() >= self._retry_at):
+            decisions, self._lasting = [*self._lasting, *decisions], []
+        for decision in decisions:
+            self._decide(decision)
+
+    def _write(self, changes: List[Change]) -> None:
+        changes, self._retry = [*self._retry, *changes], []
+        latest: Dict[str, Optional[Job]] = {}
+        for change in changes:
+            latest.update(change.jobs)
+        new = {job_id for change in changes if change.is_new for job_id in change.jobs}
+        try:
+            refused = self._store_changes(latest, new)
+        except Exception as error:
+            self._fail(changes, error)
+            return
+        self._report("written", None)
+        self.trouble = ""
+        for change in changes:
+            refusal = next((refused[job_id] for job_id in change.jobs if job_id in refused), None)
+            if change.written.done():
+                continue
+            if refusal is None:
+                change.written.set_result(None)
+            else:
+                change.written.set_exception(refusal)
+
+    def _fail(self, changes: List[Change], error: Exception) -> None:
+        """What could not be written is tried again, unless it is new."""
+        cause = cause_of(error)
+        self._report("written", cause)
+        self.trouble = reason_of(cause)
+        self._retry_at = time.monotonic() + self.RETRY
+        for change in changes:
+            if not change.is_new:
+                self._retry.append(change)
+            elif isinstance(error, NotUndone):  # it may stand in the file all the same, and must go from there
+                self._retry.append(change._replace(jobs=dict.fromkeys(change.jobs), is_new=False))
+                with self._lock:
+                    self._pending.update(dict.fromkeys(change.jobs, Pending(None, None)))
+            else:
+                self._give_up(change.jobs)
+            if not (change.is_patient or change.written.done()):
+                change.written.set_exception(StoreError.of(cause))
+
+    def _give_up(self, jobs: Dict[str, Optional[Job]]) -> None:
+        """New jobs could not be stored."""
+        with self._lock:
+            for job_id, job in jobs.items():
+                if job_id in self._pending and self._pending[job_id].job is job:
+                    del self._pending[job_id]
+
+    def _decide(self, decision: Decision) -> None:
+        changed: Dict[str, Job] = {}
+        try:
+            self._store_decision(decision, changed)
+        except Exception as error:
+            cause = cause_of(error)
+            if not isinstance(cause, StoreError):
+                self._report("written", cause)
+            self._retry_at = time.monotonic() + self.RETRY
+            if decision.is_lasting:
+                self._lasting.append(decision)
+            else:
+                decision.decided.set_exception(StoreError.of(cause))
+        else:
+            self._report("written", None)
+            decision.decided.set_result(list(changed.values()))
+
+    def _report(self, what: str, error: Optional[BaseException]) -> None:
+        """Logs a trouble when it begins and when it is over, not each time that it shows."""
+        text = f"{self.PLACE} cannot be {what}: {type(error).__name__}: {error}" if error else ""
+        if text != self._troubles.get(what, ""):
+            self._troubles[what] = text
+            log.error("%s", text or f"{self.PLACE} can be {what} again")
+
+
+class JobStore(QueuedStore):
+    """Jobs in jobs.json, which is the only truth, and found by an index beside it.
+
+    One thread, the store's own, writes both. It writes all that waits to be written with one fsync, has the index learn
+    what it does not know, and compacts. The last two go step by step, and between two steps it writes what waits: so
+    neither the first start nor a compaction with a million jobs keeps a request waiting.
+
+    Several processes may share the file: each holds `jobs.json.lock` while it writes, and follows what the others
+    appended or replaced.
+    """
+
+    PLACE = "jobs.json"
+    MIN_DEAD_ENTRIES = 1000  # dead ones that are not worth a compaction
+    COMPACT_RETRY = 600.0  # seconds until a compaction that failed is tried again
+    YIELD = 0.0005  # seconds between two steps of work that a caller waits for
+    INDEX_FAILURES = 3  # after which the index is in memory
+    LONG = 1 << 20  # bytes to be indexed, for which `get` does not wait
+    FOLLOWED_AT_MOST = 1 << 26  # bytes of what others wrote, after which it is not read any more
+    COPIED_AT_ONCE = 200  # records, in a compaction
+    TAIL_ROUNDS = 4  # of copying what was appended during a compaction, before the rest is copied under the lock
+
+    def __init__(self, folder: str, check: Callable[[], None] = lambda: None):
+        """`check` raises OSError as long as jobs.json is not to be opened."""
+        super().__init__()
+        self.path = os.path.realpath(os.path.join(folder, "jobs.json"))
+        self._check = check
+        self._reading = threading.Lock()  # while it is held, the file is not closed
+        self._journal = OpenJournal()
+        self._index: Optional[Index] = None
+        self._index_failures = 0
+        self._followed = (0, 0)  # the file's inode, and up to where `follow` has read it
+        self._counted: Tuple[Optional[IndexState], int, int] = (None, 0, 0)  # parked jobs before a row, at that state
+        self._is_ready = False  # jobs that dead processes left have been looked for
+        self._is_building = False  # the index has a long way to go
+        self._is_appending = False  # what the file has beyond the index is this process's own
+        self.progress = 0  # of the index, in bytes: it changes as long as jobs.json is read
+        self._sync_requested: Optional[Future] = None
+        self._recovery: Optional[Tuple[Callable[[Job], Job], Callable[[Job], None], bool]] = None  # see `recover`
+        self._waiters = 0
+        # Used by the thread alone, as is what follows. The second is held for as long as this process lives.
+        self._process_lock = FileLock(self.path + ".lock", self.path)
+        self._owner_lock = FileLock(f"{self.path}.owner-{self.owner}", self.path)
+        self._compact_at = self._step_began = 0.0
+        self._thread.start()
+
+    # For any thread
 
     def _find_spare_ids(self, view: IndexView) -> None:
         """Looks for free IDs ahead of time, so that no request waits for the disk to get one."""
@@ -2526,37 +2678,7 @@ class JobStore:
             self._recovery = self._recovery or (end, ended, parked)
             return self._sync()
 
-    def idle(self, seconds: float = 60.0) -> bool:
-        """Waits until nothing is left to be written, read or compacted. False if that takes too long."""
-        with self._work:
-            return self._work.wait_for(
-                lambda: self._closed or not (self._is_busy or self._retry or self._lasting or self._has_work()), seconds
-            )
-
-    def close(self) -> None:
-        """Writes what waits to be written and ends the thread. Other work is given up."""
-        with self._work:
-            self._closing = True
-            self._work.notify_all()
-        self._thread.join()
-
     # What is in force, and what is found
-
-    def _pending_now(self) -> Overlay:
-        with self._lock:
-            return dict(self._pending)
-
-    def _enqueue(self, changes: Overlay, is_new: bool, is_patient: bool) -> Future:
-        jobs = {job_id: change.job for job_id, change in changes.items()}
-        with self._lock:
-            self._pending.update(changes)
-            with self._work:
-                if self._closed:
-                    return failed_future(StoreError("the store is closed"))
-                written = uncancellable_future()
-                self._queue.append(Change(jobs, is_new, is_patient, written))
-                self._work.notify_all()
-                return written
 
     def _look(self, question: Callable[[IndexView, Overlay], Any]) -> Any:
         """Asks an index that knows all that the file held when this was called. Raises StoreError.
@@ -2639,7 +2761,7 @@ class JobStore:
             return self._sync_requested
 
     def _has_work(self) -> bool:
-        return bool(self._queue or self._decisions or self._sync_requested or self._closing)
+        return super()._has_work() or self._sync_requested is not None
 
     def _run(self) -> None:
         while not self._closed:
@@ -2694,13 +2816,6 @@ class JobStore:
             os.unlink(self._owner_lock.path)
         self._owner_lock.close()
         self._process_lock.close()
-
-    def _report(self, what: str, error: Optional[BaseException]) -> None:
-        """Logs a trouble when it begins and when it is over, not each time that it shows."""
-        text = f"jobs.json cannot be {what}: {type(error).__name__}: {error}" if error else ""
-        if text != self._troubles.get(what, ""):
-            self._troubles[what] = text
-            log.error("%s", text or f"jobs.json can be {what} again")
 
     # The file and its index
 
@@ -2895,80 +3010,17 @@ class JobStore:
 
     # Writing
 
-    def _write_waiting(self) -> None:
-        with self._work:
-            changes, self._queue = self._queue, []
-            decisions, self._decisions = self._decisions, []
-            self._closed = self._closing and not (changes or decisions)
-        if changes or (self._retry and (self._closed or time.monotonic() >= self._retry_at)):
-            self._write(changes)
-        if self._lasting and (self._closed or time.monotonic() >= self._retry_at):
-            decisions, self._lasting = [*self._lasting, *decisions], []
-        for decision in decisions:
-            self._decide(decision)
+    def _store_changes(self, jobs: Dict[str, Optional[Job]], new: Set[str]) -> Dict[str, StoreError]:
+        self._with_index(self._append_all, jobs)
+        return {}
 
-    def _write(self, changes: List[Change]) -> None:
-        changes, self._retry = [*self._retry, *changes], []
-        latest: Dict[str, Optional[Job]] = {}
-        for change in changes:
-            latest.update(change.jobs)
-        try:
-            self._with_index(self._append_all, latest)
-        except Exception as error:
-            self._fail(changes, error)
-            return
-        self._report("written", None)
-        self.trouble = ""
-        for change in changes:
-            if not change.written.done():
-                change.written.set_result(None)
+    def _store_decision(self, decision: Decision, changed: Dict[str, Job]) -> None:
+        self._with_index(self._append_decided, decision, changed)
 
     def _append_all(self, jobs: Dict[str, Optional[Job]]) -> None:
         """Appends changes to the file as it is now."""
         with self._exclusive():
             self._append(jobs)
-
-    def _fail(self, changes: List[Change], error: Exception) -> None:
-        """What could not be written is tried again, unless it is new."""
-        cause = cause_of(error)
-        self._report("written", cause)
-        self.trouble = reason_of(cause)
-        self._retry_at = time.monotonic() + self.RETRY
-        for change in changes:
-            if not change.is_new:
-                self._retry.append(change)
-            elif isinstance(error, NotUndone):  # it may stand in the file all the same, and must go from there
-                self._retry.append(change._replace(jobs=dict.fromkeys(change.jobs), is_new=False))
-                with self._lock:
-                    self._pending.update(dict.fromkeys(change.jobs, Pending(None, None)))
-            else:
-                self._give_up(change.jobs)
-            if not (change.is_patient or change.written.done()):
-                change.written.set_exception(StoreError.of(cause))
-
-    def _give_up(self, jobs: Dict[str, Optional[Job]]) -> None:
-        """New jobs could not be stored."""
-        with self._lock:
-            for job_id, job in jobs.items():
-                if job_id in self._pending and self._pending[job_id].job is job:
-                    del self._pending[job_id]
-
-    def _decide(self, decision: Decision) -> None:
-        changed: Dict[str, Job] = {}
-        try:
-            self._with_index(self._append_decided, decision, changed)
-        except Exception as error:
-            cause = cause_of(error)
-            if not isinstance(cause, StoreError):
-                self._report("written", cause)
-            self._retry_at = time.monotonic() + self.RETRY
-            if decision.is_lasting:
-                self._lasting.append(decision)
-            else:
-                decision.decided.set_exception(StoreError.of(cause))
-        else:
-            self._report("written", None)
-            decision.decided.set_result(list(changed.values()))
 
     def _append_decided(self, decision: Decision, changed: Dict[str, Job]) -> None:
         """Decides about jobs as they are now, and puts those that it has changed into `changed`."""
