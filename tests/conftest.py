@@ -15,6 +15,7 @@ from typing import Any, Callable, Dict, Iterator, List, Tuple
 
 import hypothesis
 import pytest
+import services
 from clock import Clock
 from inside import load_script, make_tracker
 from receivers import Receiver
@@ -243,6 +244,42 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tuple[Webui, Webu
     environ = {"TRACKER_DATA_DIR": str(tmp_path_factory.mktemp("data"))}
     with harness.started(lambda: tmp_path_factory.mktemp("webui")) as function:
         yield function(*harness.QUICK, environ=environ), function(*harness.QUICK, environ=environ)
+
+
+@pytest.fixture(scope="session")
+def postgresql() -> Iterator[services.PostgreSQL]:
+    """A PostgreSQL that tests share: whoever ends it starts it again, and so does `database`."""
+    skip_without_services()
+    with services.postgresql() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def seaweedfs() -> Iterator[services.SeaweedFS]:
+    """An S3 store that tests share, in the same way."""
+    skip_without_services()
+    with services.seaweedfs() as server:
+        yield server
+
+
+def skip_without_services() -> None:
+    reason = services.why_missing()
+    if reason:
+        pytest.skip(reason)
+
+
+@pytest.fixture
+def database(postgresql: services.PostgreSQL) -> Iterator[services.Database]:
+    """A new database for one test."""
+    with services.Database(postgresql) as one:
+        yield one
+
+
+@pytest.fixture
+def bucket(seaweedfs: services.SeaweedFS) -> Iterator[services.Bucket]:
+    """A place for images for one test."""
+    with services.Bucket(seaweedfs) as one:
+        yield one
 
 
 @pytest.fixture(scope="session")

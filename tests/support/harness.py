@@ -333,7 +333,7 @@ class Webui:
             self.flags.append("--httptools")
         self.environ = dict(environ or {})
         # Other variables than these may be for Python or a package at its import.
-        is_ours = all(name.startswith("TRACKER_") or name == "HOME" for name in self.environ)
+        is_ours = all(name.startswith(("TRACKER_", "AWS_")) or name == "HOME" for name in self.environ)
         self._is_forked = forking.IS_POSSIBLE and is_ours and not cold
         if tracking == "variable":
             self.environ["TRACKER_ENABLED"] = "1"
@@ -375,7 +375,7 @@ class Webui:
         """Starts the process without waiting, so that two can start side by side."""
         self.port = free_port()
         self._log_start = self.log_path.stat().st_size if self.log_path.exists() else 0
-        environ = {name: value for name, value in os.environ.items() if not name.startswith("TRACKER_")}
+        environ = {name: value for name, value in os.environ.items() if not name.startswith(("TRACKER_", "AWS_"))}
         environ.update(self.environ)
         arguments = ["--port", str(self.port), *self.flags]
         with self.log_path.open("ab") as log:
