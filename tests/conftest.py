@@ -47,6 +47,7 @@ def pytest_configure(config: pytest.Config) -> None:
 SLOW = ("test_cost", "test_load")
 # Every client, proxy and gateway there is, and what takes minutes: what they promise is tested elsewhere, too.
 ALL_ONLY = ("test_gateways", "test_proxies", "test_soak")
+STORES = ("files", "postgresql")
 MODE_PARAMETERS = ("mode", "webui", "guarded", "every_webui", "off")
 
 
@@ -96,10 +97,15 @@ def once_each(items: List[pytest.Item]) -> List[pytest.Item]:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Where the mark `one_mode` says that both modes are the same, the shared webuis are of one."""
+    """Where the mark `one_mode` says that both modes are the same, the shared webuis are of one.
+
+    What the mark `every_store` has is promised of every kind of store: `store_environ` is that of each.
+    """
     if metafunc.definition.get_closest_marker("one_mode"):
         for name in {"webui", "guarded"} & set(metafunc.fixturenames):
             metafunc.definition.add_marker(pytest.mark.parametrize(name, MODES[-1:], indirect=True))
+    if metafunc.definition.get_closest_marker("every_store"):
+        metafunc.parametrize("store_environ", STORES, indirect=True)
 
 
 @pytest.fixture
@@ -202,12 +208,20 @@ def script() -> Any:
 
 
 @pytest.fixture
-def new_tracker(script: Any, tmp_path: Path) -> Iterator[NewTracker]:
+def store_environ(request: pytest.FixtureRequest) -> Dict[str, str]:
+    """The variables by which a store is chosen: none, for files, unless the mark `every_store` asks for each kind."""
+    if getattr(request, "param", STORES[0]) == STORES[0]:
+        return {}
+    return {"TRACKER_STORE": request.getfixturevalue("database").url}
+
+
+@pytest.fixture
+def new_tracker(script: Any, tmp_path: Path, store_environ: Dict[str, str]) -> Iterator[NewTracker]:
     """`new_tracker(**environ)` is a tracker without a webui, on the test's folder."""
     made: List[Any] = []
 
     def make(**environ: str) -> Any:
-        made.append(make_tracker(script, tmp_path, **environ))
+        made.append(make_tracker(script, tmp_path, **{**store_environ, **environ}))
         return made[-1]
 
     yield make

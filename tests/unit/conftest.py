@@ -9,12 +9,16 @@ from inside import within
 
 
 @pytest.fixture
-def opened(script, tmp_path):
-    """`opened()` is a store on the test's folder, or on another."""
+def opened(script, tmp_path, store_environ):
+    """`opened()` is a store on the test's folder, or on another; with the mark `every_store`, also on a database."""
     stores = []
 
     def open_store(folder: Any = tmp_path, program: Any = script) -> Any:
-        stores.append(program.JobStore(str(folder)))
+        if store_environ:
+            assert folder == tmp_path, "there is one database"
+            stores.append(program.open_stores(program.Settings(str(folder), store_environ))[0])
+        else:
+            stores.append(program.JobStore(str(folder)))
         return stores[-1]
 
     yield open_store

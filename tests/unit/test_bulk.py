@@ -45,9 +45,9 @@ FILTERS: List[Dict[str, Any]] = [
 ]
 
 
-def write_jobs(folder: Path, count: int = 240) -> None:
-    """Of each kind, ten in a second, oldest first. Half of them had an owner that is gone, and had not ended."""
-    jobs = [
+def old_jobs(count: int = 240) -> List[Dict[str, Any]]:
+    """Of each kind, ten in a second, oldest first."""
+    return [
         {
             "id": f"Old{number:05d}",
             "type": ("txt2img", "img2img")[number % 5 == 4],
@@ -59,6 +59,10 @@ def write_jobs(folder: Path, count: int = 240) -> None:
         }
         for number in range(count)
     ]
+
+
+def write_jobs(folder: Path, count: int = 240) -> None:
+    jobs = old_jobs(count)
     (folder / "jobs.json").write_text("{\n" + ",\n".join(f'"{job["id"]}": {json.dumps(job)}' for job in jobs) + "\n}\n")
 
 
@@ -110,6 +114,32 @@ def test_delete_takes_what_the_list_shows(webui, filters):
     assert answer.headers["cache-control"] == "no-store"
     assert listed(webui) == [job_id for job_id in before if job_id not in matching]
     assert delete(webui, filters).json() == {"jobs": 0}
+
+
+@pytest.mark.every_store
+def test_one_filter_after_another(script, tmp_path, store_environ):
+    """In any store."""
+    with SmallWebui(script, tmp_path, **store_environ) as webui:
+        jobs = old_jobs()
+        for written in [webui.tracker.store.put(script.job_from_record(job), new=True) for job in jobs]:
+            written.result(20)
+        left = jobs[::-1]
+        for filters in sorted(FILTERS, key=len, reverse=True):
+            matching = [job for job in left if fits(job, filters)]
+            assert listed(webui, **filters) == [job["id"] for job in matching]
+            assert delete(webui, filters).json() == {"jobs": len(matching)}
+            left = [job for job in left if job not in matching]
+            assert listed(webui) == [job["id"] for job in left]
+        assert left == []
+
+
+def fits(job: Dict[str, Any], filters: Dict[str, Any]) -> bool:
+    return (
+        all(job[name].lower() == filters.get(name, job[name]).lower() for name in ("status", "type"))
+        and filters.get("ip") in (None, "", job["ip"])
+        and filters.get("after", -1) < job["timestamp"] < filters.get("before", 1 << 40)
+        and filters.get("q", "").casefold() in job["prompt"].casefold()
+    )
 
 
 @pytest.mark.parametrize("filters", FILTERS, ids=str)

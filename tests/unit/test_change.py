@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 import time
 from typing import Any, List
 
 import pytest
-from inside import WrappedOs, a_job, alive, load_script, set_constants
+from inside import WrappedOs, a_job, load_script, set_constants, until
 
-
-@pytest.fixture
-def stores(script, tmp_path):
-    made = []
-
-    def make(program: Any = script) -> Any:
-        made.append(program.JobStore(str(tmp_path)))
-        return made[-1]
-
-    yield make
-    for store in made:
-        store.close()
+TIMES = itertools.count(1736712000)
 
 
 def parked(script: Any, dice: Any, store: Any, count: int) -> List[Any]:
-    jobs = [a_job(script, dice, parked=True, promised=True, owner=store.owner) for _ in range(count)]
+    """In the order of their times, too."""
+    fields = {"parked": True, "promised": True, "owner": store.owner}
+    jobs = [a_job(script, dice, timestamp=next(TIMES), **fields) for _ in range(count)]
     for written in [store.put(job, new=True) for job in jobs]:
         written.result(20)
     return jobs
@@ -36,22 +28,25 @@ def claim(store: Any) -> Any:
     return lambda job: job._replace(status="Processing", parked=False, owner=store.owner) if job.parked else None
 
 
-def test_what_was_decided_is_on_disk(script, dice, stores, tmp_path):
-    store = stores()
+@pytest.mark.every_store
+def test_what_was_decided_is_on_disk(script, dice, opened):
+    store, neighbour = opened(), opened()
     one, other = parked(script, dice, store, 2)
     assert store.change([one.id, "AAAAAAAA", other.id], lambda job: None).result(20) == []
     (changed,) = store.change([one.id, "AAAAAAAA"], claim(store)).result(20)
     assert changed == one._replace(status="Processing", parked=False)
-    assert alive(tmp_path / "jobs.json")[one.id]["status"] == "Processing"
-    assert store.get(one.id) == changed and store.get(other.id) == other
+    for each in (store, neighbour):
+        assert each.get(one.id) == changed and each.get(other.id) == other
+        assert each.oldest_parked() == other and each.parked_before("AAAAAAAA") == 1
     assert store.change([one.id], claim(store)).result(20) == []
-    assert store.oldest_parked() == other and store.parked_before("AAAAAAAA") == 1
 
 
-def test_in_order_of_acceptance(script, dice, stores):
-    store = stores()
+@pytest.mark.every_store
+def test_in_order_of_acceptance(script, dice, opened):
+    store = opened()
     jobs = parked(script, dice, store, 20)
-    store.put(a_job(script, dice), new=True).result(20)  # somebody waits for that one
+    # Somebody waits for that one.
+    store.put(a_job(script, dice, timestamp=next(TIMES), owner=store.owner), new=True).result(20)
     assert [store.parked_before(job.id) for job in jobs] == list(range(20))
     for job in jobs:
         assert store.oldest_parked() == job
@@ -59,8 +54,8 @@ def test_in_order_of_acceptance(script, dice, stores):
     assert store.oldest_parked() is None
 
 
-def test_a_list_of_places_counts_each_job_once(script, dice, stores, monkeypatch):
-    store = stores()
+def test_a_list_of_places_counts_each_job_once(script, dice, opened, monkeypatch):
+    store = opened()
     jobs = parked(script, dice, store, 300)
     steps = []
     make = script.IndexView.__init__
@@ -82,9 +77,10 @@ def test_a_list_of_places_counts_each_job_once(script, dice, stores, monkeypatch
     assert places() == [*range(298, 99, -1), 100, *range(99, -1, -1)]
 
 
-def test_each_is_claimed_once(script, dice, stores):
-    """By four threads of two stores, which see each other only by the file."""
-    one, other = stores(), stores()
+@pytest.mark.every_store
+def test_each_is_claimed_once(script, dice, opened):
+    """By four threads of two stores, which see each other only by what both share."""
+    one, other = opened(), opened()
     jobs = parked(script, dice, one, 60)
     claimed: List[str] = []
 
@@ -107,9 +103,9 @@ def test_each_is_claimed_once(script, dice, stores):
 
 
 @pytest.mark.parametrize("broken", ["write", "fsync"])
-def test_a_disk_that_fails(script, dice, stores, broken, monkeypatch):
+def test_a_disk_that_fails(script, dice, opened, broken, monkeypatch):
     """Nothing has changed then, and nothing changes later, also where another process has been faster since."""
-    store, other = stores(), stores(load_script())
+    store, other = opened(), opened(program=load_script())
     jobs = parked(script, dice, store, 3)
     assert other.oldest_parked()._asdict() == jobs[0]._asdict()
     set_constants(script, RETRY=0.3)
@@ -137,16 +133,36 @@ def test_a_disk_that_fails(script, dice, stores, broken, monkeypatch):
     assert store.change([jobs[1].id], claim(store)).result(20)
 
 
-def test_a_closed_store(script, dice, stores):
-    store = stores()
+@pytest.mark.every_store
+def test_a_closed_store(script, dice, opened):
+    store = opened()
     (job,) = parked(script, dice, store, 1)
     store.close()
     with pytest.raises(script.StoreError):
         store.change([job.id], claim(store)).result(20)
 
 
-def test_what_others_changed(script, dice, stores):
-    store, other = stores(), stores()
+def hear(store: Any, job_id: str, is_cancel: bool) -> None:
+    """Waits until a store tells of a change of a job, and whether that is to be cancelled."""
+    until(lambda: (store.follow() or {}).get(job_id) is is_cancel, 20, f"it hears of {job_id}")
+
+
+@pytest.mark.every_store
+def test_what_others_changed_is_heard_of(script, dice, opened):
+    store, other = opened(), opened()
+    for each in (store, other):
+        each.stats()
+        each.follow()  # from now on
+    (job,) = parked(script, dice, store, 1)
+    hear(other, job.id, False)
+    other.change([job.id], lambda job: job._replace(cancel_wanted=True)).result(20)
+    hear(store, job.id, True)
+    other.remove([job.id]).result(20)
+    hear(store, job.id, False)
+
+
+def test_what_others_changed(script, dice, opened):
+    store, other = opened(), opened()
     other.stats()
     assert other.follow() is None
     (job,) = parked(script, dice, store, 1)
@@ -160,9 +176,9 @@ def test_what_others_changed(script, dice, stores):
     assert other.follow() == {job.id: True}
 
 
-def test_the_file_was_replaced(script, dice, stores):
+def test_the_file_was_replaced(script, dice, opened):
     set_constants(script, MIN_DEAD_ENTRIES=20)
-    store, other = stores(), stores()
+    store, other = opened(), opened()
     (job,) = parked(script, dice, store, 1)
     other.stats()
     assert other.follow() is None
@@ -186,17 +202,17 @@ def wanted_and_begun(script: Any, dice: Any, store: Any, other: Any) -> Any:
     return job
 
 
-def test_a_wish_to_cancel_is_noticed_though_its_job_goes_on(script, dice, stores):
-    store, other = stores(), stores()
+@pytest.mark.every_store
+def test_a_wish_to_cancel_is_noticed_though_its_job_goes_on(script, dice, opened):
+    store, other = opened(), opened()
     job = wanted_and_begun(script, dice, store, other)
-    assert store.follow() == {job.id: True}
-    assert store.follow() == {}
+    hear(store, job.id, True)
 
 
-def test_much_that_others_wrote_is_read_in_turn(script, dice, stores):
+def test_much_that_others_wrote_is_read_in_turn(script, dice, opened):
     """Between two looks, also more than is read at once."""
     set_constants(script, LONG=20_000)
-    store, other = stores(), stores()
+    store, other = opened(), opened()
     job = wanted_and_begun(script, dice, store, other)
     jobs = [a_job(script, dice, prompt='"}\\' * 1000) for _ in range(30)]
     for written in [other.put(one, new=True) for one in jobs]:

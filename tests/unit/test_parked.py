@@ -168,6 +168,7 @@ def test_a_neighbours_job_is_promised_only_with_its_request(script, new_tracker,
     neighbour.promise(job.id)  # which needs no promise any more
 
 
+@pytest.mark.every_store
 def test_a_reloaded_webui_still_hears_of_cancels(script, new_tracker):
     """What its clients wait for runs on beside its successor, who is asked to cancel it."""
     tracker, successor = new_tracker(), new_tracker()
@@ -263,6 +264,7 @@ def test_a_disk_that_is_away_costs_no_job(script, tracker, tmp_path, leaves):
     assert "no longer on disk" in tracker.get(job.id).error
 
 
+@pytest.mark.every_store
 @pytest.mark.parametrize("by", ["a start", "a cancel", "a purge"])
 def test_a_place_in_the_queue_that_a_neighbour_took_away(script, new_tracker, by):
     """The job that asks for the lock here is generated there, or by nobody. It is no longer ahead of others."""

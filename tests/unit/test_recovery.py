@@ -275,16 +275,16 @@ def test_a_disk_that_hangs_holds_it_up_for_a_moment_only(script, tracker):
         go.set()
 
 
+@pytest.mark.every_store
 @pytest.mark.parametrize("status", ["Pending", "Processing"])
-def test_what_was_to_be_cancelled_does_not_go_on(script, tmp_path, status):
+def test_what_was_to_be_cancelled_does_not_go_on(script, new_tracker, status):
     """Its webui ended before it noticed that another one was asked to."""
-    tracker = make_tracker(script, tmp_path)
+    tracker = new_tracker()
     job = a_job(script, random.Random(), status=status, has_request=True, promised=True, owner="00000000")
     tracker.images.save_request(job, b"{}")
     tracker.store.put(job, new=True).result(20)
     assert tracker.cancel(job.id)
     tracker.close().result(20)
-    tracker = make_tracker(script, tmp_path)
-    found = tracker.get(job.id)
+    tracker = new_tracker()
+    found = until(lambda: next((job for job in [tracker.get(job.id)] if job.ended), None), 20, "it has ended")
     assert (found.status, found.error, found.finished) == ("Failed", "Cancelled", None)
-    tracker.close().result(20)

@@ -51,6 +51,7 @@ def add(script):
     return put
 
 
+@pytest.mark.every_store
 def test_purge(script, tracker, add):
     one = tracker(TRACKER_RETENTION="off")
     until(lambda: one.housekeeper.next_purge)
@@ -70,6 +71,7 @@ def test_purge(script, tracker, add):
     assert os.listdir(one.images.folder) == []
 
 
+@pytest.mark.every_store
 def test_outlook(script, tracker, add):
     """What a purge would remove is told, and nothing removed."""
     one = tracker(TRACKER_RETENTION="off")
@@ -219,6 +221,7 @@ def test_no_link_is_followed(script, tracker, tmp_path):
     assert outside.exists()
 
 
+@pytest.mark.every_store
 def test_at_start_and_by_the_clock(script, tracker, add, monkeypatch):
     first = tracker(TRACKER_RETENTION="off")
     add(first, "OLDER000", 8)
@@ -232,6 +235,7 @@ def test_at_start_and_by_the_clock(script, tracker, add, monkeypatch):
     assert until(lambda: 0 < second.housekeeper.next_purge - time.monotonic() < 1, what="it is told")
 
 
+@pytest.mark.every_store
 def test_one_purge_of_many(script, tracker, add):
     one = tracker(TRACKER_RETENTION="off")
     until(lambda: one.housekeeper.next_purge)
@@ -376,6 +380,7 @@ def test_what_grows_too_old_while_the_webui_runs(script, tracker_for, add):
     assert set(ids(script, one)) == set()
 
 
+@pytest.mark.every_store
 def test_asked_for_all_that_is_old_goes(script, tracker_for, add):
     first = tracker_for("off")
     add(first, "OLDER000", 40)
@@ -432,6 +437,7 @@ def test_the_oldest_go(script, limited, add, caplog):
     assert one.store.ended_bytes() == 244
 
 
+@pytest.mark.every_store
 def test_the_newest_stays_whatever_its_size(script, limited, add, caplog):
     one = limited("1e-9")
     for number in range(3):
@@ -441,6 +447,7 @@ def test_the_newest_stays_whatever_its_size(script, limited, add, caplog):
     assert ids(script, one) == ["J0000002"] and one.images.size(one.get("J0000002").images[0].name) == 102
 
 
+@pytest.mark.every_store
 def test_what_has_not_ended_neither_counts_nor_goes(script, limited, add):
     one = limited()
     jobs = [add(one, name, 9, status) for name, status in (("PENDING0", "Pending"), ("PROCESS0", "Processing"))]
@@ -481,6 +488,7 @@ def test_one_whose_end_is_not_written_yet_is_the_oldest_all_the_same(script, lim
     assert [job.id for job in one.store.oldest_ended(51, 1)] == ["OLDER000"]
 
 
+@pytest.mark.every_store
 def test_at_a_start_many_go(script, tracker, limited, add, caplog):
     """In steps, with one line in the log, and none that is younger than one that stays."""
     caplog.set_level("INFO", "job_tracker")

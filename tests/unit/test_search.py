@@ -126,14 +126,19 @@ ALPHABET = st.text(alphabet="aAbB.*[\\ßﬃÄ猫\ud800\0", max_size=12)
 PROMPT = st.builds(lambda text, times: text * times, ALPHABET, st.sampled_from([0, 1, 2, 90, 400]))
 
 
+@pytest.mark.every_store
 @hypothesis_settings(max_examples=fewer(120), deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.lists(PROMPT, min_size=1, max_size=40), ALPHABET, st.integers(1, 40))
-def test_the_same_is_found(script, tmp_path_factory, prompts, wanted, times):
+def test_the_same_is_found(script, opened, prompts, wanted, times):
     prompts = [script.without_surrogates(prompt) for prompt in prompts]
     wanted = (wanted * times)[: script.Filter.LIMIT]
-    store = a_store(script, tmp_path_factory.mktemp("search"), prompts)
+    store, dice = opened(), random.Random(1)
+    jobs = [a_job(script, dice, prompt=prompt, timestamp=number) for number, prompt in enumerate(prompts)]
+    for written in [store.put(job, new=True) for job in jobs]:
+        written.result(20)
     try:
         found = [job.prompt for job in store.query(script.Filter(q=wanted), 100).jobs]
         assert found == [prompt for prompt in reversed(prompts) if wanted.casefold() in prompt.casefold()]
     finally:
+        store.remove([job.id for job in jobs]).result(20)
         store.close()

@@ -36,6 +36,7 @@ def owners(folder: Path) -> List[str]:
     return sorted(path.name for path in folder.glob("jobs.json.owner-*"))
 
 
+@pytest.mark.every_store
 @pytest.mark.parametrize("load", [load_script, pytest.param("windows", marks=pytest.mark.skipif(not LIVES, reason=""))])
 def test_they_know_each_other(opened, tmp_path, load):
     """Also where nobody can read the byte that is locked, as on Windows."""

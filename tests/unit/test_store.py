@@ -11,7 +11,7 @@ import threading
 import time
 import tracemalloc
 from concurrent.futures import wait
-from typing import Any, Dict, List
+from typing import Any, List
 
 import bench_store
 import pytest
@@ -30,7 +30,7 @@ from inside import (
     set_constants,
     until,
 )
-from journal import all_pages, every, lines, settled
+from journal import every, lines, settled
 
 from harness import fewer
 
@@ -62,98 +62,6 @@ def test_the_folder_is_made_and_synced(script, tmp_path, dice):
     store.put(a_job(script, dice), new=True).result()
     store.close()
     assert {str(tmp_path), str(tmp_path / "one"), str(folder)} <= set(synced)
-
-
-# A model of it, with every kind of call in any order, and up to three stores on the file
-
-
-def expected_page(script: Any, model: Dict[str, Any], wanted: Any) -> List[Any]:
-    def fits(job: Any) -> bool:
-        return (
-            wanted.ip in (None, job.ip)
-            and wanted.status in (None, job.status)
-            and wanted.type in (None, job.type)
-            and (wanted.after is None or job.timestamp > wanted.after)
-            and (wanted.before is None or job.timestamp < wanted.before)
-            and (wanted.q or "").casefold() in job.prompt.casefold()
-        )
-
-    return [job for job in reversed(list(model.values())) if fits(job)]
-
-
-@pytest.mark.parametrize("seed", range(12))
-def test_against_a_model(script, tmp_path, path, seed):
-    dice = random.Random(seed)
-    script.JobStore.MIN_DEAD_ENTRIES = dice.choice([3, 20, 100])
-    script.JOURNAL_CHUNK = dice.choice([64, 300, 2000, 1 << 16])
-    if seed % 4 == 3:  # as on Windows, which has one position in a file and replaces no open one
-        script.os = WrappedOs(name="nt")
-        script.hasattr = lambda thing, name: name not in ("pread", "pwrite") and hasattr(thing, name)
-    stores = [script.JobStore(str(tmp_path)) for _ in range(1 + seed % 3)]
-    model: Dict[str, Any] = {}
-    removed: List[str] = []
-
-    def a_time() -> Any:
-        return dice.choice([None, None, 1736712000 + dice.randrange(100000)])
-
-    for _ in range(250):
-        store, turn = dice.choice(stores), dice.random()
-        settle = len(stores) > 1 or dice.random() < 0.7
-        if turn < 0.3:
-            prompt = dice.choice(["", a_job(script, dice).prompt * dice.randrange(4)])
-            job = a_job(script, dice, prompt=prompt, key=dice.choice([None, f"key {dice.randrange(5)}"]))
-            store.put(job, new=True).result()
-            model[job.id] = job
-        elif turn < 0.55 and model:
-            job = dice.choice(list(model.values()))
-            prompt = job.prompt or dice.choice(["", "castle"])
-            job = dice.choice([job._replace(status="Processing"), completed(job, 2), job._replace(status="Failed")])
-            job = model[job.id] = job._replace(prompt=prompt)
-            written = store.put(job)
-            if settle:
-                written.result()
-        elif turn < 0.65 and model:
-            ids = dice.sample(list(model), min(len(model), dice.randrange(1, 6)))
-            written = store.remove(ids)
-            removed += ids
-            for job_id in ids:
-                del model[job_id]
-            if settle:
-                written.result()
-        elif turn < 0.67:
-            store.close()
-            stores[stores.index(store)] = script.JobStore(str(tmp_path))
-        elif turn < 0.85:
-            wanted = script.Filter(
-                ip=dice.choice([None, None, f"10.0.0.{dice.randrange(22)}"]),
-                status=dice.choice([None, None, *script.STATUSES]),
-                type=dice.choice([None, None, *script.TYPES]),
-                after=a_time(),
-                before=a_time(),
-                q=dice.choice([None, "", "castle", "STRASSE", "ärger", "zz", "猫", "film grain"]),
-            )
-            fitting = expected_page(script, model, wanted)
-            limit, skip = dice.randrange(1, 20), dice.randrange(10)
-            page = store.query(wanted, limit, skip=skip)
-            assert page.jobs == fitting[skip : skip + limit]
-            assert (page.cursor is None) == (len(fitting) <= skip + limit)
-            assert all_pages(store, wanted, limit) == fitting
-        elif turn < 0.95:
-            assert all(store.get(job.id) == job for job in model.values())
-            assert not any(store.get(job_id) for job_id in removed)
-            counts, size = store.stats()
-            assert sum(counts.values()) == len(model)
-            assert size == sum(job.bytes for job in model.values())
-            for number in range(5):
-                job = store.with_key(f"key {number}")
-                assert job is None or (job == model[job.id] and job.key == f"key {number}")
-        else:
-            moment = 1736712000 + dice.randrange(100000)
-            old = [job.id for job in model.values() if job.ended and job.timestamp < moment]
-            assert store.expired(moment) == old
-    for store in stores:
-        store.close()
-    assert {job_id: script.job_from_record(record) for job_id, record in alive(path).items()} == model
 
 
 def test_a_close_that_reports_an_error_has_closed_the_file(script, opened, path, dice):

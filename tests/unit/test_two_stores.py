@@ -69,6 +69,7 @@ def test_an_owner_that_cannot_be_asked_hides_no_other(script, opened, path, dice
     assert "cannot be searched for what process 00000001 left" in caplog.text
 
 
+@pytest.mark.every_store
 def test_what_others_wrote_is_seen_under_load(script, opened, dice):
     """There is always something to write, and the file is compacted besides."""
     script.JobStore.MIN_DEAD_ENTRIES = 50
@@ -77,7 +78,8 @@ def test_what_others_wrote_is_seen_under_load(script, opened, dice):
 
     def write() -> None:
         own = random.Random()
-        job = a_job(script, own)
+        job = a_job(script, own, owner=busy.owner)
+        busy.put(job, new=True).result()
         while not stop.is_set():
             busy.put(job._replace(error=str(own.random()))).result()
 
@@ -208,11 +210,12 @@ def test_touched_during_a_compaction(script, path, opened, dice, monkeypatch):
     within(1, store.put(a_job(script, dice), new=True).result)
 
 
+@pytest.mark.every_store
 def test_paging_while_jobs_come_and_go(script, opened, dice):
     """Neither repeats nor skips a job that was there all the time."""
     script.JobStore.MIN_DEAD_ENTRIES = 30
     store = opened()
-    jobs = [a_job(script, dice, timestamp=1736712000) for _ in range(300)]
+    jobs = [a_job(script, dice, timestamp=1736712000, owner=store.owner) for _ in range(300)]
     for job in jobs:
         last = store.put(job, new=True)
     last.result()
