@@ -90,7 +90,7 @@ from typing import (
     Tuple,
     Union,
 )
-from urllib.parse import quote, urlsplit
+from urllib.parse import parse_qs, quote, unquote, urlsplit
 from weakref import WeakSet
 
 import anyio.to_thread
@@ -2117,6 +2117,7 @@ class QueuedStore:
     """
 
     # For those who use the store.
+    is_shared = False  # among machines
     PATIENCE = 10.0  # seconds that a request waits for it before it goes on without, or is refused
     RECOVER_EVERY = 60.0  # seconds between two looks for dead processes
     FOLLOW_EVERY = 0.5  # seconds between two calls of `follow`
@@ -2194,6 +2195,16 @@ class QueuedStore:
                 if job_id.lower() not in taken:
                     return job_id
 
+    def stats(self) -> Tuple[Dict[str, int], int]:
+        """Jobs by status, and the bytes of all their files. Raises StoreError."""
+        totals = self.totals()
+        return {status: jobs for status, (jobs, _) in totals.items()}, sum(size for _, size in totals.values())
+
+    def ended_bytes(self) -> int:
+        """The bytes of the files of all jobs that have ended. Raises StoreError."""
+        totals = self.totals()
+        return sum(totals[status][1] for status in ENDED)
+
     def idle(self, seconds: float = 60.0) -> bool:
         """Waits until nothing is left to be written, read or compacted. False if that takes too long."""
         with self._work:
@@ -2209,6 +2220,10 @@ class QueuedStore:
         self._thread.join()
 
     # For the store of a kind
+
+    def totals(self) -> Dict[str, Tuple[int, int]]:
+        """By status, the number of jobs and the bytes of their files. Raises StoreError."""
+        raise NotImplementedError
 
     def _store_changes(self, jobs: Dict[str, Optional[Job]], new: Set[str]) -> Dict[str, StoreError]:
         """Writes jobs, None for those that are removed, and then shows what they say. `new` has the IDs of new ones.
@@ -2288,14 +2303,18 @@ class QueuedStore:
         for change in changes:
             if not change.is_new:
                 self._retry.append(change)
-            elif isinstance(error, NotUndone):  # it may stand in the file all the same, and must go from there
-                self._retry.append(change._replace(jobs=dict.fromkeys(change.jobs), is_new=False))
+            elif isinstance(error, NotUndone):  # it may be there all the same, and must go from there
                 with self._lock:
                     self._pending.update(dict.fromkeys(change.jobs, Pending(None, None)))
+                self._undo_new(change)
             else:
                 self._give_up(change.jobs)
             if not (change.is_patient or change.written.done()):
                 change.written.set_exception(StoreError.of(cause))
+
+    def _undo_new(self, change: Change) -> None:
+        """New jobs could not be written, and may be there all the same."""
+        self._retry.append(change._replace(jobs=dict.fromkeys(change.jobs), is_new=False))
 
     def _give_up(self, jobs: Dict[str, Optional[Job]]) -> None:
         """New jobs could not be stored."""
@@ -2323,7 +2342,8 @@ class QueuedStore:
 
     def _report(self, what: str, error: Optional[BaseException]) -> None:
         """Logs a trouble when it begins and when it is over, not each time that it shows."""
-        text = f"{self.PLACE} cannot be {what}: {type(error).__name__}: {error}" if error else ""
+        details = getattr(error, "details", None) or f"{type(error).__name__}: {error}"
+        text = f"{self.PLACE} cannot be {what}: {details}" if error else ""
         if text != self._troubles.get(what, ""):
             self._troubles[what] = text
             log.error("%s", text or f"{self.PLACE} can be {what} again")
@@ -2547,16 +2567,6 @@ class JobStore(QueuedStore):
             return known
 
         return self._look(count)
-
-    def stats(self) -> Tuple[Dict[str, int], int]:
-        """Jobs by status, and the bytes of all their files. Raises StoreError."""
-        totals = self.totals()
-        return {status: jobs for status, (jobs, _) in totals.items()}, sum(size for _, size in totals.values())
-
-    def ended_bytes(self) -> int:
-        """The bytes of the files of all jobs that have ended. Raises StoreError."""
-        totals = self.totals()
-        return sum(totals[status][1] for status in ENDED)
 
     def oldest_ended(self, size: int, limit: int) -> List[Job]:
         """The oldest ended jobs, in order of acceptance: as many as it takes to have files of `size` bytes.
@@ -4020,9 +4030,1106 @@ class ImageStore:
 # ------------------------------------------------------------------------------------------------------------------
 
 
-def open_stores(settings: Settings, check: Callable[[], None] = lambda: None) -> Tuple[JobStore, ImageStore]:
+DEAD_AFTER = 45.0  # seconds of silence after which a webui is taken for dead
+COLUMN_LIMIT = 300  # characters of a text that is indexed: PostgreSQL indexes no value of more than 2,700 bytes
+
+# Each entry takes the schema one version further.
+MIGRATIONS = (
+    """
+    CREATE TABLE job_tracker_jobs (
+        number bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+        folded bigint NOT NULL UNIQUE, -- the ID, without case
+        id text COLLATE "C" NOT NULL,
+        record text NOT NULL, -- JSON as in jobs.json. The other columns are for finding it
+        timestamp bigint NOT NULL,
+        status text COLLATE "C" NOT NULL,
+        type text COLLATE "C" NOT NULL,
+        ip text COLLATE "C",
+        label text COLLATE "C",
+        key text COLLATE "C",
+        prompt text COLLATE "C" NOT NULL, -- without case
+        bytes bigint NOT NULL,
+        parked boolean NOT NULL,
+        owner text COLLATE "C",
+        due double precision,
+        is_left boolean NOT NULL, -- Failed, since its webui was taken for dead
+        held_by text COLLATE "C", -- a webui that is about to start it, see oldest_parked
+        held_until timestamptz
+    );
+    CREATE UNIQUE INDEX job_tracker_jobs_first_with_key ON job_tracker_jobs (key)
+        WHERE key IS NOT NULL AND status <> 'Failed';
+    CREATE INDEX job_tracker_jobs_key ON job_tracker_jobs (key, number) WHERE key IS NOT NULL;
+    CREATE INDEX job_tracker_jobs_time ON job_tracker_jobs (timestamp, number);
+    CREATE INDEX job_tracker_jobs_status ON job_tracker_jobs (status, timestamp, number);
+    CREATE INDEX job_tracker_jobs_type ON job_tracker_jobs (type, timestamp, number);
+    CREATE INDEX job_tracker_jobs_ip ON job_tracker_jobs (ip, timestamp, number);
+    CREATE INDEX job_tracker_jobs_label ON job_tracker_jobs (label, timestamp, number) WHERE label IS NOT NULL;
+    CREATE INDEX job_tracker_jobs_parked ON job_tracker_jobs (timestamp, number) WHERE parked;
+    CREATE INDEX job_tracker_jobs_ended ON job_tracker_jobs (timestamp, number)
+        WHERE status IN ('Completed', 'Failed');
+    CREATE INDEX job_tracker_jobs_unfinished ON job_tracker_jobs (owner) WHERE status IN ('Pending', 'Processing');
+    CREATE INDEX job_tracker_jobs_due ON job_tracker_jobs (due) WHERE due IS NOT NULL;
+
+    CREATE TABLE job_tracker_webuis (
+        owner text COLLATE "C" PRIMARY KEY,
+        server text NOT NULL,
+        seen timestamptz NOT NULL
+    );
+
+    -- Jobs and bytes by status: the sum over all webuis. Each has rows of its own, so that none waits for another.
+    CREATE TABLE job_tracker_counts (
+        owner text COLLATE "C",
+        status text COLLATE "C",
+        jobs bigint NOT NULL,
+        bytes bigint NOT NULL,
+        PRIMARY KEY (owner, status)
+    );
+    CREATE FUNCTION job_tracker_count() RETURNS trigger LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
+    BEGIN
+        IF TG_OP = 'INSERT' THEN
+            INSERT INTO job_tracker_counts AS counts (owner, status, jobs, bytes)
+                SELECT coalesce(current_setting('job_tracker.owner', true), ''), status, count(*), sum(bytes)
+                FROM added GROUP BY status
+            ON CONFLICT (owner, status)
+                DO UPDATE SET jobs = counts.jobs + excluded.jobs, bytes = counts.bytes + excluded.bytes;
+        ELSIF TG_OP = 'DELETE' THEN
+            INSERT INTO job_tracker_counts AS counts (owner, status, jobs, bytes)
+                SELECT coalesce(current_setting('job_tracker.owner', true), ''), status, -count(*), -sum(bytes)
+                FROM removed GROUP BY status
+            ON CONFLICT (owner, status)
+                DO UPDATE SET jobs = counts.jobs + excluded.jobs, bytes = counts.bytes + excluded.bytes;
+        ELSE
+            INSERT INTO job_tracker_counts AS counts (owner, status, jobs, bytes)
+                SELECT coalesce(current_setting('job_tracker.owner', true), ''), status, sum(jobs), sum(bytes)
+                FROM (
+                    SELECT status, 1 AS jobs, bytes FROM added
+                    UNION ALL SELECT status, -1, -bytes FROM removed
+                ) AS changed GROUP BY status HAVING sum(jobs) <> 0 OR sum(bytes) <> 0
+            ON CONFLICT (owner, status)
+                DO UPDATE SET jobs = counts.jobs + excluded.jobs, bytes = counts.bytes + excluded.bytes;
+        END IF;
+        RETURN NULL;
+    END $$;
+    CREATE TRIGGER job_tracker_added AFTER INSERT ON job_tracker_jobs
+        REFERENCING NEW TABLE AS added FOR EACH STATEMENT EXECUTE FUNCTION job_tracker_count();
+    CREATE TRIGGER job_tracker_changed AFTER UPDATE ON job_tracker_jobs
+        REFERENCING OLD TABLE AS removed NEW TABLE AS added FOR EACH STATEMENT EXECUTE FUNCTION job_tracker_count();
+    CREATE TRIGGER job_tracker_removed AFTER DELETE ON job_tracker_jobs
+        REFERENCING OLD TABLE AS removed FOR EACH STATEMENT EXECUTE FUNCTION job_tracker_count();
+
+    -- What webuis tell each other of the jobs that they run. Nobody misses it after a crash.
+    CREATE UNLOGGED TABLE job_tracker_glances (
+        id text COLLATE "C" PRIMARY KEY,
+        progress double precision,
+        eta double precision,
+        queue_position integer,
+        preview bytea NOT NULL,
+        preview_number integer NOT NULL,
+        media_type text NOT NULL,
+        said timestamptz NOT NULL
+    );
+    """,
+)
+# Where it can be had, texts are found without a look at each.
+TEXT_INDEX = """
+    CREATE EXTENSION IF NOT EXISTS pg_trgm;
+    CREATE INDEX job_tracker_jobs_prompt ON job_tracker_jobs USING gin (prompt gin_trgm_ops);
+"""
+
+# The columns of job_tracker_jobs that a job has, with their types.
+JOB_COLUMNS = {
+    "folded": "bigint",
+    "id": "text",
+    "record": "text",
+    "timestamp": "bigint",
+    "status": "text",
+    "type": "text",
+    "ip": "text",
+    "label": "text",
+    "key": "text",
+    "prompt": "text",
+    "bytes": "bigint",
+    "parked": "boolean",
+    "owner": "text",
+    "due": "double precision",
+    "is_left": "boolean",
+}
+
+
+def column_text(text: Optional[str]) -> Optional[str]:
+    """Text as a column that is indexed has it. PostgreSQL refuses NUL, and lone surrogates."""
+    return None if text is None else without_surrogates(text).replace("\0", "\ufffd")[:COLUMN_LIMIT]
+
+
+def searched_text(text: str) -> str:
+    """Text in the form in which it is searched, without case."""
+    return without_surrogates(text.casefold()).replace("\0", "\ufffd")
+
+
+def like_pattern(text: str) -> str:
+    """What LIKE takes for a text anywhere in another."""
+    return "%" + re.sub(r"([%_\\])", r"\\\1", searched_text(text)) + "%"
+
+
+def row_of(job: Job) -> Tuple[Any, ...]:
+    """A job as the columns JOB_COLUMNS have it."""
+    return (
+        *(id_number(job.id), job.id, record_of(job).decode(), job.timestamp, job.status, job.type),
+        *map(column_text, (job.ip, job.label, job.key)),
+        *(searched_text(job.prompt), job.bytes, job.parked, column_text(job.owner)),
+        job.webhook and job.webhook.due,
+        job.status == FAILED and job.error == LEFT_BEHIND,
+    )
+
+
+# Each %s is a column of values. What two unique indexes refuse is left out.
+ADD_JOBS = (
+    f"INSERT INTO job_tracker_jobs ({', '.join(JOB_COLUMNS)}) "
+    f"SELECT * FROM unnest({', '.join(f'%s::{kind}[]' for kind in JOB_COLUMNS.values())}) "
+    "ON CONFLICT DO NOTHING RETURNING id"
+)
+CHANGE_JOBS = (
+    f"UPDATE job_tracker_jobs AS jobs SET {', '.join(f'{name} = new.{name}' for name in JOB_COLUMNS)} "
+    f"FROM unnest({', '.join(f'%s::{kind}[]' for kind in JOB_COLUMNS.values())}) AS new ({', '.join(JOB_COLUMNS)}) "
+    "WHERE jobs.folded = new.folded"
+)
+# One that is written already, as it is tried again when nobody knows whether it was, counts as written.
+CHANGE_OWN_JOBS = (
+    f"{CHANGE_JOBS} AND jobs.id = new.id AND jobs.owner = %s AND (jobs.status IN ('Pending', 'Processing') "
+    "OR (jobs.is_left AND new.status IN ('Completed', 'Failed')) OR jobs.record = new.record) RETURNING jobs.id"
+)
+
+
+def as_columns(jobs: Iterable[Job]) -> List[List[Any]]:
+    """Jobs as lists of what each column of JOB_COLUMNS has."""
+    return list(map(list, zip(*map(row_of, jobs))))
+
+
+class NoAnswer(Exception):
+    """The database has not answered in time."""
+
+
+@functools.lru_cache(maxsize=None)
+def connection_class() -> Any:
+    """psycopg's connection, but every wait of it ends at a deadline. Raises ImportError."""
+    import psycopg
+
+    class Connection(psycopg.Connection):
+        deadline = math.inf  # by time.monotonic()
+        abandoned: Abandoned = None  # once it is set, nobody waits any more
+
+        def wait(self, gen: Any, *args: Any, **kwargs: Any) -> Any:
+            return super().wait(self._until_deadline(gen), *args, **kwargs)
+
+        def _until_deadline(self, gen: Any) -> Any:
+            try:
+                wanted = next(gen)
+                while True:  # psycopg comes by ten times a second, also when nothing has come
+                    ready = yield wanted
+                    if time.monotonic() > self.deadline or (self.abandoned is not None and self.abandoned.is_set()):
+                        raise NoAnswer
+                    wanted = gen.send(ready)
+            except StopIteration as end:
+                return end.value
+
+    return Connection
+
+
+class Connections:
+    """Connections to a PostgreSQL database: a bounded number, each for one thread at a time.
+
+    While the database is away, one caller in a moment tries to reach it, and all others are refused at once. All that
+    is asked has a limit, whatever the network does: then its connection is closed, and nobody knows what became of it.
+    """
+
+    CONNECT_SECONDS = 2
+    MOMENT = 1.0  # seconds from one try to reach a database that is away to the next
+    IDLE_SECONDS = 60.0  # after which a connection that nobody needs is closed
+    SERVER_SECONDS = 30  # after which the server gives up what it was asked: nobody waits for it any more
+    PREPARE_SECONDS = 600.0  # for a new schema, which may be long in the making
+
+    def __init__(self, url: str, owner: str, limit: int = 1, is_durable: bool = False):
+        """`limit` is how many there are at once. Unless they are durable, a crash of the server may lose a commit."""
+        self._url = url
+        self._owner = owner
+        self._is_durable = is_durable
+        self._lock = threading.Lock()  # guards the next four
+        self._idle: List[Tuple[Any, float]] = []  # connections, and since when; the last used is the last
+        self._failed_at = -math.inf
+        self._failure: Optional[StoreError] = None
+        self._is_trying = False
+        self._room = threading.Semaphore(limit)
+        self._preparing = threading.Lock()
+        self._is_prepared = False  # the schema is there
+
+    # Errors
+
+    def error(self, cause: BaseException) -> StoreError:
+        """What to say of a failure: to users without a name of a machine, to the log without a password."""
+        if isinstance(cause, StoreError):
+            return cause
+        state = getattr(cause, "sqlstate", None)
+        if isinstance(cause, ImportError):
+            command = f'"{sys.executable}" -m pip install "psycopg[binary]>=3.2"'
+            failure = StoreError(f"TRACKER_STORE needs psycopg, which is not installed: {command}", temporary=True)
+        elif isinstance(cause, NoAnswer):
+            failure = StoreError("the database does not answer", temporary=True)
+        elif state is None:
+            failure = StoreError("the database cannot be reached", temporary=True)
+        else:
+            failure = StoreError(
+                f"the database refuses it ({type(cause).__name__})", temporary=state[:2] not in ("22", "23")
+            )
+        failure.details = self._without_password(f"{type(cause).__name__}: {cause}".strip())
+        failure.__cause__ = cause
+        return failure
+
+    def _without_password(self, text: str) -> str:
+        secret = urlsplit(self._url).netloc.rpartition("@")[0].partition(":")[2]
+        secrets_ = {secret, unquote(secret), *parse_qs(urlsplit(self._url).query).get("password", [])}
+        for secret in filter(None, secrets_):
+            text = text.replace(secret, "***")
+        return text
+
+    # Connections
+
+    def _connect(self) -> Any:
+        class_ = connection_class()
+        options = {"connect_timeout": self.CONNECT_SECONDS, "application_name": f"job-tracker {self._owner}"}
+        try:
+            connection = class_.connect(self._url, autocommit=True, **options)
+        except Exception as error:
+            if type(error).__name__ == "ProgrammingError":  # which may cite the password
+                raise StoreError("TRACKER_STORE is no valid URL of a database", temporary=True) from None
+            raise
+        try:
+            connection.deadline = time.monotonic() + self.CONNECT_SECONDS
+            settings = {
+                "job_tracker.owner": self._owner,
+                "statement_timeout": f"{self.SERVER_SECONDS}s",
+                "synchronous_commit": "on" if self._is_durable else "off",
+            }
+            for name, value in settings.items():
+                connection.execute("SELECT set_config(%s, %s, false)", (name, value))
+            self._prepare(connection)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def _prepare(self, connection: Any) -> None:
+        """Makes the schema, or takes it to this version, once among all webuis."""
+        with self._preparing:
+            if self._is_prepared:
+                return
+            connection.deadline = time.monotonic() + self.PREPARE_SECONDS
+            version = self._schema_version(connection)
+            if version < len(MIGRATIONS):
+                with connection.transaction():
+                    connection.execute("SET LOCAL statement_timeout = 0")
+                    connection.execute("SELECT pg_advisory_xact_lock(hashtext('job_tracker ' || current_schema()))")
+                    version = self._schema_version(connection)  # another webui may have been first
+                    for statements in MIGRATIONS[version:]:
+                        connection.execute(statements)
+                    if version < len(MIGRATIONS):
+                        connection.execute("CREATE TABLE IF NOT EXISTS job_tracker_schema (version integer NOT NULL)")
+                        connection.execute("DELETE FROM job_tracker_schema")
+                        connection.execute("INSERT INTO job_tracker_schema VALUES (%s)", (len(MIGRATIONS),))
+                    if version == 0:
+                        with contextlib.suppress(self._refusals()), connection.transaction():
+                            connection.execute(TEXT_INDEX)
+            if version > len(MIGRATIONS):
+                raise StoreError(
+                    f"the jobs are in the form of a later Job Tracker (schema {version}, this one knows "
+                    f"{len(MIGRATIONS)}): update this one",
+                    temporary=True,
+                )
+            self._is_prepared = True
+
+    @staticmethod
+    def _refusals() -> Any:
+        """What psycopg raises for what the server refuses."""
+        import psycopg
+
+        return psycopg.DatabaseError
+
+    @staticmethod
+    def _schema_version(connection: Any) -> int:
+        """0 where there is none."""
+        # Not by to_regclass, which may remember that there was none before another webui made it.
+        where = "relname = 'job_tracker_schema' AND relnamespace = current_schema()::regnamespace"
+        if connection.execute(f"SELECT FROM pg_class WHERE {where}").fetchone() is None:
+            return 0
+        found = connection.execute("SELECT version FROM job_tracker_schema").fetchone()
+        return found[0] if found else 0
+
+    @contextlib.contextmanager
+    def use(self, seconds: float, abandoned: Abandoned = None) -> Iterator[Any]:
+        """A connection for what takes so many seconds at most, or less once `abandoned` is set. Raises StoreError.
+
+        It is in autocommit mode.
+        """
+        until = time.monotonic() + seconds
+        if not self._room.acquire(timeout=seconds):
+            raise StoreError("the database is busy", temporary=True)
+        try:
+            connection = self._take()
+            try:
+                connection.deadline, connection.abandoned = until, abandoned
+                yield connection
+            except BaseException as error:
+                self._drop(connection, error)
+                raise self.error(error) if isinstance(error, Exception) else error
+            connection.abandoned = None
+            with self._lock:
+                self._idle.append((connection, time.monotonic()))
+                unneeded = [one for one, since in self._idle if time.monotonic() - since > self.IDLE_SECONDS]
+                self._idle = self._idle[len(unneeded) :]
+            for one in unneeded:
+                one.close()
+        finally:
+            self._room.release()
+
+    def _take(self) -> Any:
+        """A connection that was used before, or a new one."""
+        while True:
+            with self._lock:
+                connection = self._idle.pop()[0] if self._idle else None
+            if connection is None:
+                return self.open()
+            if not connection.closed:
+                return connection
+
+    def open(self) -> Any:
+        """A connection of the caller's own. Raises StoreError."""
+        with self._lock:
+            is_away = self._failure is not None
+            if is_away and (self._is_trying or time.monotonic() - self._failed_at < self.MOMENT):
+                raise self._failure
+            self._is_trying = True
+        failure: Optional[StoreError] = None
+        try:
+            return self._connect()
+        except Exception as error:
+            failure = self.error(error)
+            raise failure from None
+        finally:
+            with self._lock:
+                self._is_trying, self._failure, self._failed_at = False, failure, time.monotonic()
+
+    def _drop(self, connection: Any, error: BaseException) -> None:
+        """Closes a connection on which something failed, and what the server still does on it."""
+        if isinstance(error, NoAnswer) and connection.abandoned is not None and connection.abandoned.is_set():
+            connection.deadline, connection.abandoned = time.monotonic() + 1, None
+            with contextlib.suppress(Exception):
+                connection.cancel()
+        connection.close()
+        if getattr(error, "sqlstate", None) in ("42P01", "3F000"):  # the schema was taken away
+            self._is_prepared = False
+        if getattr(error, "sqlstate", None) is None or connection.broken:  # the others are as it is, most likely
+            self.close()
+
+    def close(self) -> None:
+        """Closes those that nobody uses."""
+        with self._lock:
+            idle, self._idle = self._idle, []
+        for connection, _ in idle:
+            connection.close()
+
+
+class PostgresJobStore(QueuedStore):
+    """Jobs in a PostgreSQL database, which many webuis share, each with a store of this kind.
+
+    One thread, the store's own, writes all that waits with one transaction. Another, the pulse, listens to what the
+    others write, and says that this webui lives. Nothing needs a restart: a database that was away is asked again.
+
+    A job belongs to the webui that runs it, its owner. A webui that was silent for `DEAD_AFTER` seconds is dead to the
+    others, who take over its jobs. It may wake up again: so a `put` is written only where the job is still its own and
+    has not ended, or has ended only because others took it for dead. Otherwise the Future ends with Superseded.
+    All times are the database's.
+    """
+
+    PATIENCE = 2.0
+    RECOVER_EVERY = 5.0
+    FOLLOW_EVERY = 0.0  # `follow` waits itself
+    PLACE = "The database"
+    RETRY = 1.0
+    WRITE_SECONDS = 10.0  # that a transaction may take
+    READ_SECONDS = 5.0  # the same for a look at jobs
+    SEARCH_SECONDS = 25.0  # the same for a look at all their prompts
+    PURGE_SECONDS = 3600.0  # that a purge waits for another's end
+    READERS = 8  # connections for looks at jobs, beside one to write and one to listen
+    TRIES = 3  # of a transaction that met another one
+    BEAT_EVERY = 5.0  # seconds from one sign of life to the next
+    GAP = 15.0  # seconds without one of our own after which nobody is judged by his silence for DEAD_AFTER seconds
+    LOOK_EVERY = 5.0  # seconds from one `follow` that cannot tell what has changed to the next
+    FOLLOW_SECONDS = 0.5  # that `follow` waits for news
+    WORDS_AT_ONCE = 200  # in one message, which has at most 8,000 bytes
+    HOLD_SECONDS = 3  # that a parked job is held for the webui that is about to start it
+    GLANCE_SECONDS = 6.0  # for which a webui goes on telling of a job at which another glances
+    GLANCES_ASKED_EVERY = 2.0
+    COUNTED_SECONDS = 0.5  # for which the number of parked jobs before another is remembered
+    RECOVERED_AT_ONCE = 500
+    is_shared = True
+    is_ready = True
+    progress = 0
+
+    def __init__(self, url: str):
+        super().__init__()
+        self._readers = Connections(url, self.owner, self.READERS)
+        self._writer = Connections(url, self.owner, is_durable=True)
+        self._listeners = Connections(url, self.owner)
+        self._clock: Optional[float] = None  # what is to be added to time.monotonic()
+        self._beaten = (-math.inf, -math.inf)  # when the last sign of life was given, by both clocks of this machine
+        self._beat_is_due = True  # whatever these say
+        self._steady_since = math.inf  # when the first one was given after a gap, by time.monotonic()
+        self._beating = threading.Lock()  # guards these three, and keeps the dead from giving a sign of life
+        self._news_came = threading.Condition()  # guards these four
+        self._news: Dict[str, bool] = {}  # see `follow`
+        self._is_unsure = True  # something may have been missed
+        self._look_at = -math.inf  # when the next `follow` is to say so, by time.monotonic()
+        self._glanced_at: Dict[str, Tuple[float, bool]] = {}  # jobs, until when, and whether with previews
+        self._asked: Dict[str, Tuple[float, bool]] = {}  # the same for jobs of others: when that was asked for
+        self._counted: Tuple[float, Tuple[int, int], int] = (-math.inf, (0, 0), 0)  # when, before which place, how many
+        self._recovering: Optional[Future] = None
+        self._recovery = Threads(1, "recover")
+        self._channel = ""  # of NOTIFY, once it is known
+        self._untold: List[str] = []  # what the others are to hear, see `_hear`
+        self._doubtful: Dict[str, float] = {}  # new jobs that may have been written after all: from when on to remove
+        self._thread.start()
+        threading.Thread(target=self._listen, name="job-tracker-pulse", daemon=True).start()
+
+    # For any thread
+
+    def now(self) -> float:
+        clock = self._clock
+        return time.time() if clock is None else clock + time.monotonic()
+
+    def get(self, job_id: str) -> Optional[Job]:
+        """A job, None if there is none. Raises StoreError."""
+        return self.get_many([job_id]).get(job_id)
+
+    def get_many(self, ids: Iterable[str]) -> Dict[str, Job]:
+        """Those of some jobs that are there, by ID. Raises StoreError."""
+        pending, found, asked = self._pending_now(), {}, []
+        for job_id in filter(ID_FORM.match, ids):
+            if job_id not in pending:
+                asked.append(job_id)
+            elif pending[job_id].shown is not None:
+                found[job_id] = pending[job_id].shown
+        if asked:
+            numbers = list(map(id_number, asked))
+            wanted = set(asked)
+            for job in self._jobs("WHERE folded = ANY(%s::bigint[])", (numbers,)):
+                if job.id in wanted:
+                    found[job.id] = job
+        return found
+
+    def with_key(self, key: str) -> Optional[Job]:
+        """The latest job with an idempotency key, None if there is none. Raises StoreError."""
+        order = "ORDER BY status = 'Failed', number DESC LIMIT 1"
+        return next((job for job in self._jobs(f"WHERE key = %s {order}", (column_text(key),)) if job.key == key), None)
+
+    def query(
+        self, filter_: Filter, limit: int, cursor: Optional[str] = None, skip: int = 0, abandoned: Abandoned = None
+    ) -> Page:
+        """The newest jobs that match: at most `limit`, without the first `skip`, or those that come after a page.
+
+        Ends early, with none, once `abandoned` is set. Raises StoreError, InvalidCursor.
+        """
+        conditions, values = self._conditions(filter_)
+        if cursor is not None:
+            form = re.match(r"([0-9]{1,12})-([0-9]{1,18})\Z", cursor)
+            if form is None:
+                raise InvalidCursor("it must come from a page before")
+            conditions.append("(timestamp, number) < (%s, %s)")
+            values.extend(map(int, form.groups()))
+        seconds = self.SEARCH_SECONDS if filter_.q else self.READ_SECONDS
+        statement = (
+            f"SELECT record, timestamp, number FROM job_tracker_jobs WHERE {' AND '.join(conditions) or 'true'} "
+            "ORDER BY timestamp DESC, number DESC LIMIT %s OFFSET %s"
+        )
+        try:
+            rows = self._read(statement, (*values, limit + 1, skip), seconds, abandoned)
+        except StoreError:
+            if abandoned is not None and abandoned.is_set():
+                return Page([], None)
+            raise
+        pending, jobs = self._pending_now(), []
+        for job in self._understood(record for record, _, _ in rows[:limit]):
+            shown = pending[job.id].shown if job.id in pending else job
+            if shown is not None and (shown is job or filter_.fits(shown)):
+                jobs.append(shown)
+        return Page(jobs, "-".join(map(str, rows[limit - 1][1:])) if len(rows) > limit else None)
+
+    @staticmethod
+    def _conditions(filter_: Filter) -> Tuple[List[str], List[Any]]:
+        """A filter in SQL."""
+        wanted = {
+            "ip = %s": column_text(filter_.ip),
+            "status = %s": filter_.status,
+            "type = %s": filter_.type,
+            # Times of jobs are whole, and an index of those is of no use for others.
+            "timestamp > %s": None if filter_.after is None else math.floor(min(max(filter_.after, -1), MAX_TIMESTAMP)),
+            "timestamp < %s": None if filter_.before is None else math.ceil(min(max(filter_.before, 0), MAX_TIMESTAMP)),
+            "label = %s": column_text(filter_.label),
+            "prompt LIKE %s": like_pattern(filter_.q) if filter_.q else None,
+        }
+        known = {condition: value for condition, value in wanted.items() if value is not None}
+        return list(known), list(known.values())
+
+    def totals(self) -> Dict[str, Tuple[int, int]]:
+        """By status, the number of jobs and the bytes of their files. Raises StoreError."""
+        rows = self._read(
+            "SELECT status, sum(jobs)::bigint, sum(bytes)::bigint FROM job_tracker_counts GROUP BY status"
+        )
+        return {**dict.fromkeys(STATUSES, (0, 0)), **{status: (jobs, size) for status, jobs, size in rows}}
+
+    def oldest_pending(self) -> Optional[Job]:
+        """The Pending job that was accepted first, None if none is Pending. Raises StoreError."""
+        return next(self._jobs("WHERE status = 'Pending' ORDER BY timestamp, number LIMIT 1"), None)
+
+    def due_webhooks(self, before: float, count: int, after: float = -1.0) -> List[Job]:
+        """Jobs whose webhooks are due between two times (Unix seconds, exclusive), in that order, at most `count`.
+
+        Without those of which a change is not written yet. Raises StoreError.
+        """
+        jobs = self._jobs("WHERE due > %s AND due < %s ORDER BY due LIMIT %s", (after, before, count))
+        pending = self._pending_now()
+        return [job for job in jobs if job.id not in pending]
+
+    def next_webhook(self) -> Optional[float]:
+        """When the first of all webhooks is due (Unix seconds). Raises StoreError."""
+        return self._read("SELECT min(due) FROM job_tracker_jobs WHERE due IS NOT NULL")[0][0]
+
+    def announce(self, server: str) -> None:
+        """Tells the others what this webui is called. Waits for nothing."""
+        self._server = server
+        self._beat_is_due = True
+
+    def servers(self) -> List[str]:
+        """What the webuis are called that live now. Raises StoreError."""
+        statement = "SELECT server FROM job_tracker_webuis WHERE seen > clock_timestamp() - make_interval(secs => %s)"
+        found = {server for (server,) in self._read(statement, (DEAD_AFTER,))}
+        return sorted({*found, self._server} - {""})
+
+    def oldest_parked(self, hold: bool = False, without: Collection[str] = ()) -> Optional[Job]:
+        """The parked job that was accepted first, None if none is parked. Raises StoreError.
+
+        `without` has the IDs of jobs that are passed over. With `hold`, it is kept for a moment from being found by
+        other webuis: the caller is about to start it. Who starts it is decided only then, as with any change.
+        """
+        free = (
+            "parked AND (held_until IS NULL OR held_until < clock_timestamp() OR held_by = %(owner)s) "
+            "AND NOT folded = ANY(%(without)s::bigint[]) ORDER BY timestamp, number LIMIT 1"
+        )
+        values = {"owner": self.owner, "without": list(map(id_number, without)), "seconds": self.HOLD_SECONDS}
+        if not hold:
+            return next(self._jobs(f"WHERE {free}", values), None)
+        statement = (
+            "UPDATE job_tracker_jobs SET held_by = %(owner)s, "
+            "held_until = clock_timestamp() + make_interval(secs => %(seconds)s) WHERE number = "
+            f"(SELECT number FROM job_tracker_jobs WHERE {free} FOR UPDATE SKIP LOCKED) RETURNING record"
+        )
+        return next(self._understood(record for (record,) in self._read(statement, values)), None)
+
+    def parked_before(self, job_id: str) -> int:
+        """How many parked jobs were accepted before another job. Raises StoreError."""
+        place_of = "SELECT timestamp, number FROM job_tracker_jobs WHERE folded = %s"
+        found = self._read(place_of, (id_number(job_id),))
+        place = found[0] if found else (MAX_TIMESTAMP, 0)
+        # Who lists jobs asks for one after the other, and counting from one to the next takes no time.
+        counted_at, near, known = self._counted
+        now = time.monotonic()
+        if now - counted_at > self.COUNTED_SECONDS:
+            counted_at, near, known = now, (-1, 0), 0
+        first, last, sign = (near, place, 1) if place >= near else (place, near, -1)
+        between = "parked AND (timestamp, number) >= (%s, %s) AND (timestamp, number) < (%s, %s)"
+        counted = self._read(f"SELECT count(*) FROM job_tracker_jobs WHERE {between}", (*first, *last))
+        known += sign * counted[0][0]
+        self._counted = counted_at, place, known
+        return known
+
+    def oldest_ended(self, size: int, limit: int) -> List[Job]:
+        """The oldest ended jobs, in order of acceptance: as many as it takes to have files of `size` bytes.
+
+        At most `limit`, and never the newest one. Raises StoreError.
+        """
+        order = "WHERE status IN ('Completed', 'Failed') ORDER BY timestamp, number LIMIT %s"
+        found: List[Job] = []
+        for job in list(self._jobs(order, (limit + 1,)))[:-1]:
+            if size <= 0:
+                break
+            found.append(job)
+            size -= job.bytes
+        return found
+
+    def expired(self, before: float, after: Optional[float] = None) -> List[str]:
+        """IDs of ended jobs accepted between two times (Unix seconds, exclusive), oldest first. Raises StoreError."""
+        conditions, values = self._conditions(Filter(before=before, after=after))
+        where = " AND ".join(["status IN ('Completed', 'Failed')", *conditions])
+        statement = f"SELECT id FROM job_tracker_jobs WHERE {where} ORDER BY timestamp, number"
+        return [job_id for (job_id,) in self._read(statement, values, self.SEARCH_SECONDS)]
+
+    def quarantined_ids(self) -> Optional[Set[str]]:
+        """None are: a database does not damage a record, and what cannot be understood stays where it is."""
+        return set()
+
+    @contextlib.contextmanager
+    def purging(self, wait: bool) -> Iterator[bool]:
+        """Around a purge, of which there is one at a time among all who share the store.
+
+        False if another is under way, which is waited for with `wait`. Raises StoreError.
+        """
+        lock = "hashtext('job_tracker purge ' || current_schema())"
+        connection = self._readers.open()  # the lock is its own, and goes with it
+        try:
+            connection.deadline = time.monotonic() + self.PURGE_SECONDS
+            try:
+                connection.execute("SET statement_timeout = 0")
+                is_free = connection.execute(f"SELECT pg_try_advisory_lock({lock})").fetchone()[0]
+                if wait and not is_free:
+                    connection.execute(f"SELECT pg_advisory_lock({lock})")
+                    is_free = True
+            except Exception as error:
+                raise self._readers.error(error) from error
+            yield is_free
+        finally:
+            connection.close()
+
+    # Changes of others
+
+    def follow(self) -> Optional[Dict[str, bool]]:
+        """The IDs of jobs that were changed since the last call, by whatever process. Waits a moment for them.
+
+        With each, whether its owner is asked to cancel it. None if it cannot be told what was changed. One thread may
+        call this, again and again.
+        """
+        with self._news_came:
+            self._news_came.wait_for(lambda: self._news or self._is_unsure or self._closed, self.FOLLOW_SECONDS)
+            news, self._news = self._news, {}
+            is_unsure, self._is_unsure = self._is_unsure, False
+        return None if is_unsure else news
+
+    def glance(self, job: Job, with_preview: bool = False) -> Optional[Glance]:
+        """What another process last said of a job that runs there. Asks it to go on saying that for some seconds.
+
+        None while it has said nothing. Raises StoreError.
+        """
+        return self.glances([job], with_preview).get(job.id)
+
+    def glances(self, jobs: Sequence[Job], with_preview: bool = False) -> Dict[str, Glance]:
+        """The same for several jobs, by ID."""
+        now, asked = time.monotonic(), []
+        with self._news_came:
+            self._asked = {one: when for one, when in self._asked.items() if now - when[0] < self.GLANCES_ASKED_EVERY}
+            for job in jobs:
+                _, for_preview = self._asked.get(job.id, (0.0, False))
+                if job.owner and (job.id not in self._asked or (with_preview and not for_preview)):
+                    self._asked[job.id] = now, with_preview
+                    asked.append(f"{job.owner}?{job.id}{'+' if with_preview else ''}")
+        if asked:
+            with contextlib.suppress(StoreError), self._readers.use(self.PATIENCE) as connection:
+                self._tell(connection, asked)
+        preview = "preview" if with_preview else "''::bytea"
+        statement = (
+            f"SELECT id, progress, eta, queue_position, {preview}, preview_number, media_type "
+            "FROM job_tracker_glances WHERE id = ANY(%s) AND said > clock_timestamp() - make_interval(secs => %s)"
+        )
+        rows = self._read(statement, ([job.id for job in jobs], self.GLANCE_SECONDS / 2))
+        return {row[0]: Glance(*row[1:4], bytes(row[4]), *row[5:]) for row in rows}
+
+    def glanced_at(self) -> Dict[str, bool]:
+        """The IDs of this process's own jobs at which others glance now, with whether they want previews, too."""
+        with self._news_came:
+            now = time.monotonic()
+            self._glanced_at = {one: until for one, until in self._glanced_at.items() if until[0] > now}
+            return {job_id: with_preview for job_id, (_, with_preview) in self._glanced_at.items()}
+
+    def show(self, glances: Dict[str, Glance]) -> None:
+        """Says what they glance at. Waits for nothing but the database, and does not raise.
+
+        Without a picture, the last one stays.
+        """
+        statement = (
+            "INSERT INTO job_tracker_glances AS known VALUES (%s, %s, %s, %s, %s, %s, %s, clock_timestamp()) "
+            "ON CONFLICT (id) DO UPDATE SET progress = excluded.progress, eta = excluded.eta, "
+            "queue_position = excluded.queue_position, said = excluded.said, "
+            + ", ".join(
+                f"{name} = CASE WHEN excluded.preview = '' THEN known.{name} ELSE excluded.{name} END"
+                for name in ("preview", "preview_number", "media_type")
+            )
+        )
+        with contextlib.suppress(StoreError), self._readers.use(self.PATIENCE) as connection:
+            for job_id, glance in glances.items():
+                connection.execute(statement, (job_id, *glance))
+
+    # Dead webuis
+
+    def recover(
+        self, end: Callable[[Job], Job], ended: Callable[[Job], None] = lambda job: None, parked: bool = False
+    ) -> Future:
+        """Changes each unfinished job of a dead webui by `end`, once among all that try.
+
+        That is without those that it has parked, unless `parked` is set. The Future ends when that is done, or with
+        StoreError. `end` may raise StoreError for a job that cannot be judged now: it stays as it is. It may wait for
+        the disk or a bucket, for it is called while nothing is held. `ended` is called with each job that was changed
+        so, once that is written, and is not to wait for anything.
+        """
+        with self._work:
+            if self._recovering is None or self._recovering.done():
+                try:
+                    self._recovering = self._recovery.submit(self._end_left, end, ended, parked)
+                except StoreError as error:
+                    return failed_future(error)
+            return self._recovering
+
+    def _end_left(self, end: Callable[[Job], Job], ended: Callable[[Job], None], parked: bool) -> None:
+        # After a pause of ours, or of the database, all may seem silent who only had nobody to tell.
+        is_steady = time.monotonic() - self._steady_since >= DEAD_AFTER
+        silent = "seen < clock_timestamp() - make_interval(secs => %(seconds)s)" if is_steady else "false"
+        lives = f"SELECT FROM job_tracker_webuis AS webuis WHERE webuis.owner = jobs.owner AND NOT {silent}"
+        values = {"seconds": DEAD_AFTER, "owner": self.owner, "parked": parked}
+        where = (
+            "AS jobs WHERE status IN ('Pending', 'Processing') AND owner IS DISTINCT FROM %(owner)s "
+            f"AND (NOT parked OR %(parked)s) AND NOT EXISTS ({lives}) "
+        )
+        left = list(self._jobs(f"{where} ORDER BY timestamp, number LIMIT {self.RECOVERED_AT_ONCE}", values))
+        after: Dict[str, Job] = {}
+        failure: Optional[StoreError] = None
+        for job in left:
+            try:
+                after[job.id] = end(job)
+            except StoreError as error:  # it is temporary: it is tried again at the next look
+                failure = error
+        self._report("completed by what lies in images/", failure and (failure.__cause__ or failure))
+        if after:
+            known = {job.id: job for job in left}
+            changing = self.change(list(after), lambda job: after[job.id] if job == known[job.id] else None)
+            changed = changing.result()
+            statuses = Counter(job.status for job in changed)
+            if changed:
+                counts = ", ".join(f"{statuses[status]} {status}" for status in STATUSES if status in statuses)
+                log.warning("%d jobs that a webui left behind are now: %s", len(changed), counts)
+            for job in changed:
+                ended(job)
+        if is_steady:
+            self._forget_dead(values)
+
+    def _forget_dead(self, values: Dict[str, Any]) -> None:
+        """Removes the rows of webuis that are dead and have left nothing. What they counted stays."""
+        forget = (
+            "WITH gone AS (DELETE FROM job_tracker_webuis AS webuis "
+            "WHERE seen < clock_timestamp() - make_interval(secs => %(seconds)s) AND owner <> %(owner)s "
+            "RETURNING owner), "
+            "counted AS (DELETE FROM job_tracker_counts WHERE owner <> '' AND owner NOT IN (SELECT owner "
+            "FROM job_tracker_webuis WHERE owner NOT IN (SELECT owner FROM gone)) RETURNING status, jobs, bytes), "
+            "old AS (DELETE FROM job_tracker_glances WHERE said < clock_timestamp() - interval '1 minute') "
+            "INSERT INTO job_tracker_counts AS counts (owner, status, jobs, bytes) "
+            "SELECT '', status, sum(jobs), sum(bytes) FROM counted GROUP BY status "
+            "ON CONFLICT (owner, status) DO UPDATE SET jobs = counts.jobs + excluded.jobs, "
+            "bytes = counts.bytes + excluded.bytes"
+        )
+        with self._readers.use(self.READ_SECONDS) as connection:
+            connection.execute(forget, values)
+
+    # Looks at the database
+
+    def _read(
+        self, statement: str, values: Any = (), seconds: Optional[float] = None, abandoned: Abandoned = None
+    ) -> List[Tuple[Any, ...]]:
+        """The rows that a statement gives. Raises StoreError."""
+        with self._readers.use(seconds or self.READ_SECONDS, abandoned) as connection:
+            return connection.execute(statement, values).fetchall()
+
+    def _jobs(self, where: str, values: Any = ()) -> Iterator[Job]:
+        """Raises StoreError."""
+        return self._understood(
+            record for (record,) in self._read(f"SELECT record FROM job_tracker_jobs {where}", values)
+        )
+
+    def _understood(self, records: Iterable[str]) -> Iterator[Job]:
+        """Jobs from their records. What is none is passed over: it stays where it is, and the log says so."""
+        for record in records:
+            try:
+                yield job_from_record(json.loads(record))
+            except (ValueError, RecursionError) as error:
+                self._report("understood in one row", error)
+
+    # The store's thread
+
+    def _run(self) -> None:
+        while not self._closed:
+            with self._work:
+                self._is_busy = False
+                self._work.notify_all()
+                is_late = self._retry or self._lasting or self._doubtful
+                self._work.wait_for(self._has_work, max(0, self._retry_at - time.monotonic()) if is_late else None)
+                self._is_busy = True
+            try:
+                self._write_waiting()
+                self._remove_doubtful()
+                with contextlib.suppress(StoreError):  # it is logged where more depends on it
+                    self._tell_untold()
+                    self._find_spare_ids()
+            except Exception:  # a bug of ours. All callers wait for this thread, so it goes on
+                log.exception("The store failed")
+        for change in self._retry:
+            if not change.written.done():
+                change.written.set_exception(StoreError("the store is closed"))
+        with contextlib.suppress(StoreError), self._beating, self._writer.use(self.PATIENCE) as connection:
+            connection.execute("DELETE FROM job_tracker_webuis WHERE owner = %s", (self.owner,))
+        self._recovery.shutdown(wait=False)
+        self._writer.close()
+        self._readers.close()
+
+    def _store_changes(self, jobs: Dict[str, Optional[Job]], new: Set[str]) -> Dict[str, StoreError]:
+        try:
+            refused = self._write_rows(jobs, new)
+        except StoreError as error:
+            if error.temporary:
+                raise
+            refused = {next(iter(jobs)): error} if len(jobs) == 1 else self._store_one_by_one(jobs, new)
+        with self._lock:
+            for job_id, job in jobs.items():
+                if job_id in self._pending and self._pending[job_id].job is job:
+                    del self._pending[job_id]
+        return refused
+
+    def _store_one_by_one(self, jobs: Dict[str, Optional[Job]], new: Set[str]) -> Dict[str, StoreError]:
+        """After the database has refused one of them."""
+        refused: Dict[str, StoreError] = {}
+        try:
+            for job_id, job in jobs.items():
+                refused.update(self._store_changes({job_id: job}, new))
+        except StoreError as error:  # those before are written
+            raise NotUndone from error
+        return refused
+
+    def _write_rows(self, jobs: Dict[str, Optional[Job]], new: Set[str]) -> Dict[str, StoreError]:
+        """Writes jobs with one transaction. Returns those that are refused, with why. Raises StoreError, NotUndone."""
+        added = {job_id: job for job_id, job in jobs.items() if job is not None and job_id in new}
+        changed = {job_id: job for job_id, job in jobs.items() if job is not None and job_id not in new}
+        removed = [job_id for job_id, job in jobs.items() if job is None]
+        refused: Dict[str, StoreError] = {}
+
+        def write(connection: Any) -> None:
+            refused.clear()
+            written = set(removed)
+            if removed:
+                connection.execute(
+                    "DELETE FROM job_tracker_jobs WHERE folded = ANY(%s)", (list(map(id_number, removed)),)
+                )
+            if added:
+                written.update(row[0] for row in connection.execute(ADD_JOBS, as_columns(added.values())))
+            if changed:
+                values = (*as_columns(changed.values()), self.owner)
+                written.update(row[0] for row in connection.execute(CHANGE_OWN_JOBS, values))
+            refused.update(
+                self._why_refused(connection, {one: job for one, job in added.items() if one not in written})
+            )
+            gone = "another webui has taken over the job, or it has ended"
+            refused.update((one, Superseded(gone)) for one in changed if one not in written)
+
+        self._transact(
+            write, is_single=len(jobs) == len(added) or len(jobs) == len(changed) or len(jobs) == len(removed)
+        )
+        told = (job for one, job in jobs.items() if job is not None and one not in refused)
+        self._untold.extend([*removed, *(job.id for job in told if job.ended or job.parked)])
+        return refused
+
+    @staticmethod
+    def _why_refused(connection: Any, jobs: Dict[str, Job]) -> Dict[str, StoreError]:
+        """Why new jobs could not be added: their keys, or their IDs, are those of others."""
+        if not jobs:
+            return {}
+        keys = [column_text(job.key) for job in jobs.values() if job.key is not None]
+        statement = "SELECT key, id, record FROM job_tracker_jobs WHERE key = ANY(%s) AND status <> 'Failed'"
+        first = {key: (job_id, json.loads(record)) for key, job_id, record in connection.execute(statement, (keys,))}
+        refused: Dict[str, StoreError] = {}
+        for job in jobs.values():
+            job_id, record = first.get(column_text(job.key), ("", {}))
+            taken = StoreError("its ID, or its key, was taken in the same moment", temporary=True)
+            refused[job.id] = KeyTaken(job_id, record.get("digest") or "") if job_id else taken
+        return refused
+
+    def _store_decision(self, decision: Decision, changed: Dict[str, Job]) -> None:
+        before: Dict[str, Job] = {}
+
+        def decide(connection: Any) -> None:
+            before.clear()
+            changed.clear()
+            statement = (
+                "SELECT record FROM job_tracker_jobs WHERE folded = ANY(%s::bigint[]) ORDER BY number FOR UPDATE"
+            )
+            rows = connection.execute(
+                statement, (list(map(id_number, filter(ID_FORM.match, decision.ids))),)
+            ).fetchall()
+            for job in self._understood(record for (record,) in rows):
+                after = decision.decide(job) if job.id in decision.ids else None
+                if after is not None:
+                    before[job.id], changed[job.id] = job, after
+            if changed:
+                connection.execute(CHANGE_JOBS, as_columns(changed.values()))
+
+        try:
+            self._transact(decide)
+        except NotUndone:
+            self._lasting.append(decision_to_undo(before.copy(), changed.copy()))
+            raise
+        self._untold.extend(f"{job.id}!" if job.cancel_wanted and not job.ended else job.id for job in changed.values())
+
+    def _transact(self, work: Callable[[Any], None], is_single: bool = False) -> None:
+        """Does work within one transaction, or as a statement of its own. Raises StoreError.
+
+        Raises NotUndone if nobody knows whether it was committed: `StoreError` is then its cause.
+        """
+        if (
+            time.monotonic() - self._beaten[0] > 2 * self.BEAT_EVERY
+            or time.time() - self._beaten[1] > 2 * self.BEAT_EVERY
+        ):
+            with self._writer.use(self.PATIENCE) as connection:  # nobody is to take us for dead who sees this
+                self._beat(connection)
+        for tries_left in range(self.TRIES - 1, -1, -1):
+            is_sent = False
+            try:
+                with self._writer.use(self.WRITE_SECONDS) as connection:
+                    is_sent = True
+                    with contextlib.nullcontext() if is_single else connection.transaction():
+                        work(connection)
+                return
+            except StoreError as error:
+                state = getattr(error.__cause__, "sqlstate", None)
+                if state in ("40001", "40P01") and tries_left:  # it met another one
+                    continue
+                if is_sent and state is None:
+                    raise NotUndone from error
+                raise
+
+    def _undo_new(self, change: Change) -> None:
+        """They are taken away as soon as the database answers, and once more when it has given up what it was asked."""
+        until = time.monotonic() + Connections.SERVER_SECONDS + self.WRITE_SECONDS
+        self._doubtful.update(dict.fromkeys(change.jobs, until))
+
+    def _remove_doubtful(self) -> None:
+        if not self._doubtful or time.monotonic() < self._retry_at:
+            return
+        self._retry_at = time.monotonic() + self.RETRY
+        # By its owner and status: another webui may have begun to generate one that was parked.
+        remove = "DELETE FROM job_tracker_jobs WHERE folded = ANY(%s) AND owner = %s AND status = 'Pending'"
+        with contextlib.suppress(StoreError), self._writer.use(self.WRITE_SECONDS) as connection:
+            connection.execute(remove, (list(map(id_number, self._doubtful)), self.owner))
+            settled = [job_id for job_id, until in self._doubtful.items() if time.monotonic() > until]
+            with self._lock:
+                for job_id in settled:
+                    del self._doubtful[job_id]
+                    self._pending.pop(job_id, None)
+
+    def _find_spare_ids(self) -> None:
+        if len(self._spare_ids) > self.SPARE_IDS // 2 or self.trouble:
+            return
+        made = {id_number(job_id): job_id for job_id in (new_id() for _ in range(self.SPARE_IDS))}
+        taken = self._read("SELECT folded FROM job_tracker_jobs WHERE folded = ANY(%s)", (list(made),))
+        for (number,) in taken:
+            del made[number]
+        with self._lock:
+            self._spare_ids.extend(made.values())
+
+    # The pulse: signs of life, and news of others
+
+    def _listen(self) -> None:
+        connection: Any = None
+        while not self._closed:
+            try:
+                if connection is None:
+                    connection = self._listeners.open()
+                    self._begin_to_listen(connection)
+                connection.deadline = time.monotonic() + self.READ_SECONDS
+                if self._beat_is_due or time.monotonic() - self._beaten[0] > self.BEAT_EVERY:
+                    self._beat(connection)
+                self._report("heard", None)
+                for notify in connection.notifies(timeout=self.FOLLOW_SECONDS):
+                    self._hear(notify.payload)
+            except Exception as error:
+                self._report("heard", self._listeners.error(error))
+                if connection is not None:
+                    connection.close()
+                    connection = None
+                with self._work:
+                    self._work.wait_for(lambda: self._closed, Connections.MOMENT)
+            self._look_if_due(is_deaf=connection is None)
+        if connection is not None:
+            connection.close()
+
+    def _begin_to_listen(self, connection: Any) -> None:
+        connection.deadline = time.monotonic() + self.READ_SECONDS
+        name = "'job_tracker_' || left(md5(current_schema()), 16)"  # a channel is the whole database's
+        (self._channel,) = connection.execute(f"SELECT {name}").fetchone()
+        connection.execute(f"LISTEN {self._channel}")
+        self._look_at = -math.inf
+
+    def _look_if_due(self, is_deaf: bool) -> None:
+        """Has `follow` say now and then that it cannot tell what has changed: a message may be lost."""
+        if not is_deaf and time.monotonic() >= self._look_at:
+            self._look_at = time.monotonic() + self.LOOK_EVERY
+            with self._news_came:
+                self._is_unsure = True
+                self._news_came.notify_all()
+
+    def _beat(self, connection: Any) -> None:
+        """Gives a sign of life, and learns the database's time."""
+        statement = (
+            "INSERT INTO job_tracker_webuis AS known VALUES (%s, %s, clock_timestamp()) "
+            "ON CONFLICT (owner) DO UPDATE SET server = excluded.server, seen = excluded.seen "
+            "RETURNING extract(epoch FROM clock_timestamp())::double precision"
+        )
+        with self._beating:
+            if self._closed:
+                return
+            self._beat_is_due = False
+            before = time.monotonic()
+            (seconds,) = connection.execute(statement, (self.owner, self._server)).fetchone()
+            now = time.monotonic()
+            self._clock = seconds - (before + now) / 2
+            last, last_by_clock = self._beaten
+            self._beaten = now, time.time()
+            if now - last > self.GAP or self._beaten[1] - last_by_clock > self.GAP:
+                self._steady_since = now
+
+    def _tell_untold(self) -> None:
+        if self._untold and self._channel:
+            with self._readers.use(self.PATIENCE) as connection:
+                untold, self._untold = self._untold, []  # what is not heard is looked for, see `follow`
+                self._tell(connection, untold)
+
+    def _tell(self, connection: Any, words: List[str]) -> None:
+        """Tells all webuis. Apart from what it is about: a NOTIFY makes one commit wait for another."""
+        for start in range(0, len(words), self.WORDS_AT_ONCE):
+            payload = " ".join(words[start : start + self.WORDS_AT_ONCE])
+            connection.execute("SELECT pg_notify(%s, %s)", (self._channel, payload))
+
+    def _hear(self, payload: str) -> None:
+        """A word is the ID of a job that was changed, with a mark if its owner is to cancel it; or it is a wish.
+
+        That is of a webui that glances at a job: the job's owner, the ID, a mark if it wants previews.
+        """
+        with self._news_came:
+            for word in payload.split():
+                owner, is_wish, job_id = word.rpartition("?")
+                if not is_wish:
+                    self._news[word[:8]] = word.endswith("!") or self._news.get(word[:8], False)
+                elif owner == self.owner:
+                    _, with_preview = self._glanced_at.get(job_id[:8], (0.0, False))
+                    until = time.monotonic() + self.GLANCE_SECONDS
+                    self._glanced_at[job_id[:8]] = until, with_preview or job_id.endswith("+")
+            self._news_came.notify_all()
+
+
+def open_stores(settings: Settings, check: Callable[[], None] = lambda: None) -> Tuple[QueuedStore, ImageStore]:
     """The stores that the settings name. `check` is for the files, see `JobStore`."""
-    store = JobStore(settings.data_folder, check)
+    store: QueuedStore = (
+        JobStore(settings.data_folder, check) if settings.store_url is None else PostgresJobStore(settings.store_url)
+    )
     images = ImageStore(os.path.join(settings.data_folder, "images"))
     return store, images
 
