@@ -4031,6 +4031,7 @@ class ImageStore:
 
 
 DEAD_AFTER = 45.0  # seconds of silence after which a webui is taken for dead
+NUL_SIGN = "\uffff"  # in the place of NUL, which PostgreSQL refuses. It is no character, and no prompt has it
 COLUMN_LIMIT = 300  # characters of a text that is indexed: PostgreSQL indexes no value of more than 2,700 bytes
 
 # Each entry takes the schema one version further.
@@ -4157,13 +4158,13 @@ JOB_COLUMNS = {
 
 
 def column_text(text: Optional[str]) -> Optional[str]:
-    """Text as a column that is indexed has it. PostgreSQL refuses NUL, and lone surrogates."""
-    return None if text is None else without_surrogates(text).replace("\0", "\ufffd")[:COLUMN_LIMIT]
+    """Text as a column that is indexed has it. PostgreSQL refuses lone surrogates, too."""
+    return None if text is None else without_surrogates(text).replace("\0", NUL_SIGN)[:COLUMN_LIMIT]
 
 
 def searched_text(text: str) -> str:
     """Text in the form in which it is searched, without case."""
-    return without_surrogates(text.casefold()).replace("\0", "\ufffd")
+    return without_surrogates(text.casefold()).replace("\0", NUL_SIGN)
 
 
 def like_pattern(text: str) -> str:
@@ -4177,7 +4178,7 @@ def row_of(job: Job) -> Tuple[Any, ...]:
         *(id_number(job.id), job.id, record_of(job).decode(), job.timestamp, job.status, job.type),
         *map(column_text, (job.ip, job.label, job.key)),
         *(searched_text(job.prompt), job.bytes, job.parked, column_text(job.owner)),
-        job.webhook and job.webhook.due,
+        float(job.webhook.due) if job.webhook and job.webhook.due is not None else None,
         job.status == FAILED and job.error == LEFT_BEHIND,
     )
 
@@ -4207,6 +4208,13 @@ def as_columns(jobs: Iterable[Job]) -> List[List[Any]]:
 
 class NoAnswer(Exception):
     """The database has not answered in time."""
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether an error of psycopg's tells of a connection, and not of what was asked."""
+    import psycopg
+
+    return isinstance(error, (psycopg.OperationalError, psycopg.InterfaceError, OSError))
 
 
 @functools.lru_cache(maxsize=None)
@@ -4274,8 +4282,10 @@ class Connections:
             failure = StoreError(f"TRACKER_STORE needs psycopg, which is not installed: {command}", temporary=True)
         elif isinstance(cause, NoAnswer):
             failure = StoreError("the database does not answer", temporary=True)
-        elif state is None:
+        elif state is None and is_lost(cause):
             failure = StoreError("the database cannot be reached", temporary=True)
+        elif state is None:  # psycopg refuses it, before it is sent
+            failure = StoreError(f"the database cannot take it ({type(cause).__name__})")
         else:
             failure = StoreError(
                 f"the database refuses it ({type(cause).__name__})", temporary=state[:2] not in ("22", "23")
@@ -4497,7 +4507,8 @@ class PostgresJobStore(QueuedStore):
         self._untold: List[str] = []  # what the others are to hear, see `_hear`
         self._doubtful: Dict[str, float] = {}  # new jobs that may have been written after all: from when on to remove
         self._thread.start()
-        threading.Thread(target=self._listen, name="job-tracker-pulse", daemon=True).start()
+        self._pulse = threading.Thread(target=self._listen, name="job-tracker-pulse", daemon=True)
+        self._pulse.start()
 
     # For any thread
 
@@ -4527,8 +4538,11 @@ class PostgresJobStore(QueuedStore):
 
     def with_key(self, key: str) -> Optional[Job]:
         """The latest job with an idempotency key, None if there is none. Raises StoreError."""
-        order = "ORDER BY status = 'Failed', number DESC LIMIT 1"
-        return next((job for job in self._jobs(f"WHERE key = %s {order}", (column_text(key),)) if job.key == key), None)
+        where = "WHERE key = %s ORDER BY status = 'Failed', number DESC LIMIT 1"
+        for job in self._jobs(where, (column_text(key),)):
+            pending = self._pending_now().get(job.id)
+            return job if pending is None else pending.shown
+        return None
 
     def query(
         self, filter_: Filter, limit: int, cursor: Optional[str] = None, skip: int = 0, abandoned: Abandoned = None
@@ -4538,6 +4552,8 @@ class PostgresJobStore(QueuedStore):
         Ends early, with none, once `abandoned` is set. Raises StoreError, InvalidCursor.
         """
         conditions, values = self._conditions(filter_)
+        if filter_.q and without_surrogates(filter_.q) != filter_.q:  # no prompt that is kept has half a character
+            conditions.append("false")
         if cursor is not None:
             form = re.match(r"([0-9]{1,12})-([0-9]{1,18})\Z", cursor)
             if form is None:
@@ -4580,14 +4596,33 @@ class PostgresJobStore(QueuedStore):
 
     def totals(self) -> Dict[str, Tuple[int, int]]:
         """By status, the number of jobs and the bytes of their files. Raises StoreError."""
-        rows = self._read(
-            "SELECT status, sum(jobs)::bigint, sum(bytes)::bigint FROM job_tracker_counts GROUP BY status"
+        pending, totals = self._pending_now(), dict.fromkeys(STATUSES, (0, 0))
+
+        def add(status: str, count: int, size: int) -> None:
+            known, known_size = totals[status]
+            totals[status] = known + count, known_size + size
+
+        statement = (
+            "SELECT status, sum(jobs)::bigint, sum(bytes)::bigint, '' FROM job_tracker_counts GROUP BY status "
+            "UNION ALL SELECT status, -1, -bytes, id FROM job_tracker_jobs WHERE folded = ANY(%s::bigint[])"
         )
-        return {**dict.fromkeys(STATUSES, (0, 0)), **{status: (jobs, size) for status, jobs, size in rows}}
+        for status, count, size, job_id in self._read(statement, (list(map(id_number, pending)),)):
+            if not job_id or job_id in pending:
+                add(status, count, size)
+            shown = pending[job_id].shown if job_id in pending else None
+            if shown is not None:
+                add(shown.status, 1, shown.bytes)
+        return totals
 
     def oldest_pending(self) -> Optional[Job]:
         """The Pending job that was accepted first, None if none is Pending. Raises StoreError."""
-        return next(self._jobs("WHERE status = 'Pending' ORDER BY timestamp, number LIMIT 1"), None)
+        where = "WHERE status = 'Pending' AND NOT folded = ANY(%s::bigint[]) ORDER BY timestamp, number LIMIT 1"
+        return next(self._jobs(where, (self._changed_to(lambda job: job.status != PENDING),)), None)
+
+    def _changed_to(self, condition: Callable[[Job], bool]) -> List[int]:
+        """The numbers of jobs that are gone, or such by a change that is not written yet."""
+        pending = self._pending_now().items()
+        return [id_number(one) for one, change in pending if change.shown is None or condition(change.shown)]
 
     def due_webhooks(self, before: float, count: int, after: float = -1.0) -> List[Job]:
         """Jobs whose webhooks are due between two times (Unix seconds, exclusive), in that order, at most `count`.
@@ -4604,7 +4639,7 @@ class PostgresJobStore(QueuedStore):
 
     def announce(self, server: str) -> None:
         """Tells the others what this webui is called. Waits for nothing."""
-        self._server = server
+        self._server = server.encode(errors="replace").decode().replace("\0", "?")
         self._beat_is_due = True
 
     def servers(self) -> List[str]:
@@ -4623,7 +4658,8 @@ class PostgresJobStore(QueuedStore):
             "parked AND (held_until IS NULL OR held_until < clock_timestamp() OR held_by = %(owner)s) "
             "AND NOT folded = ANY(%(without)s::bigint[]) ORDER BY timestamp, number LIMIT 1"
         )
-        values = {"owner": self.owner, "without": list(map(id_number, without)), "seconds": self.HOLD_SECONDS}
+        passed_over = [*map(id_number, without), *self._changed_to(lambda job: not job.parked)]
+        values = {"owner": self.owner, "without": passed_over, "seconds": self.HOLD_SECONDS}
         if not hold:
             return next(self._jobs(f"WHERE {free}", values), None)
         statement = (
@@ -4879,6 +4915,8 @@ class PostgresJobStore(QueuedStore):
                 change.written.set_exception(StoreError("the store is closed"))
         with contextlib.suppress(StoreError), self._beating, self._writer.use(self.PATIENCE) as connection:
             connection.execute("DELETE FROM job_tracker_webuis WHERE owner = %s", (self.owner,))
+            self._tell(connection, [""])  # so that the pulse ends at once
+        self._pulse.join(self.PATIENCE)
         self._recovery.shutdown(wait=False)
         self._writer.close()
         self._readers.close()
@@ -5002,7 +5040,7 @@ class PostgresJobStore(QueuedStore):
                 state = getattr(error.__cause__, "sqlstate", None)
                 if state in ("40001", "40P01") and tries_left:  # it met another one
                     continue
-                if is_sent and state is None:
+                if is_sent and state is None and error.temporary:
                     raise NotUndone from error
                 raise
 
@@ -5050,6 +5088,8 @@ class PostgresJobStore(QueuedStore):
                 self._report("heard", None)
                 for notify in connection.notifies(timeout=self.FOLLOW_SECONDS):
                     self._hear(notify.payload)
+                    if self._closed:
+                        break
             except Exception as error:
                 self._report("heard", self._listeners.error(error))
                 if connection is not None:
