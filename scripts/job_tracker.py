@@ -4034,12 +4034,12 @@ DEAD_AFTER = 45.0  # seconds of silence after which a webui is taken for dead
 NUL_SIGN = "\uffff"  # in the place of NUL, which PostgreSQL refuses. It is no character, and no prompt has it
 COLUMN_LIMIT = 300  # characters of a text that is indexed: PostgreSQL indexes no value of more than 2,700 bytes
 
-# Each entry takes the schema one version further.
+# Each entry takes the schema one version further. A function has another search_path than who made it.
 MIGRATIONS = (
     """
     CREATE TABLE job_tracker_jobs (
-        number bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
-        folded bigint NOT NULL UNIQUE, -- the ID, without case
+        folded bigint PRIMARY KEY, -- the ID, without case
+        number bigint NOT NULL GENERATED ALWAYS AS IDENTITY, -- in order of acceptance
         id text COLLATE "C" NOT NULL,
         record text NOT NULL, -- JSON as in jobs.json. The other columns are for finding it
         timestamp bigint NOT NULL,
@@ -4085,22 +4085,22 @@ MIGRATIONS = (
         bytes bigint NOT NULL,
         PRIMARY KEY (owner, status)
     );
-    CREATE FUNCTION job_tracker_count() RETURNS trigger LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
+    CREATE FUNCTION job_tracker_count() RETURNS trigger LANGUAGE plpgsql AS $$
     BEGIN
         IF TG_OP = 'INSERT' THEN
-            INSERT INTO job_tracker_counts AS counts (owner, status, jobs, bytes)
+            INSERT INTO {schema}.job_tracker_counts AS counts (owner, status, jobs, bytes)
                 SELECT coalesce(current_setting('job_tracker.owner', true), ''), status, count(*), sum(bytes)
                 FROM added GROUP BY status
             ON CONFLICT (owner, status)
                 DO UPDATE SET jobs = counts.jobs + excluded.jobs, bytes = counts.bytes + excluded.bytes;
         ELSIF TG_OP = 'DELETE' THEN
-            INSERT INTO job_tracker_counts AS counts (owner, status, jobs, bytes)
+            INSERT INTO {schema}.job_tracker_counts AS counts (owner, status, jobs, bytes)
                 SELECT coalesce(current_setting('job_tracker.owner', true), ''), status, -count(*), -sum(bytes)
                 FROM removed GROUP BY status
             ON CONFLICT (owner, status)
                 DO UPDATE SET jobs = counts.jobs + excluded.jobs, bytes = counts.bytes + excluded.bytes;
         ELSE
-            INSERT INTO job_tracker_counts AS counts (owner, status, jobs, bytes)
+            INSERT INTO {schema}.job_tracker_counts AS counts (owner, status, jobs, bytes)
                 SELECT coalesce(current_setting('job_tracker.owner', true), ''), status, sum(jobs), sum(bytes)
                 FROM (
                     SELECT status, 1 AS jobs, bytes FROM added
@@ -4183,27 +4183,36 @@ def row_of(job: Job) -> Tuple[Any, ...]:
     )
 
 
-# Each %s is a column of values. What two unique indexes refuse is left out.
-ADD_JOBS = (
-    f"INSERT INTO job_tracker_jobs ({', '.join(JOB_COLUMNS)}) "
-    f"SELECT * FROM unnest({', '.join(f'%s::{kind}[]' for kind in JOB_COLUMNS.values())}) "
-    "ON CONFLICT DO NOTHING RETURNING id"
-)
-CHANGE_JOBS = (
-    f"UPDATE job_tracker_jobs AS jobs SET {', '.join(f'{name} = new.{name}' for name in JOB_COLUMNS)} "
-    f"FROM unnest({', '.join(f'%s::{kind}[]' for kind in JOB_COLUMNS.values())}) AS new ({', '.join(JOB_COLUMNS)}) "
-    "WHERE jobs.folded = new.folded"
-)
-# One that is written already, as it is tried again when nobody knows whether it was, counts as written.
-CHANGE_OWN_JOBS = (
-    f"{CHANGE_JOBS} AND jobs.id = new.id AND jobs.owner = %s AND (jobs.status IN ('Pending', 'Processing') "
-    "OR (jobs.is_left AND new.status IN ('Completed', 'Failed')) OR jobs.record = new.record) RETURNING jobs.id"
-)
+def jobs_as_table(count: int) -> str:
+    """Jobs as a table in SQL, whose values are those of `row_of`."""
+    row = ", ".join(f"%s::{kind}" for kind in JOB_COLUMNS.values())
+    return f"(VALUES {', '.join([f'({row})'] * count)}) AS new ({', '.join(JOB_COLUMNS)})"
 
 
-def as_columns(jobs: Iterable[Job]) -> List[List[Any]]:
-    """Jobs as lists of what each column of JOB_COLUMNS has."""
-    return list(map(list, zip(*map(row_of, jobs))))
+@functools.lru_cache(maxsize=100)
+def add_jobs(count: int) -> str:
+    """What the unique indexes refuse is left out."""
+    columns = ", ".join(JOB_COLUMNS)
+    table = f"SELECT * FROM {jobs_as_table(count)}"
+    return f"INSERT INTO job_tracker_jobs ({columns}) {table} ON CONFLICT DO NOTHING RETURNING id"
+
+
+@functools.lru_cache(maxsize=100)
+def change_jobs(count: int) -> str:
+    columns = ", ".join(f"{name} = new.{name}" for name in JOB_COLUMNS)
+    return f"UPDATE job_tracker_jobs AS jobs SET {columns} FROM {jobs_as_table(count)} WHERE jobs.folded = new.folded"
+
+
+@functools.lru_cache(maxsize=100)
+def change_own_jobs(count: int) -> str:
+    """What belongs to another webui, or has ended for good, is left out.
+
+    One that is written already, as it is tried again when nobody knows whether it was, counts as written.
+    """
+    return (
+        f"{change_jobs(count)} AND jobs.id = new.id AND jobs.owner = %s AND (jobs.status IN ('Pending', 'Processing') "
+        "OR (jobs.is_left AND new.status IN ('Completed', 'Failed')) OR jobs.record = new.record) RETURNING jobs.id"
+    )
 
 
 class NoAnswer(Exception):
@@ -4339,8 +4348,9 @@ class Connections:
                     connection.execute("SET LOCAL statement_timeout = 0")
                     connection.execute("SELECT pg_advisory_xact_lock(hashtext('job_tracker ' || current_schema()))")
                     version = self._schema_version(connection)  # another webui may have been first
+                    (schema,) = connection.execute("SELECT quote_ident(current_schema())").fetchone()
                     for statements in MIGRATIONS[version:]:
-                        connection.execute(statements)
+                        connection.execute(statements.replace("{schema}", schema))
                     if version < len(MIGRATIONS):
                         connection.execute("CREATE TABLE IF NOT EXISTS job_tracker_schema (version integer NOT NULL)")
                         connection.execute("DELETE FROM job_tracker_schema")
@@ -4480,6 +4490,7 @@ class PostgresJobStore(QueuedStore):
     GLANCES_ASKED_EVERY = 2.0
     COUNTED_SECONDS = 0.5  # for which the number of parked jobs before another is remembered
     RECOVERED_AT_ONCE = 500
+    WRITTEN_AT_ONCE = 1000
     is_shared = True
     is_ready = True
     progress = 0
@@ -4664,8 +4675,8 @@ class PostgresJobStore(QueuedStore):
             return next(self._jobs(f"WHERE {free}", values), None)
         statement = (
             "UPDATE job_tracker_jobs SET held_by = %(owner)s, "
-            "held_until = clock_timestamp() + make_interval(secs => %(seconds)s) WHERE number = "
-            f"(SELECT number FROM job_tracker_jobs WHERE {free} FOR UPDATE SKIP LOCKED) RETURNING record"
+            "held_until = clock_timestamp() + make_interval(secs => %(seconds)s) WHERE folded = "
+            f"(SELECT folded FROM job_tracker_jobs WHERE {free} FOR UPDATE SKIP LOCKED) RETURNING record"
         )
         return next(self._understood(record for (record,) in self._read(statement, values)), None)
 
@@ -4958,23 +4969,33 @@ class PostgresJobStore(QueuedStore):
                 connection.execute(
                     "DELETE FROM job_tracker_jobs WHERE folded = ANY(%s)", (list(map(id_number, removed)),)
                 )
-            if added:
-                written.update(row[0] for row in connection.execute(ADD_JOBS, as_columns(added.values())))
-            if changed:
-                values = (*as_columns(changed.values()), self.owner)
-                written.update(row[0] for row in connection.execute(CHANGE_OWN_JOBS, values))
+            for jobs_at_once in self._in_parts(added.values()):
+                written.update(self._write_part(connection, add_jobs, jobs_at_once))
+            for jobs_at_once in self._in_parts(changed.values()):
+                written.update(self._write_part(connection, change_own_jobs, jobs_at_once, self.owner))
             refused.update(
                 self._why_refused(connection, {one: job for one, job in added.items() if one not in written})
             )
             gone = "another webui has taken over the job, or it has ended"
             refused.update((one, Superseded(gone)) for one in changed if one not in written)
 
-        self._transact(
-            write, is_single=len(jobs) == len(added) or len(jobs) == len(changed) or len(jobs) == len(removed)
-        )
+        self._transact(write, is_single=len(jobs) == 1)
         told = (job for one, job in jobs.items() if job is not None and one not in refused)
         self._untold.extend([*removed, *(job.id for job in told if job.ended or job.parked)])
         return refused
+
+    def _in_parts(self, jobs: Collection[Job]) -> Iterator[List[Job]]:
+        """A statement has at most 65,535 values."""
+        rest = list(jobs)
+        for start in range(0, len(rest), self.WRITTEN_AT_ONCE):
+            yield rest[start : start + self.WRITTEN_AT_ONCE]
+
+    @staticmethod
+    def _write_part(connection: Any, statement: Callable[[int], str], jobs: List[Job], *more: Any) -> List[str]:
+        """Returns what the statement does: IDs of those that it has written."""
+        values = itertools.chain.from_iterable(map(row_of, jobs))
+        done = connection.execute(statement(len(jobs)), (*values, *more))
+        return [job_id for (job_id,) in done] if done.description else []
 
     @staticmethod
     def _why_refused(connection: Any, jobs: Dict[str, Job]) -> Dict[str, StoreError]:
@@ -5007,8 +5028,8 @@ class PostgresJobStore(QueuedStore):
                 after = decision.decide(job) if job.id in decision.ids else None
                 if after is not None:
                     before[job.id], changed[job.id] = job, after
-            if changed:
-                connection.execute(CHANGE_JOBS, as_columns(changed.values()))
+            for jobs_at_once in self._in_parts(changed.values()):
+                self._write_part(connection, change_jobs, jobs_at_once)
 
         try:
             self._transact(decide)
