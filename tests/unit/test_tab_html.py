@@ -222,10 +222,9 @@ def test_an_open_job_has_its_live_preview_while_there_is_one(shown, monkeypatch)
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_how_far_a_webhook_is(monkeypatch, state, text):
-    script = load_script()
-    monkeypatch.setattr(script.time, "time", lambda: 1e9 if state.get("due") == 1e9 else 0.0)
-    assert script.state_of(script.Webhook("https://receiver/", **state)) == text
+def test_how_far_a_webhook_is(script, state, text):
+    now = 1e9 if state.get("due") == 1e9 else 0.0
+    assert script.state_of(script.Webhook("https://receiver/", **state), now) == text
 
 
 def test_an_open_job_shows_its_webhook_without_what_may_be_secret(shown):
