@@ -1060,9 +1060,8 @@ class Job(NamedTuple):
         return self.status in ENDED
 
 
-def ended_job(job: Job, status: str, lease: float = 0.0, **changes: Any) -> Job:
-    """A job as it has ended. For `lease` seconds, only this process tells of that."""
-    now = time.time()
+def ended_job(job: Job, status: str, now: float, lease: float = 0.0, **changes: Any) -> Job:
+    """A job as it has ended. For `lease` seconds, only this process tells of that. `now` is the store's."""
     webhook = job.webhook and job.webhook._replace(since=now, due=now + lease)
     return job._replace(status=status, parked=False, webhook=webhook, **changes)
 
@@ -1238,7 +1237,7 @@ class Glance(NamedTuple):
     progress: Optional[float]
     eta: Optional[float]  # seconds
     queue_position: Optional[int]
-    preview: bytes = b""  # empty: there is none, or nobody asks for it
+    preview: bytes = b""  # empty: there is none, nobody asks for it, or it is still that which was shown last
     preview_number: int = 0
     media_type: str = ""
 
@@ -2568,6 +2567,10 @@ class JobStore(QueuedStore):
 
         return self._look(count)
 
+    def queue_places(self, ids: Iterable[str]) -> Dict[str, int]:
+        """For each of some parked jobs, how many of these were accepted before it. Raises StoreError."""
+        return {job_id: self.parked_before(job_id) for job_id in ids}
+
     def oldest_ended(self, size: int, limit: int) -> List[Job]:
         """The oldest ended jobs, in order of acceptance: as many as it takes to have files of `size` bytes.
 
@@ -2653,18 +2656,20 @@ class JobStore(QueuedStore):
         return changed
 
     @contextlib.contextmanager
-    def purging(self, wait: bool) -> Iterator[bool]:
+    def purging(self) -> Iterator[bool]:
         """Around a purge, of which there is one at a time among all who share the store.
 
-        False if another is under way, which is waited for with `wait`. Raises StoreError.
+        False if another is under way. Raises StoreError.
         """
         yield True  # of webuis on one folder, each may purge: what is gone already is no trouble
 
-    def glance(self, job: Job, with_preview: bool = False) -> Optional[Glance]:
-        """What another process last said of a job that runs there. Asks it to go on saying that for some seconds.
+    def glances(self, jobs: Sequence[Job], with_previews: bool = False) -> Dict[str, Glance]:
+        """What other processes last said of jobs that run there, by ID. Asks them to go on doing so for some seconds.
 
-        None while it has said nothing, and where processes tell each other nothing, as here. Raises StoreError.
+        Without those of which they have said nothing: where they tell each other nothing, as here, that is none of
+        them. Raises StoreError.
         """
+        return {}
 
     def glanced_at(self) -> Dict[str, bool]:
         """The IDs of this process's own jobs at which others glance now, with whether they want previews, too."""
@@ -3611,6 +3616,8 @@ class ImageStore:
 
     CHUNK = 3 << 16  # bytes, a multiple of 3: there base64 can be cut
 
+    is_shared = False  # among machines
+
     def __init__(self, folder: str):
         self.folder = folder
         # Whoever may not read these may read no image.
@@ -4480,7 +4487,6 @@ class PostgresJobStore(QueuedStore):
     WRITE_SECONDS = 10.0  # that a transaction may take
     READ_SECONDS = 5.0  # the same for a look at jobs
     SEARCH_SECONDS = 25.0  # the same for a look at all their prompts
-    PURGE_SECONDS = 3600.0  # that a purge waits for another's end
     READERS = 8  # connections for looks at jobs, beside one to write and one to listen
     TRIES = 3  # of a transaction that met another one
     BEAT_EVERY = 5.0  # seconds from one sign of life to the next
@@ -4699,6 +4705,23 @@ class PostgresJobStore(QueuedStore):
         )
         return dict(self._read(statement, (list(map(id_number, filter(ID_FORM.match, ids))),)))
 
+    def queue_places(self, ids: Iterable[str]) -> Dict[str, int]:
+        """For each of some parked jobs, how many of these were accepted before it. Raises StoreError."""
+        numbers = list(map(id_number, ids))
+        statement = "SELECT timestamp, number FROM job_tracker_jobs WHERE parked AND folded = ANY(%s::bigint[])"
+        asked = self._read(statement, (numbers,))
+        if not asked:
+            return {}
+        first, last = min(asked), max(asked)
+        # Those before the first are counted by the index alone, and of the others only a page's are looked at.
+        statement = (
+            "SELECT id, place FROM (SELECT id, folded, row_number() OVER (ORDER BY timestamp, number) - 1 + "
+            "(SELECT count(*) FROM job_tracker_jobs WHERE parked AND (timestamp, number) < (%s, %s)) AS place "
+            "FROM job_tracker_jobs WHERE parked AND (timestamp, number) BETWEEN (%s, %s) AND (%s, %s)) AS queue "
+            "WHERE folded = ANY(%s::bigint[])"
+        )
+        return dict(self._read(statement, (*first, *first, *last, numbers)))
+
     def oldest_ended(self, size: int, limit: int) -> List[Job]:
         """The oldest ended jobs, in order of acceptance: as many as it takes to have files of `size` bytes.
 
@@ -4725,21 +4748,17 @@ class PostgresJobStore(QueuedStore):
         return set()
 
     @contextlib.contextmanager
-    def purging(self, wait: bool) -> Iterator[bool]:
+    def purging(self) -> Iterator[bool]:
         """Around a purge, of which there is one at a time among all who share the store.
 
-        False if another is under way, which is waited for with `wait`. Raises StoreError.
+        False if another is under way. Raises StoreError.
         """
         lock = "hashtext('job_tracker purge ' || current_schema())"
         connection = self._readers.open()  # the lock is its own, and goes with it
         try:
-            connection.deadline = time.monotonic() + self.PURGE_SECONDS
+            connection.deadline = time.monotonic() + self.READ_SECONDS
             try:
-                connection.execute("SET statement_timeout = 0")
                 is_free = connection.execute(f"SELECT pg_try_advisory_lock({lock})").fetchone()[0]
-                if wait and not is_free:
-                    connection.execute(f"SELECT pg_advisory_lock({lock})")
-                    is_free = True
             except Exception as error:
                 raise self._readers.error(error) from error
             yield is_free
@@ -4760,27 +4779,23 @@ class PostgresJobStore(QueuedStore):
             is_unsure, self._is_unsure = self._is_unsure, False
         return None if is_unsure else news
 
-    def glance(self, job: Job, with_preview: bool = False) -> Optional[Glance]:
-        """What another process last said of a job that runs there. Asks it to go on saying that for some seconds.
+    def glances(self, jobs: Sequence[Job], with_previews: bool = False) -> Dict[str, Glance]:
+        """What other processes last said of jobs that run there, by ID. Asks them to go on doing so for some seconds.
 
-        None while it has said nothing. Raises StoreError.
+        Without those of which they have said nothing. Raises StoreError.
         """
-        return self.glances([job], with_preview).get(job.id)
-
-    def glances(self, jobs: Sequence[Job], with_preview: bool = False) -> Dict[str, Glance]:
-        """The same for several jobs, by ID."""
         now, asked = time.monotonic(), []
         with self._news_came:
             self._asked = {one: when for one, when in self._asked.items() if now - when[0] < self.GLANCES_ASKED_EVERY}
             for job in jobs:
                 _, for_preview = self._asked.get(job.id, (0.0, False))
-                if job.owner and (job.id not in self._asked or (with_preview and not for_preview)):
-                    self._asked[job.id] = now, with_preview
-                    asked.append(f"{job.owner}?{job.id}{'+' if with_preview else ''}")
+                if job.owner and (job.id not in self._asked or (with_previews and not for_preview)):
+                    self._asked[job.id] = now, with_previews
+                    asked.append(f"{job.owner}?{job.id}{'+' if with_previews else ''}")
         if asked:
             with contextlib.suppress(StoreError), self._readers.use(self.PATIENCE) as connection:
                 self._tell(connection, asked)
-        preview = "preview" if with_preview else "''::bytea"
+        preview = "preview" if with_previews else "''::bytea"
         statement = (
             f"SELECT id, progress, eta, queue_position, {preview}, preview_number, media_type "
             "FROM job_tracker_glances WHERE id = ANY(%s) AND said > clock_timestamp() - make_interval(secs => %s)"
@@ -5215,6 +5230,16 @@ def open_stores(settings: Settings, check: Callable[[], None] = lambda: None) ->
     return store, images
 
 
+def places_of(settings: Settings) -> str:
+    """Where jobs and images are, for the log: without the name of a user and a password."""
+    jobs = settings.data_folder
+    if settings.store_url is not None:
+        url = urlsplit(settings.store_url)  # of which the query may have a password, too
+        jobs = f"the database {url.netloc.rpartition('@')[2]}{url.path}"
+    images = settings.images_url or settings.data_folder
+    return f"jobs are in {jobs}" + ("" if images == jobs else f", images in {images}")
+
+
 # ------------------------------------------------------------------------------------------------------------------
 # Predecessor: the jobs of API-Job-Tracker-SD-WebUI
 # ------------------------------------------------------------------------------------------------------------------
@@ -5641,11 +5666,6 @@ class KeyReservation:
 Progress = Optional[float]  # 0 to 1; None where unknown
 
 
-def failed_job(job: Job, error: str) -> Job:
-    """A job that did not begin, as it ends now."""
-    return ended_job(job, FAILED, LEASE, error=error, finished=time.time())
-
-
 def promised_job(job: Job) -> Optional[Job]:
     is_new = job.status == PENDING and job.has_request and not job.promised
     return job._replace(promised=True) if is_new else None
@@ -5668,9 +5688,10 @@ def description_as_json(description: Dict[str, Any]) -> Iterator[bytes]:
 class Clock:
     """Unix seconds, from now on by a clock that nobody sets: what differs by a second was a second apart."""
 
-    def __init__(self) -> None:
+    def __init__(self, now: Callable[[], float]) -> None:
+        """`now` gives the time to begin with."""
         # A thread can be held up between the two readings, so the pair that lies closest together counts.
-        pairs = [(time.monotonic(), time.time(), time.monotonic()) for _ in range(3)]
+        pairs = [(time.monotonic(), now(), time.monotonic()) for _ in range(3)]
         before, moment, _ = min(pairs, key=lambda pair: pair[2] - pair[0])
         self._offset = moment - before
 
@@ -5681,16 +5702,16 @@ class Clock:
 class LiveJob:
     """A job of this process from its acceptance until its end is on disk. Guarded by the tracker's lock."""
 
-    def __init__(self, job: Job, accepted: Future, cancel: Callable[[], bool], clock: Optional[Clock] = None):
+    def __init__(self, job: Job, accepted: Future, cancel: Callable[..., bool], clock: Clock):
         self.job = job  # as readers see it
         self.end: Optional[Job] = None  # as it has ended, which nobody sees before it is on disk
         self.end_given = False  # the store has its end
-        self.clock = clock or Clock()
+        self.clock = clock
         self.accepted = accepted  # done when it is on disk
         self.written = accepted  # the same for its last change
         self.kept = uncancellable_future()  # whether its request could be kept
         self.accepted_at = time.monotonic()
-        self.cancel = cancel
+        self.cancel = cancel  # see `Tracker.accept`
         self.answered = False  # its client may have the answer, which is being stored
 
 
@@ -5701,6 +5722,13 @@ class Preview(NamedTuple):
     number: int  # from 1 on, another for each picture
     data: bytes
     media_type: str
+
+
+class Standing(NamedTuple):
+    """What the records of some jobs do not say, and has to be asked for: at once for all that are shown together."""
+
+    glances: Dict[str, Glance]  # of what runs or waits at other webuis
+    places: Dict[str, int]  # how many parked jobs are before each that is parked
 
 
 class Threads(ThreadPoolExecutor):
@@ -5743,6 +5771,8 @@ class Tracker:
     REMOVED_AT_ONCE = 100  # jobs: a crash leaves the files of no more
     PREVIEW_EVERY = 0.4  # seconds, at least, from one preview to the next
     PREVIEW_PATIENCE = 10.0  # seconds that somebody waits for a preview
+    SHOW_EVERY = 0.5  # seconds from one word on jobs here to the next, for other webuis that ask for it
+    SHOWN_WITHIN = 3.0  # seconds that somebody waits for the preview of another webui
     # Fields of the record that are shown as they are.
     PLAIN_FIELDS = (
         *("id", "type", "status", "prompt", "timestamp", "ip", "started", "finished", "retry_of", "label", "server"),
@@ -5804,10 +5834,17 @@ class Tracker:
         self._previewing_since = ("", -math.inf)  # for which job, and since when
         self._reservations: Dict[str, KeyReservation] = {}  # by idempotency key
         self._hung: Optional[Future] = None  # the last work for a request that took too long
+        # Parked jobs whose requests are not here; of so many, those are forgotten that are no longer parked.
+        self._unreachable: Set[str] = set()
+        self._unreachable_limit = self.REMOVED_AT_ONCE
         self.recover()  # before anything else, so that nobody sees a job that was left behind
         follower = threading.Thread(target=self._follow, name="job-tracker-follow", daemon=True)
         self.late_helpers.append(follower)
         follower.start()
+        if store.is_shared:
+            shower = threading.Thread(target=self._show, name="job-tracker-show", daemon=True)
+            self.late_helpers.append(shower)
+            shower.start()
 
     def announce(self, server: str) -> None:
         """Says what this webui is called among those that share the jobs. Waits for nothing."""
@@ -5824,9 +5861,10 @@ class Tracker:
         limit = self.settings.max_pending
         with self._admitting:
             admitted, waiting = self._admitted, 0
-            if limit is not None and self.store.is_ready:
+            if limit is not None and self.store.is_ready and not self._has_hung():
                 with contextlib.suppress(StoreError, FutureTimeout):
-                    waiting = self._wait_for(self.pool.submit(self.store.stats))[0][PENDING]
+                    until = time.monotonic() + self.patience() / 4  # the rest is for the job itself
+                    waiting = self._wait_for(self.pool.submit(self.store.stats), until)[0][PENDING]
                 if admitted + waiting >= limit:
                     raise TooMany(f"{admitted + waiting:,} generations wait already")
             with self._lock:
@@ -5836,28 +5874,31 @@ class Tracker:
         with self._lock:
             self._admitted -= 1
 
-    def accept(self, job: Job, cancel: Callable[[], bool], body: bytes) -> Future:
+    def accept(self, job: Job, cancel: Callable[..., bool], body: bytes) -> Future:
         """A new job. The Future ends when it is on disk, or with StoreError: then there is no job.
 
         `cancel` is called for a job that is to be cancelled; its generation then sees to it that the job fails, or
-        returns False, since it has ended. If the job has a request, its `body` is kept a little later, if possible.
+        returns False, since it has ended. Called with True, the job is not to begin here, since another webui has taken
+        it. If the job has a request, its `body` is kept a little later, if possible.
         """
         job = job._replace(owner=self.store.owner, server=self.server or None)
         with self._storing:
             written = self.store.put(job, new=True)
             with self._lock:
-                live = self._live[job.id] = LiveJob(job, written, cancel)
+                live = self._live[job.id] = LiveJob(job, written, cancel, Clock(self.store.now))
                 self._lock_queue[job.id] = None
 
         to_keep = [body]  # which is large, and the Future keeps its callbacks
 
         def go_on(written: Future) -> None:
             body = to_keep.pop()
-            if written.exception() is None:
+            failure = written.exception()
+            if failure is None:
                 self._keep_request(live, body)
-            else:
+                return
+            if not isinstance(failure, KeyTaken):
                 log.error("A generation is not tracked, since its job could not be stored")
-                self._leave(job)
+            self._leave(job)
 
         written.add_done_callback(go_on)
         return written
@@ -5891,48 +5932,60 @@ class Tracker:
 
     def promise(self, job_id: str) -> None:
         """Has a job outlive its webui while it is Pending: that is on disk when this returns. Raises StoreError."""
-        live = self._live_job(job_id)
+        live, until = self._live_job(job_id), time.monotonic() + self.patience()
         try:
             if live is None:
-                self._promise_stored(job_id)
+                self._promise_stored(job_id, until)
             elif live.job.status == PENDING and not live.job.promised:
-                if not self._wait_for(live.kept):
+                if not self._wait_for(live.kept, until):
                     raise StoreError("its request could not be kept")
                 self._change(job_id, promised=True)
-                self._wait_for(live.written)
+                self._wait_for(live.written, until)
         except FutureTimeout:
-            raise StoreError("the disk does not answer", temporary=True) from None
+            raise self._no_answer() from None
 
-    def _promise_stored(self, job_id: str) -> None:
+    def _promise_stored(self, job_id: str, until: float) -> None:
         """The same for a job that is parked, or that another webui has: its record comes before its request."""
-        until = time.monotonic() + self.patience()
         while True:
             job = self.store.get(job_id)
             if job is None or job.status != PENDING or job.promised:
                 return
             if not job.has_request or time.monotonic() > until:
                 raise StoreError("its request could not be kept")
-            if self.images.size(self.images.request_name(job)) is None:
-                time.sleep(0.05)
+            if self._is_elsewhere(job) or self.images.size(self.images.request_name(job)) is not None:
+                self._wait_for(self.store.change([job_id], promised_job), until)
             else:
-                self._wait_for(self.store.change([job_id], promised_job))
+                time.sleep(0.05)
+
+    def _is_elsewhere(self, job: Job) -> bool:
+        """Whether another webui may have the files of a job that are not here: the jobs are shared, the files not."""
+        return self.store.is_shared and not self.images.is_shared and self.running(job.id) is None
 
     def patience(self) -> float:
         """Seconds that a request waits for the disk now: a moment only after another has waited too long."""
         with self._lock:
             since = [live.accepted_at for live in self._live.values() if not live.accepted.done()]
         has_hung = since and time.monotonic() - min(since) >= self.store.PATIENCE
-        if has_hung or (self._hung is not None and not self._hung.done()):
-            return self.MOMENT
-        return self.store.PATIENCE
+        return self.MOMENT if has_hung or self._has_hung() else self.store.PATIENCE
 
-    def _wait_for(self, work: Future) -> Any:
-        """The result of work that a request waits for. Raises FutureTimeout after `patience`: others wait less then."""
+    def _has_hung(self) -> bool:
+        """Whether a request has waited too long for work that is still not done."""
+        return self._hung is not None and not self._hung.done()
+
+    def _wait_for(self, work: Future, until: Optional[float] = None) -> Any:
+        """The result of work that a request waits for. Raises FutureTimeout after `patience`: others wait less then.
+
+        A request that waits for several pieces of work gives a time of `time.monotonic`, `until` which for all of them.
+        """
         try:
-            return work.result(self.patience())
+            return work.result(self.patience() if until is None else max(until - time.monotonic(), 0.0))
         except FutureTimeout:
             self._hung = work
             raise
+
+    def _no_answer(self) -> StoreError:
+        """What a request is told that has waited too long."""
+        return StoreError(f"the {'database' if self.store.is_shared else 'disk'} does not answer", temporary=True)
 
     def ask_for_lock(self, job_id: str) -> None:
         """A parked job asks for the host's queue lock, as an accepted one does from its acceptance on."""
@@ -5943,19 +5996,29 @@ class Tracker:
         with self._lock:
             self._lock_queue.pop(job_id, None)
 
-    def start(self, job_id: str) -> None:
-        """The job has the queue lock: generation begins.
+    def start(self, job_id: str) -> bool:
+        """The job has the queue lock. True if its generation begins, as it does unless another webui has the job.
 
-        For one that may have been promised that is on disk first, if the disk answers: otherwise it would be generated
-        once more after a crash. One with a key may have been promised by another webui, which does not say so.
+        Otherwise the lock is to be given back, after `generated`. That it begins is on disk first for one that may have
+        been promised, if the disk answers: it would be generated once more after a crash. One with a key may have been
+        promised by another webui, which does not say so.
         """
+        live, until = self._live_job(job_id), time.monotonic() + self.patience()
         self._hold_lock(job_id)
         self.leave_lock_queue(job_id)
         self._change(job_id, "started", status=PROCESSING)
-        live = self._live_job(job_id)
         if live is not None and (live.job.promised or live.job.key or self.settings.resume == "all"):
-            with contextlib.suppress(FutureTimeout, StoreError):  # it goes on all the same
-                self._wait_for(live.written)
+            given = uncancellable_future()
+            live.accepted.add_done_callback(lambda _: given.set_result(None))  # after that by which `_change` writes
+            try:
+                self._wait_for(given, until)
+                self._wait_for(live.written, until)
+            except (KeyTaken, Superseded):
+                self._leave(live.job)
+                return False
+            except (FutureTimeout, StoreError):
+                pass  # it goes on all the same
+        return True
 
     def _hold_lock(self, job_id: str) -> None:
         """In this order: whoever reads that the job has the lock reads then what the host said when it got that."""
@@ -6024,7 +6087,7 @@ class Tracker:
                 return
             changed = live.job._replace(**{moment: live.clock()} if moment else {}, **changes)
             if changed.ended:
-                live.end = ended_job(changed, changed.status, LEASE)
+                live.end = ended_job(changed, changed.status, self.store.now(), LEASE)
                 self._lock_queue.pop(job_id, None)
             else:
                 live.job = changed
@@ -6043,7 +6106,9 @@ class Tracker:
 
         def report(written: Future) -> None:
             failure = written.exception()
-            if failure is not None:
+            if isinstance(failure, Superseded):
+                log.warning("Job %s is not changed to %s any more: %s", shown.id, (end or shown).status, failure)
+            elif failure is not None:
                 log.error("Job %s is %s, which could not be written: %s", shown.id, (end or shown).status, failure)
             if end is not None:
                 (self._ended if failure is None else self._leave)(end)
@@ -6117,10 +6182,10 @@ class Tracker:
                 self.on_parked()
 
         def withdraw(job: Job) -> Optional[Job]:
-            return failed_job(job._replace(webhook=None), CANCELLED) if job.parked else None
+            return self._failed(job._replace(webhook=None), CANCELLED) if job.parked else None
 
         def remove(failed: Future) -> None:
-            fail(StoreError("the disk does not answer", temporary=True))
+            fail(self._no_answer())
             with contextlib.suppress(StoreError):  # then it stays, as Failed or as it is
                 self.keepers.submit(lambda: self.remove(failed.result()))
 
@@ -6146,26 +6211,49 @@ class Tracker:
         return is_withdrawn or (parked.done() and parked.exception() is not None)
 
     def next_parked(self) -> Optional[Tuple[Job, bytes]]:
-        """The oldest parked job and its request's body, None if none is parked. Raises StoreError."""
+        """The oldest parked job and its request's body, None if none can be generated here. Raises StoreError.
+
+        While this webui is free, other free ones get other jobs for the next moments: none waits for this one then.
+        """
         while True:
-            job = self.store.oldest_parked()
+            with self._lock:
+                is_free = self._holder is None and not self._lock_queue
+            has_all = self.images.is_shared or not self.store.is_shared
+            job = self.store.oldest_parked(hold=is_free and has_all, without=self._unreachable)
             if job is None:
                 return None
             body = self.images.read_request(job)
             if body is not None:
                 return job, body
+            if not has_all:
+                self._pass_over(job)
+                continue
             if self.images.is_empty():
                 raise StoreError("there is nothing in images/", temporary=True)
             self.fail_parked([job.id], "The request that was kept is no longer on disk").result()
 
-    def start_parked(self, job_id: str, cancel: Callable[[], bool]) -> bool:
+    def _pass_over(self, job: Job) -> None:
+        """Leaves a parked job to the webui that has its request. Raises StoreError."""
+        if not self._unreachable:
+            log.warning(
+                "Jobs that wait are left to the webuis that have their requests, first job %s: "
+                "without TRACKER_IMAGES these are not shared",
+                job.id,
+            )
+        self._unreachable.add(job.id)
+        if len(self._unreachable) >= self._unreachable_limit:
+            found = self.store.get_many(self._unreachable)
+            self._unreachable = {job_id for job_id, job in found.items() if job.parked}
+            self._unreachable_limit = 2 * len(self._unreachable) + self.REMOVED_AT_ONCE
+
+    def start_parked(self, job_id: str, cancel: Callable[..., bool]) -> bool:
         """A parked job has the queue lock. True if its generation begins, and that it does is on disk.
 
         Otherwise nothing is to be generated: it is no longer parked, since another webui was first, or it was
         cancelled; or that cannot be told or written now, or the webui ends, and it stays parked. `cancel` is as for
         `accept`.
         """
-        clock = Clock()
+        clock = Clock(self.store.now)
 
         def start(job: Job) -> Optional[Job]:
             changes = {"status": PROCESSING, "owner": self.store.owner, "started": clock(), "parked": False}
@@ -6205,7 +6293,7 @@ class Tracker:
             if job.status != PROCESSING:
                 return None
             if job.cancel_wanted:  # meanwhile
-                return failed_job(job, CANCELLED)._replace(started=None)
+                return self._failed(job, CANCELLED)._replace(started=None)
             return job._replace(status=PENDING, started=None, parked=True, server=None)
 
         if starting.exception() is None:
@@ -6213,7 +6301,12 @@ class Tracker:
 
     def fail_parked(self, ids: List[str], error: str) -> Future:
         """Ends those jobs that are still parked. The Future ends when that is on disk, with these."""
-        return self._change_stored(ids, lambda job: failed_job(job, error[:2000]) if job.parked else None)
+        return self._change_stored(ids, lambda job: self._failed(job, error[:2000]) if job.parked else None)
+
+    def _failed(self, job: Job, error: str) -> Job:
+        """A job that did not begin, as it ends now."""
+        now = self.store.now()
+        return ended_job(job, FAILED, now, LEASE, error=error, finished=now)
 
     def _change_stored(
         self, ids: List[str], decide: Callable[[Job], Optional[Job]], until_written: bool = False
@@ -6250,13 +6343,15 @@ class Tracker:
         if job.status != FAILED:
             raise Conflict(f"The job is {job.status}")
         body = self.images.read_request(job) if job.has_request else None
+        if body is None and job.has_request and self._is_elsewhere(job):
+            raise Gone("The request of this job is not kept by this webui")
         if body is None:
             raise Gone("The request of this job is no longer kept")
         again = Job(
             id=self.store.reserve_id(),
             type=job.type,
             status=PENDING,
-            timestamp=int(time.time()),
+            timestamp=int(self.store.now()),
             ip=job.ip,
             prompt=job.prompt,
             bytes=len(body),
@@ -6274,55 +6369,62 @@ class Tracker:
                 parked.result(self.patience())
             except FutureTimeout:
                 if self.withdraw(again, parked):
-                    raise StoreError("the disk does not answer", temporary=True) from None
+                    raise self._no_answer() from None
         finally:
             self.admitted()
         return self.get(again.id) or again
 
     def _follow(self) -> None:
-        """Notices what other webuis on the folder do: they park and end jobs, and ask for the end of ours."""
-        unsure: Set[str] = set()  # whose end could not be looked up
-        unheard: Set[str] = set()  # to be cancelled, but not here, unless they have begun only now
+        """Notices what other webuis do that share the jobs: they park and end jobs, and ask for the end of ours."""
+        unsure: Set[str] = set()  # which could not be looked up
+        unheard: Dict[str, float] = {}  # to be cancelled, but not here, unless they begin by then
         while not self.drained.wait(self.store.FOLLOW_EVERY):
             changed = self.store.follow()
-            with self._lock:
-                live, waiting = dict(self._live), set(self._waiting).difference(self._live)
-                asking = set(self._lock_queue).difference(self._live)
             if changed != {}:
                 self.on_parked()
-            if changed is None:
-                changed = dict.fromkeys(waiting | asking, False)
-                changed.update({job_id: self._is_cancel_wanted(job_id) for job_id in live})
+            elif not (unsure or unheard):
+                continue
+            with self._lock:
+                live = dict(self._live)
+                others = {*self._waiting, *self._lock_queue}.difference(live)
+            if changed is None:  # these may have changed as well: a missed word is made up for here
+                unsure, changed = {*live, *others}, {}
+            looked_at = {*live.keys() & unsure, *others & {*changed, *unsure}}
+            try:
+                jobs = self.store.get_many(looked_at) if looked_at else {}
+            except StoreError:
+                jobs, looked_at, unsure = {}, set(), looked_at
+            else:
+                unsure = set()
+            self._notice(jobs, looked_at.difference(live))
             wanted = {job_id for job_id, is_wanted in changed.items() if is_wanted}
+            wanted.update(job.id for job in jobs.values() if job.cancel_wanted)
             for job_id in live.keys() & {*wanted, *unheard}:
                 live[job_id].cancel()
-            unheard = wanted.difference(live)
-            unsure = {job_id for job_id in waiting & {*changed, *unsure} if not self._wake_if_ended(job_id)}
-            for job_id in asking.intersection(changed):
-                self._leave_if_taken(job_id)
+                unheard.pop(job_id, None)
+            for job in jobs.values():
+                if job.id in live and live[job.id].job.status == PENDING:
+                    self._leave_if_taken(live[job.id], job)
+            now = time.monotonic()
+            unheard.update(dict.fromkeys(wanted.difference(live), now + self.MOMENT))
+            unheard = {job_id: until for job_id, until in unheard.items() if now < until}
 
-    def _is_cancel_wanted(self, job_id: str) -> bool:
-        with contextlib.suppress(StoreError):  # whoever wants it asks again
-            job = self.store.get(job_id)
-            return job is not None and job.cancel_wanted
-        return False
-
-    def _leave_if_taken(self, job_id: str) -> None:
-        """A job that asks for the lock here, and is parked no longer, is not ahead of others."""
-        with contextlib.suppress(StoreError):  # it leaves when it gets the lock
-            job = self.store.get(job_id)
+    def _notice(self, jobs: Dict[str, Job], looked_at: Set[str]) -> None:
+        """What became of jobs that are not generated here, of which `jobs` has those that are still kept."""
+        for job_id in looked_at:
+            job = jobs.get(job_id)
             if job is None or not job.parked:
-                self.leave_lock_queue(job_id)
+                self.leave_lock_queue(job_id)  # one that asks for the lock here is not ahead of others any more
+            if job is None or job.ended:
+                self._wake(job_id)
 
-    def _wake_if_ended(self, job_id: str) -> bool:
-        """False if that cannot be told."""
-        try:
-            job = self.get(job_id)
-        except StoreError:
-            return False
-        if job is None or job.ended:
-            self._wake(job_id)
-        return True
+    def _leave_if_taken(self, live: LiveJob, stored: Job) -> None:
+        """A job that waits here, while others took this webui for dead: it is not to begin here any more."""
+        is_taken = stored.ended or stored.parked or stored.owner != self.store.owner
+        if is_taken and live.accepted.done() and self._live_job(stored.id) is live and live.end is None:
+            log.warning("Job %s is left to others, which took this webui for dead", stored.id)
+            self._leave(live.job)
+            live.cancel(True)
 
     # Looking at jobs
 
@@ -6375,26 +6477,47 @@ class Tracker:
             made = await self.in_pool(make, pool=self.painters)
         return made
 
-    def position(self, job: Job) -> Optional[int]:
+    def standing(self, jobs: Iterable[Job], with_previews: bool = False) -> Standing:
+        """What `describe` and the like need for some jobs besides their records. Does not raise.
+
+        Other webuis are asked for previews, too, `with_previews`. Where no job needs it, it costs nothing.
+        """
+        jobs, standing = list(jobs), Standing({}, {})
+        theirs = [job for job in jobs if not (job.ended or job.parked) and job.owner != self.store.owner]
+        parked = [job.id for job in jobs if job.parked]
+        with contextlib.suppress(StoreError):  # the jobs themselves are known
+            if theirs:
+                standing.glances.update(self.store.glances(theirs, with_previews))
+            if parked and self.store.is_ready:
+                standing.places.update(self.store.queue_places(parked))
+        return standing
+
+    def position(self, job: Job, standing: Optional[Standing] = None) -> Optional[int]:
         """Where a Pending job stands in the queue, 1 is next. None for any other, and where that cannot be told.
 
         What asks for the queue lock gets it in that order. One parked job at a time does, and so those behind it have
-        all that ask now before them. None for a job whose client waits at another webui.
+        all that ask now before them. A job whose client waits at another webui stands in the queue of that.
         """
+        if job.status != PENDING:
+            return None
         with self._lock:
             asking = list(self._lock_queue)
             connected = len(self._lock_queue.keys() & self._live.keys())
-        if job.status == PENDING and job.id in asking:
+        if job.id in asking:
             return asking.index(job.id) + 1
-        if job.parked and self.store.is_ready:
-            with contextlib.suppress(StoreError):  # the job itself is known
-                return connected + self.store.parked_before(job.id) + 1
-        return None
+        standing = standing or self.standing([job])
+        if job.id in standing.places:
+            return connected + standing.places[job.id] + 1
+        glance = standing.glances.get(job.id)
+        return None if glance is None else glance.queue_position
 
-    def progress_of(self, job: Job) -> Tuple[Progress, Optional[float]]:
+    def progress_of(self, job: Job, standing: Optional[Standing] = None) -> Tuple[Progress, Optional[float]]:
         """How far a Processing job is, by the host's state, never that of another generation, and the seconds left."""
-        if job.status != PROCESSING or job.owner != self.store.owner:
+        if job.status != PROCESSING:
             return None, None
+        if job.owner != self.store.owner:
+            glance = (standing or self.standing([job])).glances.get(job.id)
+            return (None, None) if glance is None else (glance.progress, glance.eta)
         progress, seconds = self.host.progress(self._begun), self.seconds(job)
         if self._holder != job.id:
             # The lock is released: generation is done, and only storing remains.
@@ -6403,19 +6526,52 @@ class Tracker:
 
     def seconds(self, job: Job) -> Optional[float]:
         """How long the generation of a job took, or has taken until now. None where nobody knows."""
-        live = self._live_job(job.id)
-        until = live.clock() if live is not None and not job.ended else job.finished
+        live, until = self._live_job(job.id), job.finished
+        if live is not None and not job.ended:
+            until = live.clock()
+        elif job.status == PROCESSING and self.store.is_shared:  # by the clock of all
+            until = self.store.now()
         return None if job.started is None or until is None else max(until - job.started, 0.0)
 
     async def preview(self, job_id: str) -> Optional[Preview]:
-        """The live preview of a job that has the queue lock here, None if there is none. Does not raise.
+        """The live preview of a job that has the queue lock, None if there is none. Does not raise.
 
-        All who ask share one look at the host, in a thread of its own. There is none while nobody asks.
+        All who ask share one look at the host, in a thread of its own. There is none while nobody asks. If another
+        webui generates the job, that is asked, if the store can do so.
         """
         looking = self._look_for_preview(job_id)
         if looking is not None:
             await asyncio.wait({asyncio.wrap_future(looking)}, timeout=self.PREVIEW_PATIENCE)
-        return self.last_preview(job_id)
+            return self.last_preview(job_id)
+        until = time.monotonic() + self.SHOWN_WITHIN
+        while self.store.is_shared:
+            with contextlib.suppress(StoreError):
+                preview, may_come = await self.in_pool(self._preview_elsewhere, job_id)
+                if preview is not None or not may_come:
+                    return preview
+            if time.monotonic() >= until or self.closing.is_set():
+                break
+            await asyncio.sleep(self.SHOW_EVERY / 2)
+        return None
+
+    def _preview_elsewhere(self, job_id: str) -> Tuple[Optional[Preview], bool]:
+        """The preview of a job that another webui generates, and whether it may have one soon. Raises StoreError."""
+        job = self.get(job_id)
+        if job is None or job.status != PROCESSING or job.owner == self.store.owner:
+            return None, False
+        return self.newest_preview(job, self.standing([job], with_previews=True)), True
+
+    def newest_preview(self, job: Job, standing: Standing) -> Optional[Preview]:
+        """The last preview of a job, None if there is none. Has a new one made. Waits for nothing.
+
+        `standing` must have been asked for with previews.
+        """
+        glance = standing.glances.get(job.id)
+        if glance is not None:
+            preview = Preview(job.id, glance.preview_number, glance.preview, glance.media_type)
+            return preview if glance.preview and job.status == PROCESSING else None
+        self.begin_preview(job.id)
+        return self.last_preview(job.id)
 
     def begin_preview(self, job_id: str) -> Optional[int]:
         """The number of the last preview of a job, None if there is none. Has a new one made. Waits for nothing."""
@@ -6433,7 +6589,8 @@ class Tracker:
         if job.status != PROCESSING:
             return f"The job is {job.status}: there is a preview only while it is {PROCESSING}"
         if job.owner != self.store.owner:
-            return "The job is generated by another webui, which alone has its preview"
+            why = "tells no preview of it now" if self.store.is_shared else "alone has its preview"
+            return f"The job is generated by another webui, which {why}"
         if not self.host.has_previews():
             return "Live previews are off in the webui's settings"
         return "There is no preview of the job now"
@@ -6450,6 +6607,31 @@ class Tracker:
                     self._previewing = self.previewers.submit(self._make_preview, job_id)
                     self._previewing_since = job_id, time.monotonic()
             return self._previewing
+
+    def _show(self) -> None:
+        """Tells other webuis how jobs are getting on here, while they ask."""
+        shown: Dict[str, int] = {}  # the numbers of the last previews
+        while not self.drained.wait(self.SHOW_EVERY):
+            glances: Dict[str, Glance] = {}
+            with contextlib.suppress(StoreError):  # asked again in a moment
+                for job_id, with_preview in self.store.glanced_at().items() if self._live else ():
+                    job = self.running(job_id)
+                    if job is not None:
+                        glances[job_id] = self._glance(job, with_preview, shown.get(job_id, 0))
+                if glances:
+                    self.store.show(glances)
+            # Who asks for previews only now does not have the last one.
+            shown = {job_id: glance.preview_number for job_id, glance in glances.items() if glance.preview_number}
+
+    def _glance(self, job: Job, with_preview: bool, shown: int) -> Glance:
+        """How a job is getting on here, with its preview if that is another than the one of a number."""
+        standing = Standing({}, {})
+        glance = Glance(*self.progress_of(job, standing), self.position(job, standing))
+        preview = self.newest_preview(job, standing) if with_preview else None
+        if preview is None:
+            return glance
+        data = b"" if preview.number == shown else preview.data
+        return glance._replace(preview=data, preview_number=preview.number, media_type=preview.media_type)
 
     def _make_preview(self, job_id: str) -> None:
         """Makes a preview, if the host has something new to show of the job. Does not raise."""
@@ -6477,7 +6659,7 @@ class Tracker:
         return {
             "jobs": counts,
             "bytes": size,
-            "oldest_pending": oldest and max(round(time.time() - oldest.timestamp, 1), 0.0),
+            "oldest_pending": oldest and max(round(self.store.now() - oldest.timestamp, 1), 0.0),
             "enabled": self.settings.enabled,
             "version": VERSION,
             "servers": self.store.servers(),
@@ -6516,12 +6698,15 @@ class Tracker:
                 if self._live_job(live.job.id) is live:  # it may have left while another was waited for
                     await self.wait(live.job.id, left)
 
-    def describe(self, job: Job, whole: bool = False, root: str = "") -> Dict[str, Any]:
+    def describe(
+        self, job: Job, whole: bool = False, root: str = "", standing: Optional[Standing] = None
+    ) -> Dict[str, Any]:
         """A job as the API shows it, without its images. Reads the file with the answer.
 
         Unless it is to be `whole`, `parameters` are brief, and only the brief ones are read. What is large is a `Part`.
-        `root` is what the client's paths have before those of the webui.
+        `root` is what the client's paths have before those of the webui. `standing` is for many jobs, see there.
         """
+        standing = standing or self.standing([job])
         parameters = info = None
         error, webhook = job.error, job.webhook
         live = self._live_job(job.id)
@@ -6533,11 +6718,11 @@ class Tracker:
             except StoreError as failure:
                 why = f"cannot be read: {failure}" if failure.temporary else "are no longer on disk"
                 error = error or f"The parameters {why}"
-        progress, eta = self.progress_of(job)
+        progress, eta = self.progress_of(job, standing)
         return {
             **{name: getattr(job, name) for name in self.PLAIN_FIELDS},
             "error": error,
-            "queue_position": self.position(job),
+            "queue_position": self.position(job, standing),
             "progress": progress,
             "eta": eta,
             "parameters": parameters,
@@ -6547,13 +6732,21 @@ class Tracker:
             "webhook": webhook and {name: getattr(webhook, name) for name in ("url", "delivered", "attempts")},
         }
 
-    def as_json(self, job: Job, images: bool = True, root: str = "") -> Iterator[bytes]:
+    def list_as_json(self, jobs: List[Job], root: str = "") -> Iterator[Iterator[bytes]]:
+        """Jobs as the API lists them, each a chunk at a time. Raises StoreError."""
+        standing = self.standing(jobs)
+        for job in jobs:
+            yield self.as_json(job, images=False, root=root, standing=standing)
+
+    def as_json(
+        self, job: Job, images: bool = True, root: str = "", standing: Optional[Standing] = None
+    ) -> Iterator[bytes]:
         """A job as the API shows it, a chunk at a time. Raises StoreError.
 
         Without its images, its `parameters` are brief.
         """
         missing = self.missing(job) if images else set()
-        description = self.describe(job, whole=images, root=root)
+        description = self.describe(job, whole=images, root=root, standing=standing)
         if missing:
             description["error"] = f"{len(missing)} of {len(job.images)} images are no longer on disk"
         yield from description_as_json(description)
@@ -6581,7 +6774,7 @@ class Tracker:
                 if not reserving.cancel():
                     self._hung = reserving
                     reserving.add_done_callback(lambda _: self._free_late_key(key, reserving))
-                raise StoreError("the disk does not answer", temporary=True)
+                raise self._no_answer()
         return reserving.result()
 
     def _free_late_key(self, key: str, reserving: Future) -> None:
@@ -6595,7 +6788,7 @@ class Tracker:
         if own is not None and not (own.outcome.done() and self._is_free(own.outcome.result())):
             return own, False
         job = self.store.with_key(key)
-        if job is not None and not job.ended and job.owner != self.store.owner:
+        if job is not None and not job.ended and job.owner != self.store.owner and not self.store.is_shared:
             self.recover().result()  # the webui that had it may be dead
         if job is not None and not self._is_free(job.id):
             return KeyReservation(job.digest or "", job.id), False
@@ -6642,7 +6835,7 @@ class Tracker:
     def _cancelled(self, job: Job) -> Optional[Job]:
         """What becomes of a job that is to be cancelled and does not live here."""
         if job.parked:
-            return failed_job(job, CANCELLED)
+            return self._failed(job, CANCELLED)
         is_others = not job.ended and job.owner != self.store.owner
         return job._replace(cancel_wanted=True) if is_others else None
 
@@ -6710,7 +6903,8 @@ class Tracker:
         if not jobs:
             return Purged()
         with self.store.removing:  # an image of these may have been copied since
-            jobs = [self.store.get(job.id) or job for job in jobs]
+            now = self.store.get_many([job.id for job in jobs])
+            jobs = [now.get(job.id, job) for job in jobs]
             removed = self.store.remove([job.id for job in jobs])
         removed.result()
         freed = self.images.remove(name for job in jobs for name in self.images.files_of(job))
@@ -6733,18 +6927,19 @@ class Tracker:
         One that was Processing is never generated again by itself: it may be what ended the webui. Nobody knows when a
         job ended that did.
         """
-        found = self.images.find(job)
+        found, now = self.images.find(job), self.store.now()
         if found is not None:
-            return ended_job(found, COMPLETED, error=None)
+            return ended_job(found, COMPLETED, now, error=None)
         is_resumed = job.promised if self.settings.resume == "async" else self.settings.resume == "all"
         if job.cancel_wanted:
-            return ended_job(job, FAILED, error=CANCELLED)
+            return ended_job(job, FAILED, now, error=CANCELLED)
         if job.status == PENDING and is_resumed:
-            if self.images.size(self.images.request_name(job)) is not None:
+            is_kept = self.images.size(self.images.request_name(job)) is not None
+            if is_kept or (job.promised and self._is_elsewhere(job)):
                 return job._replace(promised=True, parked=True, server=None)
             if job.promised and self.images.is_empty():
                 raise StoreError("there is nothing in images/", temporary=True)
-        return ended_job(job, FAILED, error=LEFT_BEHIND)
+        return ended_job(job, FAILED, now, error=LEFT_BEHIND)
 
     async def stop(self) -> None:
         """The server ends, and has waited for its requests. Returns when the parked job that is generated has ended."""
@@ -6931,7 +7126,10 @@ class PinnedNetwork:
 
 
 class WebhookMessage(NamedTuple):
-    """What a job's webhook says. The ID is the same at each try, so that a receiver knows what it has already."""
+    """What a job's webhook says. The ID is the same at each try, so that a receiver knows what it has already.
+
+    It is another for another end of the job.
+    """
 
     url: str
     is_operators: bool  # who may have it go to any address
@@ -6989,10 +7187,11 @@ class Attempt:
     RETRY_DELAYS = (5, 60, 300, 1800, 7200, 18000, 36000, 36000)  # seconds after the first try, the second, and so on
     JITTER = 0.2  # of these, so that what failed together does not come back together
 
-    def __init__(self, job_id: str, receiver: Receiver, due: float):
+    def __init__(self, job_id: str, receiver: Receiver, webhook: Webhook):
         self.job_id = job_id
         self.receiver = receiver
-        self.due = due  # as the job's record says: no other process tries before
+        self.since = webhook.since  # which end it tells: another webui's own may take the place of one of LEFT_BEHIND
+        self.due = webhook.due  # as the job's record says: no other process tries before
         self.began = 0.0
         self.task: Optional["asyncio.Task[None]"] = None
         self.alarms: List[asyncio.TimerHandle] = []
@@ -7003,14 +7202,16 @@ class Attempt:
     def is_delivered(self) -> bool:
         return self.status is not None and 200 <= self.status < 300
 
-    def outcome(self, job: Job) -> Optional[Job]:
+    def outcome(self, job: Job, now: float) -> Optional[Job]:
         """A job's record with what came of this try. None if it is to stay, since another process knows more."""
         webhook = job.webhook
-        if webhook is None or webhook.delivered or (webhook.due != self.due and not self.is_delivered):
+        if webhook is None or webhook.delivered or webhook.since != self.since:
+            return None
+        if webhook.due != self.due and not self.is_delivered:
             return None
         due = None
         if not self.is_delivered and self.status != 410 and webhook.attempts < len(self.RETRY_DELAYS):
-            due = time.time() + self.RETRY_DELAYS[webhook.attempts] * (1 + random.random() * self.JITTER)
+            due = now + self.RETRY_DELAYS[webhook.attempts] * (1 + random.random() * self.JITTER)
         changes = {"delivered": self.is_delivered, "attempts": webhook.attempts + 1, "due": due}
         return job._replace(webhook=webhook._replace(**changes))
 
@@ -7131,7 +7332,7 @@ class Webhooks:
         has_room = len(self._known) < limit and len(receiver.waiting) < receiver.MOST_WAITING[receiver.state]
         if has_room and job_id not in self._known:
             self._known.add(job_id)
-            receiver.waiting.append(Attempt(job_id, receiver, webhook.due))
+            receiver.waiting.append(Attempt(job_id, receiver, webhook))
             self._waiting[receiver] = None
             self._told.set()
 
@@ -7143,9 +7344,9 @@ class Webhooks:
 
     async def _find_due(self) -> None:
         """Has those tries wait that are due: again, or since nobody is left who would have made them."""
-        now, pause = time.time(), self.FIND_AGAIN
+        store, pause = self.tracker.store, self.FIND_AGAIN
         try:
-            store = self.tracker.store
+            now = store.now()
             find = functools.partial(store.due_webhooks, now, self.FOUND_AT_ONCE, self._found_to)
             jobs = await self.tracker.in_pool(find, pool=self._writers)
             for job in jobs:
@@ -7185,7 +7386,7 @@ class Webhooks:
                 running[state] += 1
                 receiver.running += 1
                 self._running[attempt] = None
-                if attempt.due - time.time() < self.TRY_SECONDS:
+                if attempt.due - self.tracker.store.now() < self.TRY_SECONDS:
                     unclaimed.append(attempt)
                 else:
                     self._begin(attempt)
@@ -7204,19 +7405,20 @@ class Webhooks:
     async def _claim(self, attempts: List[Attempt]) -> None:
         """Begins those tries that still are to be made, and has no other process make them."""
         left = {attempt.job_id: attempt for attempt in attempts}
+        store = self.tracker.store
 
         def claim(job: Job) -> Optional[Job]:
             if job.webhook is None or job.webhook.due != left[job.id].due:
                 return None
-            return job._replace(webhook=job.webhook._replace(due=time.time() + LEASE))
+            return job._replace(webhook=job.webhook._replace(due=store.now() + LEASE))
 
         claimed: List[Job] = []
         with contextlib.suppress(StoreError):  # they are found again
-            claimed = await asyncio.wrap_future(self.tracker.store.change(list(left), claim))
+            claimed = await asyncio.wrap_future(store.change(list(left), claim))
         for job in claimed:
             attempt = left[job.id]
             attempt.due = job.webhook.due
-            if attempt.due - time.time() >= self.TRY_SECONDS:  # otherwise the disk was slow
+            if attempt.due - store.now() >= self.TRY_SECONDS:  # otherwise the disk was slow
                 self._begin(left.pop(job.id))
         for attempt in left.values():
             self._forget(attempt)
@@ -7286,14 +7488,16 @@ class Webhooks:
                 written = await asyncio.wrap_future(self._store_outcomes(outcomes))
             for job in written:
                 if job.webhook.due is not None:
-                    self._find_at = min(self._find_at, self._loop.time() + job.webhook.due - time.time())
+                    pause = job.webhook.due - self.tracker.store.now()
+                    self._find_at = min(self._find_at, self._loop.time() + pause)
                 elif not job.webhook.delivered:
                     log.warning("The webhook of job %s is given up after attempt %d", job.id, job.webhook.attempts)
             self._known.difference_update(outcomes)
             self._told.set()
 
     def _store_outcomes(self, outcomes: Dict[str, Attempt]) -> Future:
-        return self.tracker.store.change(list(outcomes), lambda job: outcomes[job.id].outcome(job), until_written=True)
+        store = self.tracker.store
+        return store.change(list(outcomes), lambda job: outcomes[job.id].outcome(job, store.now()), until_written=True)
 
     # One try
 
@@ -7312,7 +7516,7 @@ class Webhooks:
         addresses = self._allowed(addresses, is_allowed)
         context = await self._tls_context() if target.scheme == "https" else None
         network = PinnedNetwork(addresses, self.TRY_SECONDS / len(addresses), self.ANSWER_LIMIT)
-        headers = message.headers(self.tracker.settings.webhook_secret, int(time.time()))
+        headers = message.headers(self.tracker.settings.webhook_secret, int(self.tracker.store.now()))
         headers = {"host": target.authority, **headers}
         pool = httpcore.AsyncConnectionPool(ssl_context=context, network_backend=network)
         try:
@@ -7335,8 +7539,10 @@ class Webhooks:
         }
         data = b"".join(self.tracker.as_json(job, images=False))
         body = as_json(event)[:-1] + b',"data":' + data + b"}"
-        url = self.tracker.webhook_url(job.webhook)
-        return WebhookMessage(url, job.webhook.is_operators, f"msg_{job.id}_{job.timestamp}", body)
+        url, message_id = self.tracker.webhook_url(job.webhook), f"msg_{job.id}_{job.timestamp}"
+        if job.error == LEFT_BEHIND:  # its webui may live after all, and then its own end is news
+            message_id += "_left"
+        return WebhookMessage(url, job.webhook.is_operators, message_id, body)
 
     async def _tls_context(self) -> ssl.SSLContext:
         """Made once, since it takes long: by httpx, which knows the usual authorities and SSL_CERT_FILE."""
@@ -7365,6 +7571,7 @@ class Housekeeper:
 
     LOOK_EVERY = 5  # seconds between two looks at config.json, and at the host
     AGAIN_AFTER = 60  # seconds until a failed purge is repeated
+    TURN_EVERY = 1.0  # seconds between two looks whether another webui has purged
     PURGE_EVERY = 6 * 3600
     ORPHAN_AGE = 3600  # seconds; a younger file may belong to a job that is being stored
 
@@ -7376,7 +7583,8 @@ class Housekeeper:
         self.watch: Callable[[], None] = lambda: None  # looks after the host
         self.next_purge: Optional[float] = None  # by time.monotonic()
         self.kept_for_clock = 0  # jobs that the last purge kept though they are old, since the clock may be wrong
-        self._started, self._started_by_clock = time.monotonic(), int(time.time())
+        self._started, self._started_by_clock = time.monotonic(), int(self.store.now())
+        self.waits = False  # a purge waits for that of another webui
         self._purging = threading.Lock()
         self._unremoved: List[Job] = []  # chosen by `keep_below_limit`, and not known to be removed
         self._stop = tracker.closing
@@ -7384,7 +7592,7 @@ class Housekeeper:
         tracker.helpers.append(helper)
         helper.start()
         with contextlib.suppress(OSError):  # what cannot be looked at now is looked at by the next start
-            if predecessor.is_unfinished():
+            if not self.store.is_shared and predecessor.is_unfinished():
                 copying, arguments = predecessor.copy_images, (self.store, self.images, self._stop)
                 threading.Thread(target=copying, args=arguments, name="job-tracker-predecessor", daemon=True).start()
 
@@ -7419,33 +7627,50 @@ class Housekeeper:
         """Removes the jobs that are older than the retention, with their files, and files that no job names.
 
         Files of many jobs that the store does not know are kept: then it has been lost. A purge that nobody asked for
-        removes nothing by a clock that may be wrong. One purge at a time; a second caller waits. Raises StoreError.
+        removes nothing by a clock that may be wrong. Of all webuis that share the jobs, one purges at a time: a purge
+        that is asked for waits for its turn, any other is left to the webui that is at it. Raises StoreError.
         """
-        with self._purging:
-            days, now = self.settings.retention_days, time.time()
-            self.kept_for_clock = 0
-            if now < CLOCKS_START and not asked_for:
-                log.warning("The clock says %s, so nothing is purged", time.strftime("%Y-%m-%d", time.gmtime(now)))
-                return Purged()
-            if self.settings.retention_unknown and not asked_for:
-                days = None
-            purged, expired = Purged(), [] if days is None else self.store.expired(now - days * 86400)
-            if not asked_for:
-                expired = self._without_doubtful(expired, now, days)
-            at_once = self.tracker.REMOVED_AT_ONCE
-            for start in range(0, len(expired), at_once):
-                if self._stop.is_set():
-                    break
-                self.settings.refresh()  # this may take minutes
-                if days is not None and self.settings.retention_days != days:
-                    break  # what is too old is another question now
-                jobs = [self.store.get(job_id) for job_id in expired[start : start + at_once]]
-                purged = purged.plus(self.tracker.remove([job for job in jobs if job is not None and job.ended]))
-            if asked_for or not self.kept_for_clock:
-                purged = purged.plus(self._remove_orphans())
-            if any(purged):
-                log.info("Purge: removed %s", purged)
-            return purged
+        with self._purging, self._turn(asked_for) as is_ours:
+            return self._purge(asked_for) if is_ours else Purged()
+
+    @contextlib.contextmanager
+    def _turn(self, waits: bool) -> Iterator[bool]:
+        """Around a removal, of which there is one at a time. False if it is another webui's turn. Raises StoreError."""
+        while True:
+            with self.store.purging() as is_ours:
+                self.waits = waits and not is_ours
+                if not self.waits:
+                    yield is_ours
+                    return
+            if self._stop.wait(self.TURN_EVERY):
+                self.waits = False
+                raise StoreError("the webui is being reloaded", temporary=True)
+
+    def _purge(self, asked_for: bool) -> Purged:
+        days, now = self.settings.retention_days, self.store.now()
+        self.kept_for_clock = 0
+        if now < CLOCKS_START and not asked_for:
+            log.warning("The clock says %s, so nothing is purged", time.strftime("%Y-%m-%d", time.gmtime(now)))
+            return Purged()
+        if self.settings.retention_unknown and not asked_for:
+            days = None
+        purged, expired = Purged(), [] if days is None else self.store.expired(now - days * 86400)
+        if not asked_for:
+            expired = self._without_doubtful(expired, now, days)
+        at_once = self.tracker.REMOVED_AT_ONCE
+        for start in range(0, len(expired), at_once):
+            if self._stop.is_set():
+                break
+            self.settings.refresh()  # this may take minutes
+            if days is not None and self.settings.retention_days != days:
+                break  # what is too old is another question now
+            jobs = self.store.get_many(expired[start : start + at_once]).values()
+            purged = purged.plus(self.tracker.remove([job for job in jobs if job.ended]))
+        if asked_for or not self.kept_for_clock:
+            purged = purged.plus(self._remove_orphans())
+        if any(purged):
+            log.info("Purge: removed %s", purged)
+        return purged
 
     def keep_below_limit(self) -> None:
         """Removes the oldest ended jobs while the files of all that have ended exceed TRACKER_MAX_GB.
@@ -7461,14 +7686,17 @@ class Housekeeper:
         try:
             left = self.store.ended_bytes()
             size = left + sum(job.bytes for job in self._unremoved)
-            while not self._stop.is_set():
-                if left > limit and not self._unremoved:
-                    self._unremoved = self.store.oldest_ended(math.ceil(left - limit), self.tracker.REMOVED_AT_ONCE)
-                if not self._unremoved:
-                    break
-                purged = purged.plus(self.tracker.remove(self._unremoved))
-                self._unremoved = []
-                left = self.store.ended_bytes()
+            if left <= limit and not self._unremoved:
+                return
+            with self._turn(waits=False) as is_ours:
+                while is_ours and not self._stop.is_set():
+                    if left > limit and not self._unremoved:
+                        self._unremoved = self.store.oldest_ended(math.ceil(left - limit), self.tracker.REMOVED_AT_ONCE)
+                    if not self._unremoved:
+                        break
+                    purged = purged.plus(self.tracker.remove(self._unremoved))
+                    self._unremoved = []
+                    left = self.store.ended_bytes()
         finally:
             self._purging.release()
             if purged.jobs:
@@ -7484,7 +7712,7 @@ class Housekeeper:
         days = self.settings.retention_days
         if days is None:
             return Outlook(None)
-        before = time.time() - days * 86400
+        before = self.store.now() - days * 86400
         old = (Filter(status=status, before=before) for status in STATUSES if status not in ENDED)
         has_unfinished = any(self.store.query(filter_, 1).jobs for filter_ in old)
         return Outlook(days, len(self.store.expired(before)), has_unfinished)
@@ -8126,11 +8354,21 @@ class NotStarted(Exception):
     """Ends a host's route: the parked job is not to be generated here and now."""
 
 
+MISUSED_KEY = "Idempotency-Key was used with another body"
+
+
 class Cancelled(NoResult):
     """What a cancelled generation came to. It ends a host's route that waits for the queue lock."""
 
     def __init__(self) -> None:
         super().__init__(500, CANCELLED)
+
+
+class NotHere(NoResult):
+    """What a generation came to whose job another webui has taken. It ends a host's route that asks for the lock."""
+
+    def __init__(self) -> None:
+        super().__init__(500, "Another webui has taken the job")
 
 
 class Middleware:
@@ -8197,7 +8435,7 @@ class ClientResponse:
             if parks:  # it leaves the host's route at once, refused or parked
                 await asyncio.wait({over})
             is_accepted = await generation.is_accepted()
-            if isinstance(generation.response.error, Parked):
+            if isinstance(generation.response.error, Parked):  # and no other webui was first with its key
                 await self._tell_parked(generation, is_accepted)
                 return True
             if is_accepted:
@@ -8375,7 +8613,7 @@ class Generation:
         # Where it is. The first two change in any thread, the others in the event loop, and only once.
         self._lock = threading.Lock()  # guards the next two
         self.phase = Phase.CHECKING
-        self.cancelled = False
+        self.cancelled: Optional[Exception] = None  # what it comes to, since it is to end
         self._loop = loop = asyncio.get_running_loop()
         self.on_disk: "asyncio.Future[bool]" = loop.create_future()  # whether the job could be written
         self.over: "asyncio.Future[None]" = loop.create_future()  # the client need not wait any longer
@@ -8389,6 +8627,7 @@ class Generation:
         self.reservation: Optional[KeyReservation] = None  # of the key
         self.reserved_id: Optional[str] = None
         self.is_admitted = False  # it counts among the jobs that wait
+        self.waited = 0.0  # seconds, for the store
         self.prompt = ""
         self.label: Optional[str] = None
         self.webhook: Optional[Webhook] = None
@@ -8422,7 +8661,7 @@ class Generation:
         with self._lock:
             self.phase = Phase.ENDED
         if self.cancelled:  # the host may answer with what there was of the images by then
-            self.response.error = Cancelled()
+            self.response.error = self.cancelled
         if self.is_live:
             self.tracker.answered(self.job.id)  # before its client can ask for the job
         set_once(self.over, None)
@@ -8448,7 +8687,7 @@ class Generation:
         """Whether the client can be told of a job: it is on disk. Waits until that is known, for a time."""
         await asyncio.wait({self.on_disk, self.over}, return_when=asyncio.FIRST_COMPLETED)
         if self.job is not None:  # the host may have been faster than the disk
-            await asyncio.wait({self.on_disk}, timeout=self.tracker.patience())
+            await asyncio.wait({self.on_disk}, timeout=max(self.tracker.patience() - self.waited, 0.0))
         return self.on_disk.done() and self.on_disk.result()
 
     # CHECKING, on the host's worker thread
@@ -8474,6 +8713,7 @@ class Generation:
         except ValueError as reason:
             raise HTTPException(422, f"{WEBHOOK_HEADER}: {reason}") from None
         self.webhook = self.tracker.webhook_for(url)
+        began = time.monotonic()
         if any(name == b"idempotency-key" for name, _ in self.scope["headers"]):
             self._reserve_key(header_of(self.scope, b"idempotency-key"))
         try:
@@ -8484,6 +8724,7 @@ class Generation:
         except TooMany as reason:
             self.scope[OuterMiddleware.KEY].error_headers = {"Retry-After": str(TooMany.RETRY_AFTER)}
             raise HTTPException(429, str(reason)) from None
+        self.waited = time.monotonic() - began
 
     def _set_admitted(self) -> None:
         """The request is a job on disk, or is over."""
@@ -8504,7 +8745,7 @@ class Generation:
         if is_first:
             self.reservation = reservation
         elif reservation.digest != digest:
-            raise HTTPException(422, "Idempotency-Key was used with another body")
+            raise HTTPException(422, MISUSED_KEY)
         else:
             raise DuplicateRequest(reservation)
 
@@ -8520,14 +8761,15 @@ class Generation:
             self.tracker.ask_for_lock(self.job.id)
             return
         body = b"".join(message.get("body", b"") for message in self.body)
-        self.body.clear()
+        if self.key is None:  # otherwise it may come to be the repeat of a job that fails, and be sent once more
+            self.body.clear()
         with log_errors("accepting a job"):
             client = self.scope.get("client")
             self.job = Job(
                 id=self.reserved_id or self.tracker.store.reserve_id(),
                 type=self.middleware.type,
                 status=PENDING,
-                timestamp=int(time.time()),
+                timestamp=int(self.tracker.store.now()),
                 ip=client[0][:IP_LIMIT] if client else None,
                 prompt=self.prompt[:PROMPT_LIMIT],
                 key=self.key,
@@ -8547,9 +8789,7 @@ class Generation:
         if self.written is None:
             self._in_loop(self._set_on_disk, False)
         else:
-            self.written.add_done_callback(
-                lambda written: self._in_loop(self._set_on_disk, written.exception() is None)
-            )
+            self.written.add_done_callback(self._on_written)
         if self.parks:
             self.host.dequeue(self.task_id)
             raise Parked
@@ -8558,17 +8798,40 @@ class Generation:
         """The client is to be told that the job could not be parked. False if it could."""
         return self.written is None or self.tracker.withdraw(self.job, self.written)
 
+    def _on_written(self, written: Future) -> None:
+        duplicate = self._duplicate()
+        with self._lock:
+            # One that has the lock is told of it where it waits to begin. If it did not wait so long, it goes on.
+            ends = duplicate is not None and (self.parks or self.phase is Phase.WAITING)
+            if ends:
+                self.cancelled = self.response.error = duplicate
+        if ends:
+            self.host.dequeue(self.task_id)
+            self._in_loop(set_once, self.over, None)
+        self._in_loop(self._set_on_disk, written.exception() is None)
+
+    def _duplicate(self) -> Optional[Exception]:
+        """What the request comes to if another webui was first with its key, in the same moment. None if none was."""
+        taken = self.written.exception() if self.written is not None and self.written.done() else None
+        if not isinstance(taken, KeyTaken):
+            return None
+        if taken.digest != self.job.digest:
+            return HTTPException(422, MISUSED_KEY)
+        return DuplicateRequest(KeyReservation(taken.digest, taken.job_id))
+
     def _set_on_disk(self, on_disk: bool) -> None:
+        if not self._duplicate():
+            self.body.clear()
         self._set_admitted()
         set_once(self.on_disk, on_disk)
         if on_disk and self.reservation:
             set_once(self.reservation.outcome, self.job.id)
 
     def on_lock_acquired(self) -> None:
-        """The route has the queue lock. Raises Cancelled or NotStarted if it is to give it back at once."""
+        """The route has the queue lock. Raises what it comes to if it is to give it back at once."""
         with self._lock:
             if self.cancelled:
-                raise Cancelled
+                raise self.cancelled
             self.phase = max(self.phase, Phase.GENERATING)
         if self.was_parked:
             if self.is_live:  # it has had the lock before
@@ -8579,8 +8842,14 @@ class Generation:
             self.is_live = True
             self._in_loop(set_once, self.started, None)
         elif self.job is not None:
+            begins = True
             with log_errors("starting a job"):
-                self.tracker.start(self.job.id)
+                begins = self.tracker.start(self.job.id)
+            duplicate = self._duplicate()
+            if duplicate or not begins:
+                self.tracker.generated()
+                self.host.dequeue(self.task_id)
+                raise duplicate or NotHere()
 
     def on_lock_released(self) -> None:
         """The route is about to give the queue lock back."""
@@ -8590,16 +8859,22 @@ class Generation:
 
     # WAITING or GENERATING, on any thread
 
-    def cancel(self) -> bool:
-        """Fails the job now if it waits, or when the host has stopped it if it runs. False if that has ended."""
+    def cancel(self, is_taken: bool = False) -> bool:
+        """Fails the job now if it waits, or when the host has stopped it if it runs. False if that has ended.
+
+        If another webui has taken the job, it only does not begin: one that runs goes on.
+        """
         with self._lock:
             if self.cancelled or self.phase is Phase.ENDED:
-                return self.cancelled
-            self.cancelled = True  # and the route cannot get the queue lock any more
+                return self.cancelled is not None
             is_waiting = self.phase is Phase.WAITING
-        log.info("Job %s was cancelled", self.job.id)
+            if is_taken and not is_waiting:
+                return False
+            self.cancelled = NotHere() if is_taken else Cancelled()  # and the route cannot get the queue lock any more
+        if not is_taken:
+            log.info("Job %s was cancelled", self.job.id)
         if is_waiting:
-            self.response.error = Cancelled()
+            self.response.error = self.cancelled
             self.host.dequeue(self.task_id)
             self.tracker.fail(self.job.id, CANCELLED)
             self._in_loop(set_once, self.over, None)
@@ -8656,7 +8931,7 @@ class Generation:
         Raised to the host, it would be a crash of the server, which each of its layers reports, or none, as on Forge.
         """
         error = self.response.error
-        if self.passed_on.result() or isinstance(error, (asyncio.CancelledError, Cancelled)):
+        if self.passed_on.result() or isinstance(error, (asyncio.CancelledError, Cancelled, NotHere)):
             return
         is_plain = error is None or isinstance(error, HTTPException)  # an answer, though not one of success
         details = "" if is_plain else "\n" + format_host_traceback(error)
@@ -8834,6 +9109,7 @@ class Runner:
     """
 
     DELAY = 0.5  # seconds at the start, in which other extensions are told of it, too
+    PAUSE = 0.1  # seconds after a look that found none: in a fleet something changes all the time
     RETRY = 5.0  # seconds after trouble
     IDLE = 10.0  # seconds between two looks while nobody says that a job was parked
 
@@ -8883,6 +9159,7 @@ class Runner:
         found = await self.tracker.in_pool(self.tracker.next_parked)
         self._trouble = ""
         if found is None:
+            await asyncio.sleep(self.PAUSE)
             return self.IDLE
         job, body = found
         generation = self._generation(job, body)
@@ -9091,14 +9368,14 @@ class Watch:
         job = job or self._tracker.get(self._job_id)
         if job is None:
             return None
-        description = self._tracker.describe(job, root=self._root)
+        standing = self._tracker.standing([job], wants_preview)
+        description = self._tracker.describe(job, root=self._root, standing=standing)
         progress = {name: description[name] for name in ("progress", "eta", "queue_position")}
         data = b"".join(description_as_json(description)) + b"}"
         number, preview = last and last.preview_number, b""
         # The one that is begun now is seen at the next look.
-        newest = self._tracker.begin_preview(job.id) if wants_preview else None
-        seen = self._tracker.last_preview(job.id) if newest not in (None, number) else None
-        if seen is not None:
+        seen = self._tracker.newest_preview(job, standing) if wants_preview else None
+        if seen is not None and seen.number != number:
             uri = b"data:%s;base64,%s" % (seen.media_type.encode(), base64.b64encode(seen.data))
             number, preview = seen.number, event(PREVIEW_EVENT, uri)
         return Look(
@@ -9611,8 +9888,7 @@ class Api:
             asked = URL("?" + request.scope["query_string"].decode("latin-1"))
             query = asked.include_query_params(cursor=page.cursor).query
             headers["Link"] = f'<{path_of(request.scope)}?{query}>; rel="next"'
-        root = root_of(request.scope)
-        jobs = (self.tracker.as_json(job, images=False, root=root) for job in page.jobs)
+        jobs = self.tracker.list_as_json(page.jobs, root_of(request.scope))
         return await self._stream(json_array(jobs), headers)
 
     @endpoint
@@ -9891,6 +10167,7 @@ class Texts:
     LOCKED_OFF = "Tracking is off: {variable} says so."
     TRACKING_OFF = "Tracking is off: generations leave no job. Enable Tracking takes effect at once."
     SETTINGS_TROUBLE = "{trouble}."
+    STORE_TROUBLE = "Jobs cannot be stored now: {reason}."
     KEPT_FOR_CLOCK = (
         "{jobs:,} jobs are older than the retention, all from before this start. "
         "They are kept, since the clock may be wrong. Purge Now removes them."
@@ -9906,6 +10183,7 @@ class Texts:
     YOUNG_FILES = "Files that no job names are younger than an hour, and are kept: {files:,}."
     LOST_JOBS = "{jobs} in images/ are not in jobs.json. Is it whole? Their files are kept."
     PURGE_RUNS = "Purging: old jobs are being removed. All else goes on meanwhile."
+    PURGE_WAITS = "Another webui is purging. The purge begins here when that is done."
     PURGE_FAILED = "The purge failed: {reason}"
     PURGED = "Purge at {time}: removed {jobs:,} jobs, {images:,} images, {size}."
     PURGED_NOTHING = "Purge at {time}: removed nothing. {why}"
@@ -10087,8 +10365,8 @@ def target_of(webhook: Webhook) -> str:
     return url.netloc + url.path
 
 
-def state_of(webhook: Webhook) -> str:
-    """How far the delivery of a webhook is."""
+def state_of(webhook: Webhook, now: float) -> str:
+    """How far the delivery of a webhook is, by the store's clock."""
     if webhook.delivered:
         return Texts.DELIVERED
     if webhook.since is None:
@@ -10097,13 +10375,12 @@ def state_of(webhook: Webhook) -> str:
         return Texts.GIVEN_UP.format(tries=as_count(webhook.attempts, Texts.TRIES))
     if not webhook.attempts:
         return Texts.BEING_DELIVERED
-    times, when = as_count(webhook.attempts, Texts.TIMES), as_wait(webhook.due - time.time())
+    times, when = as_count(webhook.attempts, Texts.TIMES), as_wait(webhook.due - now)
     return Texts.TRIED.format(times=times, when=when)
 
 
-def why_no_job(outlook: Outlook) -> str:
-    """Why a purge removes no job."""
-    now = time.time()
+def why_no_job(outlook: Outlook, now: float) -> str:
+    """Why a purge removes no job, by the store's clock."""
     if outlook.days is None:
         return Texts.RETENTION_IS_OFF
     if now < CLOCKS_START:
@@ -10319,7 +10596,7 @@ class TabHtml:
         # Every value is escaped that is not Markup, and an unknown name raises.
         environment = Environment(autoescape=True, undefined=StrictUndefined)
         environment.filters.update(text=as_text, time=as_time, duration=as_duration, size=as_size)
-        environment.filters.update(target=target_of, state=state_of)
+        environment.filters.update(target=target_of, state=lambda webhook: state_of(webhook, tracker.store.now()))
         shown = [MEDIA_TYPES[name] for name in self.SHOWN_FORMATS]
         environment.globals.update(texts=Texts, media_types=shown, pending=PENDING)
         paths = {"image_path": self.IMAGE, "thumbnail_path": self.THUMBNAIL, "preview_path": self.PREVIEW}
@@ -10359,8 +10636,9 @@ class TabHtml:
         first = page * self.ROWS + 1
         where = Texts.ROWS if total is None else Texts.ROWS_OF_ALL
         jobs = [self.tracker.running(job.id) or job for job in found.jobs]
+        standing = self.tracker.standing(jobs)
         return {
-            "jobs": list(map(self._shown, jobs)),
+            "jobs": [self._shown(job, standing) for job in jobs],
             "columns": {one.name: one.heading for one in COLUMNS if one.is_on(jobs, self.tracker.server)},
             "open": state.job,
             "nothing": Texts.NO_JOBS if filter_ == Filter() else Texts.NO_MATCH,
@@ -10370,10 +10648,10 @@ class TabHtml:
             "last_page": None if total is None else (total - 1) // self.ROWS,
         }
 
-    def _shown(self, job: Job) -> Dict[str, Any]:
+    def _shown(self, job: Job, standing: Standing) -> Dict[str, Any]:
         """A job with what its record does not say. `seconds` are those of its generation, until now."""
-        progress, eta = self.tracker.progress_of(job)
-        position, seconds = self.tracker.position(job), self.tracker.seconds(job)
+        progress, eta = self.tracker.progress_of(job, standing)
+        position, seconds = self.tracker.position(job, standing), self.tracker.seconds(job)
         shown = {"job": job, "progress": progress, "eta": eta, "position": position, "seconds": seconds}
         return {**shown, "failure": failure_of(job), "has_thumbnail": self.tracker.images.may_have_thumbnail(job)}
 
@@ -10382,7 +10660,9 @@ class TabHtml:
         job = self.tracker.get(job_id)
         if job is None:
             return {"id": job_id, "shown": None}
-        known = self.tracker.describe(job)
+        standing = self.tracker.standing([job], with_previews=True)
+        preview = self.tracker.newest_preview(job, standing)
+        known = self.tracker.describe(job, standing=standing)
         info = known["info"]
         notes = [Note(known["error"], is_error=True)] if known["error"] else []
         if isinstance(info, Part):
@@ -10390,11 +10670,11 @@ class TabHtml:
         images = [(image, self.tracker.images.size(image.name)) for image in job.images]
         return {
             "id": job_id,
-            "shown": self._shown(job),
+            "shown": self._shown(job, standing),
             "actions": [*self._actions(job)],
             "notes": notes,
             "images": images,
-            "preview": self.tracker.begin_preview(job_id),
+            "preview": preview and preview.number,
             "is_elsewhere": is_elsewhere(job, self.tracker.server),
             **self._info(info),
         }
@@ -10622,7 +10902,7 @@ class Tab:
     def _begin_purge(self) -> None:
         """It may take minutes, so its result comes with a later look."""
         if not self._purging:
-            self._purge_began = time.time()
+            self._purge_began = self.tracker.store.now()
             self._purge = self.tracker.pool.submit(self._run_purge)
 
     def _run_purge(self) -> Tuple[Purged, str]:
@@ -10631,7 +10911,7 @@ class Tab:
         if any(purged):
             return purged, ""
         young, lost = self.housekeeper.kept_orphans()
-        why = [why_no_job(self.housekeeper.outlook())]
+        why = [why_no_job(self.housekeeper.outlook(), self.tracker.store.now())]
         if young:
             why.append(Texts.YOUNG_FILES.format(files=young))
         if lost:
@@ -10684,10 +10964,12 @@ class Tab:
             yield Note(Texts.TRACKING_OFF)
         if settings.trouble:
             yield Note(Texts.SETTINGS_TROUBLE.format(trouble=settings.trouble), is_error=True)
+        if self.tracker.store.trouble:
+            yield Note(Texts.STORE_TROUBLE.format(reason=self.tracker.store.trouble), is_error=True)
         if kept and not self._purging:
             yield Note(Texts.KEPT_FOR_CLOCK.format(jobs=kept))
         if self._purging:
-            yield Note(Texts.PURGE_RUNS)
+            yield Note(Texts.PURGE_WAITS if self.housekeeper.waits else Texts.PURGE_RUNS)
         elif self._purge is not None and self._purge.exception() is not None:
             yield Note(Texts.PURGE_FAILED.format(reason=reason_of(self._purge.exception())), is_error=True)
         elif self._purge is not None:
@@ -10703,7 +10985,8 @@ class Tab:
         except StoreError as error:
             return Note(Texts.PURGE_FAILED.format(reason=error), is_error=True), Texts.PURGE
         if not outlook.jobs:
-            text = Texts.PURGE_REMOVES_NO_JOB.format(why=why_no_job(outlook), files=Texts.FILES_TOO)
+            why = why_no_job(outlook, self.tracker.store.now())
+            text = Texts.PURGE_REMOVES_NO_JOB.format(why=why, files=Texts.FILES_TOO)
             return Note(text), Texts.PURGE_FILES
         jobs, days = as_count(outlook.jobs, Texts.JOBS), as_count(outlook.days or 0, Texts.DAYS)
         text = Texts.PURGE_REMOVES.format(jobs=jobs, days=days, files=Texts.FILES_TOO)
@@ -11269,7 +11552,8 @@ class Extension:
         settings = Settings(EXTENSION_FOLDER, dict(os.environ))
         self.host = host = Host()
         predecessor = Predecessor(settings.folder, settings.data_folder)
-        predecessor.merge_jobs()
+        if settings.store_url is None:
+            predecessor.merge_jobs()
         store, images = open_stores(settings, predecessor.refuse_to_open)
         self.tracker = Tracker(settings, host, store, images)
         self.housekeeper = Housekeeper(self.tracker, predecessor)
@@ -11342,7 +11626,7 @@ class Extension:
         settings = self.tracker.settings
         state = "on" if settings.enabled else "off"
         advice = "" if settings.enabled else self._advice(has_tab)
-        log.info("Ready, tracking is %s, jobs are in %s%s", state, settings.data_folder, advice)
+        log.info("Ready, tracking is %s, %s%s", state, places_of(settings), advice)
 
     def _advice(self, has_tab: bool) -> str:
         """How to turn tracking on."""

@@ -92,7 +92,7 @@ def test_outlook(script, tracker, add):
 
 def test_why_a_purge_removes_no_job(script, monkeypatch):
     def why(*outlook):
-        return script.why_no_job(script.Outlook(*outlook))
+        return script.why_no_job(script.Outlook(*outlook), script.JobStore.now())
 
     assert why(None) == "Retention is off: all jobs are kept."
     assert why(7.0) == "No job is older than 7 days."

@@ -134,7 +134,8 @@ def test_long_text_is_cut_and_says_so():
 
 def test_markup_style_and_script_agree(shown, monkeypatch):
     """A name that one of them spells otherwise would be no error, and nothing would happen."""
-    monkeypatch.setattr(shown.tab.tracker, "begin_preview", {"RUNNING1": 3}.get)
+    preview = shown.script.Preview("RUNNING1", 3, b"", "image/png")
+    monkeypatch.setattr(shown.tab.tracker, "newest_preview", lambda job, _: {preview.job_id: preview}.get(job.id))
     pages = [shown.look(job) for job in ("", "FAILED01", "IMAGES01", "RUNNING1", "GONE0001")] + [
         shown.look(text="nobody wrote this"),
         shown.look("FAILED01", confirm="delete FAILED01"),
@@ -194,7 +195,12 @@ def test_a_completed_row_begins_with_a_thumbnail_and_opens_no_file(shown, monkey
 
 def test_an_open_job_has_its_live_preview_while_there_is_one(shown, monkeypatch):
     number, asked = None, []
-    monkeypatch.setattr(shown.tab.tracker, "begin_preview", lambda job_id: asked.append(job_id) or number)
+
+    def newest(job: Any, standing: Any) -> Any:
+        asked.append(job.id)
+        return number and shown.script.Preview(job.id, number, b"", "image/png")
+
+    monkeypatch.setattr(shown.tab.tracker, "newest_preview", newest)
     assert "/preview" not in shown.look("RUNNING1")
     number = 3
     assert '<img src="./job-tracker/RUNNING1/preview?n=3" alt="Live preview">' in shown.look("RUNNING1")
@@ -216,10 +222,9 @@ def test_an_open_job_has_its_live_preview_while_there_is_one(shown, monkeypatch)
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_how_far_a_webhook_is(monkeypatch, state, text):
-    script = load_script()
-    monkeypatch.setattr(script.time, "time", lambda: 1e9 if state.get("due") == 1e9 else 0.0)
-    assert script.state_of(script.Webhook("https://receiver/", **state)) == text
+def test_how_far_a_webhook_is(script, state, text):
+    now = 1e9 if state.get("due") == 1e9 else 0.0
+    assert script.state_of(script.Webhook("https://receiver/", **state), now) == text
 
 
 def test_an_open_job_shows_its_webhook_without_what_may_be_secret(shown):

@@ -126,21 +126,20 @@ def test_the_schedule(script, dice):
     delays = (5, minute, 5 * minute, 30 * minute, 2 * hour, 5 * hour, 10 * hour, 10 * hour)
     job = a_job(script, dice, webhook=script.Webhook("http://example.org/", since=1.0, due=7.0))
     for attempts, delay in enumerate(delays, 1):
-        before, due = time.time(), job.webhook.due
-        job = script.Attempt(job.id, None, due).outcome(job)
+        job = script.Attempt(job.id, None, job.webhook).outcome(job, 50.0)
         assert job.webhook.attempts == attempts
-        assert before + delay <= job.webhook.due <= time.time() + 1.2 * delay
-    job = script.Attempt(job.id, None, job.webhook.due).outcome(job)
+        assert 50 + delay <= job.webhook.due <= 50 + 1.2 * delay
+    job = script.Attempt(job.id, None, job.webhook).outcome(job, 50.0)
     assert job.webhook == script.Webhook("http://example.org/", False, 9, 1.0, None)
 
 
 @pytest.mark.parametrize("status, is_last", [(410, True), (404, False), (301, False), (500, False), (None, False)])
 def test_what_ends_it(script, dice, status, is_last):
     job = a_job(script, dice, webhook=script.Webhook("http://example.org/", since=1.0, due=7.0))
-    attempt = script.Attempt(job.id, None, 7.0)
+    attempt = script.Attempt(job.id, None, job.webhook)
     attempt.status = status
-    assert (attempt.outcome(job).webhook.due is None) == is_last
-    assert not attempt.outcome(job).webhook.delivered
+    assert (attempt.outcome(job, 8.0).webhook.due is None) == is_last
+    assert not attempt.outcome(job, 8.0).webhook.delivered
 
 
 def test_what_is_due_is_found_when_the_clock_was_set_back(script, dice, teller, open_receiver):
@@ -154,21 +153,25 @@ def test_what_is_due_is_found_when_the_clock_was_set_back(script, dice, teller, 
     receiver, ours = open_receiver(), teller()
     ours.until_tried(ours.end(dice, receiver.url))
     script.time = SetBack()
-    job = script.ended_job(a_job(script, dice, webhook=script.Webhook(receiver.url)), "Failed")
-    ours.tracker.store.put(job._replace(error="no"), new=True).result(20)
+    job = a_job(script, dice, webhook=script.Webhook(receiver.url))
+    job = script.ended_job(job, "Failed", ours.tracker.store.now(), error="no")
+    ours.tracker.store.put(job, new=True).result(20)
     receiver.wait(2)
 
 
 def test_a_late_loser_changes_nothing(script, dice):
     """Another process has tried meanwhile."""
     url = "http://example.org/"
-    failed, delivered = script.Attempt("A", None, 7.0), script.Attempt("A", None, 7.0)
+    webhook = script.Webhook(url, since=1.0, due=7.0)
+    failed, delivered = script.Attempt("A", None, webhook), script.Attempt("A", None, webhook)
     delivered.status = 204
     told = a_job(script, dice, webhook=script.Webhook(url, True, 1, 1.0, None))
     claimed = a_job(script, dice, webhook=script.Webhook(url, False, 0, 1.0, 27.0))
-    assert failed.outcome(told) is None and delivered.outcome(told) is None
-    assert failed.outcome(claimed) is None
-    assert delivered.outcome(claimed).webhook == script.Webhook(url, True, 1, 1.0, None)
+    assert failed.outcome(told, 8.0) is None and delivered.outcome(told, 8.0) is None
+    assert failed.outcome(claimed, 8.0) is None
+    assert delivered.outcome(claimed, 8.0).webhook == script.Webhook(url, True, 1, 1.0, None)
+    another_end = claimed._replace(webhook=claimed.webhook._replace(since=2.0))
+    assert delivered.outcome(another_end, 8.0) is None
 
 
 def test_again_until_it_is_given_up(script, dice, teller, open_receiver, caplog):
@@ -230,7 +233,8 @@ def test_two_processes_tell_it_once(script, dice, teller, open_receiver):
     other = load_script()
     set_constants(other, CLOSE_EVERY=0.05)
     ours = teller()
-    ended = [script.ended_job(a_job(script, dice, webhook=script.Webhook(receiver.url)), "Failed") for _ in range(40)]
+    jobs = [a_job(script, dice, webhook=script.Webhook(receiver.url)) for _ in range(40)]
+    ended = [script.ended_job(job, "Failed", ours.tracker.store.now()) for job in jobs]
     for written in [ours.tracker.store.put(job._replace(error="no"), new=True) for job in ended]:
         written.result(20)
     theirs = teller(program=other)
@@ -464,7 +468,8 @@ def test_a_thousand_dead_receivers_slow_nobody(script, dice, teller, open_receiv
         dead = []
         for number in range(1000):
             webhook = script.Webhook(f"http://127.1.{number // 250}.{number % 250 + 1}:{port}/")
-            dead.append(script.ended_job(a_job(script, dice, webhook=webhook), "Failed", script.LEASE, error="no"))
+            job, now = a_job(script, dice, webhook=webhook), ours.tracker.store.now()
+            dead.append(script.ended_job(job, "Failed", now, script.LEASE, error="no"))
         for written in [ours.tracker.store.put(job, new=True) for job in dead]:
             written.result(20)
         for job in dead:
