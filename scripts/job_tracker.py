@@ -4223,6 +4223,9 @@ def is_lost(error: BaseException) -> bool:
     """Whether an error of psycopg's tells of a connection, and not of what was asked."""
     import psycopg
 
+    state = getattr(error, "sqlstate", None)
+    if state is not None:  # PostgreSQL, appendix A: the server, or the connection, goes down
+        return state.startswith(("08", "57P"))
     return isinstance(error, (psycopg.OperationalError, psycopg.InterfaceError, OSError))
 
 
@@ -4291,7 +4294,7 @@ class Connections:
             failure = StoreError(f"TRACKER_STORE needs psycopg, which is not installed: {command}", temporary=True)
         elif isinstance(cause, NoAnswer):
             failure = StoreError("the database does not answer", temporary=True)
-        elif state is None and is_lost(cause):
+        elif is_lost(cause):
             failure = StoreError("the database cannot be reached", temporary=True)
         elif state is None:  # psycopg refuses it, before it is sent
             failure = StoreError(f"the database cannot take it ({type(cause).__name__})")
@@ -4488,7 +4491,6 @@ class PostgresJobStore(QueuedStore):
     HOLD_SECONDS = 3  # that a parked job is held for the webui that is about to start it
     GLANCE_SECONDS = 6.0  # for which a webui goes on telling of a job at which another glances
     GLANCES_ASKED_EVERY = 2.0
-    COUNTED_SECONDS = 0.5  # for which the number of parked jobs before another is remembered
     RECOVERED_AT_ONCE = 500
     WRITTEN_AT_ONCE = 1000
     is_shared = True
@@ -4511,7 +4513,6 @@ class PostgresJobStore(QueuedStore):
         self._look_at = -math.inf  # when the next `follow` is to say so, by time.monotonic()
         self._glanced_at: Dict[str, Tuple[float, bool]] = {}  # jobs, until when, and whether with previews
         self._asked: Dict[str, Tuple[float, bool]] = {}  # the same for jobs of others: when that was asked for
-        self._counted: Tuple[float, Tuple[int, int], int] = (-math.inf, (0, 0), 0)  # when, before which place, how many
         self._recovering: Optional[Future] = None
         self._recovery = Threads(1, "recover")
         self._channel = ""  # of NOTIFY, once it is known
@@ -4550,9 +4551,10 @@ class PostgresJobStore(QueuedStore):
     def with_key(self, key: str) -> Optional[Job]:
         """The latest job with an idempotency key, None if there is none. Raises StoreError."""
         where = "WHERE key = %s ORDER BY status = 'Failed', number DESC LIMIT 1"
+        before = self._pending_now()
         for job in self._jobs(where, (column_text(key),)):
-            pending = self._pending_now().get(job.id)
-            return job if pending is None else pending.shown
+            pending = {**before, **self._pending_now()}
+            return pending[job.id].shown if job.id in pending else job
         return None
 
     def query(
@@ -4576,13 +4578,14 @@ class PostgresJobStore(QueuedStore):
             f"SELECT record, timestamp, number FROM job_tracker_jobs WHERE {' AND '.join(conditions) or 'true'} "
             "ORDER BY timestamp DESC, number DESC LIMIT %s OFFSET %s"
         )
+        before = self._pending_now()
         try:
             rows = self._read(statement, (*values, limit + 1, skip), seconds, abandoned)
         except StoreError:
             if abandoned is not None and abandoned.is_set():
                 return Page([], None)
             raise
-        pending, jobs = self._pending_now(), []
+        pending, jobs = {**before, **self._pending_now()}, []
         for job in self._understood(record for record, _, _ in rows[:limit]):
             shown = pending[job.id].shown if job.id in pending else job
             if shown is not None and (shown is job or filter_.fits(shown)):
@@ -4640,8 +4643,9 @@ class PostgresJobStore(QueuedStore):
 
         Without those of which a change is not written yet. Raises StoreError.
         """
-        jobs = self._jobs("WHERE due > %s AND due < %s ORDER BY due LIMIT %s", (after, before, count))
         pending = self._pending_now()
+        jobs = list(self._jobs("WHERE due > %s AND due < %s ORDER BY due LIMIT %s", (after, before, count)))
+        pending.update(self._pending_now())
         return [job for job in jobs if job.id not in pending]
 
     def next_webhook(self) -> Optional[float]:
@@ -4680,22 +4684,19 @@ class PostgresJobStore(QueuedStore):
         )
         return next(self._understood(record for (record,) in self._read(statement, values)), None)
 
-    def parked_before(self, job_id: str) -> int:
-        """How many parked jobs were accepted before another job. Raises StoreError."""
-        place_of = "SELECT timestamp, number FROM job_tracker_jobs WHERE folded = %s"
-        found = self._read(place_of, (id_number(job_id),))
-        place = found[0] if found else (MAX_TIMESTAMP, 0)
-        # Who lists jobs asks for one after the other, and counting from one to the next takes no time.
-        counted_at, near, known = self._counted
-        now = time.monotonic()
-        if now - counted_at > self.COUNTED_SECONDS:
-            counted_at, near, known = now, (-1, 0), 0
-        first, last, sign = (near, place, 1) if place >= near else (place, near, -1)
-        between = "parked AND (timestamp, number) >= (%s, %s) AND (timestamp, number) < (%s, %s)"
-        counted = self._read(f"SELECT count(*) FROM job_tracker_jobs WHERE {between}", (*first, *last))
-        known += sign * counted[0][0]
-        self._counted = counted_at, place, known
-        return known
+    def positions(self, ids: Iterable[str]) -> Dict[str, int]:
+        """How many parked jobs were accepted before each of some that are parked, too. Raises StoreError."""
+        # Each from the one before it on, so that a page of a long queue is counted once.
+        statement = (
+            "WITH wanted AS (SELECT id, timestamp, number, lag(timestamp) OVER accepted AS after_time, "
+            "lag(number) OVER accepted AS after_number FROM job_tracker_jobs WHERE folded = ANY(%s::bigint[]) AND parked "
+            "WINDOW accepted AS (ORDER BY timestamp, number)), "
+            "counted AS (SELECT id, timestamp, number, (SELECT count(*) FROM job_tracker_jobs AS others WHERE parked "
+            "AND (others.timestamp, others.number) >= (coalesce(after_time, -1), coalesce(after_number, 0)) "
+            "AND (others.timestamp, others.number) < (wanted.timestamp, wanted.number)) AS between_them FROM wanted) "
+            "SELECT id, sum(between_them) OVER (ORDER BY timestamp, number)::bigint FROM counted"
+        )
+        return dict(self._read(statement, (list(map(id_number, filter(ID_FORM.match, ids))),)))
 
     def oldest_ended(self, size: int, limit: int) -> List[Job]:
         """The oldest ended jobs, in order of acceptance: as many as it takes to have files of `size` bytes.
@@ -4886,8 +4887,16 @@ class PostgresJobStore(QueuedStore):
         self, statement: str, values: Any = (), seconds: Optional[float] = None, abandoned: Abandoned = None
     ) -> List[Tuple[Any, ...]]:
         """The rows that a statement gives. Raises StoreError."""
-        with self._readers.use(seconds or self.READ_SECONDS, abandoned) as connection:
-            return connection.execute(statement, values).fetchall()
+        for tries_left in (1, 0):
+            try:
+                with self._readers.use(seconds or self.READ_SECONDS, abandoned) as connection:
+                    return connection.execute(statement, values).fetchall()
+            except StoreError as error:
+                if not (
+                    is_lost(error.__cause__) and tries_left
+                ):  # the server may have been restarted since its last use
+                    raise
+        raise AssertionError
 
     def _jobs(self, where: str, values: Any = ()) -> Iterator[Job]:
         """Raises StoreError."""
@@ -4979,7 +4988,7 @@ class PostgresJobStore(QueuedStore):
             gone = "another webui has taken over the job, or it has ended"
             refused.update((one, Superseded(gone)) for one in changed if one not in written)
 
-        self._transact(write, is_single=len(jobs) == 1)
+        self._transact(write, is_single=len(jobs) == 1, is_repeatable=True)
         told = (job for one, job in jobs.items() if job is not None and one not in refused)
         self._untold.extend([*removed, *(job.id for job in told if job.ended or job.parked)])
         return refused
@@ -4999,9 +5008,12 @@ class PostgresJobStore(QueuedStore):
 
     @staticmethod
     def _why_refused(connection: Any, jobs: Dict[str, Job]) -> Dict[str, StoreError]:
-        """Why new jobs could not be added: their keys, or their IDs, are those of others."""
+        """Why new jobs could not be added: their keys, or their IDs, are those of others, or they are there already."""
         if not jobs:
             return {}
+        statement = "SELECT record FROM job_tracker_jobs WHERE folded = ANY(%s)"
+        there = {record for (record,) in connection.execute(statement, (list(map(id_number, jobs)),))}
+        jobs = {job_id: job for job_id, job in jobs.items() if record_of(job).decode() not in there}
         keys = [column_text(job.key) for job in jobs.values() if job.key is not None]
         statement = "SELECT key, id, record FROM job_tracker_jobs WHERE key = ANY(%s) AND status <> 'Failed'"
         first = {key: (job_id, json.loads(record)) for key, job_id, record in connection.execute(statement, (keys,))}
@@ -5038,8 +5050,10 @@ class PostgresJobStore(QueuedStore):
             raise
         self._untold.extend(f"{job.id}!" if job.cancel_wanted and not job.ended else job.id for job in changed.values())
 
-    def _transact(self, work: Callable[[Any], None], is_single: bool = False) -> None:
+    def _transact(self, work: Callable[[Any], None], is_single: bool = False, is_repeatable: bool = False) -> None:
         """Does work within one transaction, or as a statement of its own. Raises StoreError.
+
+        Work that is repeatable may be done twice: the second time changes nothing, and comes to the same.
 
         Raises NotUndone if nobody knows whether it was committed: `StoreError` is then its cause.
         """
@@ -5049,21 +5063,26 @@ class PostgresJobStore(QueuedStore):
         ):
             with self._writer.use(self.PATIENCE) as connection:  # nobody is to take us for dead who sees this
                 self._beat(connection)
+        may_be_done = False
         for tries_left in range(self.TRIES - 1, -1, -1):
-            is_sent = False
+            is_committing = False
             try:
                 with self._writer.use(self.WRITE_SECONDS) as connection:
-                    is_sent = True
+                    is_committing = is_single
                     with contextlib.nullcontext() if is_single else connection.transaction():
                         work(connection)
+                        is_committing = True
                 return
             except StoreError as error:
-                state = getattr(error.__cause__, "sqlstate", None)
-                if state in ("40001", "40P01") and tries_left:  # it met another one
-                    continue
-                if is_sent and state is None and error.temporary:
-                    raise NotUndone from error
-                raise
+                is_lost_now = is_lost(error.__cause__)
+                may_be_done = may_be_done or (is_committing and (is_lost_now or isinstance(error.__cause__, NoAnswer)))
+                has_met_another = getattr(error.__cause__, "sqlstate", None) in ("40001", "40P01")
+                # The server may have been restarted since the connection's last use.
+                is_worth = has_met_another or (is_lost_now and (is_repeatable or not may_be_done))
+                if not (is_worth and tries_left):
+                    if may_be_done:
+                        raise NotUndone from error
+                    raise
 
     def _undo_new(self, change: Change) -> None:
         """They are taken away as soon as the database answers, and once more when it has given up what it was asked."""
