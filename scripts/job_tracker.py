@@ -5281,17 +5281,6 @@ class PostgresJobStore(QueuedStore):
             self._news_came.notify_all()
 
 
-def import_driver(module: str, requirement: str) -> Any:
-    """A package that only a fleet needs. Raises a temporary StoreError that says how to install it."""
-    try:
-        importlib.invalidate_caches()
-        return importlib.import_module(module)
-    except ImportError as error:
-        failure = StoreError(f'the package {module} is missing: python -m pip install "{requirement}"', temporary=True)
-        failure.details = f'{error}. To install it: "{sys.executable}" -m pip install "{requirement}"'
-        raise failure from None
-
-
 class Bucket:
     """A bucket of S3, Google or Azure, for any thread, none of them the event loop's. Every call to it has a limit.
 
@@ -5337,7 +5326,7 @@ class Bucket:
         if time.monotonic() < self._sign_at:
             return None
         try:
-            obstore = import_driver("obstore", "obstore")
+            obstore = self._obstore()
             return obstore.sign(self._client(obstore, self.QUICK), "GET", key, self.SIGNED_FOR)
         except Exception:  # whoever reads through this webui learns why
             self._sign_at = time.monotonic() + self.ASK_AGAIN
@@ -5356,7 +5345,7 @@ class Bucket:
 
     def _try(self, work: Callable[[Any, Any], Any], seconds: float) -> Any:
         try:
-            obstore = import_driver("obstore", "obstore")
+            obstore = self._obstore()
             result = work(obstore, self._client(obstore, seconds))
         except FileNotFoundError as error:
             if "NoSuchBucket" in str(error):
@@ -5367,6 +5356,19 @@ class Bucket:
             raise self._fail(error) from None
         self._set_failure(None)
         return result
+
+    @staticmethod
+    def _obstore() -> Any:
+        """The driver. It may be installed while the webui runs."""
+        try:
+            importlib.invalidate_caches()
+            return importlib.import_module("obstore")
+        except ImportError as error:
+            reason = "which needs Python 3.9" if sys.version_info < (3, 9) else "which is not installed"
+            command = f'"{sys.executable}" -m pip install obstore'
+            failure = StoreError(f"TRACKER_IMAGES needs obstore, {reason}: {command}", temporary=True)
+            failure.details = f"{failure} ({error})"
+            raise failure from None
 
     def _client(self, obstore: Any, seconds: float) -> Any:
         """One whose requests take no longer, each with one more try where the connection was refused or stale."""
