@@ -6257,7 +6257,10 @@ class Publisher:
 
     COUNT = 2  # threads
     RETRY = 5.0  # seconds between two tries while none goes well
+    TELL_EVERY = 60.0  # seconds between two words on a trouble in all jobs that wait, while its reason changes
     LOOK_EVERY = 60.0  # seconds between two looks into the folder
+    LOOK_COST = 30.0  # times as long as a look took, at least
+    LOOKED_UP_AT_ONCE = 500  # jobs
     LEFTOVER_AGE = 3600.0  # seconds, by this machine's clock, after which what nobody needs is removed there
 
     def __init__(self, tracker: "Tracker"):
@@ -6269,6 +6272,7 @@ class Publisher:
         self._at_work: Set[str] = set()  # the jobs of what a thread has taken
         self._trouble = ""  # why the last try failed
         self._ask_at = 0.0  # when the next is due
+        self._told_at = -math.inf  # when all jobs that wait said so
         self._is_asking = False  # a thread tries again
         self._settled: Set[str] = set()  # jobs with files in the folder that are to stay there
         self._stopped = False
@@ -6343,8 +6347,7 @@ class Publisher:
                 queue.append(task)
             elif failure is None:
                 self._trouble = ""
-            told = self._answers if had_trouble != self._trouble else [task] if queue is self._answers else []
-            waiting = [task.job.id for task in told]
+            waiting = self._to_tell(task, is_new=not had_trouble) if is_temporary else []
             stopped = self._stopped
             self._changed.notify_all()
         if stopped:
@@ -6360,6 +6363,14 @@ class Publisher:
                 self._tracker.fail(task.job.id, f"Generated, but the images could not be stored: {reason_of(failure)}")
         elif had_trouble:
             log.info("The bucket takes images and requests again")
+
+    def _to_tell(self, failed: ToPublish, is_new: bool) -> List[str]:
+        """The jobs that are to say why they wait. Called with the lock held."""
+        now = time.monotonic()
+        if not is_new and now - self._told_at < self.TELL_EVERY:
+            return [failed.job.id]
+        self._told_at = now
+        return [task.job.id for task in self._answers]
 
     def _publish_answer(self, stored: Job) -> None:
         self._images.publish(stored)
@@ -6394,35 +6405,47 @@ class Publisher:
 
     def _look_around(self) -> None:
         """Looks for what was left there: by a crash, or since others took this webui for dead."""
+        trouble = ""
         while True:
+            began = time.monotonic()
             try:
                 self._look()
+                trouble = ""
             except StoreError as error:
-                log.warning("Images that were left here cannot be published yet: %s", error.details)
+                if str(error) != trouble:
+                    log.warning("What was left here cannot be published yet: %s", error.details)
+                trouble = str(error)
+            pause = max(self.LOOK_EVERY, self.LOOK_COST * (time.monotonic() - began))
             with self._changed:
-                if self._changed.wait_for(lambda: self._stopped, self.LOOK_EVERY):
+                if self._changed.wait_for(lambda: self._stopped, pause):
                     return
 
     def _look(self) -> None:
         """Raises StoreError."""
         with self._changed:
-            queued = {task.job.id for task in (*self._answers, *self._requests)} | self._at_work
+            known = {task.job.id for task in (*self._answers, *self._requests)} | self._at_work | self._settled
         files: Dict[str, List[str]] = {}
         for job_id, name in self._images.local_files():
-            if job_id not in queued and job_id not in self._settled and self._tracker.running(job_id) is None:
+            if job_id not in known and self._tracker.running(job_id) is None:
                 files.setdefault(job_id, []).append(name)
-        jobs = self._tracker.store.get_many(files)
-        unknown = files.keys() - jobs.keys()
-        if self._tracker.settings.store_url:
-            self._settled.update(self._images.named_beside(unknown))
-        leftovers = {name for job_id in jobs for name in self._sort_out(jobs[job_id], files[job_id])}
-        self._remove_older(self.LEFTOVER_AGE, leftovers)
-        # Whoever has lost the records may have them back in a week.
-        self._remove_older(self._images.ORPHAN_AGE, {name for job_id in unknown for name in files[job_id]})
+        if self._tracker.settings.store_url:  # they are as much those of the jobs in jobs.json
+            kept = self._images.named_beside(set(files))
+            self._settled |= kept
+            files = {job_id: names for job_id, names in files.items() if job_id not in kept}
+        ids = iter(files)
+        for some in iter(lambda: list(itertools.islice(ids, self.LOOKED_UP_AT_ONCE)), []):
+            jobs = self._tracker.store.get_many(some)
+            leftovers = {name for job_id in jobs for name in self._sort_out(jobs[job_id], files[job_id])}
+            self._remove_older(self.LEFTOVER_AGE, leftovers)
+            # Whoever has lost the records may have them back in a week.
+            unknown = [job_id for job_id in some if job_id not in jobs]
+            self._remove_older(self._images.ORPHAN_AGE, {name for job_id in unknown for name in files[job_id]})
+            if self._stopped:
+                return
 
     def _remove_older(self, age: float, names: Set[str]) -> None:
         files = self._images.local_files(time.time() - age) if names else ()
-        self._images.remove_local([name for job_id, name in files if name in names and job_id not in self._settled])
+        self._images.remove_local([name for _, name in files if name in names])
 
     def _sort_out(self, job: Job, names: List[str]) -> List[str]:
         """Has those files of a job published that it needs. Returns those that nobody needs. Raises StoreError."""
@@ -6763,7 +6786,7 @@ class Tracker:
         """A generated job waits for its images to be published, which cannot be done now. Says so in the job."""
         note = f"Generated; the images are kept here until the bucket takes them: {reason}"
         live = self._live_job(job_id)
-        if live is not None and live.job.error != note:
+        if live is not None and live.publishing_since < math.inf and live.job.error != note:
             live.answered = False  # nobody is to wait for its end
             self._change(job_id, error=note)
 
