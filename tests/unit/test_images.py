@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import base64
 import errno
+import io
 import json
 import os
 import subprocess
 import time
 from typing import Any
 
+import PIL.Image
 import pytest
 from disks import mounted
 from inside import WrappedOs, a_job, an_answer, files_are_whole, generate, make_tracker, pixels, when_ended, within
@@ -20,22 +22,105 @@ def images(script, tmp_path):
     return script.ImageStore(str(tmp_path / "images"))
 
 
+@pytest.fixture(params=["folder", "bucket"])
+def any_images(script, tmp_path, request, monkeypatch):
+    """The store of each kind. In a bucket, `keep` gives all to it, and the folder is empty then."""
+    if request.param == "folder":
+        return script.ImageStore(str(tmp_path / "images"))
+    bucket = request.getfixturevalue("bucket")
+    for name, value in bucket.environ.items():
+        monkeypatch.setenv(name, value)
+    return script.ObjectImageStore(str(tmp_path / "images"), bucket.url)
+
+
+def keep(images: Any, job: Any, answer: Any) -> Any:
+    """Stores an answer as the tracker does, and returns the job."""
+    saved = images.save(job, answer)
+    images.publish(saved)
+    if images.is_shared:
+        images.remove_local(images.counted_files_of(saved))
+        assert not list(images.local_files())
+    return saved
+
+
 @pytest.fixture
 def today(script, dice):
     return a_job(script, dice, timestamp=int(time.time()))
 
 
-def test_images(script, images, today, tmp_path):
-    saved = images.save(today, an_answer(script, today.id, 3))
-    content = [pixels(today.id, number) for number in range(3)]
+def test_images(script, any_images, today):
+    images, content = any_images, [pixels(today.id, number) for number in range(3)]
+    assert images.is_empty()
+    saved = keep(images, today._replace(prompt=""), an_answer(script, today.id, 3))
+    assert not images.is_empty() and saved.prompt == today.id
     assert [b"".join(images.read(image.name)) for image in saved.images] == content
     assert [image.size for image in saved.images] == [len(data) for data in content]
     assert {image.media_type for image in saved.images} == {"image/png"}
-    assert saved.bytes == sum(path.stat().st_size for path in tmp_path.glob("images/*/*"))
+    assert saved.bytes == sum(map(images.size, images.counted_files_of(saved)))
     assert images.size(saved.images[1].name) == len(content[1])
-    assert images.remove(images.files_of(saved)) == saved.bytes
-    assert os.listdir(str(tmp_path / "images")) == []
-    assert images.size(saved.images[0].name) is None
+    assert b"".join(images.read(saved.images[1].name, 10, 30)) == content[1][10:30]
+    assert images.find(today._replace(prompt="")) == saved
+    assert images.read_values(saved, whole=True) == ({"prompt": today.id}, "{}")
+    assert json.loads(b"".join(images.replay(saved)).decode())["images"] == [
+        base64.b64encode(one).decode() for one in content
+    ]
+    assert images.remove([saved.images[1].name]) == len(content[1])
+    assert images.missing(saved) == {1} and images.find(today) is None
+    assert images.image_sizes(saved) == [len(content[0]), None, len(content[2])]
+    assert images.remove(images.files_of(saved)) == saved.bytes - len(content[1])
+    assert images.is_empty() and images.size(saved.images[0].name) is None and images.find(today) is None
+    with pytest.raises(script.StoreError) as gone:
+        list(images.read(images.answer_name(saved)))
+    assert not gone.value.temporary
+
+
+def test_requests(any_images, today):
+    connected, parked = today, today._replace(id="Parked00", promised=True, parked=True)
+    for job in (connected, parked):
+        assert any_images.read_request(job) is None and not any_images.share_request(job)
+        any_images.save_request(job, b"{}")
+        assert any_images.share_request(job) and any_images.has_request(job)
+        assert any_images.read_request(job) == b"{}"
+        any_images.remove_request(job)
+        assert not any_images.has_request(job) and any_images.read_request(job) is None
+    assert any_images.is_empty()
+
+
+def test_what_is_older(script, any_images, today):
+    saved = keep(any_images, today, an_answer(script, today.id, 2))
+    any_images.save_request(today._replace(id="Parked00", parked=True), b"{}")
+    found = set(any_images.older_than(time.time() + 9))
+    assert found == {(today.id, name) for name in any_images.counted_files_of(saved)} | {
+        ("Parked00", f"{any_images.day_of(today)}/Parked00.request.json")
+    }
+    assert not set(any_images.older_than(time.time() - 99))
+
+
+def test_a_large_answer(script, any_images, today):
+    """It is read in parts, in the bucket, too, and comes there in several parts."""
+    image, long = os.urandom(11 << 20), "x" * (1 << 20)
+    rest = json.dumps({"images": [], "parameters": {"prompt": long}, "info": long}).encode()
+    saved = keep(any_images, today, script.Answer([base64.b64encode(image), b""], rest))
+    assert saved.ranges and b"".join(any_images.read(saved.images[0].name)) == image
+    assert b"".join(any_images.read(saved.images[0].name, 5 << 20, 9 << 20)) == image[5 << 20 : 9 << 20]
+    parameters, info = any_images.read_values(saved, whole=True)
+    assert (json.loads(b"".join(parameters.chunks())), json.loads(b"".join(info.chunks()))) == ({"prompt": long}, long)
+    answer = json.loads(b"".join(any_images.replay(saved)).decode())
+    assert answer["images"] == [base64.b64encode(image).decode(), ""]
+    assert any_images.image_sizes(saved) == [len(image), 0]
+
+
+def test_thumbnails(any_images, script, today):
+    picture = io.BytesIO()
+    PIL.Image.new("RGB", (600, 300), "red").save(picture, "PNG")
+    saved = keep(any_images, today, script.Answer([base64.b64encode(picture.getvalue())], b"{}"))
+    saved = saved._replace(status="Completed")
+    assert any_images.read_thumbnail(saved) is None
+    made = any_images.make_thumbnail(saved)
+    assert PIL.Image.open(io.BytesIO(made)).size == (128, 64) and any_images.read_thumbnail(saved) == made
+    any_images.remove(any_images.files_of(saved))
+    assert any_images.read_thumbnail(saved) is None and any_images.make_thumbnail(saved) is None
+    assert any_images.is_empty()
 
 
 def test_images_in_records(script, images, today):
@@ -77,8 +162,9 @@ STRINGS = [
 
 
 @pytest.mark.parametrize("text", STRINGS, ids=ascii)
-def test_strings_that_are_no_images(script, images, today, text):
-    saved = images.save(today, script.Answer([text.encode("utf-8", "surrogatepass")], b"{}"))
+def test_strings_that_are_no_images(script, any_images, today, text):
+    images = any_images
+    saved = keep(images, today, script.Answer([text.encode("utf-8", "surrogatepass")], b"{}"))
     (image,) = saved.images
     given = b"".join(images.read_as_json(image.name)).decode()
     assert json.loads(given) == text.partition(",")[2] if text.startswith("data:") else json.loads(given) == text
