@@ -62,11 +62,11 @@ import threading
 import time
 import traceback
 import zlib
-from collections import Counter, deque
+from collections import Counter, OrderedDict, deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from concurrent.futures import wait as wait_for_futures
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from string import Template
 from types import TracebackType
 from typing import (
@@ -3610,6 +3610,9 @@ class ImageStore:
     """
 
     CHUNK = 3 << 16  # bytes, a multiple of 3: there base64 can be cut
+    # For those who use the store.
+    ORPHAN_AGE = 3600.0  # seconds; a younger file that no record names may belong to a job that is being stored
+    is_shared = False  # what is stored is had by other machines only once it is published
 
     def __init__(self, folder: str):
         self.folder = folder
@@ -3693,7 +3696,7 @@ class ImageStore:
             sync_folder(folder)
             sync_folder(self.folder)
         except BaseException:
-            self.remove(self.files_of(job))
+            self._remove_files(self.files_of(job))
             raise
         return job
 
@@ -3713,6 +3716,47 @@ class ImageStore:
             if error.temporary:
                 raise
             return None
+
+    def has_request(self, job: Job) -> bool:
+        """Whether a job's request is kept where every webui has it. Raises a temporary StoreError."""
+        return self.size(self.request_name(job)) is not None
+
+    def share_request(self, job: Job, in_haste: bool = False) -> bool:
+        """The same, after it was brought there, if this webui has it. Raises a temporary StoreError.
+
+        That may take as long as it makes progress, unless somebody waits for it `in_haste`.
+        """
+        return self.has_request(job)
+
+    # Publishing, where the store is shared
+
+    def publish(self, job: Job) -> None:
+        """Brings the files of a job to where all webuis have them, as `save` returned it.
+
+        Raises StoreError. It is temporary while others cannot be given the files, and may be so for hours.
+        """
+
+    @raising_store_error()
+    def named_beside(self, ids: Set[str]) -> Set[str]:
+        """Those of some jobs that a jobs.json beside the folder names, though the jobs are kept elsewhere by now.
+
+        They may be copied from there yet. Raises StoreError.
+        """
+        found: Set[str] = set()
+        with contextlib.suppress(FileNotFoundError), open(self._sources[0], "rb") as file:
+            for line in file if ids else ():
+                found.update(ids.intersection(text.decode() for text in re.findall(rb'"([A-Za-z0-9]{8})"', line)))
+        return found
+
+    def unpublished(self, job: Job) -> Optional[Job]:
+        """The same as `find`, of what only this webui has. None if it has no whole answer of the job."""
+
+    def local_files(self, before: float = math.inf) -> Iterator[Tuple[str, str]]:
+        """The same as `older_than`, of what only this webui has."""
+        return iter(())
+
+    def remove_local(self, names: Iterable[str]) -> None:
+        """Removes what only this webui has, after it was published. Does not raise."""
 
     def is_empty(self) -> bool:
         """Whether there are no files at all: then their disk may be away. Raises StoreError."""
@@ -3779,21 +3823,30 @@ class ImageStore:
 
         None if `save` did not come to its end. Raises StoreError if that cannot be told.
         """
-        day, answer = self.day_of(job), self.answer_name(job)
+        return self._as_saved(job, self._sizes(job))
+
+    def _sizes(self, job: Job) -> Dict[str, int]:
+        """The names of a job's files, with their sizes in bytes. None where there is no answer."""
+        day = self.day_of(job)
         folder = os.path.join(self.folder, day)
         if os.path.islink(folder):
-            return None
+            return {}
         try:
-            os.lstat(self._path(answer))  # most jobs have none, and a folder takes long to list
+            os.lstat(self._path(self.answer_name(job)))  # most jobs have none, and a folder takes long to list
         except (FileNotFoundError, NotADirectoryError):
-            return None
+            return {}
         names = [f"{day}/{entry}" for entry in os.listdir(folder) if entry.startswith(job.id)]
-        sizes = {name: os.lstat(self._path(name)).st_size for name in names}
-        numbers = {int(form.group(2)): form.group() for form in map(IMAGE_FORM.match, names) if form}
+        return {name: os.lstat(self._path(name)).st_size for name in names}
+
+    def _as_saved(self, job: Job, sizes: Dict[str, int]) -> Optional[Job]:
+        """A job as `save` returned it, by the files that it has. None if they are not all."""
+        answer = self.answer_name(job)
+        numbers = {int(form.group(2)): form.group() for form in map(IMAGE_FORM.match, sizes) if form}
         if answer not in sizes or sorted(numbers) != list(range(len(numbers))):
             return None
         images = tuple(self._image(name, sizes[name]) for _, name in sorted(numbers.items()))
-        job = job._replace(images=images, has_brief=f"{day}/{job.id}.brief.json" in sizes, has_request=False)
+        brief = f"{self.day_of(job)}/{job.id}.brief.json"
+        job = job._replace(images=images, has_brief=brief in sizes, has_request=False)
         if sizes[answer] >= LARGE or not job.prompt:
             with contextlib.suppress(ValueError, RecursionError):
                 rest = b"".join(self.read(answer))
@@ -3826,6 +3879,17 @@ class ImageStore:
             if error.temporary:
                 raise
             return None
+
+    def image_sizes(self, job: Job) -> List[Optional[int]]:
+        """The same as `size`, for all images of a job."""
+        return [self.size(image.name) for image in job.images]
+
+    def missing(self, job: Job) -> Set[int]:
+        """The numbers of a job's images that are no longer there. Raises a temporary StoreError."""
+        return {number for number, size in enumerate(self.image_sizes(job)) if size is None}
+
+    def url(self, name: str) -> Optional[str]:
+        """Where a client may fetch a file without this webui, for an hour. None if nowhere. Asks nobody."""
 
     def read(self, name: str, start: int = 0, end: Optional[int] = None) -> Iterator[bytes]:
         """A file's bytes, or a part of them, `CHUNK` at a time. The file is open from the first one on."""
@@ -3970,7 +4034,7 @@ class ImageStore:
             return made
         name = job.images[0].name
         try:
-            with self._opened(name) as file, os.fdopen(os.dup(file), "rb") as stream:
+            with self._stream(name) as stream:
                 made = thumbnail_of(stream, name.rpartition(".")[2])
         except StoreError as error:
             if error.temporary:
@@ -3978,17 +4042,29 @@ class ImageStore:
             return None
         except Exception:  # Pillow raises much for a file that is cut, damaged, or of a format that it does not know
             return None
-        with contextlib.suppress(OSError):
-            self._write(self.thumbnail_name(job), [made])
+        with contextlib.suppress(OSError, StoreError):
+            self._keep_thumbnail(job, made)
         if self.size(name) is None:  # the job was removed meanwhile, and what was removed last was not there yet
             self.remove([self.thumbnail_name(job)])
             return None
         return made
 
+    @contextlib.contextmanager
+    def _stream(self, name: str) -> Iterator[BinaryIO]:
+        """A file, for a reader that goes to and fro in it. Raises StoreError."""
+        with self._opened(name) as file, os.fdopen(os.dup(file), "rb") as stream:
+            yield stream
+
+    def _keep_thumbnail(self, job: Job, data: bytes) -> None:
+        self._write(self.thumbnail_name(job), [data])
+
     # Removing
 
     def remove(self, names: Iterable[str]) -> int:
         """Removes files, and folders that are empty then. Returns the bytes that it freed. Does not raise."""
+        return self._remove_files(names)
+
+    def _remove_files(self, names: Iterable[str]) -> int:
         freed = 0
         for name in names:
             path = self._path(name)
@@ -5205,12 +5281,436 @@ class PostgresJobStore(QueuedStore):
             self._news_came.notify_all()
 
 
+def import_driver(module: str, requirement: str) -> Any:
+    """A package that only a fleet needs. Raises a temporary StoreError that says how to install it."""
+    try:
+        importlib.invalidate_caches()
+        return importlib.import_module(module)
+    except ImportError as error:
+        failure = StoreError(f'the package {module} is missing: python -m pip install "{requirement}"', temporary=True)
+        failure.details = f'{error}. To install it: "{sys.executable}" -m pip install "{requirement}"'
+        raise failure from None
+
+
+class Bucket:
+    """A bucket of S3, Google or Azure, for any thread, none of them the event loop's. Every call to it has a limit.
+
+    While it cannot be reached, one caller at a time finds out whether it is back, and all others fail at once, so that
+    it holds up one thread at most.
+    """
+
+    CONNECT = 2.0  # seconds
+    QUICK = 2.0  # seconds that a call may take altogether
+    PATIENT = 120.0  # the same for one that moves up to `PART` bytes
+    PART = 5 << 20  # bytes of a file that go in one call; S3 takes no smaller parts
+    ASK_AGAIN = 2.0  # seconds after a failure, in which nobody asks
+    SIGNED_FOR = timedelta(hours=1)
+
+    def __init__(self, url: str):
+        parts = urlsplit(url)
+        self._root = f"{parts.scheme}://{parts.netloc}"
+        self.prefix = parts.path.strip("/")  # of all keys: obstore's own prefix is not in what it signs
+        self._lock = threading.Lock()  # guards these three
+        self._clients: Dict[float, Any] = {}  # by their limits in seconds
+        self._failure: Optional[StoreError] = None  # while it is away
+        self._ask_at = 0.0
+        self._sign_at = 0.0
+
+    def call(self, work: Callable[[Any, Any], Any], seconds: float = QUICK) -> Any:
+        """The result of `work`, which is given the package obstore and a client that has a limit for each request.
+
+        Raises FileNotFoundError for what is not there, and a temporary StoreError for all else.
+        """
+        if self._must_probe() and seconds > self.QUICK:
+            with contextlib.suppress(FileNotFoundError):
+                self._try(lambda obstore, client: obstore.head(client, f"{self.prefix}/probe"), self.QUICK)
+        return self._try(work, seconds)
+
+    def sign(self, key: str) -> Optional[str]:
+        """A URL by which anybody may read an object, for an hour. None if there can be none. Asks nobody.
+
+        With keys of the cloud's own machine, obstore fetches these when they are due.
+        """
+        if time.monotonic() < self._sign_at:
+            return None
+        try:
+            obstore = import_driver("obstore", "obstore")
+            return obstore.sign(self._client(obstore, self.QUICK), "GET", key, self.SIGNED_FOR)
+        except Exception:  # whoever reads through this webui learns why
+            self._sign_at = time.monotonic() + self.ASK_AGAIN
+            return None
+
+    def _must_probe(self) -> bool:
+        """Whether this caller is the one that finds out. Raises StoreError if it is another."""
+        with self._lock:
+            if self._failure is None:
+                return False
+            now = time.monotonic()
+            if now < self._ask_at:
+                raise self._copy(self._failure)
+            self._ask_at = now + self.CONNECT + self.ASK_AGAIN
+            return True
+
+    def _try(self, work: Callable[[Any, Any], Any], seconds: float) -> Any:
+        try:
+            obstore = import_driver("obstore", "obstore")
+            result = work(obstore, self._client(obstore, seconds))
+        except FileNotFoundError as error:
+            if "NoSuchBucket" in str(error):
+                raise self._fail(error) from None
+            self._set_failure(None)
+            raise
+        except Exception as error:
+            raise self._fail(error) from None
+        self._set_failure(None)
+        return result
+
+    def _client(self, obstore: Any, seconds: float) -> Any:
+        """One whose requests take no longer, each with one more try where the connection was refused or stale."""
+        with self._lock:
+            if seconds not in self._clients:
+                importlib.import_module("obstore.store")
+                backoff = {"init_backoff": timedelta(seconds=0.05), "max_backoff": timedelta(seconds=0.1), "base": 2}
+                self._clients[seconds] = obstore.store.from_url(
+                    self._root,
+                    client_options={
+                        "allow_http": True,  # where the endpoint's URL says http
+                        "connect_timeout": timedelta(seconds=self.CONNECT),
+                        "timeout": timedelta(seconds=seconds),
+                    },
+                    retry_config={"max_retries": 1, "retry_timeout": timedelta(seconds=1), "backoff": backoff},
+                )
+            return self._clients[seconds]
+
+    def _set_failure(self, failure: Optional[StoreError]) -> None:
+        with self._lock:
+            self._failure = failure
+            self._ask_at = time.monotonic() + self.ASK_AGAIN
+
+    def _fail(self, error: Exception) -> StoreError:
+        """What to raise for a failure of a call. One that is not an answer keeps others from asking for a while."""
+        failure = error if isinstance(error, StoreError) else self._failure_of(error)
+        status = BUCKET_STATUS.search(str(error))
+        self._set_failure(None if status and status.group(1)[0] == "4" else failure)
+        return self._copy(failure)
+
+    @staticmethod
+    def _copy(failure: StoreError) -> StoreError:
+        copied = StoreError(str(failure), failure.temporary)
+        copied.details = failure.details
+        return copied
+
+    @staticmethod
+    def _failure_of(error: Exception) -> StoreError:
+        """Why a call failed, in words without what obstore adds: a URL may be signed, and an answer name a key."""
+        text = str(error)
+        status, code = BUCKET_STATUS.search(text), BUCKET_CODE.search(text)
+        if status:
+            reason = f"the bucket says {status.group()}" + (f", {code.group(1)}" if code else "")
+        elif "Timeout" in text or "TimedOut" in text:
+            reason = "the bucket does not answer"
+        elif "kind: " in text:
+            reason = "the bucket cannot be reached"
+        else:
+            reason = f"the bucket cannot be used: {without_queries(text)}"
+        failure = StoreError(reason, temporary=True)
+        failure.details = f"{reason} ({type(error).__name__}: {without_queries(text)})"
+        return failure
+
+
+BUCKET_STATUS = re.compile(r"(?<=status code: )([1-5][0-9][0-9])[A-Za-z ]*")
+BUCKET_CODE = re.compile(r"<Code>(\w{1,60})</Code>")
+
+
+BUCKET_TYPES = {**MEDIA_TYPES, "txt": "text/plain; charset=utf-8", "json": "application/json"}
+
+
+def without_queries(text: str) -> str:
+    """The first line of an error's text, its URLs without what may be secret in them."""
+    return re.sub(r"(://)[^/@\s]*@|\?\S*", r"\1", text.partition("\n")[0])[:300]
+
+
+class ObjectImageStore(ImageStore):
+    """The files of jobs in a bucket that many webuis share.
+
+    What is stored goes to the folder first, safe from a power cut, and `publish` brings it to the bucket, a job's
+    answer last: where that is, all is. A file is read in the folder if it lies there, otherwise in the bucket. What
+    the bucket refuses or does not answer is a temporary StoreError, whatever it is: somebody mends that.
+
+    In the bucket, the files of a job have a common prefix, so that they can be listed. Their names are as in a folder.
+    """
+
+    BLOCK = 16 * ImageStore.CHUNK  # bytes that are read at once beyond the first chunk
+    CACHED = 1 << 24  # bytes of answers that are kept in memory, for lists
+    ORPHAN_AGE = 7 * 86400.0  # a webui that was cut off from the records may be about to store one
+    is_shared = True
+
+    def __init__(self, folder: str, url: str):
+        super().__init__(folder)
+        self.bucket = Bucket(url)
+        self._lock = threading.Lock()  # guards these three
+        self._published: Set[str] = set()  # files that are in the bucket, and in the folder, too
+        self._answers: "OrderedDict[str, bytes]" = OrderedDict()  # the last that were read
+        self._cached = 0  # bytes of these
+
+    # Names
+
+    def _key(self, name: str) -> str:
+        day, _, file_name = name.partition("/")
+        return "/".join(filter(None, (self.bucket.prefix, day, file_name[:8], file_name)))
+
+    def _name(self, key: str) -> str:
+        """The file's name. Empty for an object that is none of these files."""
+        day, _, rest = key[len(self.bucket.prefix) :].strip("/").partition("/")
+        name = f"{day}/{rest.rpartition('/')[2]}"
+        return name if OWN_FILE_FORM.match(name) and self._key(name) == key else ""
+
+    def _is_local(self, name: str) -> bool:
+        return os.path.lexists(self._path(name))
+
+    # Storing
+
+    def save_request(self, job: Job, body: bytes) -> None:
+        """Keeps the body of a job's request: in the bucket where the client is told so, otherwise in the folder."""
+        if job.promised or job.parked:
+            self._put(self.request_name(job), body, self.bucket.QUICK)
+        else:
+            super().save_request(job, body)
+
+    def has_request(self, job: Job) -> bool:
+        name = self.request_name(job)
+        if self._size_in_bucket(name) is not None:
+            return True
+        if self._is_local(name):
+            raise StoreError("its request is not in the bucket yet", temporary=True)
+        return False
+
+    def share_request(self, job: Job, in_haste: bool = False) -> bool:
+        name = self.request_name(job)
+        if not self._is_local(name):
+            return self._size_in_bucket(name) is not None
+        try:
+            body = b"".join(super().read(name))
+        except StoreError as error:
+            if error.temporary:
+                raise
+            return False
+        self._put(name, body, self.bucket.QUICK if in_haste else self.bucket.PATIENT)
+        self.remove_local([name])
+        return True
+
+    def remove_request(self, job: Job) -> None:
+        name = self.request_name(job)
+        self._remove_files([name])
+        with contextlib.suppress(StoreError, FileNotFoundError):  # the housekeeper finds it
+            self.bucket.call(lambda obstore, client: obstore.delete(client, self._key(name)))
+
+    def publish(self, job: Job) -> None:
+        answer = self.answer_name(job)
+        for name in sorted(self.counted_files_of(job._replace(has_request=False)), key=answer.__eq__):
+            if name not in self._published:
+                self._upload(name)
+                with self._lock:
+                    self._published.add(name)
+
+    def _upload(self, name: str) -> None:
+        if not self._is_local(name) and self._size_in_bucket(name) is not None:
+            return  # a crash took the local file away, which goes after it was published
+        with self._opened(name) as file:
+            if os.fstat(file).st_size <= self.bucket.PART:
+                self._put(name, b"".join(super().read(name)), self.bucket.PATIENT)
+                return
+            with os.fdopen(os.dup(file), "rb") as stream:
+                self._put(name, stream, self.bucket.PATIENT, chunk_size=self.bucket.PART, max_concurrency=2)
+
+    def _put(self, name: str, content: Any, seconds: float, **options: Any) -> None:
+        attributes = {"Content-Type": BUCKET_TYPES.get(name.rpartition(".")[2], OTHER_MEDIA_TYPE)}
+        if isinstance(content, bytes):
+            options["use_multipart"] = False
+        key = self._key(name)
+        self.bucket.call(
+            lambda obstore, client: obstore.put(client, key, content, attributes=attributes, **options), seconds
+        )
+
+    @raising_store_error()
+    def unpublished(self, job: Job) -> Optional[Job]:
+        return self._as_saved(job, super()._sizes(job))
+
+    def local_files(self, before: float = math.inf) -> Iterator[Tuple[str, str]]:
+        return super().older_than(before)
+
+    def remove_local(self, names: Iterable[str]) -> None:
+        # Without its answer, what is left by a crash is not taken for whole.
+        names = sorted(names, key=lambda name: not name.endswith(".json"))
+        self._remove_files(names)
+        with self._lock:
+            self._published.difference_update(names)
+
+    # Reading
+
+    def _sizes(self, job: Job) -> Dict[str, int]:
+        return self._list_job(f"{self.day_of(job)}/{job.id}")
+
+    def _list_job(self, name: str) -> Dict[str, int]:
+        """All files in the bucket of the job that a file is of, with their sizes in bytes. Raises StoreError."""
+        prefix = self._key(name).rpartition("/")[0]
+
+        def work(obstore: Any, client: Any) -> Dict[str, int]:
+            return {self._name(found["path"]): found["size"] for page in obstore.list(client, prefix) for found in page}
+
+        return self.bucket.call(work)
+
+    def _size_in_bucket(self, name: str) -> Optional[int]:
+        try:
+            return self.bucket.call(lambda obstore, client: obstore.head(client, self._key(name))["size"])
+        except FileNotFoundError:
+            return None
+
+    def size(self, name: str) -> Optional[int]:
+        found = super().size(name) if self._is_local(name) else None
+        return self._size_in_bucket(name) if found is None else found
+
+    def image_sizes(self, job: Job) -> List[Optional[int]]:
+        names = [image.name for image in job.images]
+        sizes = {name: super(ObjectImageStore, self).size(name) for name in filter(self._is_local, names)}
+        found = {} if len(sizes) == len(names) else self._sizes(job)
+        return [found.get(name) if sizes.get(name) is None else sizes[name] for name in names]
+
+    def url(self, name: str) -> Optional[str]:
+        return None if self._is_local(name) else self.bucket.sign(self._key(name))
+
+    def is_empty(self) -> bool:
+        prefix = self.bucket.prefix or None
+        return self.bucket.call(lambda obstore, client: not any(obstore.list(client, prefix, chunk_size=1)))
+
+    def read(self, name: str, start: int = 0, end: Optional[int] = None) -> Iterator[bytes]:
+        """A file's bytes, or a part of them, `CHUNK` at a time. Holds no connection between two of them."""
+        if self._is_local(name):
+            chunks = super().read(name, start, end)
+            try:
+                first = next(chunks, None)
+            except StoreError:
+                if self._is_local(name):
+                    raise  # otherwise it has just been published
+            else:
+                if first is not None:
+                    yield first
+                    yield from chunks
+                return
+        yield from self._read_in_bucket(name, start, end)
+
+    def _read_in_bucket(self, name: str, start: int, end: Optional[int]) -> Iterator[bytes]:
+        is_answer = end is None and name.endswith(".json") and not name.endswith(".request.json")
+        known = self._cached_answer(name) if is_answer else None
+        if known is not None:
+            yield known
+            return
+        length, seconds = self.CHUNK, self.bucket.QUICK
+        while end is None or start < end:
+            until = start + length if end is None else min(start + length, end)
+            data, size = self._get(name, start, until, seconds)
+            if is_answer and len(data) == size:
+                self._cache_answer(name, data)
+            end = size if end is None else end
+            if len(data) < min(until, end) - start:
+                raise self._damaged(name)
+            for position in range(0, len(data), self.CHUNK):
+                yield data[position : position + self.CHUNK]
+            start += len(data)
+            length, seconds = self.BLOCK, self.bucket.PATIENT
+
+    def _get(self, name: str, start: int, end: int, seconds: float) -> Tuple[bytes, int]:
+        """A part of a file in the bucket, and the size of all of it. Raises StoreError."""
+
+        def work(obstore: Any, client: Any) -> Tuple[bytes, int]:
+            try:
+                found = obstore.get(client, self._key(name), options={"range": (start, end)})
+                return bytes(found.bytes()), found.meta["size"]
+            except obstore.exceptions.BaseError as error:
+                status = BUCKET_STATUS.search(str(error))
+                if status is None or status.group(1) != "416":
+                    raise
+                return b"", obstore.head(client, self._key(name))["size"]  # nothing is there, as in an empty file
+
+        try:
+            return self.bucket.call(work, seconds)
+        except FileNotFoundError:
+            raise StoreError.of(FileNotFoundError(errno.ENOENT, "it is not in the bucket", name)) from None
+
+    def _cached_answer(self, name: str) -> Optional[bytes]:
+        with self._lock:
+            if name in self._answers:
+                self._answers.move_to_end(name)
+            return self._answers.get(name)
+
+    def _cache_answer(self, name: str, data: bytes) -> None:
+        with self._lock:
+            self._cached += len(data) - len(self._answers.pop(name, b""))
+            self._answers[name] = data
+            while self._cached > self.CACHED:
+                self._cached -= len(self._answers.popitem(last=False)[1])
+
+    # Thumbnails
+
+    @contextlib.contextmanager
+    def _stream(self, name: str) -> Iterator[BinaryIO]:
+        yield io.BytesIO(b"".join(self.read(name)))
+
+    def _keep_thumbnail(self, job: Job, data: bytes) -> None:
+        self._put(self.thumbnail_name(job), data, self.bucket.QUICK)
+
+    # Removing
+
+    def remove(self, names: Iterable[str]) -> int:
+        """Removes files, here and in the bucket. Returns the bytes that it freed. Does not raise.
+
+        What the bucket does not remove now is found there by the housekeeper.
+        """
+        by_job: Dict[str, Set[str]] = {}
+        for name in names:
+            by_job.setdefault(name[: name.index("/") + 9], set()).add(name)
+        freed, keys = 0, []
+        for wanted in by_job.values():
+            self._forget(wanted)
+            there = self._remove_files(wanted)
+            with contextlib.suppress(StoreError):
+                # Google and Azure refuse to remove what is not there.
+                in_bucket = self._list_job(min(wanted))
+                found = {name: size for name, size in in_bucket.items() if name in wanted}
+                keys.extend(map(self._key, found))
+                there = max(there, sum(found.values()))
+            freed += there
+        with contextlib.suppress(StoreError, FileNotFoundError):
+            if keys:
+                self.bucket.call(lambda obstore, client: obstore.delete(client, keys), self.bucket.PATIENT)
+        return freed
+
+    def _forget(self, names: Set[str]) -> None:
+        with self._lock:
+            self._published.difference_update(names)
+            self._cached -= sum(len(self._answers.pop(name, b"")) for name in names)
+
+    def older_than(self, before: float) -> Iterator[Tuple[str, str]]:
+        """All files in the bucket that last changed before a time, by the bucket's clock (Unix seconds)."""
+        prefix = self.bucket.prefix or None
+        pages = self.bucket.call(lambda obstore, client: obstore.list(client, prefix, chunk_size=1000), 30.0)
+        while True:
+            page = self.bucket.call(lambda obstore, client: next(pages, None))
+            if page is None:
+                return
+            for found in page:
+                name = self._name(found["path"])
+                if name and found["last_modified"].timestamp() < before:
+                    yield name[11:19], name
+
+
 def open_stores(settings: Settings, check: Callable[[], None] = lambda: None) -> Tuple[QueuedStore, ImageStore]:
     """The stores that the settings name. `check` is for the files, see `JobStore`."""
     store: QueuedStore = (
         JobStore(settings.data_folder, check) if settings.store_url is None else PostgresJobStore(settings.store_url)
     )
-    images = ImageStore(os.path.join(settings.data_folder, "images"))
+    folder = os.path.join(settings.data_folder, "images")
+    images = ObjectImageStore(folder, settings.images_url) if settings.images_url else ImageStore(folder)
     return store, images
 
 
@@ -5572,6 +6072,7 @@ class Predecessor:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         answer = legacy_answer(legacy, pictures)
         kept = images.as_private_as(place for place, _ in found).save(job, answer)
+        images.publish(kept)
         lost, note = len(legacy.paths) - len(found), "" if found else NO_IMAGES
         if lost:
             note = f"{lost} of {len(legacy.paths)} images were no longer on disk when the job was taken over"
@@ -5650,6 +6151,11 @@ def promised_job(job: Job) -> Optional[Job]:
     return job._replace(promised=True) if is_new else None
 
 
+def is_left_behind(job: Job) -> bool:
+    """Whether a job has failed only because its webui was taken for dead."""
+    return job.status == FAILED and job.error == LEFT_BEHIND and not job.cancel_wanted
+
+
 def details_of(error: BaseException) -> str:
     """What the log says of an error: with the path, where a StoreError has one."""
     return str(getattr(error, "details", error))
@@ -5691,6 +6197,8 @@ class LiveJob:
         self.accepted_at = time.monotonic()
         self.cancel = cancel
         self.answered = False  # its client may have the answer, which is being stored
+        self.generated_at: Optional[float] = None  # Unix seconds, once its images are safe here
+        self.publishing_since = math.inf  # by time.monotonic(), when it came to wait for nothing but their publication
 
 
 class Preview(NamedTuple):
@@ -5725,6 +6233,205 @@ class Threads(ThreadPoolExecutor):
         return work
 
 
+class ToPublish(NamedTuple):
+    """What only this webui has, and all are to have."""
+
+    job: Job
+    work: Callable[[Job], None]  # publishes it; raises StoreError
+
+
+class Publisher:
+    """Brings answers and kept requests from this webui to where all have them, in threads of its own.
+
+    While that cannot be done, one of the threads tries it every few seconds, for hours if need be, and all else waits,
+    in the local folder and not in memory. What a start finds in the folder is published like what came since. Where
+    nothing is to be published, there are no threads.
+    """
+
+    COUNT = 2  # threads
+    RETRY = 5.0  # seconds between two tries while none goes well
+    LOOK_EVERY = 60.0  # seconds between two looks into the folder
+    LEFTOVER_AGE = 3600.0  # seconds, by this machine's clock, after which what nobody needs is removed there
+
+    def __init__(self, tracker: "Tracker"):
+        self._tracker = tracker
+        self._images = tracker.images
+        self._changed = threading.Condition()  # guards what follows
+        self._answers: "deque[ToPublish]" = deque()
+        self._requests: "deque[ToPublish]" = deque()  # which come after them
+        self._at_work: Set[str] = set()  # the jobs of what a thread has taken
+        self._trouble = ""  # why the last try failed
+        self._ask_at = 0.0  # when the next is due
+        self._is_asking = False  # a thread tries again
+        self._settled: Set[str] = set()  # jobs with files in the folder that are to stay there
+        self._stopped = False
+        if self._images.is_shared:
+            for work in (*[self._run] * self.COUNT, self._look_around):
+                threading.Thread(target=work, name="job-tracker-publish", daemon=True).start()
+
+    def add_answer(self, stored: Job) -> None:
+        """A job's answer was stored here. Waits for nothing but the store's queue."""
+        self._add(self._answers, ToPublish(stored, self._publish_answer))
+
+    def add_left(self, job: Job) -> None:
+        """The same for one that a webui left behind, of which only the record is known."""
+        self._add(self._answers, ToPublish(job, self._publish_left))
+
+    def add_request(self, job: Job) -> None:
+        """A job's request was stored here."""
+        if self._images.is_shared:
+            self._add(self._requests, ToPublish(job, self._publish_request))
+
+    def stop(self) -> None:
+        """Publishes no more. What is under way may come to its end, which the next start finds out."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+
+    def _add(self, queue: "deque[ToPublish]", task: ToPublish) -> None:
+        with self._changed:
+            queue.append(task)
+            trouble = self._trouble
+            self._changed.notify()
+        if trouble and queue is self._answers:
+            self._tracker.wait_for_publishing(task.job.id, trouble)
+
+    # In the threads
+
+    def _run(self) -> None:
+        while True:
+            taken = self._take()
+            if taken is None:
+                return
+            queue, task = taken
+            failure: Optional[Exception] = None
+            try:
+                task.work(task.job)
+            except Exception as error:
+                failure = error
+            self._settle(queue, task, failure)
+
+    def _take(self) -> Optional[Tuple["deque[ToPublish]", ToPublish]]:
+        """What is to be published next, once it is this thread's turn. None at the end."""
+        with self._changed:
+            while not self._stopped:
+                queue, now = self._answers or self._requests, time.monotonic()
+                is_due = not self._trouble or (not self._is_asking and now >= self._ask_at)
+                if queue and is_due:
+                    self._is_asking = bool(self._trouble)
+                    task = queue.popleft()
+                    self._at_work.add(task.job.id)
+                    return queue, task
+                self._changed.wait(self._ask_at - now if queue and not self._is_asking else None)
+        return None
+
+    def _settle(self, queue: "deque[ToPublish]", task: ToPublish, failure: Optional[Exception]) -> None:
+        """What becomes of a task that went well, or of one that did not."""
+        is_temporary = failure is not None and getattr(failure, "temporary", False)
+        with self._changed:
+            had_trouble, self._is_asking = self._trouble, False
+            self._at_work.discard(task.job.id)
+            if is_temporary:
+                self._trouble, self._ask_at = str(failure), time.monotonic() + self.RETRY
+                queue.append(task)
+            elif failure is None:
+                self._trouble = ""
+            waiting = [] if had_trouble == self._trouble else [task.job.id for task in self._answers]
+            stopped = self._stopped
+            self._changed.notify_all()
+        if stopped:
+            return
+        if is_temporary:
+            if not had_trouble:
+                log.warning("Images and requests are kept here until the bucket takes them: %s", details_of(failure))
+            for job_id in waiting:
+                self._tracker.wait_for_publishing(job_id, str(failure))
+        elif failure is not None:
+            log.error("Job %s: what is stored here cannot be published: %s", task.job.id, details_of(failure))
+            if queue is self._answers:
+                self._tracker.fail(task.job.id, f"Generated, but the images could not be stored: {reason_of(failure)}")
+        elif had_trouble:
+            log.info("The bucket takes images and requests again")
+
+    def _publish_answer(self, stored: Job) -> None:
+        self._images.publish(stored)
+        with self._changed:
+            if self._stopped:
+                return
+        try:
+            self._tracker.published(stored)
+        except StoreError as error:  # which is no trouble of the bucket's: the next look finds it
+            log.warning("Job %s cannot be Completed yet: %s", stored.id, error.details)
+
+    def _publish_left(self, job: Job) -> None:
+        stored = self._images.unpublished(job)
+        if stored is not None:
+            self._publish_answer(stored)
+        else:
+            self._tracker.fail(job.id, LEFT_BEHIND)
+
+    def _publish_request(self, job: Job) -> None:
+        if self._needs_request(job.id):
+            self._images.share_request(job)
+            if not self._needs_request(job.id):  # it was removed before it was there
+                self._images.remove_request(job)
+
+    def _needs_request(self, job_id: str) -> bool:
+        with contextlib.suppress(StoreError):
+            job = self._tracker.get(job_id)
+            return job is not None and job.has_request and job.status != COMPLETED
+        return True
+
+    # What lies in the folder
+
+    def _look_around(self) -> None:
+        """Looks for what was left there: by a crash, or since others took this webui for dead."""
+        while True:
+            try:
+                self._look()
+            except StoreError as error:
+                log.warning("Images that were left here cannot be published yet: %s", error.details)
+            with self._changed:
+                if self._changed.wait_for(lambda: self._stopped, self.LOOK_EVERY):
+                    return
+
+    def _look(self) -> None:
+        """Raises StoreError."""
+        with self._changed:
+            queued = {task.job.id for task in (*self._answers, *self._requests)} | self._at_work
+        files: Dict[str, List[str]] = {}
+        for job_id, name in self._images.local_files():
+            if job_id not in queued and job_id not in self._settled and self._tracker.running(job_id) is None:
+                files.setdefault(job_id, []).append(name)
+        jobs = self._tracker.store.get_many(files)
+        unknown = files.keys() - jobs.keys()
+        if self._tracker.settings.store_url:
+            self._settled.update(self._images.named_beside(unknown))
+        leftovers = {name for job_id in jobs for name in self._sort_out(jobs[job_id], files[job_id])}
+        self._remove_older(self.LEFTOVER_AGE, leftovers)
+        # Whoever has lost the records may have them back in a week.
+        self._remove_older(self._images.ORPHAN_AGE, {name for job_id in unknown for name in files[job_id]})
+
+    def _remove_older(self, age: float, names: Set[str]) -> None:
+        files = self._images.local_files(time.time() - age) if names else ()
+        self._images.remove_local([name for job_id, name in files if name in names and job_id not in self._settled])
+
+    def _sort_out(self, job: Job, names: List[str]) -> List[str]:
+        """Has those files of a job published that it needs. Returns those that nobody needs. Raises StoreError."""
+        if is_left_behind(job) and self._images.unpublished(job) is not None:
+            self.add_left(job)
+            return []
+        if job.status == COMPLETED:
+            if self._images.find(job) is not None:
+                return names
+            self._settled.add(job.id)  # it was stored before there was a bucket, and has no other place
+            return []
+        request = self._images.request_name(job)
+        if request in names and job.has_request:
+            self.add_request(job)
+        return [name for name in names if name != request] if job.ended else []
+
+
 class Tracker:
     """A job's life, and the only writer of both stores.
 
@@ -5739,9 +6446,11 @@ class Tracker:
     MOMENT = 0.5  # seconds that a request waits for the disk while that does not answer
     UNSTORED_LIMIT = 1 << 29  # bytes of answers that wait for the disk: more could cost the webui its memory
     STORE_WAIT = 1.0  # seconds that `wait_until_stored` waits
+    PUBLISH_WAIT = 5.0  # seconds for which a webui that ends waits for images to be published: the next start goes on
     REMOVED_AT_ONCE = 100  # jobs: a crash leaves the files of no more
     PREVIEW_EVERY = 0.4  # seconds, at least, from one preview to the next
     PREVIEW_PATIENCE = 10.0  # seconds that somebody waits for a preview
+    SAVED_FIELDS = ("prompt", "images", "bytes", "has_brief", "ranges", "has_request")  # what `images.save` changes
     # Fields of the record that are shown as they are.
     PLAIN_FIELDS = (
         *("id", "type", "status", "prompt", "timestamp", "ip", "started", "finished", "retry_of", "label", "server"),
@@ -5803,6 +6512,7 @@ class Tracker:
         self._previewing_since = ("", -math.inf)  # for which job, and since when
         self._reservations: Dict[str, KeyReservation] = {}  # by idempotency key
         self._hung: Optional[Future] = None  # the last work for a request that took too long
+        self._publisher = Publisher(self)
         self.recover()  # before anything else, so that nobody sees a job that was left behind
         follower = threading.Thread(target=self._follow, name="job-tracker-follow", daemon=True)
         self.late_helpers.append(follower)
@@ -5873,6 +6583,8 @@ class Tracker:
             if failure is not None:
                 log.error("Job %s cannot be retried, for its request was not kept: %s", job.id, details_of(failure))
                 self._change(job.id, has_request=False, bytes=0)
+            else:
+                self._publisher.add_request(job)
             live.kept.set_result(failure is None)
 
         self._save_request(job, body).add_done_callback(report)
@@ -5895,7 +6607,7 @@ class Tracker:
             if live is None:
                 self._promise_stored(job_id)
             elif live.job.status == PENDING and not live.job.promised:
-                if not self._wait_for(live.kept):
+                if not self._wait_for(live.kept) or not self.images.share_request(live.job, in_haste=True):
                     raise StoreError("its request could not be kept")
                 self._change(job_id, promised=True)
                 self._wait_for(live.written)
@@ -5911,10 +6623,10 @@ class Tracker:
                 return
             if not job.has_request or time.monotonic() > until:
                 raise StoreError("its request could not be kept")
-            if self.images.size(self.images.request_name(job)) is None:
-                time.sleep(0.05)
-            else:
+            if self.images.share_request(job, in_haste=True):
                 self._wait_for(self.store.change([job_id], promised_job))
+            else:
+                time.sleep(0.05)
 
     def patience(self) -> float:
         """Seconds that a request waits for the disk now: a moment only after another has waited too long."""
@@ -5987,7 +6699,8 @@ class Tracker:
         """The host answered with success. Stores the images; a job whose images cannot be stored has failed.
 
         False after a temporary failure, except at the last try: the job is Processing, its `error` says why, and the
-        caller is to try again.
+        caller is to try again. A job whose images are to be published is Processing until they are, which is no longer
+        the caller's business.
         """
         job = self.running(job_id)
         if job is None:
@@ -6006,10 +6719,56 @@ class Tracker:
                 self._change(job_id, error=note)
             return False
         self.stored_at = time.monotonic()
-        names = ("prompt", "images", "bytes", "has_brief", "ranges", "has_request")
-        changes = {name: getattr(stored, name) for name in names}
-        self._change(job_id, "finished", status=COMPLETED, error=None, **changes)
+        live = self._live_job(job_id)
+        if live is not None:
+            live.generated_at, live.publishing_since = live.clock(), time.monotonic()
+        if self.images.is_shared:
+            self._publisher.add_answer(stored)
+        else:
+            self.published(stored)
         return True
+
+    def published(self, stored: Job) -> None:
+        """All webuis have a job's files: it is Completed. `stored` is what `images.save` or `images.find` said of it.
+
+        That holds for a job of this process, and for one that others took for left behind. Raises StoreError if that
+        cannot be told now.
+        """
+        changes = {name: getattr(stored, name) for name in self.SAVED_FIELDS}
+        live = self._live_job(stored.id)
+        if live is not None:
+            self._change(stored.id, status=COMPLETED, error=None, finished=live.generated_at, **changes)
+            return
+        taken = self.store.with_key(stored.key) if stored.key else None
+        if taken is not None and taken.id != stored.id and taken.status != FAILED:
+            return  # the request has been repeated
+
+        def complete(job: Job) -> Optional[Job]:
+            if not is_left_behind(job):
+                return None
+            webhook = job.webhook and job.webhook._replace(delivered=False, attempts=0)
+            return ended_job(job._replace(webhook=webhook, **changes), COMPLETED, LEASE, error=None)
+
+        self._change_stored([stored.id], complete).result()
+
+    def wait_for_publishing(self, job_id: str, reason: str) -> None:
+        """A generated job waits for its images to be published, which cannot be done now. Says so in the job."""
+        note = f"Generated; the images are kept here until the bucket takes them: {reason}"
+        live = self._live_job(job_id)
+        if live is not None and live.job.error != note:
+            live.answered = False  # nobody is to wait for its end
+            self._change(job_id, error=note)
+
+    def _adopt(self, job: Job) -> None:
+        """A webui left a job behind whose images lie here, and only here. It ends when they are published."""
+        stored = uncancellable_future()
+        stored.set_result(None)
+        live = LiveJob(job, stored, lambda: False)
+        live.kept.set_result(job.has_request)
+        live.publishing_since = -math.inf
+        with self._lock:
+            self._live[job.id] = live
+        self._publisher.add_left(job)
 
     def fail(self, job_id: str, error: str) -> None:
         """The job ends without images. `error` is for its user."""
@@ -6060,6 +6819,9 @@ class Tracker:
             self._remove_request(job)
         elif job.status == COMPLETED:  # not before it is kept
             live.kept.add_done_callback(lambda _: self._remove_request(job))
+        if job.status == COMPLETED and self.images.is_shared:
+            with contextlib.suppress(StoreError):  # the publisher finds them
+                self.keepers.submit(self.images.remove_local, self.images.counted_files_of(job))
 
     def _remove_request(self, job: Job) -> None:
         """Removes a job's request, a little later. Waits for nothing."""
@@ -6358,7 +7120,7 @@ class Tracker:
 
     def missing(self, job: Job) -> Set[int]:
         """The numbers of a job's images that are no longer on disk. Raises a temporary StoreError."""
-        return {number for number, image in enumerate(job.images) if self.images.size(image.name) is None}
+        return self.images.missing(job)
 
     async def thumbnail(self, job: Job, abandoned: threading.Event) -> Optional[bytes]:
         """A job's thumbnail, made unless it was made before. None if there can be none. Raises StoreError.
@@ -6403,7 +7165,7 @@ class Tracker:
     def seconds(self, job: Job) -> Optional[float]:
         """How long the generation of a job took, or has taken until now. None where nobody knows."""
         live = self._live_job(job.id)
-        until = live.clock() if live is not None and not job.ended else job.finished
+        until = (live.generated_at or live.clock()) if live is not None and not job.ended else job.finished
         return None if job.started is None or until is None else max(until - job.started, 0.0)
 
     async def preview(self, job_id: str) -> Optional[Preview]:
@@ -6542,7 +7304,10 @@ class Tracker:
             "parameters": parameters,
             "info": info,
             "image_count": len(job.images),
-            "image_urls": [root + self.IMAGE_PATH.format(id=job.id, n=number) for number in range(len(job.images))],
+            "image_urls": [
+                self.images.url(image.name) or root + self.IMAGE_PATH.format(id=job.id, n=number)
+                for number, image in enumerate(job.images)
+            ],
             "webhook": webhook and {name: getattr(webhook, name) for name in ("url", "delivered", "attempts")},
         }
 
@@ -6721,8 +7486,10 @@ class Tracker:
         def recovered(job: Job) -> None:
             if job.ended:
                 self._ended(job)
-            else:
+            elif job.parked:
                 self.on_parked()
+            else:
+                self._adopt(job)
 
         return self.store.recover(self._recovered, recovered, parked=self.settings.resume == "off")
 
@@ -6730,8 +7497,10 @@ class Tracker:
         """What becomes of a job that a webui left behind. Raises StoreError if that cannot be told now.
 
         One that was Processing is never generated again by itself: it may be what ended the webui. Nobody knows when a
-        job ended that did.
+        job ended that did. The store may hold a lock meanwhile, so nothing is published here.
         """
+        if self.images.unpublished(job) is not None:
+            return job._replace(status=PROCESSING, owner=self.store.owner, parked=False)
         found = self.images.find(job)
         if found is not None:
             return ended_job(found, COMPLETED, error=None)
@@ -6739,7 +7508,7 @@ class Tracker:
         if job.cancel_wanted:
             return ended_job(job, FAILED, error=CANCELLED)
         if job.status == PENDING and is_resumed:
-            if self.images.size(self.images.request_name(job)) is not None:
+            if self.images.has_request(job):
                 return job._replace(promised=True, parked=True, server=None)
             if job.promised and self.images.is_empty():
                 raise StoreError("there is nothing in images/", temporary=True)
@@ -6752,11 +7521,16 @@ class Tracker:
         while True:
             with self._lock:
                 ending = [job_id for job_id, live in self._live.items() if live.end is not None]
-                is_idle = not self._starting and len(ending) == len(self._live)
+                is_idle = not self._starting and len(ending) == len(self._unfinished())
             if is_idle:
                 break
             await asyncio.sleep(0.1)
         await asyncio.gather(*(self.wait(job_id, self.store.PATIENCE) for job_id in ending))
+
+    def _unfinished(self) -> List[LiveJob]:
+        """The jobs for whose end a webui waits that ends: not those that wait for nothing but their images' place."""
+        late = time.monotonic() - self.PUBLISH_WAIT
+        return [live for live in list(self._live.values()) if live.end is not None or live.publishing_since > late]
 
     def close(self) -> Future:
         """Closes the store and the threads once the last running job has ended and the last answer is sent.
@@ -6777,11 +7551,14 @@ class Tracker:
             for helper in self.helpers:
                 helper.join()
             self.bulk.shutdown()
-            while self._starting or self._live or self.sending:  # in this order: what starts comes to live
+            while self._starting or self._unfinished() or self.sending:  # in this order: what starts comes to live
                 time.sleep(0.2)
             self.drained.set()
             for helper in self.late_helpers:
                 helper.join()
+            self._publisher.stop()
+            for job_id in list(self._live):
+                self._wake(job_id)
             self.store.close()
             looking, storing = (self.pool, self.searchers, self.key_readers), (self.storers, self.keepers)
             for pool in (*looking, *storing, self.senders, self.previewers, self.painters):
@@ -7365,7 +8142,7 @@ class Housekeeper:
     LOOK_EVERY = 5  # seconds between two looks at config.json, and at the host
     AGAIN_AFTER = 60  # seconds until a failed purge is repeated
     PURGE_EVERY = 6 * 3600
-    ORPHAN_AGE = 3600  # seconds; a younger file may belong to a job that is being stored
+    LOOKED_UP_AT_ONCE = 500  # jobs of files that are looked for
 
     def __init__(self, tracker: Tracker, predecessor: Predecessor):
         self.tracker = tracker
@@ -7511,14 +8288,19 @@ class Housekeeper:
         return young
 
     def _remove_orphans(self) -> Purged:
-        orphans, lost = self._orphans(self.ORPHAN_AGE)
+        orphans, lost = self._orphans(self.images.ORPHAN_AGE)
         if lost:
             log.warning("%d jobs in images/ are not in jobs.json. Is it whole? Their files are kept", lost)
         images = sum(IMAGE_FORM.match(name) is not None for name in orphans)
         return Purged(0, images, self.images.remove(orphans))
 
     def kept_orphans(self) -> Tuple[int, int]:
-        """What a purge that has just ended left in images/: young files that no job names, and jobs that are lost."""
+        """What a purge that has just ended left in images/: young files that no job names, and jobs that are lost.
+
+        Of files that many webuis share, nothing is said: all that are stored just now are among them.
+        """
+        if self.images.is_shared:
+            return 0, 0
         orphans, lost = self._orphans(0)
         return len(orphans), lost
 
@@ -7528,15 +8310,20 @@ class Housekeeper:
         Of these, only how many they are.
         """
         orphans, unknown = [], set()
-        for job_id, name in self.images.older_than(time.time() - age):
-            job = self.tracker.get(job_id)
-            if job is None:
-                unknown.add(job_id)
-            if job is None or (job.ended and name not in self.images.files_of(job)):
-                orphans.append((job_id, name))
+        files = self.images.older_than(self.store.now() - age)
+        for some in iter(lambda: list(itertools.islice(files, self.LOOKED_UP_AT_ONCE)), []):
+            jobs = self.store.get_many({job_id for job_id, _ in some})
+            for job_id, name in some:
+                job = jobs.get(job_id)
+                if job is None:
+                    unknown.add(job_id)
+                if job is None or (job.ended and name not in self.images.files_of(job)):
+                    orphans.append((job_id, name))
         kept = self.store.quarantined_ids() if orphans else None  # records that somebody may read yet
         if kept is None:
             return [], 0
+        if self.settings.store_url:
+            kept = kept | self.images.named_beside(unknown)
         lost = unknown if len(unknown) > self.tracker.REMOVED_AT_ONCE else set()
         return [name for job_id, name in orphans if job_id not in kept | lost], len(lost)
 
@@ -9211,7 +9998,9 @@ class JobSummary(BaseModel):
     )
     info: Optional[str] = nullable("JSON text, as the webui answered; null until Completed")
     image_count: int = Field(description="how many images the job has")
-    image_urls: List[str] = Field(description="paths of the images as files, in the webui's order")
+    image_urls: List[str] = Field(
+        description="the images as files, in the webui's order: paths, or URLs that a bucket takes for an hour"
+    )
 
 
 class JobWithImages(JobSummary):
@@ -10386,7 +11175,7 @@ class TabHtml:
         notes = [Note(known["error"], is_error=True)] if known["error"] else []
         if isinstance(info, Part):
             notes.append(Note(Texts.INFO_TOO_LONG.format(size=as_size(info.size))))
-        images = [(image, self.tracker.images.size(image.name)) for image in job.images]
+        images = list(zip(job.images, self.tracker.images.image_sizes(job)))
         return {
             "id": job_id,
             "shown": self._shown(job),
