@@ -5304,16 +5304,18 @@ class Bucket:
     PATIENT = 120.0  # the same for one that moves up to `PART` bytes
     PART = 5 << 20  # bytes of a file that go in one call; S3 takes no smaller parts
     ASK_AGAIN = 2.0  # seconds after a failure, in which nobody asks
+    FRESH = 5.0  # seconds after an answer, in which a call that may be long is made without a short one before
     SIGNED_FOR = timedelta(hours=1)
 
     def __init__(self, url: str):
         parts = urlsplit(url)
         self._root = f"{parts.scheme}://{parts.netloc}"
         self.prefix = parts.path.strip("/")  # of all keys: obstore's own prefix is not in what it signs
-        self._lock = threading.Lock()  # guards these three
+        self._lock = threading.Lock()  # guards these four
         self._clients: Dict[float, Any] = {}  # by their limits in seconds
         self._failure: Optional[StoreError] = None  # while it is away
         self._ask_at = 0.0
+        self._heard_at = -math.inf  # when it last answered
         self._sign_at = 0.0
 
     def call(self, work: Callable[[Any, Any], Any], seconds: float = QUICK) -> Any:
@@ -5321,7 +5323,8 @@ class Bucket:
 
         Raises FileNotFoundError for what is not there, and a temporary StoreError for all else.
         """
-        if self._must_probe() and seconds > self.QUICK:
+        is_unsure = self._must_probe() or time.monotonic() - self._heard_at > self.FRESH
+        if is_unsure and seconds > self.QUICK:  # a long call takes long to fail
             with contextlib.suppress(FileNotFoundError):
                 self._try(lambda obstore, client: obstore.head(client, f"{self.prefix}/probe"), self.QUICK)
         return self._try(work, seconds)
@@ -5384,8 +5387,10 @@ class Bucket:
 
     def _set_failure(self, failure: Optional[StoreError]) -> None:
         with self._lock:
-            self._failure = failure
-            self._ask_at = time.monotonic() + self.ASK_AGAIN
+            self._failure, now = failure, time.monotonic()
+            self._ask_at = now + self.ASK_AGAIN
+            if failure is None:
+                self._heard_at = now
 
     def _fail(self, error: Exception) -> StoreError:
         """What to raise for a failure of a call. One that is not an answer keeps others from asking for a while."""
@@ -6336,7 +6341,8 @@ class Publisher:
                 queue.append(task)
             elif failure is None:
                 self._trouble = ""
-            waiting = [] if had_trouble == self._trouble else [task.job.id for task in self._answers]
+            told = self._answers if had_trouble != self._trouble else [task] if queue is self._answers else []
+            waiting = [task.job.id for task in told]
             stopped = self._stopped
             self._changed.notify_all()
         if stopped:
