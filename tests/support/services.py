@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib.util
+import itertools
 import os
 import secrets
 import shutil
@@ -27,7 +28,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Set
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Set
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 import httpx
@@ -508,7 +509,7 @@ class Network:
     def _connect(self, client: socket.socket) -> None:
         self._passes.wait()
         try:
-            server = socket.create_connection(("127.0.0.1", self.upstream))
+            server = self._reach()
         except OSError:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, harness.RESET)
             client.close()
@@ -528,6 +529,9 @@ class Network:
         with self._lock:
             self._sockets -= {client, server}
 
+    def _reach(self) -> socket.socket:
+        return socket.create_connection(("127.0.0.1", self.upstream))
+
     def _pass(self, source: socket.socket, target: socket.socket) -> None:
         with contextlib.suppress(OSError):
             while True:
@@ -540,3 +544,18 @@ class Network:
         with contextlib.suppress(OSError):
             if target in self._sockets:  # else it is reset
                 target.shutdown(socket.SHUT_WR)
+
+
+class RoundRobin(Network):
+    """A load balancer: each connection goes to the next webui that takes it."""
+
+    def __init__(self, upstreams: Sequence[int]):
+        self._turns = itertools.cycle(upstreams)
+        self._count = len(upstreams)
+        super().__init__(upstreams[0])
+
+    def _reach(self) -> socket.socket:
+        for _ in range(self._count - 1):
+            with contextlib.suppress(OSError):
+                return socket.create_connection(("127.0.0.1", next(self._turns)))
+        return socket.create_connection(("127.0.0.1", next(self._turns)))
