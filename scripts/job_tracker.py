@@ -6170,7 +6170,12 @@ class Migration:
     MOVING = "(being moved)"  # the server of a job that waits, while it is moved
 
     def __init__(
-        self, source: JobStore, source_images: ImageStore, target: JobStore, images: ImageStore, settings: Settings
+        self,
+        source: QueuedStore,
+        source_images: ImageStore,
+        target: QueuedStore,
+        images: ImageStore,
+        settings: Settings,
     ):
         """The settings say which of the two stores are not the same."""
         self.source, self.source_images = source, source_images

@@ -58,6 +58,7 @@ class Service:
     """A server with a folder of its own. It keeps its ports and its data from start to start."""
 
     END = signal.SIGKILL  # what it gets when we die
+    environ: Dict[str, str] = {}  # variables of its own
 
     def __init__(self) -> None:
         # Not one of pytest's: another user must reach it.
@@ -85,7 +86,7 @@ class Service:
             self.process = subprocess.Popen(
                 self.command(),
                 cwd=str(self.folder),
-                env={"PATH": os.environ["PATH"], "HOME": str(self.folder), "LC_ALL": "C", "TZ": "UTC"},
+                env={"PATH": os.environ["PATH"], "HOME": str(self.folder), "LC_ALL": "C", "TZ": "UTC", **self.environ},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
