@@ -101,7 +101,7 @@ def main():
     text = "what the webui's server speaks HTTP by (default: h11, as the webuis have it)"
     command.add_argument("--server", choices=("h11", "httptools"), default="h11", help=text)
 
-    text = "measure what it costs; parts: store, requests, parked, http, growth (default: all)"
+    text = "measure what it costs; parts: store, requests, parked, events, http, fleet, growth (default: all)"
     command = add_command_on_host(bench, text)
     command.add_argument("--jobs", type=int, default=100_000, help="how many jobs there are (default: 100000)")
 
