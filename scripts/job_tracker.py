@@ -14,6 +14,7 @@ The file reads in the order in which a request meets its parts, and every part k
     ImageStore    images/
     Fleet         the same two stores for many webuis, on PostgreSQL and a bucket
     Predecessor   the jobs of API-Job-Tracker-SD-WebUI
+    Migration     the command that copies jobs into a fleet's stores, and back
     Tracker       a job's life, the only writer of both stores
     Webhooks      the ends of jobs, told to others
     Housekeeper   what is done now and then
@@ -25,6 +26,7 @@ The file reads in the order in which a request meets its parts, and every part k
     Host          the only part that knows the webui
 """
 
+import argparse
 import asyncio
 import base64
 import contextlib
@@ -2551,13 +2553,13 @@ class JobStore(QueuedStore):
         job = None if job_id is None else self.get(job_id)
         return job if job is not None and job.parked else None
 
-    def parked_before(self, job_id: str) -> int:
-        """How many parked jobs were accepted before another job. Raises StoreError."""
+    def queue_places(self, ids: Iterable[str]) -> Dict[str, int]:
+        """For each of some parked jobs, how many of these were accepted before it. Raises StoreError."""
 
-        def count(view: IndexView, pending: Overlay) -> int:
+        def count(job_id: str, view: IndexView) -> int:
             row = view.row_of(job_id) or view.top() + 1
-            # Who lists jobs asks for one after the other. Counting from one to the next takes no time, while all
-            # before each of a page would be counted a thousand times.
+            # Counting from one to the next takes no time, while all before each of a page would be counted a thousand
+            # times.
             state, near, known = self._counted
             if state != view.state:
                 near = known = 0
@@ -2565,11 +2567,8 @@ class JobStore(QueuedStore):
             self._counted = (view.state, row, known)
             return known
 
-        return self._look(count)
-
-    def queue_places(self, ids: Iterable[str]) -> Dict[str, int]:
-        """For each of some parked jobs, how many of these were accepted before it. Raises StoreError."""
-        return {job_id: self.parked_before(job_id) for job_id in ids}
+        wanted = list(ids)
+        return self._look(lambda view, _: {job_id: count(job_id, view) for job_id in wanted})
 
     def oldest_ended(self, size: int, limit: int) -> List[Job]:
         """The oldest ended jobs, in order of acceptance: as many as it takes to have files of `size` bytes.
@@ -3763,6 +3762,45 @@ class ImageStore:
     def remove_local(self, names: Iterable[str]) -> None:
         """Removes what only this webui has, after it was published. Does not raise."""
 
+    # Copying from another store, see Migration
+
+    @raising_store_error()
+    def copy_from(self, job: Job, source: "ImageStore") -> List[str]:
+        """Copies a job's files from another store, safe from a power cut, but for those that are here already.
+
+        Returns the names of those that are not there either, or are damaged. The host's answer comes last, as in
+        `save`. Raises StoreError.
+        """
+        names = [self.request_name(job)] if job.has_request or not job.ended else []
+        if job.status == COMPLETED:
+            answer = self.answer_name(job)
+            names += [name for name in self.counted_files_of(job) if name not in (*names, answer)]
+            names.append(answer)
+        known, missing = self._known_sizes(job, names), []
+        for name in names:
+            size = source.size(name)
+            if size is None:
+                missing.append(name)
+            elif known.get(name) != size:
+                try:
+                    self._take(job, name, source.read(name))
+                except StoreError as error:
+                    if error.temporary:
+                        raise
+                    missing.append(name)
+        return missing
+
+    def _known_sizes(self, job: Job, names: List[str]) -> Dict[str, Optional[int]]:
+        """Sizes of those of a job's files that are here. Raises StoreError."""
+        return {name: self.size(name) for name in names}
+
+    def _take(self, job: Job, name: str, chunks: Iterable[bytes]) -> None:
+        """Stores a file. A StoreError of `chunks` is raised, and what cannot be done here an OSError."""
+        folder = self._make_day(job)
+        self._write(name, chunks)
+        sync_folder(folder)
+        sync_folder(self.folder)
+
     def is_empty(self) -> bool:
         """Whether there are no files at all: then their disk may be away. Raises StoreError."""
         return not self._list(self.folder)
@@ -4296,6 +4334,19 @@ def change_own_jobs(count: int) -> str:
     )
 
 
+def import_driver(module: str, requirement: str) -> Any:
+    """A package that only a fleet needs, and that may be installed while the webui runs. Raises StoreError."""
+    try:
+        importlib.invalidate_caches()
+        return importlib.import_module(module)
+    except ImportError as error:
+        needs = " (it needs Python 3.9)" if module == "obstore" and sys.version_info < (3, 9) else ""
+        reason = f'the package {module} is missing{needs}: python -m pip install "{requirement}"'
+        failure = StoreError(reason, temporary=True)
+        failure.details = f'{error}. To install it{needs}: "{sys.executable}" -m pip install "{requirement}"'
+        raise failure from None
+
+
 class NoAnswer(Exception):
     """The database has not answered in time."""
 
@@ -4312,8 +4363,8 @@ def is_lost(error: BaseException) -> bool:
 
 @functools.lru_cache(maxsize=None)
 def connection_class() -> Any:
-    """psycopg's connection, but every wait of it ends at a deadline. Raises ImportError."""
-    import psycopg
+    """psycopg's connection, but every wait of it ends at a deadline. Raises StoreError."""
+    psycopg = import_driver("psycopg", "psycopg[binary]>=3.2")
 
     class Connection(psycopg.Connection):
         deadline = math.inf  # by time.monotonic()
@@ -4370,10 +4421,7 @@ class Connections:
         if isinstance(cause, StoreError):
             return cause
         state = getattr(cause, "sqlstate", None)
-        if isinstance(cause, ImportError):
-            command = f'"{sys.executable}" -m pip install "psycopg[binary]>=3.2"'
-            failure = StoreError(f"TRACKER_STORE needs psycopg, which is not installed: {command}", temporary=True)
-        elif isinstance(cause, NoAnswer):
+        if isinstance(cause, NoAnswer):
             failure = StoreError("the database does not answer", temporary=True)
         elif is_lost(cause):
             failure = StoreError("the database cannot be reached", temporary=True)
@@ -5323,7 +5371,7 @@ class Bucket:
         if time.monotonic() < self._sign_at:
             return None
         try:
-            obstore = self._obstore()
+            obstore = import_driver("obstore", "obstore")
             return obstore.sign(self._client(obstore, self.QUICK), "GET", key, self.SIGNED_FOR)
         except Exception:  # whoever reads through this webui learns why
             self._sign_at = time.monotonic() + self.ASK_AGAIN
@@ -5342,7 +5390,7 @@ class Bucket:
 
     def _try(self, work: Callable[[Any, Any], Any], seconds: float) -> Any:
         try:
-            obstore = self._obstore()
+            obstore = import_driver("obstore", "obstore")
             result = work(obstore, self._client(obstore, seconds))
         except FileNotFoundError as error:
             if "NoSuchBucket" in str(error):
@@ -5353,19 +5401,6 @@ class Bucket:
             raise self._fail(error) from None
         self._set_failure(None)
         return result
-
-    @staticmethod
-    def _obstore() -> Any:
-        """The driver. It may be installed while the webui runs."""
-        try:
-            importlib.invalidate_caches()
-            return importlib.import_module("obstore")
-        except ImportError as error:
-            reason = "which needs Python 3.9" if sys.version_info < (3, 9) else "which is not installed"
-            command = f'"{sys.executable}" -m pip install obstore'
-            failure = StoreError(f"TRACKER_IMAGES needs obstore, {reason}: {command}", temporary=True)
-            failure.details = f"{failure} ({error})"
-            raise failure from None
 
     def _client(self, obstore: Any, seconds: float) -> Any:
         """One whose requests take no longer, each with one more try where the connection was refused or stale."""
@@ -5549,6 +5584,16 @@ class ObjectImageStore(ImageStore):
         self._remove_files(names)
         with self._lock:
             self._published.difference_update(names)
+
+    def _known_sizes(self, job: Job, names: List[str]) -> Dict[str, Optional[int]]:
+        return dict(self._sizes(job))
+
+    def _take(self, job: Job, name: str, chunks: Iterable[bytes]) -> None:
+        data = b"".join(chunks)
+        if len(data) <= self.bucket.PART:
+            self._put(name, data, self.bucket.PATIENT)
+        else:
+            self._put(name, io.BytesIO(data), self.bucket.PATIENT, chunk_size=self.bucket.PART, max_concurrency=2)
 
     # Reading
 
@@ -6107,6 +6152,180 @@ class Predecessor:
         if trouble != self._trouble:
             self._trouble = trouble
             log.error("%s", trouble)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Migration: the command that copies jobs into a fleet's stores, and back
+# ------------------------------------------------------------------------------------------------------------------
+
+
+class Migration:
+    """Copies jobs and their files from two stores to two others, oldest first. Either may be the same on both sides.
+
+    A job that is there already stays as it is there, and a job's files are there before its record. So it may be run
+    as often as one likes, and goes on where it was interrupted. Jobs keep their IDs and all that is known of them.
+    Those that wait on disk are moved, for each is to be generated once. What a webui generates, or a client waits
+    for, is left.
+    """
+
+    PAGE = 500  # jobs that are in memory
+    THREADS = 8  # that copy files
+    MOVING = "(being moved)"  # the server of a job that waits, while it is moved
+
+    def __init__(
+        self,
+        source: QueuedStore,
+        source_images: ImageStore,
+        target: QueuedStore,
+        images: ImageStore,
+        settings: Settings,
+    ):
+        """The settings say which of the two stores are not the same."""
+        self.source, self.source_images = source, source_images
+        self.target, self.images = target, images
+        self._has_other_jobs = settings.store_url is not None
+        self._has_other_images = settings.images_url is not None
+        self.counts: Counter = Counter()  # jobs by what became of them
+
+    def run(self, progress: Callable[[int], None]) -> None:
+        """Copies all jobs. `progress` is called with how many more were looked at. Raises StoreError."""
+        with ThreadPoolExecutor(self.THREADS, "job-tracker-copy") as threads:
+            for jobs in self._pages():
+                self._copy(jobs, threads)
+                progress(len(jobs))
+
+    def _pages(self) -> Iterator[List[Job]]:
+        """All jobs of the source, oldest first. Of the pages before the last, only the cursors are kept meanwhile."""
+        page = newest = self.source.query(Filter(), self.PAGE)
+        cursors = []
+        while page.cursor is not None:
+            cursors.append(page.cursor)
+            page = self.source.query(Filter(), self.PAGE, page.cursor)
+        for cursor in reversed(cursors):
+            yield self.source.query(Filter(), self.PAGE, cursor).jobs[::-1]
+        yield newest.jobs[::-1]
+
+    def _copy(self, jobs: List[Job], threads: ThreadPoolExecutor) -> None:
+        there: Collection[str] = self.target.get_many([job.id for job in jobs]) if self._has_other_jobs else ()
+        wanted = []
+        for job in jobs:
+            is_waiting = job.status == PENDING and (job.parked or job.server == self.MOVING)
+            if is_waiting and self._has_other_jobs:
+                self._move(job, job.id in there)
+            elif job.id in there:
+                self.counts["there"] += 1
+            elif job.ended or job.parked:
+                wanted.append(job)
+            else:
+                self.counts["left"] += 1
+        if self._has_other_images:
+            for _ in threads.map(self._copy_files, wanted):
+                pass
+        written = [(job, self._put(job)) for job in wanted] if self._has_other_jobs else []
+        for job, put in written:
+            self._wait_for(job, put)
+        self.counts["copied"] += len(wanted)
+
+    def _copy_files(self, job: Job) -> None:
+        missing = self.images.copy_from(job, self.source_images)
+        if missing:
+            self.counts["incomplete"] += 1
+            log.warning("Job %s: no longer there, or damaged: %s", job.id, ", ".join(missing))
+
+    def _put(self, job: Job) -> Future:
+        return self.target.put(job._replace(owner=None), new=True)
+
+    def _wait_for(self, job: Job, put: Future) -> None:
+        try:
+            put.result()
+        except KeyTaken:  # the first of the two keeps it
+            self._put(job._replace(key=None, digest=None)).result()
+
+    def _move(self, job: Job, is_there: bool) -> None:
+        """Moves a job that waits on disk. Before a webui on the target can start it, none on the source can."""
+
+        def hold(job: Job) -> Optional[Job]:
+            if job.status != PENDING or not (job.parked or job.server == self.MOVING):
+                return None
+            return job._replace(parked=False, owner=self.source.owner, server=self.MOVING)
+
+        if not self.source.change([job.id], hold).result():  # a webui has just started it
+            self.counts["left"] += 1
+            return
+        if not is_there:
+            if self._has_other_images:
+                self._copy_files(job)
+            waiting = job._replace(parked=True, server=None)
+            self._wait_for(waiting, self._put(waiting))
+        self.source.remove([job.id]).result()
+        self.counts["moved"] += 1
+
+    def summary(self) -> str:
+        """What became of the jobs, for who ran the command."""
+        lines = [f"{self.counts['copied']:,} jobs were copied, {self.counts['there']:,} were there already."]
+        if self.counts["moved"]:
+            lines.append(f"{self.counts['moved']:,} that waited were moved, and are generated there.")
+        if self.counts["incomplete"]:
+            lines.append(f"Of {self.counts['incomplete']:,}, files were missing, see above.")
+        if self.counts["left"]:
+            left = f"{self.counts['left']:,} had not ended and were left."
+            lines.append(f"{left} Run this again once a webui on the source has ended them.")
+        return "\n".join(lines)
+
+
+def parse_command(words: List[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        "job_tracker.py",
+        description="Copies jobs and images between the files of a webui and the stores of a fleet, which "
+        "TRACKER_STORE and TRACKER_IMAGES name. What is there already is left as it is: run this as often as you like.",
+    )
+    copying = parser.add_subparsers(dest="command", metavar="copy", required=True).add_parser("copy")
+    direction = copying.add_mutually_exclusive_group(required=True)
+    direction.add_argument("--to-fleet", action="store_true", help="from the files to the fleet's stores")
+    direction.add_argument("--to-files", action="store_true", help="from the fleet's stores to the files")
+    text = "the folder with jobs.json and images/ (default: TRACKER_DATA_DIR, or the extension's)"
+    copying.add_argument("--data-dir", metavar="FOLDER", help=text)
+    return parser.parse_args(words)
+
+
+def run_command(words: List[str], environ: Mapping[str, str]) -> int:
+    """The command `copy`, and its exit status.
+
+    0: all jobs are there now. 1: it failed. 2: the command is invalid. 3: some had not ended. 130: Ctrl-C.
+    """
+    from tqdm import tqdm  # every webui ships it, and only this needs it
+
+    arguments = parse_command(words)
+    folder = {"TRACKER_DATA_DIR": os.path.abspath(arguments.data_dir)} if arguments.data_dir else {}
+    settings = Settings(EXTENSION_FOLDER, {**environ, **folder})
+    if settings.store_url is None and settings.images_url is None:
+        print("Set TRACKER_STORE, TRACKER_IMAGES or both: they name the stores of the fleet.", file=sys.stderr)
+        return 2
+    if arguments.to_fleet and not os.path.isfile(os.path.join(settings.data_folder, "jobs.json")):
+        print(f"There is no jobs.json in {settings.data_folder}.", file=sys.stderr)
+        return 2
+    predecessor = Predecessor(settings.folder, settings.data_folder)
+    fleet = open_stores(settings, predecessor.refuse_to_open)
+    settings_of_files = copy.copy(settings)
+    settings_of_files.store_url = settings_of_files.images_url = None
+    files = open_stores(settings_of_files, predecessor.refuse_to_open)
+    source, target = (files, fleet) if arguments.to_fleet else (fleet, files)
+    migration = Migration(*source, *target, settings)
+    try:
+        total = sum(source[0].stats()[0].values())
+        with tqdm(total=total, unit=" jobs", disable=None) as bar:  # only on a terminal
+            migration.run(bar.update)
+    except StoreError as error:
+        print(f"Not all could be copied: {error}. Run this again to go on.", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("Interrupted. Run this again to go on.", file=sys.stderr)
+        return 130
+    finally:
+        for store in (source[0], target[0]):
+            store.close()
+    print(migration.summary())
+    return 3 if migration.counts["left"] else 0
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -12473,6 +12692,10 @@ def log_to_console() -> None:
     log.setLevel(logging.INFO)
     log.propagate = False
 
+
+if __name__ == "__main__":  # a webui gives the script another name
+    log_to_console()
+    sys.exit(run_command(sys.argv[1:], os.environ))
 
 try:
     from modules import script_callbacks

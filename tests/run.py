@@ -16,6 +16,7 @@ HELP = """\
 Everything there is to do with Job Tracker's tests, on any Python from 3.8.
 
   python3 tests/run.py demo               watch Job Tracker work, then try it yourself
+  python3 tests/run.py demo --fleet       watch three webuis share their jobs, and one of them die
   python3 tests/run.py test               run the tests, each promise once
   python3 tests/run.py test --all         in every mode, with every client and gateway, and two minutes of soak
   python3 tests/run.py test --rest        what --all has besides, for who has run the tests already
@@ -29,6 +30,13 @@ time. Nothing is installed outside this folder, and no GPU or model is needed.
 
 
 def demo(options, _):
+    if options.fleet:
+        python = environment.ensure(options.host, "test")
+        script = str(environment.PROJECT / "tests" / "support" / "demonstration_fleet.py")
+        flags = [name for name in ("--nowebui", "--once") if vars(options)[name[2:]]]
+        command = [python, script, "--port", str(options.port), *flags]
+        return environment.call(command, cwd=environment.PROJECT, env={"WEBUI_HOST": options.host})
+
     import demonstration
 
     python = environment.ensure(options.host)
@@ -86,11 +94,14 @@ def main():
     command.add_argument("--nowebui", action="store_true", help="offer the API only")
     command.add_argument("--once", action="store_true", help="end after the show; the exit status says how it went")
 
+    text = "start three that share a PostgreSQL and an S3 store, kill one, and show how their jobs end"
+    command.add_argument("--fleet", action="store_true", help=text)
+
     command = add_command_on_host(test, "run the tests; every argument not listed here goes to pytest")
     text = "what the webui's server speaks HTTP by (default: h11, as the webuis have it)"
     command.add_argument("--server", choices=("h11", "httptools"), default="h11", help=text)
 
-    text = "measure what it costs; parts: store, requests, parked, http, growth (default: all)"
+    text = "measure what it costs; parts: store, requests, parked, events, http, fleet, growth (default: all)"
     command = add_command_on_host(bench, text)
     command.add_argument("--jobs", type=int, default=100_000, help="how many jobs there are (default: 100000)")
 

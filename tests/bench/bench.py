@@ -18,6 +18,7 @@ from typing import Any, Callable, Dict, List, Tuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 
 import bench_events
+import bench_fleet
 import bench_parked
 import bench_requests
 import bench_store
@@ -28,7 +29,6 @@ from harness import HOST, MODE_FLAGS, MODES, PROJECT, body
 
 PICTURE = PROJECT / ".github" / "growth.png"
 SIZES = (1_000, 10_000, 100_000, 1_000_000)
-REPEATS = 200
 
 
 def over_http(start: Callable[..., Any], jobs: int, progress: bench_store.Progress) -> List[Tuple[str, str, str]]:
@@ -41,31 +41,7 @@ def over_http(start: Callable[..., Any], jobs: int, progress: bench_store.Progre
     webui = start(*MODE_FLAGS[MODES[-1]], environ={"TRACKER_RETENTION": "off"}, prepare=prepare)
     job_id = webui.post(body()).headers["x-job-id"]
     webui.job(job_id, wait=60)
-    paths = {
-        "an empty route": "/standin/empty",
-        "one job": f"/sdapi/v1/job/{job_id}",
-        "the newest 50": "/sdapi/v1/jobs",
-        "50 with a status": "/sdapi/v1/jobs?status=completed",
-        "a status that none has": "/sdapi/v1/jobs?status=failed",
-        "an address that none has": "/sdapi/v1/jobs?ip=10.9.9.9",
-        "a time that none has": "/sdapi/v1/jobs?before=1",
-        "text in some prompts": "/sdapi/v1/jobs?q=castle+snow",
-        "text in no prompt": "/sdapi/v1/jobs?q=not+there",
-    }
-    times: Dict[str, List[float]] = {name: [] for name in paths}
-    for number in range(REPEATS):  # in turns, since the machine is not the same from moment to moment
-        progress("asking", number / REPEATS)
-        for name, path in paths.items():
-            began = time.perf_counter()
-            assert webui.client.get(path).status_code == 200
-            times[name].append(1000 * (time.perf_counter() - began))
-
-    def at(name: str) -> str:
-        ordered = sorted(times[name])
-        return f"{statistics.median(ordered):.1f} / {ordered[int(len(ordered) * 0.95)]:.1f} ms"
-
-    empty = next(iter(paths))
-    return [(f"{name}, of {jobs:,} jobs", at(name), f"{at(empty)} for {empty}") for name in paths if name != empty]
+    return [figure.cells for figure in bench_requests.looks(webui, job_id, f"of {jobs:,} jobs", progress)]
 
 
 def growth(progress: bench_store.Progress) -> Dict[str, List[Tuple[int, float]]]:
@@ -163,6 +139,9 @@ def run(parts: List[str], jobs: int) -> int:
     if "parked" in parts:
         for figure in bench_parked.figures():
             print(figure, flush=True)
+    if "fleet" in parts:
+        for figure in bench_fleet.figures(jobs, progress):
+            row(*figure.cells)
     if "events" in parts:
         for figure in bench_events.figures():
             print(figure, flush=True)
@@ -179,7 +158,7 @@ def run(parts: List[str], jobs: int) -> int:
     return 0
 
 
-PARTS = ("store", "requests", "parked", "events", "http", "growth")
+PARTS = ("store", "requests", "parked", "events", "http", "fleet", "growth")
 
 if __name__ == "__main__":
     sys.exit(run(sys.argv[2:] or list(PARTS), int(sys.argv[1])))

@@ -480,7 +480,24 @@ def check_docker(run, snippet, request):
     check_container(run, [value for name, value in options if name == "-e"], dict(options)["-v"])
 
 
-@snippet_with("services:")
+@snippet_with("export TRACKER_STORE")
+def check_fleet(run, snippet, request):
+    run.write("webui-user.sh", snippet.text)
+    names = ("TRACKER_STORE", "TRACKER_IMAGES", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION")
+    show = f"import json, os; print(json.dumps({{it: os.environ[it] for it in {names}}}))"
+    seen = json.loads(run.run("bash", f"source ./webui-user.sh; {shlex.quote(sys.executable)} -c {shlex.quote(show)}"))
+    assert all(seen.values()) and {"store_url", "images_url"} <= set(run.settings(seen).locked)
+
+
+def check_in_fleet(run, snippet, request):
+    assert snippet.language in ("yaml", "nginx", "bash")  # tests/fleet tries them
+
+
+for mark in ("x-webui: &webui", "upstream webuis {", "copy --to-fleet"):
+    snippet_with(mark)(check_in_fleet)
+
+
+@snippet_with("volumes: {job-tracker: }")
 def check_compose(run, snippet, request):
     yaml = pytest.importorskip("yaml")
     file = yaml.safe_load(snippet.text)
@@ -546,7 +563,7 @@ def check_backup(run, snippet, request):
     assert not any("damaged" in line for line in webui.our_log())
 
 
-@snippet_with("proxy_pass")
+@snippet_with("proxy_buffering off;\n}")
 def check_nginx(run, snippet, request):
     """As printed, and with all defaults, also by its old protocol, HTTP/1.0."""
     nginx = need("nginx")
@@ -629,7 +646,7 @@ def test_variables(tmp_path):
     rows = {names(cell)[0]: names(text) for cell, text in table("TRACKER_ENABLED")}
     for variable, values in rows.items():
         for value in values if variable != "TRACKER_DATA_DIR" else []:
-            read = settings(str(tmp_path), {variable: value.upper()})
+            read = settings(str(tmp_path), {variable: value if "://" in value else value.upper()})
             assert list(read.locked.values()) == [variable], f"{variable}={value}"
     truths = [settings(str(tmp_path), {"TRACKER_ENABLED": value}).enabled for value in rows["TRACKER_ENABLED"]]
     assert truths == [True] * 4 + [False] * 4
@@ -766,9 +783,10 @@ def test_another_layout_of_jobs_json(start):
 
 
 def test_links():
+    headings = {heading.lower().replace(" ", "-") for heading in re.findall(r"^##+ (.*)$", README, re.MULTILINE)}
     for target in re.findall(r"\]\(([^)]+)\)", README):
         if target.startswith("#"):
-            assert f"\n## {target[1:].title()}\n" in README
+            assert target[1:] in headings
         else:
             assert (PROJECT / target).exists(), target
 
@@ -776,7 +794,8 @@ def test_links():
 def test_plain_text():
     assert README.isascii()
     page, receiver = "http://127.0.0.1:8000", "http://127.0.0.1:9000"  # that shows a job live, and of webhooks
-    assert set(re.findall(r"https?://[\w.:-]+", README)) == {ADDRESS, page, receiver}
+    fleet = {"https://s3.example", "http://seaweedfs:8333", "http://127.0.0.1:8333", "http://webuis"}
+    assert set(re.findall(r"https?://[\w.:-]+", README)) == {ADDRESS, page, receiver, *fleet}
     text = re.sub(r"^```.*?^```$", "", README, flags=re.MULTILINE | re.DOTALL)
     too_long = [line for line in text.splitlines() if len(line) > 120 and not line.startswith(("|", "!["))]
     assert not too_long

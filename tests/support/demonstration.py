@@ -20,16 +20,18 @@ import subprocess
 import sys
 import time
 import zlib
-from typing import Any, Iterator
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Iterator, Mapping
 
 from environment import PROJECT, SHAPES
 
 DATA = PROJECT / ".demo"
-LOG = DATA / "webui.log"
 START_SECONDS = 90
 REQUEST = {"prompt": "a lighthouse at dawn, oil painting", "seed": 1, "steps": 20, "batch_size": 2}
 STEP_SECONDS = 0.3
 GENERATION_SECONDS = REQUEST["steps"] * STEP_SECONDS
+NONE: Mapping[str, str] = MappingProxyType({})
 
 
 class Failed(Exception):
@@ -42,9 +44,7 @@ def check(truth: bool, otherwise: str) -> None:
 
 
 def run(python: str, host: str, port: int, nowebui: bool, once: bool) -> int:
-    for name in ("SIGTERM", "SIGHUP", "SIGBREAK"):  # so that the webui is ended then, too
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), lambda number, _: sys.exit(128 + number))
+    end_on_signals()
     terminal = Terminal()
     terminal.title(f"Job Tracker on a stand-in for the webui ({host}; everything is real but the model)")
     try:
@@ -68,10 +68,17 @@ def run(python: str, host: str, port: int, nowebui: bool, once: bool) -> int:
         return 130 if once else 0
 
 
-def report(terminal: Terminal, failure: str) -> int:
+def end_on_signals() -> None:
+    """Whatever is to end this program does so by an exception, so that what it started is ended, too."""
+    for name in ("SIGTERM", "SIGHUP", "SIGBREAK"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), lambda number, _: sys.exit(128 + number))
+
+
+def report(terminal: Terminal, failure: str, logs: Path = DATA / "webui.log") -> int:
     terminal.end_line()
     terminal.line("FAILED", failure, colour=Terminal.RED)
-    terminal.line("", f"The webui's output is in {LOG}")
+    terminal.line("", f"The webui's output is in {logs}")
     return 1
 
 
@@ -192,28 +199,39 @@ class Client:
 class Webui:
     """The stand-in webui as a child process. Leaving the `with` ends it, whatever happened."""
 
-    def __init__(self, python: str, host: str, port: int, nowebui: bool) -> None:
+    def __init__(
+        self, python: str, host: str, port: int, nowebui: bool, data: Path = DATA, environ: Mapping[str, str] = NONE
+    ) -> None:
         self.url = f"http://127.0.0.1:{port}"
         self.client = Client(port)
+        self.data = data
+        self.log_path = data / "webui.log"
+        self.environ = environ
         self.command = [python, str(PROJECT / "tests" / "webui" / "launch.py"), "--shape", SHAPES[host]]
         self.command += ["--port", str(port), "--api", *(["--nowebui"] if nowebui else [])]
         self.command += ["--step-time", str(STEP_SECONDS)]
-        self.command += ["--extension", str(PROJECT), "--data-dir", str(DATA / "webui")]
+        self.command += ["--extension", str(PROJECT), "--data-dir", str(data / "webui")]
 
     def __enter__(self) -> Webui:
-        DATA.mkdir(exist_ok=True)
-        env = {**os.environ, "TRACKER_ENABLED": "1", "TRACKER_DATA_DIR": str(DATA), "PYTHONUNBUFFERED": "1"}
-        env.pop("TRACKER_RETENTION", None)
+        self.data.mkdir(exist_ok=True, parents=True)
+        env = {name: value for name, value in os.environ.items() if not name.startswith("TRACKER_")}
+        env.update({"TRACKER_ENABLED": "1", "TRACKER_DATA_DIR": str(self.data), "PYTHONUNBUFFERED": "1"})
+        env.update(self.environ)
         # A process group of its own: Ctrl-C comes to this program, which ends the webui.
         if os.name == "nt":
             group: dict[str, Any] = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
         else:
             group = {"start_new_session": True}
-        with LOG.open("wb") as log:
+        with self.log_path.open("wb") as log:
             self.process = subprocess.Popen(
                 self.command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=env, **group
             )
         return self
+
+    def kill(self) -> None:
+        """As a crash would end it."""
+        self.process.kill()
+        self.process.wait()
 
     def __exit__(self, *_: object) -> None:
         with ctrl_c_ignored():
@@ -246,7 +264,7 @@ class Webui:
         raise Failed(f"The webui ended by itself.{self.last_words()}")
 
     def log(self) -> str:
-        return LOG.read_text(encoding="utf-8", errors="replace")
+        return self.log_path.read_text(encoding="utf-8", errors="replace")
 
     def last_words(self) -> str:
         return "".join("\n    " + line for line in self.log().splitlines()[-12:])

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib.util
+import itertools
 import os
 import secrets
 import shutil
@@ -27,7 +28,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Set
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Set
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 import httpx
@@ -57,6 +58,7 @@ class Service:
     """A server with a folder of its own. It keeps its ports and its data from start to start."""
 
     END = signal.SIGKILL  # what it gets when we die
+    environ: Dict[str, str] = {}  # variables of its own
 
     def __init__(self) -> None:
         # Not one of pytest's: another user must reach it.
@@ -84,7 +86,7 @@ class Service:
             self.process = subprocess.Popen(
                 self.command(),
                 cwd=str(self.folder),
-                env={"PATH": os.environ["PATH"], "HOME": str(self.folder), "LC_ALL": "C", "TZ": "UTC"},
+                env={"PATH": os.environ["PATH"], "HOME": str(self.folder), "LC_ALL": "C", "TZ": "UTC", **self.environ},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -508,7 +510,7 @@ class Network:
     def _connect(self, client: socket.socket) -> None:
         self._passes.wait()
         try:
-            server = socket.create_connection(("127.0.0.1", self.upstream))
+            server = self._reach()
         except OSError:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, harness.RESET)
             client.close()
@@ -528,6 +530,9 @@ class Network:
         with self._lock:
             self._sockets -= {client, server}
 
+    def _reach(self) -> socket.socket:
+        return socket.create_connection(("127.0.0.1", self.upstream))
+
     def _pass(self, source: socket.socket, target: socket.socket) -> None:
         with contextlib.suppress(OSError):
             while True:
@@ -540,3 +545,18 @@ class Network:
         with contextlib.suppress(OSError):
             if target in self._sockets:  # else it is reset
                 target.shutdown(socket.SHUT_WR)
+
+
+class RoundRobin(Network):
+    """A load balancer: each connection goes to the next webui that takes it."""
+
+    def __init__(self, upstreams: Sequence[int]):
+        self._turns = itertools.cycle(upstreams)
+        self._count = len(upstreams)
+        super().__init__(upstreams[0])
+
+    def _reach(self) -> socket.socket:
+        for _ in range(self._count - 1):
+            with contextlib.suppress(OSError):
+                return socket.create_connection(("127.0.0.1", next(self._turns)))
+        return socket.create_connection(("127.0.0.1", next(self._turns)))

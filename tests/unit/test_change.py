@@ -37,7 +37,7 @@ def test_what_was_decided_is_on_disk(script, dice, opened):
     assert changed == one._replace(status="Processing", parked=False)
     for each in (store, neighbour):
         assert each.get(one.id) == changed and each.get(other.id) == other
-        assert each.oldest_parked() == other and each.parked_before("AAAAAAAA") == 1
+        assert each.oldest_parked() == other and each.queue_places([other.id]) == {other.id: 0}
     assert store.change([one.id], claim(store)).result(20) == []
 
 
@@ -47,7 +47,7 @@ def test_in_order_of_acceptance(script, dice, opened):
     jobs = parked(script, dice, store, 20)
     # Somebody waits for that one.
     store.put(a_job(script, dice, timestamp=next(TIMES), owner=store.owner), new=True).result(20)
-    assert [store.parked_before(job.id) for job in jobs] == list(range(20))
+    assert store.queue_places(job.id for job in jobs) == {job.id: place for place, job in enumerate(jobs)}
     for job in jobs:
         assert store.oldest_parked() == job
         assert store.change([job.id], claim(store)).result(20)
@@ -66,10 +66,10 @@ def test_a_list_of_places_counts_each_job_once(script, dice, opened, monkeypatch
 
     def places() -> List[int]:
         steps.clear()
-        return [store.parked_before(job.id) for job in reversed(jobs)]
+        return list(store.queue_places(job.id for job in reversed(jobs)).values())
 
     monkeypatch.setattr(script.IndexView, "__init__", make_counting)
-    assert store.parked_before(jobs[-1].id) == 299
+    assert store.queue_places([jobs[-1].id]) == {jobs[-1].id: 299}
     once = len(steps)  # for 299 jobs
     assert places() == list(range(299, -1, -1))
     assert len(steps) < 30 * once, "not as much again for each of the 300"

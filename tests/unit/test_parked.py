@@ -237,7 +237,7 @@ def test_a_parked_job_is_told_of_though_its_place_is_not_known(script, tmp_path)
     def fail(*_: Any) -> int:
         raise script.StoreError("the disk is gone")
 
-    script.JobStore.parked_before = fail
+    script.JobStore.queue_places = fail
     with SmallWebui(script, tmp_path) as webui:
         webui.tracker.stopping.set()  # so that it stays parked
         until(lambda: webui.tracker.store.is_ready)
