@@ -132,7 +132,7 @@ class Story:
         states = ", ".join(f"{counts[status]} {status}" for status in ("Pending", "Processing", *COLOURS))
         if self.killed is None:
             return states
-        return f"{states}. {VICTIM} was killed {time.monotonic() - self.killed_at:.0f} s ago (kill -9)"
+        return f"{states}. {VICTIM} killed {time.monotonic() - self.killed_at:.0f} s ago"
 
     def kill_when_it_hurts(self, jobs: Dict[str, Job]) -> None:
         done = sum(job["status"] == "Completed" for job in jobs.values())
