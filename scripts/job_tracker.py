@@ -4000,6 +4000,9 @@ class ImageStore:
             yield first
             yield from chunks
 
+    def prepare(self, jobs: Iterable[Job]) -> None:
+        """Some jobs are about to be listed, for which `read_values` reads the brief values of each. Does not raise."""
+
     def read_values(self, job: Job, whole: bool) -> Tuple[Any, Any]:
         """`parameters`, which are brief unless they are to be `whole`, and `info`, of a Completed job's answer.
 
@@ -5335,10 +5338,11 @@ class Bucket:
 
     CONNECT = 2.0  # seconds
     QUICK = 2.0  # seconds that a call may take altogether
-    PATIENT = 120.0  # the same for one that moves up to `PART` bytes
     PART = 5 << 20  # bytes of a file that go in one call; S3 takes no smaller parts
+    # The same for one that moves so many bytes, and may be slow: 25 to 50 kB/s.
+    PATIENCE = ((1 << 17, 5.0), (1 << 20, 20.0), (PART, 120.0))
     ASK_AGAIN = 2.0  # seconds after a failure, in which nobody asks
-    FRESH = 5.0  # seconds after an answer, in which a call that may be long is made without a short one before
+    FRESH = 1.0  # seconds after an answer, in which a call that may be long is made without a short one before
     SIGNED_FOR = timedelta(hours=1)
 
     def __init__(self, url: str):
@@ -5362,6 +5366,11 @@ class Bucket:
             with contextlib.suppress(FileNotFoundError):
                 self._try(lambda obstore, client: obstore.head(client, f"{self.prefix}/probe"), self.QUICK)
         return self._try(work, seconds)
+
+    @classmethod
+    def patience(cls, size: int) -> float:
+        """The seconds that a call may take which moves so many bytes, while nobody waits for its end."""
+        return next((seconds for limit, seconds in cls.PATIENCE if size <= limit), cls.PATIENCE[-1][1])
 
     def sign(self, key: str) -> Optional[str]:
         """A URL by which anybody may read an object, for an hour. None if there can be none. Asks nobody.
@@ -5479,8 +5488,10 @@ class ObjectImageStore(ImageStore):
     In the bucket, the files of a job have a common prefix, so that they can be listed. Their names are as in a folder.
     """
 
-    BLOCK = 16 * ImageStore.CHUNK  # bytes that are read at once beyond the first chunk
+    BLOCK = 5 * ImageStore.CHUNK  # bytes that are read at once beyond the first chunk
     CACHED = 1 << 24  # bytes of answers that are kept in memory, for lists
+    FETCHED_AT_ONCE = 8  # answers, for a list
+    LISTING = 20.0  # seconds in which a thousand objects are listed or removed
     ORPHAN_AGE = 7 * 86400.0  # a webui that was cut off from the records may be about to store one
     is_shared = True
 
@@ -5534,7 +5545,7 @@ class ObjectImageStore(ImageStore):
             if error.temporary:
                 raise
             return False
-        self._put(name, body, self.bucket.QUICK if in_haste else self.bucket.PATIENT)
+        self._put(name, body, self.bucket.QUICK if in_haste else self.bucket.patience(len(body)))
         self.remove_local([name])
         return True
 
@@ -5556,11 +5567,13 @@ class ObjectImageStore(ImageStore):
         if not self._is_local(name) and self._size_in_bucket(name) is not None:
             return  # a crash took the local file away, which goes after it was published
         with self._opened(name) as file:
-            if os.fstat(file).st_size <= self.bucket.PART:
-                self._put(name, b"".join(super().read(name)), self.bucket.PATIENT)
+            size, part = os.fstat(file).st_size, self.bucket.PART
+            seconds = self.bucket.patience(size)
+            if size <= part:
+                self._put(name, b"".join(super().read(name)), seconds)
                 return
             with os.fdopen(os.dup(file), "rb") as stream:
-                self._put(name, stream, self.bucket.PATIENT, chunk_size=self.bucket.PART, max_concurrency=2)
+                self._put(name, stream, seconds, chunk_size=part, max_concurrency=2)
 
     def _put(self, name: str, content: Any, seconds: float, **options: Any) -> None:
         attributes = {"Content-Type": BUCKET_TYPES.get(name.rpartition(".")[2], OTHER_MEDIA_TYPE)}
@@ -5590,10 +5603,11 @@ class ObjectImageStore(ImageStore):
 
     def _take(self, job: Job, name: str, chunks: Iterable[bytes]) -> None:
         data = b"".join(chunks)
-        if len(data) <= self.bucket.PART:
-            self._put(name, data, self.bucket.PATIENT)
+        seconds, part = self.bucket.patience(len(data)), self.bucket.PART
+        if len(data) <= part:
+            self._put(name, data, seconds)
         else:
-            self._put(name, io.BytesIO(data), self.bucket.PATIENT, chunk_size=self.bucket.PART, max_concurrency=2)
+            self._put(name, io.BytesIO(data), seconds, chunk_size=part, max_concurrency=2)
 
     # Reading
 
@@ -5666,7 +5680,7 @@ class ObjectImageStore(ImageStore):
             for position in range(0, len(data), self.CHUNK):
                 yield data[position : position + self.CHUNK]
             start += len(data)
-            length, seconds = self.BLOCK, self.bucket.PATIENT
+            length, seconds = self.BLOCK, self.bucket.patience(self.BLOCK)
 
     def _get(self, name: str, start: int, end: int, seconds: float) -> Tuple[bytes, int]:
         """A part of a file in the bucket, and the size of all of it. Raises StoreError."""
@@ -5685,6 +5699,19 @@ class ObjectImageStore(ImageStore):
             return self.bucket.call(work, seconds)
         except FileNotFoundError:
             raise StoreError.of(FileNotFoundError(errno.ENOENT, "it is not in the bucket", name)) from None
+
+    def prepare(self, jobs: Iterable[Job]) -> None:
+        """Has the brief answers of some jobs at hand: a bucket takes long for one after another."""
+        names = [self.brief_answer_name(job) for job in jobs if job.status == COMPLETED]
+        lacking = [name for name in names if self._cached_answer(name) is None and not self._is_local(name)]
+
+        def fetch(name: str) -> None:
+            with contextlib.suppress(StoreError):  # whoever needs it meets the same
+                next(self._read_in_bucket(name, 0, None), None)
+
+        if len(lacking) > 1:
+            with ThreadPoolExecutor(self.FETCHED_AT_ONCE, "job-tracker-fetch") as threads:
+                list(threads.map(fetch, lacking))
 
     def _cached_answer(self, name: str) -> Optional[bytes]:
         with self._lock:
@@ -5731,7 +5758,7 @@ class ObjectImageStore(ImageStore):
             freed += there
         with contextlib.suppress(StoreError, FileNotFoundError):
             if keys:
-                self.bucket.call(lambda obstore, client: obstore.delete(client, keys), self.bucket.PATIENT)
+                self.bucket.call(lambda obstore, client: obstore.delete(client, keys), self.LISTING)
         return freed
 
     def _forget(self, names: Set[str]) -> None:
@@ -5742,7 +5769,7 @@ class ObjectImageStore(ImageStore):
     def older_than(self, before: float) -> Iterator[Tuple[str, str]]:
         """All files in the bucket that last changed before a time, by the bucket's clock (Unix seconds)."""
         prefix = self.bucket.prefix or None
-        pages = self.bucket.call(lambda obstore, client: obstore.list(client, prefix, chunk_size=1000), 30.0)
+        pages = self.bucket.call(lambda obstore, client: obstore.list(client, prefix, chunk_size=1000), self.LISTING)
         while True:
             page = self.bucket.call(lambda obstore, client: next(pages, None))
             if page is None:
@@ -7042,7 +7069,8 @@ class Tracker:
             if not is_left_behind(job):
                 return None
             webhook = job.webhook and job.webhook._replace(delivered=False, attempts=0)
-            return ended_job(job._replace(webhook=webhook, **changes), COMPLETED, LEASE, error=None)
+            now = self.store.now()
+            return ended_job(job._replace(webhook=webhook, **changes), COMPLETED, now, LEASE, error=None)
 
         self._change_stored([stored.id], complete).result()
 
@@ -7058,7 +7086,7 @@ class Tracker:
         """A webui left a job behind whose images lie here, and only here. It ends when they are published."""
         stored = uncancellable_future()
         stored.set_result(None)
-        live = LiveJob(job, stored, lambda: False)
+        live = LiveJob(job, stored, lambda is_taken=False: False, Clock(self.store.now))
         live.kept.set_result(job.has_request)
         live.publishing_since = -math.inf
         with self._lock:
@@ -7731,6 +7759,7 @@ class Tracker:
     def list_as_json(self, jobs: List[Job], root: str = "") -> Iterator[Iterator[bytes]]:
         """Jobs as the API lists them, each a chunk at a time. Raises StoreError."""
         standing = self.standing(jobs)
+        self.images.prepare(jobs)
         for job in jobs:
             yield self.as_json(job, images=False, root=root, standing=standing)
 

@@ -114,7 +114,7 @@ def test_the_driver_is_missing(script, images, monkeypatch):
     set_constants(script, ASK_AGAIN=0.0)
     monkeypatch.setitem(sys.modules, "obstore", None)
     failure = failure_of(script, images.is_empty)
-    assert str(failure).endswith("-m pip install obstore")
+    assert str(failure).endswith('python -m pip install "obstore"')
     assert images.url(NAME) is None
     monkeypatch.delitem(sys.modules, "obstore")
     assert images.is_empty() and images.url(NAME)
