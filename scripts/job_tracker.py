@@ -7042,7 +7042,8 @@ class Tracker:
             if not is_left_behind(job):
                 return None
             webhook = job.webhook and job.webhook._replace(delivered=False, attempts=0)
-            return ended_job(job._replace(webhook=webhook, **changes), COMPLETED, LEASE, error=None)
+            now = self.store.now()
+            return ended_job(job._replace(webhook=webhook, **changes), COMPLETED, now, LEASE, error=None)
 
         self._change_stored([stored.id], complete).result()
 
@@ -7058,7 +7059,7 @@ class Tracker:
         """A webui left a job behind whose images lie here, and only here. It ends when they are published."""
         stored = uncancellable_future()
         stored.set_result(None)
-        live = LiveJob(job, stored, lambda: False)
+        live = LiveJob(job, stored, lambda is_taken=False: False, Clock(self.store.now))
         live.kept.set_result(job.has_request)
         live.publishing_since = -math.inf
         with self._lock:
