@@ -7410,7 +7410,9 @@ class Tracker:
                 others = {*self._waiting, *self._lock_queue}.difference(live)
             if changed is None:  # these may have changed as well: a missed word is made up for here
                 unsure, changed = {*live, *others}, {}
-            looked_at = {*live.keys() & unsure, *others & {*changed, *unsure}}
+            # Of its own jobs, others change only those of which they took this webui for dead.
+            own = {*changed, *unsure} if self.store.is_shared else unsure
+            looked_at = {*live.keys() & own, *others & {*changed, *unsure}}
             try:
                 jobs = self.store.get_many(looked_at) if looked_at else {}
             except StoreError:

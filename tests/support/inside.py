@@ -184,8 +184,8 @@ class SmallWebui:
 
     def __exit__(self, *_: Any) -> None:
         self.tracker.close().result(60)
-        for name in ("modules", "modules.shared"):
-            del sys.modules[name]
+        for name in ("modules", "modules.shared"):  # which are those of another by now, if there is one
+            sys.modules.pop(name, None)
 
     def add_api_route(self, path: str, endpoint: Any, **options: Any) -> None:
         self.app.add_api_route(path, endpoint, **options)

@@ -1,0 +1,98 @@
+"""Two trackers on one database: what they leave to each other."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from typing import Any, Iterator, Tuple
+
+import pytest
+from inside import a_job, load_script, make_tracker, set_constants, until
+
+
+@pytest.fixture
+def two(tmp_path, database) -> Iterator[Tuple[Any, Any]]:
+    """Each with a folder of its own for images."""
+    made = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        script = load_script()
+        set_constants(script, TURN_EVERY=0.05)
+        made.append(make_tracker(script, tmp_path / name, TRACKER_STORE=database.url, TRACKER_RETENTION="1"))
+        made[-1].script = script
+    yield tuple(made)
+    for tracker in made:
+        tracker.close()
+
+
+def parked(tracker: Any, dice: Any, timestamp: int) -> Any:
+    job = a_job(tracker.script, dice, parked=True, promised=True, has_request=True, timestamp=timestamp)
+    tracker.park(job, b'{"prompt": "a cat"}').result(20)
+    return tracker.get(job.id)
+
+
+def test_a_job_whose_request_is_elsewhere_is_passed_over(two, dice, caplog):
+    keeps, looks = two
+    kept = [parked(keeps, dice, 1_700_000_000 + number) for number in range(3)]
+    assert looks.next_parked() is None and looks.next_parked() is None
+    own = parked(looks, dice, 1_700_000_003)
+    assert looks.next_parked()[0].id == own.id
+    assert keeps.next_parked()[0].id == kept[0].id
+    assert all(keeps.get(job.id).parked for job in kept)
+    assert caplog.text.count("are left to the webuis that have their requests") == 1
+
+
+def test_retry_says_that_a_request_is_kept_elsewhere(two, dice):
+    keeps, looks = two
+    job = parked(keeps, dice, 1_700_000_000)
+    keeps.fail_parked([job.id], "no").result(20)
+    with pytest.raises(looks.script.Gone, match="not kept by this webui"):
+        looks.retry(job.id)
+
+
+def test_one_purges_at_a_time(two, dice):
+    one, other = two
+    until(
+        lambda: all(tracker.housekeeper.next_purge is not None for tracker in two), what="each has purged at its start"
+    )
+    old = a_job(one.script, dice, status="Failed", timestamp=1_000_000_000, error="no")
+    one.store.put(old, new=True).result(20)
+    purged = []
+    with one.store.purging() as is_ours:
+        assert is_ours
+        assert other.housekeeper.purge(asked_for=False) == (0, 0, 0)
+        purge = threading.Thread(target=lambda: purged.append(other.housekeeper.purge()), daemon=True)
+        purge.start()
+        until(lambda: other.housekeeper.waits, what="a purge that is asked for waits")
+        assert other.get(old.id) is not None
+    purge.join(20)
+    assert purged == [(1, 0, 0)] and not other.housekeeper.waits
+
+
+def test_a_thousand_waiters_cost_one_look(two, dice):
+    """Whenever it cannot be told what has changed; and where it can, only the one that has."""
+    one, other = two
+    jobs = [a_job(one.script, dice, owner="somebody") for _ in range(1000)]
+    for written in [one.store.put(job, new=True) for job in jobs]:
+        written.result(30)
+    looks, get_many = [], other.store.get_many
+
+    def counted(ids: Any) -> Any:
+        looks.append(sorted(ids))
+        return get_many(looks[-1])
+
+    async def wait() -> None:
+        loop = asyncio.get_running_loop()
+        waiting = [asyncio.ensure_future(other.wait(job.id, 60)) for job in jobs]
+        other.store.get_many = counted
+        everybody = sorted(job.id for job in jobs)
+        await loop.run_in_executor(None, lambda: until(lambda: everybody in looks, what="all are looked at together"))
+        ended = one.store.change(
+            [jobs[7].id], lambda job: one.script.ended_job(job, "Failed", one.store.now(), error="no")
+        )
+        await asyncio.wait_for(waiting[7], 20)
+        assert ended.done() and [jobs[7].id] in looks and sum(task.done() for task in waiting) == 1
+        for task in waiting:
+            task.cancel()
+
+    asyncio.run(wait())

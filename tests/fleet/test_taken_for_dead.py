@@ -1,0 +1,129 @@
+"""A webui that others took for dead, though it only could not reach the database: what becomes of its jobs."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from typing import Any, Dict, Iterator, List, Tuple
+
+import pytest
+from inside import SmallWebui, load_script, until, when_ended
+
+
+class Watched(SmallWebui):
+    """One that goes on to generate once `ready` is set."""
+
+    def __init__(self, *args: Any, **environ: str):
+        super().__init__(load_script(), *args, **environ)
+        self.generated: List[str] = []
+        self.ready = threading.Event()
+        self.generate = self.paint
+
+    def paint(self, request: Any) -> Any:
+        self.generated.append(request.prompt)
+        assert self.ready.wait(60)
+        return {"images": ["QUJD"], "parameters": {}, "info": "{}"}
+
+
+@pytest.fixture
+def receiver(open_receiver) -> Any:
+    return open_receiver()
+
+
+@pytest.fixture
+def two(tmp_path, database, receiver) -> Iterator[Tuple[Watched, Watched]]:
+    environ = {
+        "TRACKER_STORE": database.url,
+        "TRACKER_DATA_DIR": str(tmp_path),
+        "TRACKER_WEBHOOK_URL": receiver.url,
+    }
+    with Watched(tmp_path / "one", **environ) as first, Watched(tmp_path / "two", **environ) as second:
+        yield first, second
+
+
+async def in_thread(function: Any, *args: Any) -> Any:
+    return await asyncio.get_running_loop().run_in_executor(None, function, *args)
+
+
+def test_one_that_waits_is_left_to_whoever_took_it(two, caplog):
+    first, second = two
+    second.ready.set()
+
+    async def ask() -> None:
+        first.queue_lock.acquire()
+        asking = asyncio.ensure_future(first.post({"prompt": "a cat"}, {"Idempotency-Key": "K"}))
+        (job,) = await in_thread(until, first.jobs)
+        tracker = first.tracker
+        await in_thread(until, lambda: first.tracker.images.size(tracker.images.request_name(job)) is not None)
+        parked = second.tracker.store.change([job.id], lambda job: job._replace(promised=True, parked=True))
+        assert await in_thread(parked.result, 20)
+        await in_thread(until, lambda: tracker.running(job.id) is None)
+        ended = await in_thread(when_ended, first.tracker, job.id)
+        assert (ended.status, ended.owner) == ("Completed", second.tracker.store.owner)
+        first.queue_lock.release()
+        await asyncio.gather(asking, return_exceptions=True)  # cut, or an error: its generation is none of this webui's
+
+    asyncio.run(ask())
+    assert second.generated == ["a cat"] and not first.generated
+    assert "which took this webui for dead" in caplog.text
+
+
+def test_one_that_has_the_lock_before_that_is_heard_does_not_begin(two):
+    """As when a webui wakes up that was suspended: it has heard nothing yet."""
+    first, second = two
+    second.queue_lock.acquire()  # it takes the job, and is not free
+
+    async def ask() -> None:
+        first.queue_lock.acquire()
+        asking = asyncio.ensure_future(first.post({"prompt": "a cat"}, {"Idempotency-Key": "K"}))
+        (job,) = await in_thread(until, first.jobs)
+        deaf = threading.Event()
+
+        def hear_nothing() -> Dict[str, bool]:
+            deaf.set()
+            first.tracker.closing.wait(0.1)
+            return {}
+
+        first.tracker.store.follow = hear_nothing
+        await in_thread(deaf.wait, 20)
+        parked = second.tracker.store.change([job.id], lambda job: job._replace(promised=True, parked=True))
+        assert await in_thread(parked.result, 20)
+        assert first.tracker.running(job.id) is not None
+        first.queue_lock.release()
+        await asyncio.gather(asking, return_exceptions=True)
+        assert first.tracker.running(job.id) is None
+        assert first.tracker.get(job.id).parked
+        await in_thread(second.tracker.cancel, job.id)
+
+    asyncio.run(ask())
+    second.queue_lock.release()
+    assert not first.generated
+
+
+def test_one_that_runs_goes_on_and_its_end_is_told_once_more(two, receiver):
+    first, second = two
+    script, store = second.script, second.tracker.store
+
+    def left(job: Any) -> Any:
+        return script.ended_job(job, "Failed", store.now(), error=script.LEFT_BEHIND)
+
+    async def ask() -> Any:
+        asking = asyncio.ensure_future(first.post({"prompt": "a cat"}))
+        await in_thread(until, lambda: first.generated and first.jobs(status="Processing"))
+        (job,) = second.jobs()
+        assert await in_thread(store.change([job.id], left).result, 20)
+        assert second.tracker.get(job.id).error == script.LEFT_BEHIND
+        await in_thread(receiver.wait, 1)
+        first.ready.set()
+        return await asking
+
+    answer = asyncio.run(ask())
+    assert answer.status_code == 200 and answer.json()["images"] == ["QUJD"]
+    job = until(lambda: next(iter(second.jobs(status="Completed")), None))
+    assert job.id == answer.headers["X-Job-ID"] and job.error is None
+    lost, found = receiver.wait(2)
+    assert [json.loads(delivery.body)["type"] for delivery in (lost, found)] == ["job.failed", "job.completed"]
+    assert lost.headers["webhook-id"] != found.headers["webhook-id"]
+    webhook = until(lambda: second.tracker.get(job.id).webhook.delivered and second.tracker.get(job.id).webhook)
+    assert webhook.attempts == 1
