@@ -9,21 +9,23 @@ webui       the stand-in webui, under load over HTTP; killed, started again, ask
 neighbours  three processes on one folder, each of them killed and started again while the others go on.
 parked      two webuis on one folder, both with requests that need no client, that have a key, are retried, and are
             cancelled by whichever of the two; killed, suspended for some seconds, or reloaded.
+fleet       the same with three webuis on a database and a bucket, which are killed, too, suspended, or cut off.
 power       what the Tracker asked of the disk is recorded, and opened as it could be left when the power fails after
             each step: all that was not yet synced may be there or not, in any order, with no index, that of any earlier
             moment or the newest. A round is such a state.
 
-Otherwise a round is one kill. Of N, the trackers have six tenths, the neighbours three, the webui and the parked ones
-one each. What is checked: every ID that was acknowledged resolves; Completed jobs have all their images, byte for byte;
-jobs that were running are Failed and say so, once; what was promised waits on, with its whole request, and is generated
-once; what was removed stays so; no file is left that nobody names; jobs.json is valid JSON, and what the index finds is
-what stands in it.
+Otherwise a round is one kill. Of N, the trackers have six tenths, the neighbours three, the webui, the parked ones and
+the fleet one each. What is checked: every ID that was acknowledged resolves; Completed jobs have all their images, byte
+for byte; jobs that were running are Failed and say so, once; what was promised waits on, with its whole request, and is
+generated once; what was removed stays so; no file is left that nobody names; jobs.json is valid JSON, and what the
+index finds is what stands in it.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -53,6 +55,7 @@ except ImportError:
 
 import lossy
 import parked as two_webuis
+import services
 from inside import an_answer, files_are_whole, load_script, make_tracker, pixels, set_constants, until
 
 import harness
@@ -732,7 +735,24 @@ def webui(rounds: int, progress: Callable[[str], None]) -> str:
 
 
 def parked(rounds: int, progress: Callable[[str], None]) -> str:
-    """Two webuis on one folder, and the jobs that wait there for either. The folder of what failed is kept."""
+    """Two webuis on one folder, and the jobs that wait there for either."""
+    return in_sessions(rounds, progress, "two webuis", two_webuis.Pair)
+
+
+def fleet(rounds: int, progress: Callable[[str], None]) -> str:
+    """Three webuis on a database and a bucket, all of which are killed."""
+    import fleet as three_webuis
+
+    reason = services.why_missing()
+    if reason:
+        return f"nothing, since {reason}"
+    with services.postgresql(durable=True) as database, services.seaweedfs() as bucket:
+        make = functools.partial(three_webuis.Fleet, database, bucket)
+        return in_sessions(rounds, progress, "three webuis", make)
+
+
+def in_sessions(rounds: int, progress: Callable[[str], None], what: str, make: Callable[..., Any]) -> str:
+    """Rounds of a kind, 25 on each new folder. The folder of what failed is kept."""
     done, befell, ends, others, answers = 0, Counter(), Counter(), Counter(), Counter()
 
     def report(count: int, promised: int) -> None:
@@ -741,7 +761,7 @@ def parked(rounds: int, progress: Callable[[str], None]) -> str:
     while done < rounds:
         folder = Path(tempfile.mkdtemp(prefix="crash-"))
         try:
-            result = two_webuis.session(folder, min(25, rounds - done), report)
+            result = two_webuis.session(functools.partial(make, folder), min(25, rounds - done), report)
         except AssertionError as error:
             raise AssertionError(f"{error}\n{folder}") from None
         shutil.rmtree(str(folder))
@@ -750,7 +770,7 @@ def parked(rounds: int, progress: Callable[[str], None]) -> str:
         ends += result.ends
         others += result.others
         answers += result.answers
-    what = f"{in_words(befell)} of two webuis, {sum(ends.values())} jobs: {in_words(ends)}; {in_words(others)}"
+    what = f"{in_words(befell)} of {what}, {sum(ends.values())} jobs: {in_words(ends)}; {in_words(others)}"
     return f"{what}; answers: {in_words(answers)}"
 
 
@@ -765,9 +785,10 @@ LOOPS: Dict[str, Callable[..., str]] = {
     "webui": webui,
     "neighbours": neighbours,
     "parked": parked,
+    "fleet": fleet,
     "power": power,
 }
-SHARES = {"trackers": 0.6, "webui": 0.1, "neighbours": 0.3, "parked": 0.1, "power": 10}
+SHARES = {"trackers": 0.6, "webui": 0.1, "neighbours": 0.3, "parked": 0.1, "fleet": 0.1, "power": 10}
 
 
 def main(arguments: Optional[List[str]] = None) -> int:

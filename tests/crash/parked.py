@@ -13,6 +13,7 @@ import json
 import os
 import random
 import signal
+import tempfile
 import threading
 import time
 import uuid
@@ -215,29 +216,33 @@ class Pair:
 
     def __init__(self, folder: Path, dice: random.Random):
         self.folder, self.dice = folder, dice
-        self.data = folder / "data"
-        self.data.mkdir()
         self.counted = folder / "generations"
         self.counted.touch()
         self.killed: Set[int] = set()
         self.befell: Counter[str] = Counter()
         self.waiting = 0  # at all of that
-        constants = {"DELAY": 0.2, "RECOVER_EVERY": 1.0, "LOOK_EVERY": 0.5, "MIN_DEAD_ENTRIES": 100}
-        constants.update(LEASE=2.0, TRY_SECONDS=1.0, RETRY_DELAYS=(0.2,) * 100, FIND_EVERY=1.0, FIND_AGAIN=0.5)
         self.deliveries: List[Tuple[Delivery, bool]] = []  # what came to the receiver, and whether it took it
         self.receiver = Receiver(self.receive)
-        if dice.random() < 0.5:  # less than a webui is suspended for
+        self.webuis = self.make_webuis()
+
+    def make_webuis(self) -> List[harness.Webui]:
+        self.data = self.folder / "data"
+        self.data.mkdir()
+        constants = {"DELAY": 0.2, "RECOVER_EVERY": 1.0, "LOOK_EVERY": 0.5, "MIN_DEAD_ENTRIES": 100}
+        if self.dice.random() < 0.5:  # less than a webui is suspended for
             constants.update(PATIENCE=1.0, LOCK_SECONDS=0.5)
-        environ = {"TRACKER_DATA_DIR": str(self.data), "TRACKER_RETENTION": "off", "TRACKER_ENABLED": "1"}
+        environ = {"TRACKER_DATA_DIR": str(self.data)}
+        return [self.make_webui(mode, environ, constants) for mode in ("ui", harness.MODES[-1])]
+
+    def make_webui(self, mode: str, environ: Dict[str, str], constants: Dict[str, Any]) -> harness.Webui:
+        place = Path(tempfile.mkdtemp(prefix="webui-", dir=str(self.folder)))
+        constants = {**constants, "LEASE": 2.0, "TRY_SECONDS": 1.0, "RETRY_DELAYS": (0.2,) * 100}
+        constants.update(FIND_EVERY=1.0, FIND_AGAIN=0.5)
+        environ = {**environ, "TRACKER_RETENTION": "off", "TRACKER_ENABLED": "1"}
         environ["TRACKER_WEBHOOK_URL"] = self.receiver.url
-        modes = ["ui", harness.MODES[-1]]
-        self.webuis = []
-        for mode in modes:
-            place = folder / f"webui-{len(self.webuis)}"
-            place.mkdir()
-            scripts = {"z-counter": COUNTER.format(path=str(self.counted))}
-            options = {"tracking": None, "environ": environ, "constants": constants, "scripts": scripts}
-            self.webuis.append(harness.Webui(place, *harness.MODE_FLAGS[mode], **options))
+        scripts = {"z-counter": COUNTER.format(path=str(self.counted))}
+        options = {"tracking": None, "environ": environ, "constants": constants, "scripts": scripts}
+        return harness.Webui(place, *harness.MODE_FLAGS[mode], **options)
 
     def receive(self, handler: Any) -> None:
         """Answers a webhook."""
@@ -347,6 +352,14 @@ class Pair:
     def records(self) -> Dict[str, Dict[str, Any]]:
         return self.webuis[0].records()
 
+    # What must hold in the end
+
+    def judge_webhooks(self, records: Dict[str, Dict[str, Any]]) -> None:
+        judge_webhooks(records, self.deliveries)
+
+    def check_files(self, told: Told) -> int:
+        return check_files(self, told)
+
 
 def is_settled(record: Dict[str, Any]) -> bool:
     return record["status"] in ("Completed", "Failed") and (record["webhook"] or {}).get("due") is None
@@ -378,7 +391,7 @@ def judge(pair: Pair, told: Told) -> None:
     for job_id, record in records.items():
         named.setdefault(record["prompt"] if harness.SHAPE == "sdnext" else job_id, []).append(record)
         judge_end(record, told)
-    judge_webhooks(records, pair.deliveries)
+    pair.judge_webhooks(records)
     for name, jobs in named.items():
         judge_generations(jobs, counted.get(name, Counted([], [])), pair.killed, told)
     holders = Counter(record["key"] for record in records.values() if record["key"] and record["status"] != "Failed")
@@ -393,7 +406,9 @@ def judge_end(record: Dict[str, Any], told: Told) -> None:
         # may be done with it when it is woken, and before it notices.
         assert told.cancelled.get(job_id) != "Failed", f"its client was told that it is cancelled: {record}"
     elif record["error"] == CANCELLED:
-        assert job_id in told.cancelling, f"nobody has cancelled it: {record}"
+        # A request that was refused after all, since the store was slow, has a job that could not be removed, perhaps.
+        is_withdrawn = record["webhook"] is None and job_id not in told.promised
+        assert job_id in told.cancelling or is_withdrawn, f"nobody has cancelled it: {record}"
     else:
         assert record["status"] == "Failed" and record["error"] == LEFT_BEHIND, record
         assert job_id not in told.promised or record["started"], f"it was promised, and had not begun: {record}"
@@ -480,10 +495,10 @@ class Result(NamedTuple):
     others: Counter[str]
 
 
-def session(folder: Path, rounds: int, progress: Callable[[int, int], None]) -> Result:
-    """Some rounds on a new folder, and what is left of them in the end."""
+def session(make: Callable[[random.Random], Pair], rounds: int, progress: Callable[[int, int], None]) -> Result:
+    """Some rounds with new webuis, and what is left of them in the end."""
     dice, told, stop = random.Random(), Told(), threading.Event()
-    pair, keyed = Pair(folder, dice), []
+    pair, keyed = make(dice), []
     clients = [Client(pair.webuis, told, keyed, stop) for _ in range(4)]
     try:
         pair.start()
@@ -506,7 +521,7 @@ def session(folder: Path, rounds: int, progress: Callable[[int, int], None]) -> 
         stop.set()
         pair.end()
     judge(pair, told)
-    left = check_files(pair, told)
+    left = pair.check_files(told)
     records = pair.records().values()
     late = [record["id"] for record in records if record["status"] == "Completed" and record["id"] in told.cancelled]
     taken = sum(was_taken for _, was_taken in pair.deliveries)

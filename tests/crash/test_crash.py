@@ -9,6 +9,7 @@ import random
 import crash
 import lossy
 import pytest
+import services
 
 from harness import fewer
 
@@ -66,3 +67,11 @@ def test_webuis_are_killed():
 @needs_fork
 def test_webuis_with_parked_jobs_are_killed():
     print(crash.parked(fewer(12), print))
+
+
+@pytest.mark.all_only
+def test_a_fleet_is_killed():
+    reason = services.why_missing()
+    if reason:
+        pytest.skip(reason)
+    print(crash.fleet(8, print))

@@ -2,49 +2,40 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence
+from typing import Any, Callable, Iterator, List
 
 import pytest
-from services import Bucket, Network
+import services
+from services import Network
 
-from harness import QUICK, Start, Webui
+from harness import Start, Webui
 
 StartFleet = Callable[..., List[Webui]]
 
 
 @pytest.fixture
 def start_fleet(start: Start, request: pytest.FixtureRequest) -> StartFleet:
-    """`start_fleet(n, *flags, **options)` starts n webuis, each with a folder of its own, that share one database.
+    """`start_fleet(number, *flags, **options)` starts webuis as services.start_fleet does, on one database.
 
-    They share the bucket, too, unless `images` is false. `through` has the Network to the database of each that is not
-    to go there straight, `to_bucket` the same for the bucket. The other options are those of harness.Webui.
+    They share a bucket, too, unless `images` is false.
     """
     database = request.getfixturevalue("database")
 
-    def start_all(
-        number: int,
-        *flags: str,
-        images: bool = True,
-        through: Sequence[Optional[Network]] = (),
-        to_bucket: Sequence[Optional[Network]] = (),
-        environ: Optional[Dict[str, str]] = None,
-        **options: Any,
-    ) -> List[Webui]:
-        bucket: Optional[Bucket] = request.getfixturevalue("bucket") if images else None
-        fleet = []
-        for place in range(number):
-            own = {"TRACKER_STORE": database.url, "TRACKER_SERVER": f"webui-{place}"}
-            network = through[place] if place < len(through) else None
-            if network is not None:
-                own["TRACKER_STORE"] = network.through(database.url)
-            if bucket is not None:
-                network = to_bucket[place] if place < len(to_bucket) else None
-                own.update(bucket.environ_at(network.port if network else bucket.server.port))
-                own["TRACKER_IMAGES"] = bucket.url
-            fleet.append(start(*(flags or QUICK), environ={**own, **(environ or {})}, wait=False, **options))
-        return [webui.wait() for webui in fleet]
+    def start_all(number: int, *flags: str, images: bool = True, **options: Any) -> List[Webui]:
+        bucket = request.getfixturevalue("bucket") if images else None
+        return services.start_fleet(start, number, database, bucket, *flags, **options)
 
     return start_all
+
+
+@pytest.fixture(scope="module")
+def fleet(start_shared: Start, postgresql: services.PostgreSQL, seaweedfs: services.SeaweedFS) -> Iterator[List[Webui]]:
+    """Three webuis that the tests of a module share, and leave without jobs that wait or run."""
+    with services.Database(postgresql) as database, services.Bucket(seaweedfs) as bucket:
+        webuis = services.start_fleet(start_shared, 3, database, bucket)
+        yield webuis
+        for webui in webuis:
+            webui.kill()
 
 
 @pytest.fixture

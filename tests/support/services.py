@@ -28,7 +28,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Set
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Set, Tuple
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 import httpx
@@ -38,6 +38,9 @@ from harness import free_port, until
 
 PASSWORD = "xyzzy-Pa%73s"  # to be found nowhere; as it stands in a URL
 PR_SET_PDEATHSIG = 1
+LEFT_BEHIND = "The webui ended before the generation did"
+# Constants of webuis that take each other for dead after some seconds, and not only after most of a minute.
+DYING_SOON = {"DEAD_AFTER": 3.0, "BEAT_EVERY": 0.5, "GAP": 1.5, "RECOVER_EVERY": 0.5, "LOOK_EVERY": 0.5, "RETRY": 0.5}
 
 
 def why_missing() -> str:
@@ -309,12 +312,20 @@ class SeaweedFS(Service):
 
 
 class Database:
-    """A new database, for one test."""
+    """A new database, for one test; its files are in a folder of their own, if one is given."""
 
-    def __init__(self, server: PostgreSQL):
+    def __init__(self, server: PostgreSQL, folder: Optional[Path] = None):
         self.server = server
         self.name = f"test_{secrets.token_hex(4)}"
-        server.execute(f"create database {self.name}")
+        self._has_folder = folder is not None
+        place = ""
+        if folder is not None:
+            folder.mkdir()
+            if server.user:
+                shutil.chown(str(folder), server.user, server.user)
+            server.execute(f"create tablespace {self.name} location '{folder}'")
+            place = f"tablespace {self.name}"
+        server.execute(f"create database {self.name} {place}")
 
     @property
     def url(self) -> str:
@@ -358,6 +369,8 @@ class Database:
         if not self.server.is_running:
             self.server.start()
         self.server.execute(f"drop database {self.name} with (force)")
+        if self._has_folder:
+            self.server.execute(f"drop tablespace {self.name}")
 
 
 class Bucket:
@@ -422,6 +435,50 @@ def _running(make: Callable[[], Any]) -> Iterator[Any]:
         yield service
     finally:
         service.remove()
+
+
+def start_fleet(
+    start: harness.Start,
+    number: int,
+    database: Database,
+    bucket: Optional[Bucket],
+    *flags: str,
+    through: Sequence[Optional[Network]] = (),
+    to_bucket: Sequence[Optional[Network]] = (),
+    environ: Optional[Dict[str, str]] = None,
+    **options: Any,
+) -> List[harness.Webui]:
+    """Starts so many webuis, side by side, that share their jobs, and their images where there is a bucket.
+
+    `through` has the Network to the database of each that is not to go there straight, `to_bucket` the same for the
+    bucket. `start` and the other options are those of harness.Webui.
+    """
+    fleet = []
+    for place in range(number):
+        own = {"TRACKER_STORE": database.url, "TRACKER_SERVER": f"webui-{place}"}
+        network = through[place] if place < len(through) else None
+        if network is not None:
+            own["TRACKER_STORE"] = network.through(database.url)
+        if bucket is not None:
+            network = to_bucket[place] if place < len(to_bucket) else None
+            own.update(bucket.environ_at(network.port if network else bucket.server.port))
+            own["TRACKER_IMAGES"] = bucket.url
+        fleet.append(start(*(flags or harness.QUICK), environ={**own, **(environ or {})}, wait=False, **options))
+    return [webui.wait() for webui in fleet]
+
+
+def end_of(webui: harness.Webui, job_id: str) -> Tuple[str, Optional[str]]:
+    """Waits until a job has ended, and tells its status and error. The database may be away at first."""
+
+    def ended() -> Any:
+        response = webui.client.get(f"/sdapi/v1/job/{job_id}", params={"images": "false"})
+        if response.status_code == 503:
+            return None
+        assert response.status_code == 200, response.text
+        job = response.json()
+        return (job["status"], job["error"]) if job["status"] in ("Completed", "Failed") else None
+
+    return until(ended, what=f"the end of {job_id}")
 
 
 class Network:

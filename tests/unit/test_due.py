@@ -173,8 +173,8 @@ def some_that_wait(script: Any, dice: Any, store: Any) -> Any:
 def test_the_oldest_that_waits(script, opened, dice):
     store = opened()
     jobs = some_that_wait(script, dice, store)
-    store.put(jobs[2]._replace(status="Failed"))
-    assert within(20, store.oldest_pending) == jobs[3], "a change is in force at once"
+    store.put(jobs[2]._replace(status="Failed")).result(20)
+    assert within(20, store.oldest_pending) == jobs[3]
     store.put(completed(jobs[3])).result(20)
     assert within(20, store.oldest_pending) is None
 

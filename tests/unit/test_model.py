@@ -29,7 +29,10 @@ class Model:
         steps = [(30, self.add), (25, self.set), (10, self.remove), (18, self.look), (10, self.count), (5, self.age)]
         shares, calls = zip(*steps)
         written = self.dice.choices(calls, shares)[0](store)
-        if written is not None and settle:
+        if written is not None and (settle or self.is_by_time):
+            if not settle:  # what is on its way to a database is shown where a job is asked for, and not yet in lists
+                assert store.get_many(self.jobs) == self.jobs
+                self.assert_keys(store)
             written.result(20)
 
     def add(self, store: Any) -> None:
@@ -115,6 +118,9 @@ class Model:
         counts, size = store.stats()
         assert sum(counts.values()) == len(self.jobs)
         assert size == sum(job.bytes for job in self.jobs.values())
+        self.assert_keys(store)
+
+    def assert_keys(self, store: Any) -> None:
         for number in range(5):
             key = f"key {number}"
             job = store.with_key(key)

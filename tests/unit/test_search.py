@@ -129,9 +129,12 @@ PROMPT = st.builds(lambda text, times: text * times, ALPHABET, st.sampled_from([
 @pytest.mark.every_store
 @hypothesis_settings(max_examples=fewer(120), deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.lists(PROMPT, min_size=1, max_size=40), ALPHABET, st.integers(1, 40))
-def test_the_same_is_found(script, opened, prompts, wanted, times):
+def test_the_same_is_found(script, opened, store_environ, prompts, wanted, times):
     prompts = [script.without_surrogates(prompt) for prompt in prompts]
     wanted = (wanted * times)[: script.Filter.LIMIT]
+    if store_environ:  # a database has no sign for these, and takes one and the same for both
+        prompts, wanted = [text.replace("\0", "\ufffd") for text in prompts], script.without_surrogates(wanted)
+        wanted = wanted.replace("\0", "\ufffd")
     store, dice = opened(), random.Random(1)
     jobs = [a_job(script, dice, prompt=prompt, timestamp=number) for number, prompt in enumerate(prompts)]
     for written in [store.put(job, new=True) for job in jobs]:
