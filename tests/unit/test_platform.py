@@ -204,7 +204,7 @@ def test_an_image_that_is_being_fetched_goes_with_a_later_purge(script, tracker)
     assert one.delete(job.id)
     assert one.images.size(job.images[0].name) and one.get(job.id) is None
     pieces.close()
-    script.Housekeeper.ORPHAN_AGE = -1
+    script.ImageStore.ORPHAN_AGE = -1
     assert one.housekeeper.purge().images == 1
     assert one.images.size(job.images[0].name) is None
 
