@@ -6912,7 +6912,7 @@ class Tracker:
                 self._change(job_id, promised=True)
                 self._wait_for(live.written, until)
         except FutureTimeout:
-            raise self._no_answer() from None
+            raise self.no_answer() from None
 
     def _promise_stored(self, job_id: str, until: float) -> None:
         """The same for a job that is parked, or that another webui has: its record comes before its request."""
@@ -6953,7 +6953,7 @@ class Tracker:
             self._hung = work
             raise
 
-    def _no_answer(self) -> StoreError:
+    def no_answer(self) -> StoreError:
         """What a request is told that has waited too long."""
         return StoreError(f"the {'database' if self.store.is_shared else 'disk'} does not answer", temporary=True)
 
@@ -7206,7 +7206,7 @@ class Tracker:
             return self._failed(job._replace(webhook=None), CANCELLED) if job.parked else None
 
         def remove(failed: Future) -> None:
-            fail(self._no_answer())
+            fail(self.no_answer())
             with contextlib.suppress(StoreError):  # then it stays, as Failed or as it is
                 self.keepers.submit(lambda: self.remove(failed.result()))
 
@@ -7390,7 +7390,7 @@ class Tracker:
                 parked.result(self.patience())
             except FutureTimeout:
                 if self.withdraw(again, parked):
-                    raise self._no_answer() from None
+                    raise self.no_answer() from None
         finally:
             self.admitted()
         return self.get(again.id) or again
@@ -7801,7 +7801,7 @@ class Tracker:
                 if not reserving.cancel():
                     self._hung = reserving
                     reserving.add_done_callback(lambda _: self._free_late_key(key, reserving))
-                raise self._no_answer()
+                raise self.no_answer()
         return reserving.result()
 
     def _free_late_key(self, key: str, reserving: Future) -> None:
@@ -9611,7 +9611,11 @@ class ClientResponse:
         if job.ended or job.promised:
             return
         try:
-            await self.tracker.in_pool(self.tracker.promise, job.id)
+            promising = self.tracker.in_pool(self.tracker.promise, job.id)
+            try:  # the pool's threads may all wait for the store
+                await asyncio.wait_for(promising, self.tracker.patience())
+            except asyncio.TimeoutError:
+                raise self.tracker.no_answer() from None
         except StoreError as error:
             log.error("Job %s goes on, but does not outlive the webui: %s", job.id, error.details)
             raise HTTPException(503, f"The job cannot be kept beyond this request: {error}") from None

@@ -72,7 +72,7 @@ def test_one_purges_at_a_time(two, dice):
 def test_a_thousand_waiters_cost_one_look(two, dice):
     """Whenever it cannot be told what has changed; and where it can, only the one that has."""
     one, other = two
-    jobs = [a_job(one.script, dice, owner="somebody") for _ in range(1000)]
+    jobs = [a_job(one.script, dice, owner=one.store.owner) for _ in range(1000)]
     for written in [one.store.put(job, new=True) for job in jobs]:
         written.result(30)
     looks, get_many = [], other.store.get_many
