@@ -189,8 +189,11 @@ class Client(threading.Thread):
             # What its client was not told of is compared by nobody.
             self.told.promised[response.headers["X-Job-ID"]] = body or self.told.seen.get(job_id, b"")
         else:
-            is_kept = response.status_code == 503 or (response.status_code == 410 and body is None)
-            self.told.expect(is_kept, f"a retry of {job_id} was answered {response.status_code}: {response.text}")
+            # One whose request was refused after all is Failed for a moment, and is removed.
+            is_known = job_id in self.told.promised or job_id in self.told.seen
+            may_be = {503} | ({410} if body is None else set()) | (set() if is_known else {404})
+            what = f"a retry of {job_id} was answered {response.status_code}: {response.text}"
+            self.told.expect(response.status_code in may_be, what)
 
     def cancel(self, http: httpx.Client) -> None:
         recent = list(self.told.promised)[-10:] + list(self.told.seen)[-3:]
