@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List
 
 from inside import load_script, make_tracker, until
-from parked import Pair, Told, all_jobs
+from parked import Client, Pair, Told, all_jobs
 from services import DYING_SOON, Bucket, Database, Network, PostgreSQL, SeaweedFS
 
 import harness
@@ -24,8 +24,14 @@ import harness
 AWAY = 4.0  # seconds for which a service, a webui or a connection is away at most: longer than DEAD_AFTER
 
 
+class FleetClient(Client):
+    LATE_ENDS = {409}  # of a webui that was thought dead, and was not
+
+
 class Fleet(Pair):
     """The webuis, what they share, and what becomes of all that."""
+
+    CLIENT = FleetClient
 
     def __init__(self, postgresql: PostgreSQL, seaweedfs: SeaweedFS, folder: Path, dice: random.Random):
         self.database, self.bucket = Database(postgresql), Bucket(seaweedfs)

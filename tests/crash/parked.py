@@ -83,7 +83,9 @@ class Told:
 
 
 class Client(threading.Thread):
-    """Sends requests of all kinds to both webuis, one after another, through whatever befalls these."""
+    """Sends requests of all kinds to all webuis, one after another, through whatever befalls these."""
+
+    LATE_ENDS: Set[int] = set()  # what a retry is answered of a job that was Failed and has ended otherwise since
 
     def __init__(self, webuis: List[harness.Webui], told: Told, keyed: List[Keyed], stop: threading.Event):
         super().__init__(daemon=True)
@@ -189,8 +191,11 @@ class Client(threading.Thread):
             # What its client was not told of is compared by nobody.
             self.told.promised[response.headers["X-Job-ID"]] = body or self.told.seen.get(job_id, b"")
         else:
-            is_kept = response.status_code == 503 or (response.status_code == 410 and body is None)
-            self.told.expect(is_kept, f"a retry of {job_id} was answered {response.status_code}: {response.text}")
+            # One whose request was refused after all is Failed for a moment, and is removed.
+            is_known = job_id in self.told.promised or job_id in self.told.seen
+            may_be = {503} | ({410} if body is None else set()) | (set() if is_known else {404}) | self.LATE_ENDS
+            what = f"a retry of {job_id} was answered {response.status_code}: {response.text}"
+            self.told.expect(response.status_code in may_be, what)
 
     def cancel(self, http: httpx.Client) -> None:
         recent = list(self.told.promised)[-10:] + list(self.told.seen)[-3:]
@@ -213,6 +218,8 @@ class Client(threading.Thread):
 
 class Pair:
     """The two webuis, and what becomes of them."""
+
+    CLIENT = Client
 
     def __init__(self, folder: Path, dice: random.Random):
         self.folder, self.dice = folder, dice
@@ -499,7 +506,7 @@ def session(make: Callable[[random.Random], Pair], rounds: int, progress: Callab
     """Some rounds with new webuis, and what is left of them in the end."""
     dice, told, stop = random.Random(), Told(), threading.Event()
     pair, keyed = make(dice), []
-    clients = [Client(pair.webuis, told, keyed, stop) for _ in range(4)]
+    clients = [pair.CLIENT(pair.webuis, told, keyed, stop) for _ in range(4)]
     try:
         pair.start()
         for client in clients:

