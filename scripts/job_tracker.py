@@ -1210,6 +1210,12 @@ class StoreError(Exception):
         self.temporary = temporary
         self.details = reason  # for the log, which may have the path
 
+    def again(self) -> "StoreError":
+        """The same, to be raised once more: an error remembers, and grows by, all that it was raised through."""
+        copied = StoreError(str(self), self.temporary)
+        copied.details, copied.__cause__ = self.details, self.__cause__
+        return copied
+
     @classmethod
     def of(cls, error: Exception) -> "StoreError":
         """What a store says of a failure of its own."""
@@ -4560,14 +4566,14 @@ class Connections:
         with self._lock:
             is_away = self._failure is not None
             if is_away and (self._is_trying or time.monotonic() - self._failed_at < self.MOMENT):
-                raise self._failure
+                raise self._failure.again()
             self._is_trying = True
         failure: Optional[StoreError] = None
         try:
             return self._connect()
         except Exception as error:
             failure = self.error(error)
-            raise failure from None
+            raise failure.again() from None
         finally:
             with self._lock:
                 self._is_trying, self._failure, self._failed_at = False, failure, time.monotonic()
@@ -5393,7 +5399,7 @@ class Bucket:
                 return False
             now = time.monotonic()
             if now < self._ask_at:
-                raise self._copy(self._failure)
+                raise self._failure.again()
             self._ask_at = now + self.CONNECT + self.ASK_AGAIN
             return True
 
@@ -5440,13 +5446,7 @@ class Bucket:
         failure = error if isinstance(error, StoreError) else self._failure_of(error)
         status = BUCKET_STATUS.search(str(error))
         self._set_failure(None if status and status.group(1)[0] == "4" else failure)
-        return self._copy(failure)
-
-    @staticmethod
-    def _copy(failure: StoreError) -> StoreError:
-        copied = StoreError(str(failure), failure.temporary)
-        copied.details = failure.details
-        return copied
+        return failure.again()
 
     @staticmethod
     def _failure_of(error: Exception) -> StoreError:
