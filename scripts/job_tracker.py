@@ -5237,7 +5237,8 @@ class PostgresJobStore(QueuedStore):
         if len(self._spare_ids) > self.SPARE_IDS // 2 or self.trouble:
             return
         made = {id_number(job_id): job_id for job_id in (new_id() for _ in range(self.SPARE_IDS))}
-        taken = self._read("SELECT folded FROM job_tracker_jobs WHERE folded = ANY(%s)", (list(made),))
+        statement = "SELECT folded FROM job_tracker_jobs WHERE folded = ANY(%s)"
+        taken = self._read(statement, (list(made),), self.PATIENCE)
         for (number,) in taken:
             del made[number]
         with self._lock:
@@ -5255,13 +5256,17 @@ class PostgresJobStore(QueuedStore):
                 connection.deadline = time.monotonic() + self.READ_SECONDS
                 if self._beat_is_due or time.monotonic() - self._beaten[0] > self.BEAT_EVERY:
                     self._beat(connection)
+                    if not (self._retry or self._lasting):
+                        self.trouble = ""
                 self._report("heard", None)
                 for notify in connection.notifies(timeout=self.FOLLOW_SECONDS):
                     self._hear(notify.payload)
                     if self._closed:
                         break
             except Exception as error:
-                self._report("heard", self._listeners.error(error))
+                failure = self._listeners.error(error)
+                self.trouble = str(failure)
+                self._report("heard", failure)
                 if connection is not None:
                     connection.close()
                     connection = None
