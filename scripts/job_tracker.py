@@ -7447,8 +7447,12 @@ class Tracker:
                 self._wake(job_id)
 
     def _leave_if_taken(self, live: LiveJob, stored: Job) -> None:
-        """A job that waits here, while others took this webui for dead: it is not to begin here any more."""
-        is_taken = stored.ended or stored.parked or stored.owner != self.store.owner
+        """A job that waits here, while others took this webui for dead, is not to begin here if they went on with it.
+
+        One that is only left behind goes on: its client is still here, and nobody else has it.
+        """
+        is_over = stored.ended and not is_left_behind(stored)
+        is_taken = is_over or stored.parked or stored.owner != self.store.owner
         if is_taken and live.accepted.done() and self._live_job(stored.id) is live and live.end is None:
             log.warning("Job %s is left to others, which took this webui for dead", stored.id)
             self._leave(live.job)

@@ -100,19 +100,50 @@ def test_one_that_another_has_begun_does_not_begin_before_that_is_heard(two):
     assert not first.generated
 
 
-def test_one_that_runs_goes_on_and_its_end_is_told_once_more(two, receiver):
-    first, second = two
-    script, store = second.script, second.tracker.store
+def leave_behind(webui: Watched, job_id: str) -> None:
+    """Ends a job as a webui does that takes its owner for dead."""
+    script, store = webui.script, webui.tracker.store
 
     def left(job: Any) -> Any:
         return script.ended_job(job, "Failed", store.now(), error=script.LEFT_BEHIND)
+
+    assert store.change([job_id], left).result(20)
+    assert webui.tracker.get(job_id).error == script.LEFT_BEHIND
+
+
+def test_one_that_waits_with_its_client_goes_on(two, caplog):
+    first, second = two
+    first.ready.set()
+
+    async def ask() -> Any:
+        first.queue_lock.acquire()
+        asking = asyncio.ensure_future(first.post({"prompt": "a cat"}))
+        (job,) = await in_thread(until, second.jobs)
+        other = job._replace(id="OTHER000", owner=second.tracker.store.owner, bytes=0, has_request=False)
+        await in_thread(second.tracker.store.put(other, True).result, 20)
+        heard = asyncio.ensure_future(first.tracker.wait(other.id, 60))
+        await in_thread(leave_behind, second, job.id)
+        await in_thread(leave_behind, second, other.id)
+        await heard  # and what was written before it
+        assert not asking.done()
+        first.queue_lock.release()
+        return await asking
+
+    answer = asyncio.run(ask())
+    assert answer.status_code == 200 and answer.json()["images"] == ["QUJD"]
+    assert when_ended(second.tracker, answer.headers["X-Job-ID"])
+    until(lambda: second.tracker.get(answer.headers["X-Job-ID"]).status == "Completed")
+    assert first.generated == ["a cat"] and not second.generated
+
+
+def test_one_that_runs_goes_on_and_its_end_is_told_once_more(two, receiver):
+    first, second = two
 
     async def ask() -> Any:
         asking = asyncio.ensure_future(first.post({"prompt": "a cat"}))
         await in_thread(until, lambda: first.generated and first.jobs(status="Processing"))
         (job,) = second.jobs()
-        assert await in_thread(store.change([job.id], left).result, 20)
-        assert second.tracker.get(job.id).error == script.LEFT_BEHIND
+        await in_thread(leave_behind, second, job.id)
         await in_thread(receiver.wait, 1)
         first.ready.set()
         return await asking
