@@ -4404,6 +4404,7 @@ class Connections:
     """
 
     CONNECT_SECONDS = 2
+    SET_UP_SECONDS = 5.0  # for what a new connection is told first
     MOMENT = 1.0  # seconds from one try to reach a database that is away to the next
     IDLE_SECONDS = 60.0  # after which a connection that nobody needs is closed
     SERVER_SECONDS = 30  # after which the server gives up what it was asked: nobody waits for it any more
@@ -4463,14 +4464,14 @@ class Connections:
                 raise StoreError("TRACKER_STORE is no valid URL of a database", temporary=True) from None
             raise
         try:
-            connection.deadline = time.monotonic() + self.CONNECT_SECONDS
+            connection.deadline = time.monotonic() + self.SET_UP_SECONDS
             settings = {
                 "job_tracker.owner": self._owner,
                 "statement_timeout": f"{self.SERVER_SECONDS}s",
                 "synchronous_commit": "on" if self._is_durable else "off",
             }
-            for name, value in settings.items():
-                connection.execute("SELECT set_config(%s, %s, false)", (name, value))
+            calls = ", ".join(["set_config(%s, %s, false)"] * len(settings))
+            connection.execute(f"SELECT {calls}", [*itertools.chain.from_iterable(settings.items())])
             self._prepare(connection)
         except BaseException:
             connection.close()

@@ -311,9 +311,9 @@ class Work:
     def check(self) -> None:
         script, tracker, known = self.script, self.tracker, self.known
         until(lambda: tracker.housekeeper.next_purge, what="the housekeeper has looked for jobs left behind")
-        age, script.Housekeeper.ORPHAN_AGE = script.Housekeeper.ORPHAN_AGE, -1
+        age, script.ImageStore.ORPHAN_AGE = script.ImageStore.ORPHAN_AGE, -1
         tracker.housekeeper.purge()
-        script.Housekeeper.ORPHAN_AGE = age
+        script.ImageStore.ORPHAN_AGE = age
         jobs = {job.id: job for job in self.all_jobs()}
         for job_id in known.kept:
             assert job_id in jobs, f"{job_id} was acknowledged and is gone"

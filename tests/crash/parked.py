@@ -453,7 +453,7 @@ def judge_generations(jobs: List[Dict[str, Any]], counted: Counted, killed: Set[
 def check_files(pair: Pair, told: Told) -> int:
     """Each job has all its files and no others, an hour later. Returns how many requests had been left till then."""
     script = load_script()
-    script.Housekeeper.ORPHAN_AGE = -1
+    script.ImageStore.ORPHAN_AGE = -1
     tracker = make_tracker(script, pair.data, TRACKER_RETENTION="off")
     try:
         until(lambda: tracker.housekeeper.next_purge, what="the housekeeper has looked for jobs left behind")
