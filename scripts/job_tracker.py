@@ -4259,6 +4259,9 @@ TEXT_INDEX = """
     CREATE INDEX job_tracker_jobs_prompt ON job_tracker_jobs USING gin (prompt gin_trgm_ops);
 """
 
+# A webui has given no sign of life for so many seconds, or, where the database's clock was set back, none since then.
+SILENT = "abs(extract(epoch FROM clock_timestamp() - seen)) > %(seconds)s"
+
 # The columns of job_tracker_jobs that a job has, with their types.
 JOB_COLUMNS = {
     "folded": "bigint",
@@ -4360,7 +4363,7 @@ def is_lost(error: BaseException) -> bool:
 
     state = getattr(error, "sqlstate", None)
     if state is not None:  # PostgreSQL, appendix A: the server, or the connection, goes down
-        return state.startswith(("08", "57P"))
+        return state.startswith(("08", "57P", "25P03"))
     return isinstance(error, (psycopg.OperationalError, psycopg.InterfaceError, OSError))
 
 
@@ -4401,6 +4404,9 @@ class Connections:
     MOMENT = 1.0  # seconds from one try to reach a database that is away to the next
     IDLE_SECONDS = 60.0  # after which a connection that nobody needs is closed
     SERVER_SECONDS = 30  # after which the server gives up what it was asked: nobody waits for it any more
+    # The same for a transaction whose next statement does not come: others wait for what it has locked. Its webui may
+    # be suspended, or its network cut, which the server would notice hours later.
+    STALLED_SECONDS = 3
     PREPARE_SECONDS = 600.0  # for a new schema, which may be long in the making
 
     def __init__(self, url: str, owner: str, limit: int = 1, is_durable: bool = False):
@@ -4461,6 +4467,7 @@ class Connections:
             settings = {
                 "job_tracker.owner": self._owner,
                 "statement_timeout": f"{self.SERVER_SECONDS}s",
+                "idle_in_transaction_session_timeout": f"{self.STALLED_SECONDS}s",
                 "synchronous_commit": "on" if self._is_durable else "off",
             }
             for name, value in settings.items():
@@ -4549,9 +4556,11 @@ class Connections:
         """A connection that was used before, or a new one."""
         while True:
             with self._lock:
-                connection = self._idle.pop()[0] if self._idle else None
+                connection, since = self._idle.pop() if self._idle else (None, 0.0)
             if connection is None:
                 return self.open()
+            if time.monotonic() - since > self.IDLE_SECONDS:  # what lies between may have forgotten it, and tell nobody
+                connection.close()
             if not connection.closed:
                 return connection
 
@@ -4576,8 +4585,12 @@ class Connections:
         """Closes a connection on which something failed, and what the server still does on it."""
         if isinstance(error, NoAnswer) and connection.abandoned is not None and connection.abandoned.is_set():
             connection.deadline, connection.abandoned = time.monotonic() + 1, None
-            with contextlib.suppress(Exception):
-                connection.cancel()
+            import psycopg
+
+            # By an older libpq, it would hold the interpreter for as long as the network does not answer.
+            if psycopg.capabilities.has_cancel_safe():
+                with contextlib.suppress(Exception):
+                    connection.cancel_safe(timeout=1)
         connection.close()
         if getattr(error, "sqlstate", None) in ("42P01", "3F000"):  # the schema was taken away
             self._is_prepared = False
@@ -4619,6 +4632,7 @@ class PostgresJobStore(QueuedStore):
     LOOK_EVERY = 5.0  # seconds from one `follow` that cannot tell what has changed to the next
     FOLLOW_SECONDS = 0.5  # that `follow` waits for news
     WORDS_AT_ONCE = 200  # in one message, which has at most 8,000 bytes
+    UNTOLD_AT_MOST = 10_000  # words that wait to be told
     HOLD_SECONDS = 3  # that a parked job is held for the webui that is about to start it
     GLANCE_SECONDS = 6.0  # for which a webui goes on telling of a job at which another glances
     GLANCES_ASKED_EVERY = 2.0
@@ -4790,8 +4804,8 @@ class PostgresJobStore(QueuedStore):
 
     def servers(self) -> List[str]:
         """What the webuis are called that live now. Raises StoreError."""
-        statement = "SELECT server FROM job_tracker_webuis WHERE seen > clock_timestamp() - make_interval(secs => %s)"
-        found = {server for (server,) in self._read(statement, (DEAD_AFTER,))}
+        statement = f"SELECT server FROM job_tracker_webuis WHERE NOT {SILENT}"
+        found = {server for (server,) in self._read(statement, {"seconds": DEAD_AFTER})}
         return sorted({*found, self._server} - {""})
 
     def oldest_parked(self, hold: bool = False, without: Collection[str] = ()) -> Optional[Job]:
@@ -4801,7 +4815,8 @@ class PostgresJobStore(QueuedStore):
         other webuis: the caller is about to start it. Who starts it is decided only then, as with any change.
         """
         free = (
-            "parked AND (held_until IS NULL OR held_until < clock_timestamp() OR held_by = %(owner)s) "
+            "parked AND (held_until IS NULL OR held_by = %(owner)s OR held_until NOT BETWEEN clock_timestamp() "
+            "AND clock_timestamp() + make_interval(secs => %(seconds)s)) "
             "AND NOT folded = ANY(%(without)s::bigint[]) ORDER BY timestamp, number LIMIT 1"
         )
         passed_over = [*map(id_number, without), *self._changed_to(lambda job: not job.parked)]
@@ -4957,14 +4972,17 @@ class PostgresJobStore(QueuedStore):
             return self._recovering
 
     def _end_left(self, end: Callable[[Job], Job], ended: Callable[[Job], None], parked: bool) -> None:
-        # After a pause of ours, or of the database, all may seem silent who only had nobody to tell.
-        is_steady = time.monotonic() - self._steady_since >= DEAD_AFTER
-        silent = "seen < clock_timestamp() - make_interval(secs => %(seconds)s)" if is_steady else "false"
+        # After a pause of ours, or of the database, or a leap of its clock, all may seem silent who only had nobody to
+        # tell. A look may come before the sign of life that notices any of these.
+        now = time.monotonic()
+        is_steady = now - self._beaten[0] < self.GAP and now - self._steady_since >= DEAD_AFTER
+        has_leapt = "abs(extract(epoch FROM clock_timestamp())::double precision - %(now)s) > %(gap)s"
+        silent = f"({SILENT} AND NOT {has_leapt})" if is_steady else "false"
         lives = f"SELECT FROM job_tracker_webuis AS webuis WHERE webuis.owner = jobs.owner AND NOT {silent}"
-        values = {"seconds": DEAD_AFTER, "owner": self.owner, "parked": parked}
+        values = {"seconds": DEAD_AFTER, "owner": self.owner, "now": self.now(), "gap": self.GAP}
         where = (
             "AS jobs WHERE status IN ('Pending', 'Processing') AND owner IS DISTINCT FROM %(owner)s "
-            f"AND (NOT parked OR %(parked)s) AND NOT EXISTS ({lives}) "
+            f"{'' if parked else 'AND NOT parked '}AND NOT EXISTS ({lives}) "
         )
         left = list(self._jobs(f"{where} ORDER BY timestamp, number LIMIT {self.RECOVERED_AT_ONCE}", values))
         after: Dict[str, Job] = {}
@@ -4991,8 +5009,7 @@ class PostgresJobStore(QueuedStore):
     def _forget_dead(self, values: Dict[str, Any]) -> None:
         """Removes the rows of webuis that are dead and have left nothing. What they counted stays."""
         forget = (
-            "WITH gone AS (DELETE FROM job_tracker_webuis AS webuis "
-            "WHERE seen < clock_timestamp() - make_interval(secs => %(seconds)s) AND owner <> %(owner)s "
+            f"WITH gone AS (DELETE FROM job_tracker_webuis AS webuis WHERE {SILENT} AND owner <> %(owner)s "
             "RETURNING owner), "
             "counted AS (DELETE FROM job_tracker_counts WHERE owner <> '' AND owner NOT IN (SELECT owner "
             "FROM job_tracker_webuis WHERE owner NOT IN (SELECT owner FROM gone)) RETURNING status, jobs, bytes), "
@@ -5114,7 +5131,7 @@ class PostgresJobStore(QueuedStore):
 
         self._transact(write, is_single=len(jobs) == 1, is_repeatable=True)
         told = (job for one, job in jobs.items() if job is not None and one not in refused)
-        self._untold.extend([*removed, *(job.id for job in told if job.ended or job.parked)])
+        self._note_untold([*removed, *(job.id for job in told if job.ended or job.parked)])
         return refused
 
     def _in_parts(self, jobs: Collection[Job]) -> Iterator[List[Job]]:
@@ -5172,7 +5189,7 @@ class PostgresJobStore(QueuedStore):
         except NotUndone:
             self._lasting.append(decision_to_undo(before.copy(), changed.copy()))
             raise
-        self._untold.extend(f"{job.id}!" if job.cancel_wanted and not job.ended else job.id for job in changed.values())
+        self._note_untold(f"{job.id}!" if job.cancel_wanted and not job.ended else job.id for job in changed.values())
 
     def _transact(self, work: Callable[[Any], None], is_single: bool = False, is_repeatable: bool = False) -> None:
         """Does work within one transaction, or as a statement of its own. Raises StoreError.
@@ -5294,11 +5311,16 @@ class PostgresJobStore(QueuedStore):
             before = time.monotonic()
             (seconds,) = connection.execute(statement, (self.owner, self._server)).fetchone()
             now = time.monotonic()
-            self._clock = seconds - (before + now) / 2
+            clock, self._clock = self._clock, seconds - (before + now) / 2
             last, last_by_clock = self._beaten
             self._beaten = now, time.time()
-            if now - last > self.GAP or self._beaten[1] - last_by_clock > self.GAP:
+            has_leapt = clock is None or abs(self._clock - clock) > self.GAP
+            if has_leapt or now - last > self.GAP or self._beaten[1] - last_by_clock > self.GAP:
                 self._steady_since = now
+
+    def _note_untold(self, words: Iterable[str]) -> None:
+        self._untold.extend(words)
+        del self._untold[: -self.UNTOLD_AT_MOST]  # as when messages do not get through, though all else does
 
     def _tell_untold(self) -> None:
         if self._untold and self._channel:
@@ -7460,7 +7482,8 @@ class Tracker:
 
     def pool_for(self, job: Optional[Job]) -> Threads:
         """Threads for work on a job: where it waits or runs here, that needs no disk, and is not to wait for one."""
-        return self.pool if job is None or job.ended or job.parked else self.senders
+        is_here = job is not None and not job.ended and self.running(job.id) is not None
+        return self.senders if is_here else self.pool
 
     def running(self, job_id: str) -> Optional[Job]:
         """A job of this process that has not ended, None for any other. Waits for nothing."""
