@@ -4440,7 +4440,8 @@ class Connections:
             failure = StoreError(
                 f"the database refuses it ({type(cause).__name__})", temporary=state[:2] not in ("22", "23")
             )
-        failure.details = self._without_password(f"{type(cause).__name__}: {cause}".strip())
+        if str(cause):
+            failure.details = self._without_password(f"{type(cause).__name__}: {cause}".strip())
         failure.__cause__ = cause
         return failure
 
