@@ -4190,7 +4190,8 @@ MIGRATIONS = (
     CREATE INDEX job_tracker_jobs_parked ON job_tracker_jobs (timestamp, number) WHERE parked;
     CREATE INDEX job_tracker_jobs_ended ON job_tracker_jobs (timestamp, number)
         WHERE status IN ('Completed', 'Failed');
-    CREATE INDEX job_tracker_jobs_unfinished ON job_tracker_jobs (owner) WHERE status IN ('Pending', 'Processing');
+    CREATE INDEX job_tracker_jobs_unfinished ON job_tracker_jobs (timestamp, number)
+        WHERE status IN ('Pending', 'Processing') AND NOT parked;
     CREATE INDEX job_tracker_jobs_due ON job_tracker_jobs (due) WHERE due IS NOT NULL;
 
     CREATE TABLE job_tracker_webuis (
@@ -4982,10 +4983,12 @@ class PostgresJobStore(QueuedStore):
         lives = f"SELECT FROM job_tracker_webuis AS webuis WHERE webuis.owner = jobs.owner AND NOT {silent}"
         values = {"seconds": DEAD_AFTER, "owner": self.owner, "now": self.now(), "gap": self.GAP}
         where = (
-            "AS jobs WHERE status IN ('Pending', 'Processing') AND owner IS DISTINCT FROM %(owner)s "
-            f"{'' if parked else 'AND NOT parked '}AND NOT EXISTS ({lives}) "
+            f"AND owner IS DISTINCT FROM %(owner)s AND NOT EXISTS ({lives}) "
+            f"ORDER BY timestamp, number LIMIT {self.RECOVERED_AT_ONCE}"
         )
-        left = list(self._jobs(f"{where} ORDER BY timestamp, number LIMIT {self.RECOVERED_AT_ONCE}", values))
+        # Each of the two has an index. By that of both, all that are parked would be looked at, or all that have ended.
+        kinds = ["status IN ('Pending', 'Processing') AND NOT parked"] + ["parked"] * parked
+        left = [job for kind in kinds for job in self._jobs(f"AS jobs WHERE {kind} {where}", values)]
         after: Dict[str, Job] = {}
         failure: Optional[StoreError] = None
         for job in left:
