@@ -4502,13 +4502,22 @@ class Connections:
                     if version == 0:
                         with contextlib.suppress(self._refusals()), connection.transaction():
                             connection.execute(TEXT_INDEX)
-            if version > len(MIGRATIONS):
-                raise StoreError(
-                    f"the jobs are in the form of a later Job Tracker (schema {version}, this one knows "
-                    f"{len(MIGRATIONS)}): update this one",
-                    temporary=True,
-                )
+            self.check_version(version)
             self._is_prepared = True
+
+    @staticmethod
+    def check_version(version: int) -> None:
+        if version > len(MIGRATIONS):
+            raise StoreError(
+                f"the jobs are in the form of a later Job Tracker (schema {version}, this one knows "
+                f"{len(MIGRATIONS)}): update this one",
+                temporary=True,
+            )
+
+    def doubt_schema(self) -> None:
+        """Has each new connection look at the schema once more, and closes those that nobody uses."""
+        self._is_prepared = False
+        self.close()
 
     @staticmethod
     def _refusals() -> Any:
@@ -5306,15 +5315,20 @@ class PostgresJobStore(QueuedStore):
         statement = (
             "INSERT INTO job_tracker_webuis AS known VALUES (%s, %s, clock_timestamp()) "
             "ON CONFLICT (owner) DO UPDATE SET server = excluded.server, seen = excluded.seen "
-            "RETURNING extract(epoch FROM clock_timestamp())::double precision"
+            "RETURNING extract(epoch FROM clock_timestamp())::double precision, "
+            "(SELECT coalesce(max(version), 0) FROM job_tracker_schema)"
         )
         with self._beating:
             if self._closed:
                 return
             self._beat_is_due = False
             before = time.monotonic()
-            (seconds,) = connection.execute(statement, (self.owner, self._server)).fetchone()
+            seconds, version = connection.execute(statement, (self.owner, self._server)).fetchone()
             now = time.monotonic()
+            if version > len(MIGRATIONS):  # a webui that was updated has taken it further
+                for connections in (self._readers, self._writer, self._listeners):
+                    connections.doubt_schema()
+                Connections.check_version(version)
             clock, self._clock = self._clock, seconds - (before + now) / 2
             last, last_by_clock = self._beaten
             self._beaten = now, time.time()
