@@ -7011,7 +7011,8 @@ class Tracker:
 
         Otherwise the lock is to be given back, after `generated`. That it begins is on disk first for one that may have
         been promised, if the disk answers: it would be generated once more after a crash. One with a key may have been
-        promised by another webui, which does not say so.
+        promised by another webui, which does not say so. In a fleet, one that is known to be promised does not begin
+        without: others take it when they have not heard of this webui for a while.
         """
         live, until = self._live_job(job_id), time.monotonic() + self.patience()
         self._hold_lock(job_id)
@@ -7026,8 +7027,12 @@ class Tracker:
             except (KeyTaken, Superseded):
                 self._leave(live.job)
                 return False
-            except (FutureTimeout, StoreError):
-                pass  # it goes on all the same
+            except (FutureTimeout, StoreError):  # otherwise it goes on all the same
+                if live.job.promised and self.store.is_shared:
+                    log.warning("Job %s waits on, since the database cannot be told that it begins", job_id)
+                    self._change(job_id, status=PENDING, started=None, server=None, parked=True)
+                    self._leave(live.job)
+                    return False
         return True
 
     def _hold_lock(self, job_id: str) -> None:
