@@ -7024,14 +7024,14 @@ class Tracker:
             try:
                 self._wait_for(given, until)
                 self._wait_for(live.written, until)
-            except (KeyTaken, Superseded):
-                self._leave(live.job)
+            except (KeyTaken, Superseded) as failure:
+                self._leave(live.job, is_over=isinstance(failure, KeyTaken))
                 return False
             except (FutureTimeout, StoreError):  # otherwise it goes on all the same
                 if live.job.promised and self.store.is_shared:
                     log.warning("Job %s waits on, since the database cannot be told that it begins", job_id)
                     self._change(job_id, status=PENDING, started=None, server=None, parked=True)
-                    self._leave(live.job)
+                    self._leave(live.job, is_over=False)
                     return False
         return True
 
@@ -7198,12 +7198,13 @@ class Tracker:
         with contextlib.suppress(StoreError):  # the housekeeper finds it
             self.keepers.submit(self.images.remove_request, job)
 
-    def _leave(self, job: Job) -> Optional[LiveJob]:
-        """The job has ended, or came to be none."""
+    def _leave(self, job: Job, is_over: bool = True) -> Optional[LiveJob]:
+        """The job has ended, or came to be none; or it goes on elsewhere, and whoever waits for its end waits on."""
         with self._lock:
             live = self._live.pop(job.id, None)
             self._lock_queue.pop(job.id, None)
-        self._wake(job.id)
+        if is_over:
+            self._wake(job.id)
         return live
 
     def _wake(self, job_id: str) -> None:
@@ -7491,7 +7492,7 @@ class Tracker:
         is_taken = stored.ended or stored.parked or stored.owner != self.store.owner
         if is_taken and live.accepted.done() and self._live_job(stored.id) is live and live.end is None:
             log.warning("Job %s is left to others, which took this webui for dead", stored.id)
-            self._leave(live.job)
+            self._leave(live.job, is_over=False)
             live.cancel(True)
 
     # Looking at jobs
