@@ -4196,7 +4196,8 @@ MIGRATIONS = (
     CREATE INDEX job_tracker_jobs_parked ON job_tracker_jobs (timestamp, number) WHERE parked;
     CREATE INDEX job_tracker_jobs_ended ON job_tracker_jobs (timestamp, number)
         WHERE status IN ('Completed', 'Failed');
-    CREATE INDEX job_tracker_jobs_unfinished ON job_tracker_jobs (owner) WHERE status IN ('Pending', 'Processing');
+    CREATE INDEX job_tracker_jobs_unfinished ON job_tracker_jobs (timestamp, number)
+        WHERE status IN ('Pending', 'Processing') AND NOT parked;
     CREATE INDEX job_tracker_jobs_due ON job_tracker_jobs (due) WHERE due IS NOT NULL;
 
     CREATE TABLE job_tracker_webuis (
@@ -4264,6 +4265,9 @@ TEXT_INDEX = """
     CREATE EXTENSION IF NOT EXISTS pg_trgm;
     CREATE INDEX job_tracker_jobs_prompt ON job_tracker_jobs USING gin (prompt gin_trgm_ops);
 """
+
+# A webui has given no sign of life for so many seconds, or, where the database's clock was set back, none since then.
+SILENT = "abs(extract(epoch FROM clock_timestamp() - seen)) > %(seconds)s"
 
 # The columns of job_tracker_jobs that a job has, with their types.
 JOB_COLUMNS = {
@@ -4366,7 +4370,7 @@ def is_lost(error: BaseException) -> bool:
 
     state = getattr(error, "sqlstate", None)
     if state is not None:  # PostgreSQL, appendix A: the server, or the connection, goes down
-        return state.startswith(("08", "57P"))
+        return state.startswith(("08", "57P", "25P03"))
     return isinstance(error, (psycopg.OperationalError, psycopg.InterfaceError, OSError))
 
 
@@ -4408,6 +4412,9 @@ class Connections:
     MOMENT = 1.0  # seconds from one try to reach a database that is away to the next
     IDLE_SECONDS = 60.0  # after which a connection that nobody needs is closed
     SERVER_SECONDS = 30  # after which the server gives up what it was asked: nobody waits for it any more
+    # The same for a transaction whose next statement does not come: others wait for what it has locked. Its webui may
+    # be suspended, or its network cut, which the server would notice hours later.
+    STALLED_SECONDS = 3
     PREPARE_SECONDS = 600.0  # for a new schema, which may be long in the making
 
     def __init__(self, url: str, owner: str, limit: int = 1, is_durable: bool = False):
@@ -4441,7 +4448,8 @@ class Connections:
             failure = StoreError(
                 f"the database refuses it ({type(cause).__name__})", temporary=state[:2] not in ("22", "23")
             )
-        failure.details = self._without_password(f"{type(cause).__name__}: {cause}".strip())
+        if str(cause):
+            failure.details = self._without_password(f"{type(cause).__name__}: {cause}".strip())
         failure.__cause__ = cause
         return failure
 
@@ -4468,6 +4476,7 @@ class Connections:
             settings = {
                 "job_tracker.owner": self._owner,
                 "statement_timeout": f"{self.SERVER_SECONDS}s",
+                "idle_in_transaction_session_timeout": f"{self.STALLED_SECONDS}s",
                 "synchronous_commit": "on" if self._is_durable else "off",
             }
             calls = ", ".join(["set_config(%s, %s, false)"] * len(settings))
@@ -4500,13 +4509,22 @@ class Connections:
                     if version == 0:
                         with contextlib.suppress(self._refusals()), connection.transaction():
                             connection.execute(TEXT_INDEX)
-            if version > len(MIGRATIONS):
-                raise StoreError(
-                    f"the jobs are in the form of a later Job Tracker (schema {version}, this one knows "
-                    f"{len(MIGRATIONS)}): update this one",
-                    temporary=True,
-                )
+            self.check_version(version)
             self._is_prepared = True
+
+    @staticmethod
+    def check_version(version: int) -> None:
+        if version > len(MIGRATIONS):
+            raise StoreError(
+                f"the jobs are in the form of a later Job Tracker (schema {version}, this one knows "
+                f"{len(MIGRATIONS)}): update this one",
+                temporary=True,
+            )
+
+    def doubt_schema(self) -> None:
+        """Has each new connection look at the schema once more, and closes those that nobody uses."""
+        self._is_prepared = False
+        self.close()
 
     @staticmethod
     def _refusals() -> Any:
@@ -4556,9 +4574,11 @@ class Connections:
         """A connection that was used before, or a new one."""
         while True:
             with self._lock:
-                connection = self._idle.pop()[0] if self._idle else None
+                connection, since = self._idle.pop() if self._idle else (None, 0.0)
             if connection is None:
                 return self.open()
+            if time.monotonic() - since > self.IDLE_SECONDS:  # what lies between may have forgotten it, and tell nobody
+                connection.close()
             if not connection.closed:
                 return connection
 
@@ -4583,8 +4603,12 @@ class Connections:
         """Closes a connection on which something failed, and what the server still does on it."""
         if isinstance(error, NoAnswer) and connection.abandoned is not None and connection.abandoned.is_set():
             connection.deadline, connection.abandoned = time.monotonic() + 1, None
-            with contextlib.suppress(Exception):
-                connection.cancel()
+            import psycopg
+
+            # By an older libpq, it would hold the interpreter for as long as the network does not answer.
+            if psycopg.capabilities.has_cancel_safe():
+                with contextlib.suppress(Exception):
+                    connection.cancel_safe(timeout=1)
         connection.close()
         if getattr(error, "sqlstate", None) in ("42P01", "3F000"):  # the schema was taken away
             self._is_prepared = False
@@ -4626,6 +4650,7 @@ class PostgresJobStore(QueuedStore):
     LOOK_EVERY = 5.0  # seconds from one `follow` that cannot tell what has changed to the next
     FOLLOW_SECONDS = 0.5  # that `follow` waits for news
     WORDS_AT_ONCE = 200  # in one message, which has at most 8,000 bytes
+    UNTOLD_AT_MOST = 10_000  # words that wait to be told
     HOLD_SECONDS = 3  # that a parked job is held for the webui that is about to start it
     GLANCE_SECONDS = 6.0  # for which a webui goes on telling of a job at which another glances
     GLANCES_ASKED_EVERY = 2.0
@@ -4797,8 +4822,8 @@ class PostgresJobStore(QueuedStore):
 
     def servers(self) -> List[str]:
         """What the webuis are called that live now. Raises StoreError."""
-        statement = "SELECT server FROM job_tracker_webuis WHERE seen > clock_timestamp() - make_interval(secs => %s)"
-        found = {server for (server,) in self._read(statement, (DEAD_AFTER,))}
+        statement = f"SELECT server FROM job_tracker_webuis WHERE NOT {SILENT}"
+        found = {server for (server,) in self._read(statement, {"seconds": DEAD_AFTER})}
         return sorted({*found, self._server} - {""})
 
     def oldest_parked(self, hold: bool = False, without: Collection[str] = ()) -> Optional[Job]:
@@ -4808,7 +4833,8 @@ class PostgresJobStore(QueuedStore):
         other webuis: the caller is about to start it. Who starts it is decided only then, as with any change.
         """
         free = (
-            "parked AND (held_until IS NULL OR held_until < clock_timestamp() OR held_by = %(owner)s) "
+            "parked AND (held_until IS NULL OR held_by = %(owner)s OR held_until NOT BETWEEN clock_timestamp() "
+            "AND clock_timestamp() + make_interval(secs => %(seconds)s)) "
             "AND NOT folded = ANY(%(without)s::bigint[]) ORDER BY timestamp, number LIMIT 1"
         )
         passed_over = [*map(id_number, without), *self._changed_to(lambda job: not job.parked)]
@@ -4964,16 +4990,21 @@ class PostgresJobStore(QueuedStore):
             return self._recovering
 
     def _end_left(self, end: Callable[[Job], Job], ended: Callable[[Job], None], parked: bool) -> None:
-        # After a pause of ours, or of the database, all may seem silent who only had nobody to tell.
-        is_steady = time.monotonic() - self._steady_since >= DEAD_AFTER
-        silent = "seen < clock_timestamp() - make_interval(secs => %(seconds)s)" if is_steady else "false"
+        # After a pause of ours, or of the database, or a leap of its clock, all may seem silent who only had nobody to
+        # tell. A look may come before the sign of life that notices any of these.
+        now = time.monotonic()
+        is_steady = now - self._beaten[0] < self.GAP and now - self._steady_since >= DEAD_AFTER
+        has_leapt = "abs(extract(epoch FROM clock_timestamp())::double precision - %(now)s) > %(gap)s"
+        silent = f"({SILENT} AND NOT {has_leapt})" if is_steady else "false"
         lives = f"SELECT FROM job_tracker_webuis AS webuis WHERE webuis.owner = jobs.owner AND NOT {silent}"
-        values = {"seconds": DEAD_AFTER, "owner": self.owner, "parked": parked}
+        values = {"seconds": DEAD_AFTER, "owner": self.owner, "now": self.now(), "gap": self.GAP}
         where = (
-            "AS jobs WHERE status IN ('Pending', 'Processing') AND owner IS DISTINCT FROM %(owner)s "
-            f"AND (NOT parked OR %(parked)s) AND NOT EXISTS ({lives}) "
+            f"AND owner IS DISTINCT FROM %(owner)s AND NOT EXISTS ({lives}) "
+            f"ORDER BY timestamp, number LIMIT {self.RECOVERED_AT_ONCE}"
         )
-        left = list(self._jobs(f"{where} ORDER BY timestamp, number LIMIT {self.RECOVERED_AT_ONCE}", values))
+        # Each of the two has an index. By that of both, all that are parked would be looked at, or all that have ended.
+        kinds = ["status IN ('Pending', 'Processing') AND NOT parked"] + ["parked"] * parked
+        left = [job for kind in kinds for job in self._jobs(f"AS jobs WHERE {kind} {where}", values)]
         after: Dict[str, Job] = {}
         failure: Optional[StoreError] = None
         for job in left:
@@ -4998,8 +5029,7 @@ class PostgresJobStore(QueuedStore):
     def _forget_dead(self, values: Dict[str, Any]) -> None:
         """Removes the rows of webuis that are dead and have left nothing. What they counted stays."""
         forget = (
-            "WITH gone AS (DELETE FROM job_tracker_webuis AS webuis "
-            "WHERE seen < clock_timestamp() - make_interval(secs => %(seconds)s) AND owner <> %(owner)s "
+            f"WITH gone AS (DELETE FROM job_tracker_webuis AS webuis WHERE {SILENT} AND owner <> %(owner)s "
             "RETURNING owner), "
             "counted AS (DELETE FROM job_tracker_counts WHERE owner <> '' AND owner NOT IN (SELECT owner "
             "FROM job_tracker_webuis WHERE owner NOT IN (SELECT owner FROM gone)) RETURNING status, jobs, bytes), "
@@ -5121,7 +5151,7 @@ class PostgresJobStore(QueuedStore):
 
         self._transact(write, is_single=len(jobs) == 1, is_repeatable=True)
         told = (job for one, job in jobs.items() if job is not None and one not in refused)
-        self._untold.extend([*removed, *(job.id for job in told if job.ended or job.parked)])
+        self._note_untold([*removed, *(job.id for job in told if job.ended or job.parked)])
         return refused
 
     def _in_parts(self, jobs: Collection[Job]) -> Iterator[List[Job]]:
@@ -5179,7 +5209,7 @@ class PostgresJobStore(QueuedStore):
         except NotUndone:
             self._lasting.append(decision_to_undo(before.copy(), changed.copy()))
             raise
-        self._untold.extend(f"{job.id}!" if job.cancel_wanted and not job.ended else job.id for job in changed.values())
+        self._note_untold(f"{job.id}!" if job.cancel_wanted and not job.ended else job.id for job in changed.values())
 
     def _transact(self, work: Callable[[Any], None], is_single: bool = False, is_repeatable: bool = False) -> None:
         """Does work within one transaction, or as a statement of its own. Raises StoreError.
@@ -5297,20 +5327,30 @@ class PostgresJobStore(QueuedStore):
         statement = (
             "INSERT INTO job_tracker_webuis AS known VALUES (%s, %s, clock_timestamp()) "
             "ON CONFLICT (owner) DO UPDATE SET server = excluded.server, seen = excluded.seen "
-            "RETURNING extract(epoch FROM clock_timestamp())::double precision"
+            "RETURNING extract(epoch FROM clock_timestamp())::double precision, "
+            "(SELECT coalesce(max(version), 0) FROM job_tracker_schema)"
         )
         with self._beating:
             if self._closed:
                 return
             self._beat_is_due = False
             before = time.monotonic()
-            (seconds,) = connection.execute(statement, (self.owner, self._server)).fetchone()
+            seconds, version = connection.execute(statement, (self.owner, self._server)).fetchone()
             now = time.monotonic()
-            self._clock = seconds - (before + now) / 2
+            if version > len(MIGRATIONS):  # a webui that was updated has taken it further
+                for connections in (self._readers, self._writer, self._listeners):
+                    connections.doubt_schema()
+                Connections.check_version(version)
+            clock, self._clock = self._clock, seconds - (before + now) / 2
             last, last_by_clock = self._beaten
             self._beaten = now, time.time()
-            if now - last > self.GAP or self._beaten[1] - last_by_clock > self.GAP:
+            has_leapt = clock is None or abs(self._clock - clock) > self.GAP
+            if has_leapt or now - last > self.GAP or self._beaten[1] - last_by_clock > self.GAP:
                 self._steady_since = now
+
+    def _note_untold(self, words: Iterable[str]) -> None:
+        self._untold.extend(words)
+        del self._untold[: -self.UNTOLD_AT_MOST]  # as when messages do not get through, though all else does
 
     def _tell_untold(self) -> None:
         if self._untold and self._channel:
@@ -6977,7 +7017,8 @@ class Tracker:
 
         Otherwise the lock is to be given back, after `generated`. That it begins is on disk first for one that may have
         been promised, if the disk answers: it would be generated once more after a crash. One with a key may have been
-        promised by another webui, which does not say so.
+        promised by another webui, which does not say so. In a fleet, one that is known to be promised does not begin
+        without: others take it when they have not heard of this webui for a while.
         """
         live, until = self._live_job(job_id), time.monotonic() + self.patience()
         self._hold_lock(job_id)
@@ -6989,11 +7030,15 @@ class Tracker:
             try:
                 self._wait_for(given, until)
                 self._wait_for(live.written, until)
-            except (KeyTaken, Superseded):
-                self._leave(live.job)
+            except (KeyTaken, Superseded) as failure:
+                self._leave(live.job, is_over=isinstance(failure, KeyTaken))
                 return False
-            except (FutureTimeout, StoreError):
-                pass  # it goes on all the same
+            except (FutureTimeout, StoreError):  # otherwise it goes on all the same
+                if live.job.promised and self.store.is_shared:
+                    log.warning("Job %s waits on, since the database cannot be told that it begins", job_id)
+                    self._change(job_id, status=PENDING, started=None, server=None, parked=True)
+                    self._leave(live.job, is_over=False)
+                    return False
         return True
 
     def _hold_lock(self, job_id: str) -> None:
@@ -7159,12 +7204,13 @@ class Tracker:
         with contextlib.suppress(StoreError):  # the housekeeper finds it
             self.keepers.submit(self.images.remove_request, job)
 
-    def _leave(self, job: Job) -> Optional[LiveJob]:
-        """The job has ended, or came to be none."""
+    def _leave(self, job: Job, is_over: bool = True) -> Optional[LiveJob]:
+        """The job has ended, or came to be none; or it goes on elsewhere, and whoever waits for its end waits on."""
         with self._lock:
             live = self._live.pop(job.id, None)
             self._lock_queue.pop(job.id, None)
-        self._wake(job.id)
+        if is_over:
+            self._wake(job.id)
         return live
 
     def _wake(self, job_id: str) -> None:
@@ -7456,7 +7502,7 @@ class Tracker:
         is_taken = is_over or stored.parked or stored.owner != self.store.owner
         if is_taken and live.accepted.done() and self._live_job(stored.id) is live and live.end is None:
             log.warning("Job %s is left to others, which took this webui for dead", stored.id)
-            self._leave(live.job)
+            self._leave(live.job, is_over=False)
             live.cancel(True)
 
     # Looking at jobs
@@ -7470,7 +7516,8 @@ class Tracker:
 
     def pool_for(self, job: Optional[Job]) -> Threads:
         """Threads for work on a job: where it waits or runs here, that needs no disk, and is not to wait for one."""
-        return self.pool if job is None or job.ended or job.parked else self.senders
+        is_here = job is not None and not job.ended and self.running(job.id) is not None
+        return self.senders if is_here else self.pool
 
     def running(self, job_id: str) -> Optional[Job]:
         """A job of this process that has not ended, None for any other. Waits for nothing."""

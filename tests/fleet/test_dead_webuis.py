@@ -78,6 +78,21 @@ def test_one_that_was_suspended(start_fleet):
     assert end_of(other, submit(sleeper)) == ("Completed", None)
 
 
+def test_one_that_cannot_tell_begins_nothing_that_was_promised(start_fleet, database):
+    """The others may take it for dead, and the job for theirs. One whose client waits is another matter."""
+    (webui,) = start_fleet(1, constants={"RETRY": 0.3, "WRITE_SECONDS": 3.0})
+    hold_the_queue(webui)
+    promised, connected = promise_late(webui), webui.send(body("waits"))
+    connected.job_id()
+    database.server.suspend()
+    webui.gates[-1].open()
+    assert b'"images"' in connected.content()
+    assert saved(webui) == []
+    database.server.resume()
+    assert end_of(webui, promised) == ("Completed", None)
+    assert len(saved(webui)) == 1
+
+
 def test_all_of_them(start_fleet):
     """Whoever comes first goes on with what was promised."""
     fleet = start_fleet(3, constants=DYING_SOON)

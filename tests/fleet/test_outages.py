@@ -218,3 +218,21 @@ def test_a_full_database(start, postgresql):
         assert end_of(webui, held) == ("Completed", None)
         until(lambda: works(webui), what="it works as ever")
         webui.kill()
+
+
+def test_a_search_is_given_up_while_the_network_is_cut(start_fleet, database, connect_through):
+    """To cancel it there, the database is called once more. Nobody waits for that but the search's own thread."""
+    network = connect_through(database.server)
+    (webui,) = start_fleet(1, images=False, through=[network])
+    held = hold_the_queue(webui)
+    assert webui.jobs(q="nothing") == []
+    with network.cut():
+        search = webui.send_get("/sdapi/v1/jobs?q=nothing")
+        time.sleep(0.5)  # it is on its way, and nothing tells
+        search.leave()
+        until_then = time.monotonic() + 3
+        while time.monotonic() < until_then:
+            began = time.monotonic()
+            assert webui.job(held, images=False)["status"] == "Processing"
+            assert time.monotonic() - began < 2
+            time.sleep(0.05)

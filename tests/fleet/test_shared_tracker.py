@@ -50,6 +50,16 @@ def test_retry_says_that_a_request_is_kept_elsewhere(two, dice):
         looks.retry(job.id)
 
 
+def test_a_look_at_a_job_of_another_webui_is_no_work_for_the_threads_that_send_answers(two, dice):
+    """For it waits for the database, which may be away."""
+    runs, looks = two
+    job = a_job(runs.script, dice)
+    runs.accept(job, lambda is_taken=False: True, b"{}").result(20)
+    assert looks.pool_for(looks.get(job.id)) is looks.pool
+    assert runs.pool_for(runs.get(job.id)) is runs.senders
+    runs.fail(job.id, "no")
+
+
 def test_one_purges_at_a_time(two, dice):
     one, other = two
     until(

@@ -57,6 +57,8 @@ def test_one_that_waits_is_left_to_whoever_took_it(two, caplog):
         (job,) = await in_thread(until, first.jobs)
         tracker = first.tracker
         await in_thread(until, lambda: first.tracker.images.size(tracker.images.request_name(job)) is not None)
+        repeat = asyncio.ensure_future(first.post({"prompt": "a cat"}, {"Idempotency-Key": "K"}))
+        await in_thread(until, lambda: job.id in tracker._waiting)
         parked = second.tracker.store.change([job.id], lambda job: job._replace(promised=True, parked=True))
         assert await in_thread(parked.result, 20)
         await in_thread(until, lambda: tracker.running(job.id) is None)
@@ -64,6 +66,7 @@ def test_one_that_waits_is_left_to_whoever_took_it(two, caplog):
         assert (ended.status, ended.owner) == ("Completed", second.tracker.store.owner)
         first.queue_lock.release()
         await asyncio.gather(asking, return_exceptions=True)  # cut, or an error: its generation is none of this webui's
+        assert (await repeat).json()["images"] == ["QUJD"]
 
     asyncio.run(ask())
     assert second.generated == ["a cat"] and not first.generated
