@@ -92,7 +92,7 @@ from typing import (
     Tuple,
     Union,
 )
-from urllib.parse import parse_qs, quote, unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 from weakref import WeakSet
 
 import anyio.to_thread
@@ -727,6 +727,13 @@ def parse_store_url(text: str) -> str:
     """Where jobs are kept that many webuis share: a PostgreSQL database, as libpq names it. Raises ValueError."""
     if not text.startswith(("postgresql://", "postgres://")):
         raise ValueError("it must be a URL that begins with postgresql://")
+    # Else a part of the password could be taken for the host, or the name of the database, and be shown.
+    try:
+        is_plain = "#" not in text and text.count("@") <= urlsplit(text).netloc.count("@") <= 1
+    except ValueError:
+        is_plain = False
+    if not is_plain:
+        raise ValueError("in a user or password, @ is written %40, / %2F, ? %3F, # %23, [ %5B and ] %5D")
     return text
 
 
@@ -4354,9 +4361,11 @@ class NoAnswer(Exception):
     """The database has not answered in time."""
 
 
-def is_lost(error: BaseException) -> bool:
+def is_lost(error: Optional[BaseException]) -> bool:
     """Whether an error of psycopg's tells of a connection, and not of what was asked."""
-    import psycopg
+    if error is None:
+        return False
+    import psycopg  # without it, there is no such error
 
     state = getattr(error, "sqlstate", None)
     if state is not None:  # PostgreSQL, appendix A: the server, or the connection, goes down
@@ -4439,10 +4448,11 @@ class Connections:
         return failure
 
     def _without_password(self, text: str) -> str:
-        secret = urlsplit(self._url).netloc.rpartition("@")[0].partition(":")[2]
-        secrets_ = {secret, unquote(secret), *parse_qs(urlsplit(self._url).query).get("password", [])}
+        parts = urlsplit(self._url)
+        secrets_ = [parts.netloc.rpartition("@")[0].partition(":")[2]]
+        secrets_ += re.findall(r"(?:^|&)(?:ssl)?password=([^&]*)", parts.query)
         for secret in filter(None, secrets_):
-            text = text.replace(secret, "***")
+            text = text.replace(secret, "***").replace(unquote(secret), "***")
         return text
 
     # Connections
@@ -4454,7 +4464,9 @@ class Connections:
             connection = class_.connect(self._url, autocommit=True, **options)
         except Exception as error:
             if type(error).__name__ == "ProgrammingError":  # which may cite the password
-                raise StoreError("TRACKER_STORE is no valid URL of a database", temporary=True) from None
+                failure = StoreError("TRACKER_STORE is no valid URL of a database", temporary=True)
+                failure.details = f"{failure}: {self._without_password(str(error))}"
+                raise failure from None
             raise
         try:
             connection.deadline = time.monotonic() + self.CONNECT_SECONDS
@@ -5249,13 +5261,13 @@ class PostgresJobStore(QueuedStore):
                 connection.deadline = time.monotonic() + self.READ_SECONDS
                 if self._beat_is_due or time.monotonic() - self._beaten[0] > self.BEAT_EVERY:
                     self._beat(connection)
-                self._report("heard", None)
+                self._report("reached", None)
                 for notify in connection.notifies(timeout=self.FOLLOW_SECONDS):
                     self._hear(notify.payload)
                     if self._closed:
                         break
             except Exception as error:
-                self._report("heard", self._listeners.error(error))
+                self._report("reached", self._listeners.error(error))
                 if connection is not None:
                     connection.close()
                     connection = None
