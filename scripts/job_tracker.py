@@ -6337,6 +6337,11 @@ def run_command(words: List[str], environ: Mapping[str, str]) -> int:
     arguments = parse_command(words)
     folder = {"TRACKER_DATA_DIR": os.path.abspath(arguments.data_dir)} if arguments.data_dir else {}
     settings = Settings(EXTENSION_FOLDER, {**environ, **folder})
+    set_ = (name for name in ("TRACKER_STORE", "TRACKER_IMAGES") if environ.get(name, "").strip())
+    invalid = [name for name in set_ if name not in settings.locked.values()]
+    if invalid:  # and has been logged, with the reason
+        print(f"Nothing was copied, since {' and '.join(invalid)} cannot be used.", file=sys.stderr)
+        return 2
     if settings.store_url is None and settings.images_url is None:
         print("Set TRACKER_STORE, TRACKER_IMAGES or both: they name the stores of the fleet.", file=sys.stderr)
         return 2
@@ -7088,7 +7093,7 @@ class Tracker:
 
     def wait_for_publishing(self, job_id: str, reason: str) -> None:
         """A generated job waits for its images to be published, which cannot be done now. Says so in the job."""
-        note = f"Generated; the images are kept here until the bucket takes them: {reason}"
+        note = f"Generated; its webui keeps the images until the bucket takes them: {reason}"
         live = self._live_job(job_id)
         if live is not None and live.publishing_since < math.inf and live.job.error != note:
             live.answered = False  # nobody is to wait for its end
@@ -10544,7 +10549,7 @@ class JobSummary(BaseModel):
     eta: Optional[float] = nullable("while Processing: seconds that are left, if that can be told")
     retry_of: Optional[str] = nullable("the Failed job that this one repeats")
     label: Optional[str] = nullable("the header X-Job-Label of the request")
-    server: Optional[str] = nullable("the webui that generates it, or did; null while the job waits on disk")
+    server: Optional[str] = nullable("the webui that generates it, or did; null while it waits for a free one")
     webhook: Optional[WebhookState] = nullable("where the job's end is sent, if anywhere")
     parameters: Optional[Dict[str, Any]] = nullable(
         "as the webui answered. Except in a job with its images, with a note in the place of each text of more than "
@@ -10660,7 +10665,7 @@ CANCELLED_EXAMPLE = {**COMPLETED_EXAMPLE, **UNFINISHED, "status": FAILED, "finis
 # The answers of each route, besides those that fastapi finds by itself
 ANY_ROUTE_DOCS = {
     401: problem("Missing or wrong credentials"),
-    503: problem("The jobs cannot be read from disk or changed there"),
+    503: problem("The jobs cannot be read or changed now"),
 }
 ONE_JOB_DOCS = {404: problem("There is no such job", "Job not found")}
 CONFLICT_DOCS = {409: problem("The job's status does not allow this", "The job is Completed")}
