@@ -5261,13 +5261,13 @@ class PostgresJobStore(QueuedStore):
                 connection.deadline = time.monotonic() + self.READ_SECONDS
                 if self._beat_is_due or time.monotonic() - self._beaten[0] > self.BEAT_EVERY:
                     self._beat(connection)
-                self._report("reached", None)
+                self._report("used", None)
                 for notify in connection.notifies(timeout=self.FOLLOW_SECONDS):
                     self._hear(notify.payload)
                     if self._closed:
                         break
             except Exception as error:
-                self._report("reached", self._listeners.error(error))
+                self._report("used", self._listeners.error(error))
                 if connection is not None:
                     connection.close()
                     connection = None

@@ -80,4 +80,4 @@ def test_a_database_without_its_driver(script, monkeypatch, caplog):
             with pytest.raises(script.StoreError, match=re.escape(f'python -m pip install "{requirement}"')):
                 ask()
     line = f'To install it: "{sys.executable}" -m pip install "{requirement}"'
-    assert caplog.text.count("The database cannot be reached") == 1 and line in caplog.text
+    assert caplog.text.count("The database cannot be used") == 1 and line in caplog.text
