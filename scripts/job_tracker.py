@@ -92,7 +92,7 @@ from typing import (
     Tuple,
     Union,
 )
-from urllib.parse import parse_qs, quote, unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 from weakref import WeakSet
 
 import anyio.to_thread
@@ -727,6 +727,13 @@ def parse_store_url(text: str) -> str:
     """Where jobs are kept that many webuis share: a PostgreSQL database, as libpq names it. Raises ValueError."""
     if not text.startswith(("postgresql://", "postgres://")):
         raise ValueError("it must be a URL that begins with postgresql://")
+    # Else a part of the password could be taken for the host, or the name of the database, and be shown.
+    try:
+        is_plain = "#" not in text and text.count("@") <= urlsplit(text).netloc.count("@") <= 1
+    except ValueError:
+        is_plain = False
+    if not is_plain:
+        raise ValueError("in a user or password, @ is written %40, / %2F, ? %3F, # %23, [ %5B and ] %5D")
     return text
 
 
@@ -4364,9 +4371,11 @@ class NoAnswer(Exception):
     """The database has not answered in time."""
 
 
-def is_lost(error: BaseException) -> bool:
+def is_lost(error: Optional[BaseException]) -> bool:
     """Whether an error of psycopg's tells of a connection, and not of what was asked."""
-    import psycopg
+    if error is None:
+        return False
+    import psycopg  # without it, there is no such error
 
     state = getattr(error, "sqlstate", None)
     if state is not None:  # PostgreSQL, appendix A: the server, or the connection, goes down
@@ -4454,10 +4463,11 @@ class Connections:
         return failure
 
     def _without_password(self, text: str) -> str:
-        secret = urlsplit(self._url).netloc.rpartition("@")[0].partition(":")[2]
-        secrets_ = {secret, unquote(secret), *parse_qs(urlsplit(self._url).query).get("password", [])}
+        parts = urlsplit(self._url)
+        secrets_ = [parts.netloc.rpartition("@")[0].partition(":")[2]]
+        secrets_ += re.findall(r"(?:^|&)(?:ssl)?password=([^&]*)", parts.query)
         for secret in filter(None, secrets_):
-            text = text.replace(secret, "***")
+            text = text.replace(secret, "***").replace(unquote(secret), "***")
         return text
 
     # Connections
@@ -4469,7 +4479,9 @@ class Connections:
             connection = class_.connect(self._url, autocommit=True, **options)
         except Exception as error:
             if type(error).__name__ == "ProgrammingError":  # which may cite the password
-                raise StoreError("TRACKER_STORE is no valid URL of a database", temporary=True) from None
+                failure = StoreError("TRACKER_STORE is no valid URL of a database", temporary=True)
+                failure.details = f"{failure}: {self._without_password(str(error))}"
+                raise failure from None
             raise
         try:
             connection.deadline = time.monotonic() + self.SET_UP_SECONDS
@@ -5289,7 +5301,7 @@ class PostgresJobStore(QueuedStore):
                     self._beat(connection)
                     if not (self._retry or self._lasting):
                         self.trouble = ""
-                self._report("heard", None)
+                self._report("used", None)
                 for notify in connection.notifies(timeout=self.FOLLOW_SECONDS):
                     self._hear(notify.payload)
                     if self._closed:
@@ -5297,7 +5309,7 @@ class PostgresJobStore(QueuedStore):
             except Exception as error:
                 failure = self._listeners.error(error)
                 self.trouble = str(failure)
-                self._report("heard", failure)
+                self._report("used", failure)
                 if connection is not None:
                     connection.close()
                     connection = None
@@ -6371,6 +6383,11 @@ def run_command(words: List[str], environ: Mapping[str, str]) -> int:
     arguments = parse_command(words)
     folder = {"TRACKER_DATA_DIR": os.path.abspath(arguments.data_dir)} if arguments.data_dir else {}
     settings = Settings(EXTENSION_FOLDER, {**environ, **folder})
+    set_ = (name for name in ("TRACKER_STORE", "TRACKER_IMAGES") if environ.get(name, "").strip())
+    invalid = [name for name in set_ if name not in settings.locked.values()]
+    if invalid:  # and has been logged, with the reason
+        print(f"Nothing was copied, since {' and '.join(invalid)} cannot be used.", file=sys.stderr)
+        return 2
     if settings.store_url is None and settings.images_url is None:
         print("Set TRACKER_STORE, TRACKER_IMAGES or both: they name the stores of the fleet.", file=sys.stderr)
         return 2
@@ -7127,7 +7144,7 @@ class Tracker:
 
     def wait_for_publishing(self, job_id: str, reason: str) -> None:
         """A generated job waits for its images to be published, which cannot be done now. Says so in the job."""
-        note = f"Generated; the images are kept here until the bucket takes them: {reason}"
+        note = f"Generated; its webui keeps the images until the bucket takes them: {reason}"
         live = self._live_job(job_id)
         if live is not None and live.publishing_since < math.inf and live.job.error != note:
             live.answered = False  # nobody is to wait for its end
@@ -10589,7 +10606,7 @@ class JobSummary(BaseModel):
     eta: Optional[float] = nullable("while Processing: seconds that are left, if that can be told")
     retry_of: Optional[str] = nullable("the Failed job that this one repeats")
     label: Optional[str] = nullable("the header X-Job-Label of the request")
-    server: Optional[str] = nullable("the webui that generates it, or did; null while the job waits on disk")
+    server: Optional[str] = nullable("the webui that generates it, or did; null while it waits for a free one")
     webhook: Optional[WebhookState] = nullable("where the job's end is sent, if anywhere")
     parameters: Optional[Dict[str, Any]] = nullable(
         "as the webui answered. Except in a job with its images, with a note in the place of each text of more than "
@@ -10705,7 +10722,7 @@ CANCELLED_EXAMPLE = {**COMPLETED_EXAMPLE, **UNFINISHED, "status": FAILED, "finis
 # The answers of each route, besides those that fastapi finds by itself
 ANY_ROUTE_DOCS = {
     401: problem("Missing or wrong credentials"),
-    503: problem("The jobs cannot be read from disk or changed there"),
+    503: problem("The jobs cannot be read or changed now"),
 }
 ONE_JOB_DOCS = {404: problem("There is no such job", "Job not found")}
 CONFLICT_DOCS = {409: problem("The job's status does not allow this", "The job is Completed")}

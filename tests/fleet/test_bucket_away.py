@@ -13,7 +13,7 @@ from harness import ASYNC, QUICK, Start, Webui, body, connect, hold_the_queue, s
 PROMISED_IN_TIME = {"Prefer": "respond-async, wait=1"}
 # What is tried again, or taken for left behind, is so sooner. A webui is taken for dead sooner, too.
 BRIEF = {"RETRY": 0.3, "ASK_AGAIN": 0.2, "LOOK_EVERY": 0.5, "RECOVER_EVERY": 0.5}
-KEPT_HERE = "Generated; the images are kept here until the bucket takes them: the bucket"
+KEPT_HERE = "Generated; its webui keeps the images until the bucket takes them: the bucket"
 
 
 @pytest.fixture

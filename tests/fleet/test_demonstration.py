@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import socket
@@ -29,10 +30,11 @@ def is_open(port: int) -> bool:
 
 @pytest.mark.timeout(SECONDS + 60)
 def test_demonstration():
-    """First it is interrupted, for both have one folder."""
+    """First it is interrupted by Ctrl-C, which all processes of a terminal get. Both have one folder."""
     script = TESTS / "support" / "demonstration_fleet.py"
     command = [sys.executable, str(script), "--once", "--nowebui", "--port", str(free_port())]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command, **pipes, start_new_session=True) as process:
         seen: List[str] = []
         while not any("Processing" in line for line in seen):
             line = process.stdout.readline()
@@ -40,11 +42,11 @@ def test_demonstration():
             seen.append(line)
         ports = [int(port) for port in re.findall(r"serves at http://127\.0\.0\.1:(\d+)", "".join(seen))]
         assert len(ports) == 3 and all(map(is_open, ports))
-        process.send_signal(signal.SIGINT)
+        os.killpg(process.pid, signal.SIGINT)
         rest = process.communicate(timeout=60)[0]
         assert process.returncode == 130, rest
         assert "Traceback" not in rest and not any(map(is_open, ports))
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=SECONDS)
+    done = subprocess.run(command, **pipes, timeout=SECONDS)
     assert done.returncode == 0 and "All of it was so." in done.stdout, done.stdout
     ports = [int(port) for port in re.findall(r"serves at http://127\.0\.0\.1:(\d+)", done.stdout)]
     assert not any(map(is_open, ports))

@@ -94,6 +94,7 @@ class Service:
                 stdout=log,
                 stderr=log,
                 preexec_fn=end_with_us,
+                start_new_session=True,  # Ctrl-C is for us, who end it
                 **self.as_user(),
             )
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -67,3 +69,15 @@ def test_nothing_is_asked_for(tmp_path):
 def test_an_old_python(tmp_path):
     said, asked = run(tmp_path, INSTALLS, "TRACKER_IMAGES", before="sys.version_info = (3, 8, 20)")
     assert "obstore needs Python 3.9" in said and asked is None
+
+
+def test_a_database_without_its_driver(script, monkeypatch, caplog):
+    """Whoever asks is told what to do, and so is the log, once."""
+    monkeypatch.setitem(sys.modules, "psycopg", None)
+    url, _, requirement = ASKED["TRACKER_STORE"]
+    with contextlib.closing(script.PostgresJobStore(url)) as store:
+        for ask in (store.stats, lambda: store.get("AAAAAAAA"), lambda: store.remove(["AAAAAAAA"]).result(60)):
+            with pytest.raises(script.StoreError, match=re.escape(f'python -m pip install "{requirement}"')):
+                ask()
+    line = f'To install it: "{sys.executable}" -m pip install "{requirement}"'
+    assert caplog.text.count("The database cannot be used") == 1 and line in caplog.text

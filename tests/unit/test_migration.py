@@ -181,6 +181,15 @@ def test_a_command_without_stores(script, tmp_path, capsys, monkeypatch):
     assert "TRACKER_STORE" in capsys.readouterr().err
 
 
+def test_a_command_with_a_store_that_cannot_be_used(script, tmp_path, capsys, monkeypatch):
+    """It does not go on with the other one, and say that all was copied."""
+    monkeypatch.setattr(script, "EXTENSION_FOLDER", str(tmp_path))
+    (tmp_path / "jobs.json").write_text("{\n}\n")
+    environ = {"TRACKER_STORE": "mysql://host/database", "TRACKER_IMAGES": "s3://bucket"}
+    assert script.run_command(["copy", "--to-fleet"], environ) == 2
+    assert "Nothing was copied, since TRACKER_STORE cannot be used" in capsys.readouterr().err
+
+
 def test_a_command_without_jobs(script, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(script, "EXTENSION_FOLDER", str(tmp_path))
     environ = {"TRACKER_IMAGES": "s3://bucket", "TRACKER_DATA_DIR": str(tmp_path / "none")}

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from urllib.parse import quote
 
 import pytest
 from hypothesis import HealthCheck, given
@@ -275,6 +276,16 @@ def test_one_of_these_that_cannot_be_read_is_a_warning_and_ignored(settings, cap
     assert (getattr(made, name), made.locked) == (default, {})
     assert (made.enabled, made.retention_days) == (True, 5)
     assert f"{variable}={text[:80]!r} is invalid, so it is ignored" in caplog.text
+
+
+@pytest.mark.parametrize("sign", "@/?#[\uff1a")
+def test_a_password_that_is_not_written_as_in_a_url(script, settings, caplog, sign):
+    """A part of it could be taken for the name of the host, which is shown."""
+    made = settings(TRACKER_STORE=f"postgresql://tracker:xyzzy{sign}xyzzy@db.example/tracker")
+    assert made.store_url is None and "TRACKER_STORE is invalid" in caplog.text and "%40" in caplog.text
+    assert "xyzzy" not in caplog.text
+    made = settings(TRACKER_STORE=f"postgresql://tracker:{quote('xyzzy' + sign, safe='')}@db.example:5433/tracker?a=b")
+    assert "the database db.example:5433/tracker" in script.places_of(made) and "xyzzy" not in script.places_of(made)
 
 
 def test_save(settings, config):
