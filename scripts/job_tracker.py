@@ -4408,6 +4408,7 @@ class Connections:
     # The same for a transaction whose next statement does not come: others wait for what it has locked. Its webui may
     # be suspended, or its network cut, which the server would notice hours later.
     STALLED_SECONDS = 3
+    KEEPALIVES = {"idle": 15, "interval": 5, "count": 3}  # by which the server finds out that nobody is there any more
     PREPARE_SECONDS = 600.0  # for a new schema, which may be long in the making
 
     def __init__(self, url: str, owner: str, limit: int = 1, is_durable: bool = False):
@@ -4471,6 +4472,8 @@ class Connections:
                 "statement_timeout": f"{self.SERVER_SECONDS}s",
                 "idle_in_transaction_session_timeout": f"{self.STALLED_SECONDS}s",
                 "synchronous_commit": "on" if self._is_durable else "off",
+                # A machine without power leaves connections behind, and perhaps the lock of a purge: for half a minute.
+                **{f"tcp_keepalives_{name}": f"{number}" for name, number in self.KEEPALIVES.items()},
             }
             for name, value in settings.items():
                 connection.execute("SELECT set_config(%s, %s, false)", (name, value))
@@ -6800,12 +6803,14 @@ class Tracker:
         self.store = store
         self.images = images
         # Threads by what they may have to wait for, so that no look at jobs holds up an answer, whatever the disk does.
-        self.pool = Threads(4, "look")  # the disk, for whoever looks at jobs
+        # A bucket takes long for one, and many at once.
+        lookers, keepers = (16, 32) if images.is_shared else (4, 2)
+        self.pool = Threads(lookers, "look")  # the disk, for whoever looks at jobs
         self.searchers = Threads(2, "search", limit=100)  # all prompts to be searched, which can take long
         self.bulk = Threads(1, "bulk", limit=100)  # many jobs to be cancelled or deleted, which can take longer
         self.key_readers = Threads(1, "key")  # the disk, for requests with an idempotency key, one after another
         self.storers = Threads(2, "store")  # the disk, to store answers on it
-        self.keepers = Threads(2, "keep")  # the disk, to keep requests on it
+        self.keepers = Threads(keepers, "keep")  # the disk, to keep requests on it
         self.senders = Threads(2, "send")  # nothing: what is in memory goes to clients
         self.previewers = Threads(1, "preview")  # the host, to make a preview
         self.painters = Threads(1, "paint", limit=200)  # thumbnails to be made, each of which can take a second
