@@ -4459,6 +4459,7 @@ class Connections:
     def _connect(self) -> Any:
         class_ = connection_class()
         options = {"connect_timeout": self.CONNECT_SECONDS, "application_name": f"job-tracker {self._owner}"}
+        options["client_encoding"] = "UTF8"  # also where the server has none, as one that was made without a locale
         try:
             connection = class_.connect(self._url, autocommit=True, **options)
         except Exception as error:
@@ -4467,6 +4468,9 @@ class Connections:
             raise
         try:
             connection.deadline = time.monotonic() + self.CONNECT_SECONDS
+            encoding = connection.info.parameter_status("server_encoding") or ""
+            if encoding not in ("", "UTF8", "SQL_ASCII"):
+                raise StoreError(f"the database has the encoding {encoding}, and needs UTF8", temporary=True)
             settings = {
                 "job_tracker.owner": self._owner,
                 "statement_timeout": f"{self.SERVER_SECONDS}s",
