@@ -4424,6 +4424,7 @@ class Connections:
     # The same for a transaction whose next statement does not come: others wait for what it has locked. Its webui may
     # be suspended, or its network cut, which the server would notice hours later.
     STALLED_SECONDS = 3
+    KEEPALIVES = {"idle": 15, "interval": 5, "count": 3}  # by which the server finds out that nobody is there any more
     PREPARE_SECONDS = 600.0  # for a new schema, which may be long in the making
 
     def __init__(self, url: str, owner: str, limit: int = 1, is_durable: bool = False):
@@ -4475,6 +4476,7 @@ class Connections:
     def _connect(self) -> Any:
         class_ = connection_class()
         options = {"connect_timeout": self.CONNECT_SECONDS, "application_name": f"job-tracker {self._owner}"}
+        options["client_encoding"] = "UTF8"  # also where the server has none, as one that was made without a locale
         try:
             connection = class_.connect(self._url, autocommit=True, **options)
         except Exception as error:
@@ -4485,11 +4487,16 @@ class Connections:
             raise
         try:
             connection.deadline = time.monotonic() + self.SET_UP_SECONDS
+            encoding = connection.info.parameter_status("server_encoding") or ""
+            if encoding not in ("", "UTF8", "SQL_ASCII"):
+                raise StoreError(f"the database has the encoding {encoding}, and needs UTF8", temporary=True)
             settings = {
                 "job_tracker.owner": self._owner,
                 "statement_timeout": f"{self.SERVER_SECONDS}s",
                 "idle_in_transaction_session_timeout": f"{self.STALLED_SECONDS}s",
                 "synchronous_commit": "on" if self._is_durable else "off",
+                # A machine without power leaves connections behind, and perhaps the lock of a purge: for half a minute.
+                **{f"tcp_keepalives_{name}": f"{number}" for name, number in self.KEEPALIVES.items()},
             }
             calls = ", ".join(["set_config(%s, %s, false)"] * len(settings))
             connection.execute(f"SELECT {calls}", [*itertools.chain.from_iterable(settings.items())])
@@ -6823,12 +6830,14 @@ class Tracker:
         self.store = store
         self.images = images
         # Threads by what they may have to wait for, so that no look at jobs holds up an answer, whatever the disk does.
-        self.pool = Threads(4, "look")  # the disk, for whoever looks at jobs
+        # A bucket takes long for one, and many at once.
+        lookers, keepers = (16, 32) if images.is_shared else (4, 2)
+        self.pool = Threads(lookers, "look")  # the disk, for whoever looks at jobs
         self.searchers = Threads(2, "search", limit=100)  # all prompts to be searched, which can take long
         self.bulk = Threads(1, "bulk", limit=100)  # many jobs to be cancelled or deleted, which can take longer
         self.key_readers = Threads(1, "key")  # the disk, for requests with an idempotency key, one after another
         self.storers = Threads(2, "store")  # the disk, to store answers on it
-        self.keepers = Threads(2, "keep")  # the disk, to keep requests on it
+        self.keepers = Threads(keepers, "keep")  # the disk, to keep requests on it
         self.senders = Threads(2, "send")  # nothing: what is in memory goes to clients
         self.previewers = Threads(1, "preview")  # the host, to make a preview
         self.painters = Threads(1, "paint", limit=200)  # thumbnails to be made, each of which can take a second

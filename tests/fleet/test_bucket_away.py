@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Dict, List
 
@@ -157,3 +158,14 @@ def test_requests(alone, bucket):
         assert alone.job(job_id, wait=60)["status"] == "Completed"
     until(lambda: not [name for name in bucket.names() if "request" in name], what="no request is left")
     assert not local_files(alone)
+
+
+def test_a_bucket_far_away_takes_many_requests_at_once(start, environ, bucket, seaweedfs, connect_through):
+    """Each answer takes it a tenth of a second: none of these may be refused for it."""
+    network = connect_through(seaweedfs)
+    webui = start(*QUICK, environ={**environ, **bucket.environ_at(network.port)})
+    hold_the_queue(webui)
+    with network.slow(0.05), ThreadPoolExecutor(100) as pool:
+        answers = list(pool.map(lambda _: webui.post(body(), headers=ASYNC).status_code, range(100)))
+    assert answers == [202] * 100
+    webui.gates[-1].open()

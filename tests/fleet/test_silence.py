@@ -113,22 +113,3 @@ def test_a_webui_that_stops_in_a_transaction_holds_up_nobody(script, database, d
     assert starting.result(20)[0].owner == stops.owner and stopped.is_set()
     for store in (stops, other):
         store.close()
-
-
-def test_a_webui_that_is_older_than_the_schema_by_now_writes_no_more(script, store, database, dice):
-    """Another one was updated, and started."""
-    store.put(a_job(script, dice), new=True).result(20)
-    database.execute("update job_tracker_schema set version = version + 1")
-
-    def why_refused() -> str:
-        try:
-            store.put(a_job(script, dice), new=True).result(20)
-        except script.StoreError as error:
-            return str(error)
-        return ""
-
-    assert "update this one" in until(why_refused)
-    with pytest.raises(script.StoreError, match="update this one"):
-        store.totals()
-    database.execute("update job_tracker_schema set version = version - 1")
-    until(lambda: not why_refused(), what="it writes again")
