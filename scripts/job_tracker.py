@@ -6413,7 +6413,7 @@ def run_command(words: List[str], environ: Mapping[str, str]) -> int:
         with tqdm(total=total, unit=" jobs", disable=None) as bar:  # only on a terminal
             migration.run(bar.update)
     except StoreError as error:
-        print(f"Not all could be copied: {error}. Run this again to go on.", file=sys.stderr)
+        print(f"Not all could be copied: {details_of(error)}. Run this again to go on.", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("Interrupted. Run this again to go on.", file=sys.stderr)
@@ -8736,8 +8736,7 @@ class Housekeeper:
                     self.next_purge = purge_at = now + self.PURGE_EVERY
                 self.keep_below_limit()
             except Exception as error:
-                cause = error.__cause__ or error  # which names the path
-                text = f"{type(cause).__name__}: {cause}"
+                text = details_of(error) if isinstance(error, StoreError) else f"{type(error).__name__}: {error}"
                 if text != trouble:  # it may last for days
                     log.error("Housekeeping will be tried again: %s", text)
                 trouble = text

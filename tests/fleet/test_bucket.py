@@ -216,3 +216,10 @@ def test_files_of_jobs_that_are_to_be_copied_to_a_database(script, new_tracker, 
     tracker.housekeeper.purge()
     assert {name[:8] for name in local_files(tmp_path)} == {job.id for job in jobs}
     tracker.store.close()
+
+
+def test_a_file_with_keys_that_is_not_there(script, tmp_path, monkeypatch):
+    """Its path is for the log only."""
+    monkeypatch.setenv("GOOGLE_SERVICE_ACCOUNT", str(tmp_path / "xyzzy.json"))
+    failure = failure_of(script, script.ObjectImageStore(str(tmp_path / "images"), "gs://bucket/prefix").is_empty)
+    assert "xyzzy.json" in failure.details and "xyzzy" not in str(failure)
