@@ -4934,7 +4934,7 @@ class PostgresJobStore(QueuedStore):
         call this, again and again.
         """
         with self._news_came:
-            self._news_came.wait_for(lambda: self._news or self._is_unsure or self._closed, self.FOLLOW_SECONDS)
+            self._news_came.wait_for(lambda: self._news or self._is_unsure, self.FOLLOW_SECONDS)
             news, self._news = self._news, {}
             is_unsure, self._is_unsure = self._is_unsure, False
         return None if is_unsure else news
@@ -7569,6 +7569,12 @@ class Tracker:
         """The numbers of a job's images that are no longer on disk. Raises a temporary StoreError."""
         return self.images.missing(job)
 
+    def where_missing(self, job: Job) -> str:
+        """For people: where files of a job are that are not here."""
+        if self._is_elsewhere(job) and job.server not in (None, self.server):
+            return f"on the disk of {job.server}"
+        return "no longer on disk"
+
     async def thumbnail(self, job: Job, abandoned: threading.Event) -> Optional[bytes]:
         """A job's thumbnail, made unless it was made before. None if there can be none. Raises StoreError.
 
@@ -7822,7 +7828,7 @@ class Tracker:
             try:
                 parameters, info = self.images.read_values(job, whole)
             except StoreError as failure:
-                why = f"cannot be read: {failure}" if failure.temporary else "are no longer on disk"
+                why = f"cannot be read: {failure}" if failure.temporary else f"are {self.where_missing(job)}"
                 error = error or f"The parameters {why}"
         progress, eta = self.progress_of(job, standing)
         return {
@@ -7858,7 +7864,7 @@ class Tracker:
         missing = self.missing(job) if images else set()
         description = self.describe(job, whole=images, root=root, standing=standing)
         if missing:
-            description["error"] = f"{len(missing)} of {len(job.images)} images are no longer on disk"
+            description["error"] = f"{len(missing)} of {len(job.images)} images are {self.where_missing(job)}"
         yield from description_as_json(description)
         if images:
             yield b',"images":['
@@ -10291,6 +10297,8 @@ class Runner:
     async def _start_next(self, runs: Set["asyncio.Task[None]"]) -> float:
         """Has the oldest parked job generated. Returns when that begins, with seconds until the next look."""
         found = await self.tracker.in_pool(self.tracker.next_parked)
+        if self._trouble:
+            log.info("Jobs that wait can be generated again")
         self._trouble = ""
         if found is None:
             await asyncio.sleep(self.PAUSE)

@@ -227,6 +227,8 @@ def new_tracker(script: Any, tmp_path: Path, store_environ: Dict[str, str]) -> I
     yield make
     for one in made:
         one.close()
+        if one.store.is_shared:  # its database goes now, and it would ask for that for ever
+            one.store.close()
 
 
 @pytest.fixture

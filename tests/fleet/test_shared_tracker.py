@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 from typing import Any, Iterator, Tuple
 
 import pytest
-from inside import a_job, load_script, make_tracker, set_constants, until
+from inside import a_job, an_answer, load_script, make_tracker, set_constants, until, when_ended
 
 
 @pytest.fixture
@@ -23,6 +24,7 @@ def two(tmp_path, database) -> Iterator[Tuple[Any, Any]]:
     yield tuple(made)
     for tracker in made:
         tracker.close()
+        tracker.store.close()  # whatever is left in it: its database goes now
 
 
 def parked(tracker: Any, dice: Any, timestamp: int) -> Any:
@@ -40,6 +42,19 @@ def test_a_job_whose_request_is_elsewhere_is_passed_over(two, dice, caplog):
     assert keeps.next_parked()[0].id == kept[0].id
     assert all(keeps.get(job.id).parked for job in kept)
     assert caplog.text.count("are left to the webuis that have their requests") == 1
+
+
+def test_images_that_are_elsewhere(two, dice):
+    keeps, looks = two
+    keeps.announce("gpu-1")
+    job = a_job(keeps.script, dice)
+    keeps.accept(job, lambda is_taken=False: True, b"{}").result(20)
+    keeps.start(job.id)
+    keeps.finish(job.id, an_answer(keeps.script, job.id, 1))
+    job = when_ended(keeps, job.id)
+    assert json.loads(b"".join(keeps.as_json(job)))["error"] is None
+    shown = json.loads(b"".join(looks.as_json(looks.get(job.id))))
+    assert shown["images"] == [None] and shown["error"] == "1 of 1 images are on the disk of gpu-1"
 
 
 def test_retry_says_that_a_request_is_kept_elsewhere(two, dice):
