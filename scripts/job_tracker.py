@@ -4674,6 +4674,7 @@ class PostgresJobStore(QueuedStore):
     GLANCE_SECONDS = 6.0  # for which a webui goes on telling of a job at which another glances
     GLANCES_ASKED_EVERY = 2.0
     RECOVERED_AT_ONCE = 500
+    JUDGED_AT_ONCE = 8
     WRITTEN_AT_ONCE = 1000
     is_shared = True
     is_ready = True
@@ -4997,8 +4998,8 @@ class PostgresJobStore(QueuedStore):
 
         That is without those that it has parked, unless `parked` is set. The Future ends when that is done, or with
         StoreError. `end` may raise StoreError for a job that cannot be judged now: it stays as it is. It may wait for
-        the disk or a bucket, for it is called while nothing is held. `ended` is called with each job that was changed
-        so, once that is written, and is not to wait for anything.
+        the disk or a bucket, for it is called while nothing is held, and in several threads. `ended` is called with
+        each job that was changed so, once that is written, and is not to wait for anything.
         """
         with self._work:
             if self._recovering is None or self._recovering.done():
@@ -5024,13 +5025,7 @@ class PostgresJobStore(QueuedStore):
         # Each of the two has an index. By that of both, all that are parked would be looked at, or all that have ended.
         kinds = ["status IN ('Pending', 'Processing') AND NOT parked"] + ["parked"] * parked
         left = [job for kind in kinds for job in self._jobs(f"AS jobs WHERE {kind} {where}", values)]
-        after: Dict[str, Job] = {}
-        failure: Optional[StoreError] = None
-        for job in left:
-            try:
-                after[job.id] = end(job)
-            except StoreError as error:  # it is temporary: it is tried again at the next look
-                failure = error
+        after, failure = self._judged(left, end)
         self._report("completed by what lies in images/", failure and (failure.__cause__ or failure))
         if after:
             known = {job.id: job for job in left}
@@ -5044,6 +5039,22 @@ class PostgresJobStore(QueuedStore):
                 ended(job)
         if is_steady:
             self._forget_dead(values)
+
+    def _judged(self, left: List[Job], end: Callable[[Job], Job]) -> Tuple[Dict[str, Job], Optional[StoreError]]:
+        """What becomes of jobs, by ID, without those that cannot be judged now, and why these cannot."""
+        after: Dict[str, Job] = {}
+        failures: List[StoreError] = []
+
+        def judge(job: Job) -> None:
+            try:
+                after[job.id] = end(job)
+            except StoreError as error:  # it is temporary: it is tried again at the next look
+                failures.append(error)
+
+        if left:  # at once, for a bucket takes long for each
+            with ThreadPoolExecutor(self.JUDGED_AT_ONCE, "job-tracker-judge") as threads:
+                list(threads.map(judge, left))
+        return after, failures[-1] if failures else None
 
     def _forget_dead(self, values: Dict[str, Any]) -> None:
         """Removes the rows of webuis that are dead and have left nothing. What they counted stays."""
