@@ -479,7 +479,7 @@ def test_filters_stay(webui):
     question: Dict[str, Any] = {"q": "A cröwd & more = 100%", "limit": 5}
     for number in range(7):
         webui.post(body(f"a cröwd & more = 100% {number}"))
-    until(webui.is_idle)
+    until(lambda: len(webui.jobs(q=question["q"], status="Completed")) == 7)
     first = webui.client.get("/sdapi/v1/jobs", params={**question, "status": "completed"})
     link = first.headers["link"]
     assert link.startswith("</sdapi/v1/jobs?") and link.endswith('>; rel="next"')
