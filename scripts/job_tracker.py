@@ -2533,7 +2533,7 @@ class JobStore(QueuedStore):
 
         return self._look(find)
 
-    def announce(self, server: str) -> None:
+    def announce(self, server: str, images: str = "") -> None:
         """Tells other processes what the webui of this one is called. Waits for nothing."""
         self._server = server
         self._sync()
@@ -3630,6 +3630,7 @@ class ImageStore:
     # For those who use the store.
     ORPHAN_AGE = 3600.0  # seconds; a younger file that no record names may belong to a job that is being stored
     is_shared = False  # what is stored is had by other machines only once it is published
+    place = ""  # by which webuis that share the jobs know whether they share the files, too
 
     def __init__(self, folder: str):
         self.folder = folder
@@ -4209,7 +4210,8 @@ MIGRATIONS = (
 
     CREATE TABLE job_tracker_webuis (
         owner text COLLATE "C" PRIMARY KEY,
-        server text NOT NULL,
+        server text NOT NULL, -- empty until it is known
+        images text NOT NULL, -- where it keeps images
         seen timestamptz NOT NULL
     );
 
@@ -4698,6 +4700,7 @@ class PostgresJobStore(QueuedStore):
         self._asked: Dict[str, Tuple[float, bool]] = {}  # the same for jobs of others: when that was asked for
         self._recovering: Optional[Future] = None
         self._recovery = Threads(1, "recover")
+        self._images = ""  # see `announce`
         self._channel = ""  # of NOTIFY, once it is known
         self._untold: List[str] = []  # what the others are to hear, see `_hear`
         self._doubtful: Dict[str, float] = {}  # new jobs that may have been written after all: from when on to remove
@@ -4835,10 +4838,17 @@ class PostgresJobStore(QueuedStore):
         """When the first of all webhooks is due (Unix seconds). Raises StoreError."""
         return self._read("SELECT min(due) FROM job_tracker_jobs WHERE due IS NOT NULL")[0][0]
 
-    def announce(self, server: str) -> None:
-        """Tells the others what this webui is called. Waits for nothing."""
+    def announce(self, server: str, images: str = "") -> None:
+        """Tells the others what this webui is called, and where it keeps images. Waits for nothing."""
         self._server = server.encode(errors="replace").decode().replace("\0", "?")
+        self._images = images
         self._beat_is_due = True
+
+    def has_other_images(self) -> bool:
+        """Whether another webui that lives keeps its images elsewhere: what is not here may be there."""
+        where = f"server <> '' AND images <> %(images)s AND NOT {SILENT}"
+        statement = f"SELECT EXISTS (SELECT FROM job_tracker_webuis WHERE {where})"
+        return self._read(statement, {"images": self._images, "seconds": DEAD_AFTER})[0][0]
 
     def servers(self) -> List[str]:
         """What the webuis are called that live now. Raises StoreError."""
@@ -5355,8 +5365,9 @@ class PostgresJobStore(QueuedStore):
     def _beat(self, connection: Any) -> None:
         """Gives a sign of life, and learns the database's time."""
         statement = (
-            "INSERT INTO job_tracker_webuis AS known VALUES (%s, %s, clock_timestamp()) "
-            "ON CONFLICT (owner) DO UPDATE SET server = excluded.server, seen = excluded.seen "
+            "INSERT INTO job_tracker_webuis VALUES (%s, %s, %s, clock_timestamp()) "
+            "ON CONFLICT (owner) DO UPDATE "
+            "SET server = excluded.server, images = excluded.images, seen = excluded.seen "
             "RETURNING extract(epoch FROM clock_timestamp())::double precision, "
             "(SELECT coalesce(max(version), 0) FROM job_tracker_schema)"
         )
@@ -5365,7 +5376,7 @@ class PostgresJobStore(QueuedStore):
                 return
             self._beat_is_due = False
             before = time.monotonic()
-            seconds, version = connection.execute(statement, (self.owner, self._server)).fetchone()
+            seconds, version = connection.execute(statement, (self.owner, self._server, self._images)).fetchone()
             now = time.monotonic()
             if version > len(MIGRATIONS):  # a webui that was updated has taken it further
                 for connections in (self._readers, self._writer, self._listeners):
@@ -5573,6 +5584,7 @@ class ObjectImageStore(ImageStore):
 
     def __init__(self, folder: str, url: str):
         super().__init__(folder)
+        self.place = url
         self.bucket = Bucket(url)
         self._lock = threading.Lock()  # guards these three
         self._published: Set[str] = set()  # files that are in the bucket, and in the folder, too
@@ -6900,7 +6912,7 @@ class Tracker:
     def announce(self, server: str) -> None:
         """Says what this webui is called among those that share the jobs. Waits for nothing."""
         self.server = server
-        self.store.announce(server)
+        self.store.announce(server, self.images.place)
 
     # A job's way, from a request whose client waits
 
@@ -7005,14 +7017,19 @@ class Tracker:
                 return
             if not job.has_request or time.monotonic() > until:
                 raise StoreError("its request could not be kept")
-            if self._is_elsewhere(job) or self.images.share_request(job, in_haste=True):
+            if self.images.share_request(job, in_haste=True) or self._is_elsewhere(job):
                 self._wait_for(self.store.change([job_id], promised_job), until)
             else:
                 time.sleep(0.05)
 
     def _is_elsewhere(self, job: Job) -> bool:
-        """Whether another webui may have the files of a job that are not here: the jobs are shared, the files not."""
-        return self.store.is_shared and not self.images.is_shared and self.running(job.id) is None
+        """Whether another webui may have files of a job that are not here: all share the jobs, but not the files.
+
+        Raises StoreError.
+        """
+        if not self.store.is_shared or self.running(job.id) is not None:
+            return False
+        return not self.images.is_shared or self.store.has_other_images()
 
     def patience(self) -> float:
         """Seconds that a request waits for the disk now: a moment only after another has waited too long."""
@@ -7335,7 +7352,7 @@ class Tracker:
             body = self.images.read_request(job)
             if body is not None:
                 return job, body
-            if not has_all:
+            if self._is_elsewhere(job):
                 self._pass_over(job)
                 continue
             if self.images.is_empty():
@@ -7347,7 +7364,7 @@ class Tracker:
         if not self._unreachable:
             log.warning(
                 "Jobs that wait are left to the webuis that have their requests, first job %s: "
-                "without TRACKER_IMAGES these are not shared",
+                "all must have one TRACKER_IMAGES, or share the folder",
                 job.id,
             )
         self._unreachable.add(job.id)
@@ -7582,8 +7599,9 @@ class Tracker:
 
     def where_missing(self, job: Job) -> str:
         """For people: where files of a job are that are not here."""
-        if self._is_elsewhere(job) and job.server not in (None, self.server):
-            return f"on the disk of {job.server}"
+        with contextlib.suppress(StoreError):
+            if job.server not in (None, self.server) and self._is_elsewhere(job):
+                return f"where {job.server} keeps its own"
         return "no longer on disk"
 
     async def thumbnail(self, job: Job, abandoned: threading.Event) -> Optional[bytes]:

@@ -44,6 +44,31 @@ def test_a_job_whose_request_is_elsewhere_is_passed_over(two, dice, caplog):
     assert caplog.text.count("are left to the webuis that have their requests") == 1
 
 
+def test_a_webui_with_another_bucket_fails_nobody_s_jobs(tmp_path, database, bucket, dice, monkeypatch):
+    """A slip in one webui's TRACKER_IMAGES, say."""
+    for name, value in bucket.environ.items():
+        monkeypatch.setenv(name, value)
+    script, made = load_script(), []
+    try:
+        for name, url in (("right", bucket.url), ("wrong", f"{bucket.url}-wrong")):
+            (tmp_path / name).mkdir()
+            environ = {"TRACKER_STORE": database.url, "TRACKER_IMAGES": url}
+            made.append(make_tracker(script, tmp_path / name, **environ))
+            made[-1].script = script
+            made[-1].announce(name)
+        right, wrong = made
+        job = parked(right, dice, 1_700_000_000)
+        wrong.images.save_request(a_job(script, dice, parked=True), b"{}")  # so that there is something
+        until(lambda: len(right.store.servers()) == 2)
+        assert wrong.next_parked() is None and right.get(job.id).parked
+        found, _ = until(right.next_parked, what="the wrong one holds it for a moment")
+        assert found.id == job.id
+    finally:
+        for tracker in made:
+            tracker.close()
+            tracker.store.close()
+
+
 def test_images_that_are_elsewhere(two, dice):
     keeps, looks = two
     keeps.announce("gpu-1")
@@ -54,7 +79,7 @@ def test_images_that_are_elsewhere(two, dice):
     job = when_ended(keeps, job.id)
     assert json.loads(b"".join(keeps.as_json(job)))["error"] is None
     shown = json.loads(b"".join(looks.as_json(looks.get(job.id))))
-    assert shown["images"] == [None] and shown["error"] == "1 of 1 images are on the disk of gpu-1"
+    assert shown["images"] == [None] and shown["error"] == "1 of 1 images are where gpu-1 keeps its own"
 
 
 def test_retry_says_that_a_request_is_kept_elsewhere(two, dice):
