@@ -365,6 +365,7 @@ def below(start_shared: Any) -> Iterator[Tuple[Webui, Path]]:
         webui = start_shared("--api", environ={"TRACKER_DATA_DIR": str(folder / "link")})
         webui.job(webui.post(body()).headers["x-job-id"], wait=30)
         yield webui, folder
+        webui.kill()  # otherwise it may make its files anew when they are gone
 
 
 def test_gradio_does_not_give_our_files_away(below):
