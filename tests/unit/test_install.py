@@ -27,6 +27,7 @@ ASKED: Dict[str, Tuple[str, str, str]] = {
     "TRACKER_STORE": ("postgresql://a:secret@b/c", "psycopg", "psycopg[binary]>=3.2"),
     "TRACKER_IMAGES": ("s3://a/b", "obstore", "obstore"),
 }
+HAS_OBSTORE = pytest.mark.skipif(sys.version_info < (3, 9), reason="obstore needs Python 3.9")
 
 
 def run(folder: Path, pip: str, *variables: str, before: str = "") -> Tuple[str, Any]:
@@ -43,7 +44,7 @@ def run(folder: Path, pip: str, *variables: str, before: str = "") -> Tuple[str,
     return done.stdout.decode(), json.loads(asked.read_text()) if asked.exists() else None
 
 
-@pytest.mark.parametrize("variable", ASKED)
+@pytest.mark.parametrize("variable", ["TRACKER_STORE", pytest.param("TRACKER_IMAGES", marks=HAS_OBSTORE)])
 def test_what_is_asked_for_is_installed(tmp_path, variable):
     said, (command, what_for) = run(tmp_path, INSTALLS, variable)
     _, module, requirement = ASKED[variable]
@@ -51,6 +52,7 @@ def test_what_is_asked_for_is_installed(tmp_path, variable):
     assert module in what_for and variable in what_for
 
 
+@HAS_OBSTORE
 @pytest.mark.parametrize("pip", ["pass", "raise RuntimeError('no network')", "raise SystemExit('no')", "syntax error"])
 def test_what_cannot_be_installed(tmp_path, pip):
     """--skip-install, no network, a fork with another launch: one line says what to do."""

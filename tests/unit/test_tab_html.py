@@ -141,7 +141,11 @@ def test_markup_style_and_script_agree(shown, monkeypatch):
         shown.look("FAILED01", confirm="delete FAILED01"),
     ]
     in_markup = set().union(*(Markup(html).names for html in pages))
+    loop = asyncio.new_event_loop()
+    asyncio.set_event_loop(loop)  # gradio 3 asks for it on Python 3.8, and `asyncio.run` leaves none
     ids = {block.elem_id for block in shown.tab.build().blocks.values()}
+    asyncio.set_event_loop(None)
+    loop.close()
     names = set(shown.script.NAMES.values())
     assert in_markup <= names <= in_markup | ids
     style, code = shown.script.TAB_STYLE, shown.script.TAB_SCRIPT
