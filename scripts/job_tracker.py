@@ -1084,6 +1084,11 @@ def id_number(job_id: str) -> int:
     return int(job_id, 36)
 
 
+def id_numbers(ids: Iterable[str]) -> List[int]:
+    """Those of all that are IDs."""
+    return list(map(id_number, filter(ID_FORM.match, ids)))
+
+
 def as_json(data: Any) -> bytes:
     """JSON as the host writes it, but in ASCII, so that a lone surrogate is no error."""
     return json.dumps(data, separators=(",", ":")).encode()
@@ -2122,6 +2127,13 @@ def find_with_changes(
     return merged[start : start + limit]
 
 
+def log_left_behind(jobs: Collection[Job]) -> None:
+    """Says what has become of jobs of dead webuis."""
+    statuses = Counter(job.status for job in jobs)
+    counts = ", ".join(f"{statuses[status]} {status}" for status in STATUSES if status in statuses)
+    log.warning("%d jobs that a webui left behind are now: %s", len(jobs), counts)
+
+
 class QueuedStore:
     """What every store of jobs has: changes wait in a queue, and one thread, the store's own, writes all that wait.
 
@@ -2322,7 +2334,7 @@ class QueuedStore:
                     self._pending.update(dict.fromkeys(change.jobs, Pending(None, None)))
                 self._undo_new(change)
             else:
-                self._give_up(change.jobs)
+                self._forget_pending(change.jobs)
             if not (change.is_patient or change.written.done()):
                 change.written.set_exception(StoreError.of(cause))
 
@@ -2330,8 +2342,8 @@ class QueuedStore:
         """New jobs could not be written, and may be there all the same."""
         self._retry.append(change._replace(jobs=dict.fromkeys(change.jobs), is_new=False))
 
-    def _give_up(self, jobs: Dict[str, Optional[Job]]) -> None:
-        """New jobs could not be stored."""
+    def _forget_pending(self, jobs: Dict[str, Optional[Job]]) -> None:
+        """Changes wait no longer to be written, unless others have come since: what is stored counts."""
         with self._lock:
             for job_id, job in jobs.items():
                 if job_id in self._pending and self._pending[job_id].job is job:
@@ -3074,7 +3086,7 @@ class JobStore(QueuedStore):
             except Exception as error:
                 if isinstance(error, NotUndone):  # it may stand in the file all the same, and must go from there
                     self._lasting.append(decision_to_undo(before, changed.copy()))
-                self._give_up(changed)
+                self._forget_pending(changed)
                 raise
 
     def _current(self, job_id: str) -> Optional[Job]:
@@ -3303,9 +3315,7 @@ class JobStore(QueuedStore):
         decision.decided.add_done_callback(tell)
         try:
             self._append(changed)
-            statuses = Counter(job.status for job in changed.values())
-            counts = ", ".join(f"{statuses[status]} {status}" for status in STATUSES if status in statuses)
-            log.warning("%d jobs that a webui left behind are now: %s", len(left), counts)
+            log_left_behind(changed.values())
             decision.decided.set_result(list(changed.values()))
         except OSError as error:
             if isinstance(error, NotUndone):  # it may stand in the file all the same
@@ -4727,9 +4737,8 @@ class PostgresJobStore(QueuedStore):
             elif pending[job_id].shown is not None:
                 found[job_id] = pending[job_id].shown
         if asked:
-            numbers = list(map(id_number, asked))
             wanted = set(asked)
-            for job in self._jobs("WHERE folded = ANY(%s::bigint[])", (numbers,)):
+            for job in self._jobs("WHERE folded = ANY(%s::bigint[])", (id_numbers(asked),)):
                 if job.id in wanted:
                     found[job.id] = job
         return found
@@ -4806,7 +4815,7 @@ class PostgresJobStore(QueuedStore):
             "SELECT status, sum(jobs)::bigint, sum(bytes)::bigint, '' FROM job_tracker_counts GROUP BY status "
             "UNION ALL SELECT status, -1, -bytes, id FROM job_tracker_jobs WHERE folded = ANY(%s::bigint[])"
         )
-        for status, count, size, job_id in self._read(statement, (list(map(id_number, pending)),)):
+        for status, count, size, job_id in self._read(statement, (id_numbers(pending),)):
             if not job_id or job_id in pending:
                 add(status, count, size)
             shown = pending[job_id].shown if job_id in pending else None
@@ -4867,7 +4876,7 @@ class PostgresJobStore(QueuedStore):
             "AND clock_timestamp() + make_interval(secs => %(seconds)s)) "
             "AND NOT folded = ANY(%(without)s::bigint[]) ORDER BY timestamp, number LIMIT 1"
         )
-        passed_over = [*map(id_number, without), *self._changed_to(lambda job: not job.parked)]
+        passed_over = [*id_numbers(without), *self._changed_to(lambda job: not job.parked)]
         values = {"owner": self.owner, "without": passed_over, "seconds": self.HOLD_SECONDS}
         if not hold:
             return next(self._jobs(f"WHERE {free}", values), None)
@@ -4891,7 +4900,7 @@ class PostgresJobStore(QueuedStore):
             "AND (others.timestamp, others.number) < (wanted.timestamp, wanted.number)) AS between_them FROM wanted) "
             "SELECT id, sum(between_them) OVER (ORDER BY timestamp, number)::bigint FROM counted"
         )
-        return dict(self._read(statement, (list(map(id_number, filter(ID_FORM.match, ids))),)))
+        return dict(self._read(statement, (id_numbers(ids),)))
 
     def oldest_ended(self, size: int, limit: int) -> List[Job]:
         """The oldest ended jobs, in order of acceptance: as many as it takes to have files of `size` bytes.
@@ -5041,10 +5050,8 @@ class PostgresJobStore(QueuedStore):
             known = {job.id: job for job in left}
             changing = self.change(list(after), lambda job: after[job.id] if job == known[job.id] else None)
             changed = changing.result()
-            statuses = Counter(job.status for job in changed)
             if changed:
-                counts = ", ".join(f"{statuses[status]} {status}" for status in STATUSES if status in statuses)
-                log.warning("%d jobs that a webui left behind are now: %s", len(changed), counts)
+                log_left_behind(changed)
             for job in changed:
                 ended(job)
         if is_steady:
@@ -5088,16 +5095,17 @@ class PostgresJobStore(QueuedStore):
         self, statement: str, values: Any = (), seconds: Optional[float] = None, abandoned: Abandoned = None
     ) -> List[Tuple[Any, ...]]:
         """The rows that a statement gives. Raises StoreError."""
-        for tries_left in (1, 0):
-            try:
-                with self._readers.use(seconds or self.READ_SECONDS, abandoned) as connection:
-                    return connection.execute(statement, values).fetchall()
-            except StoreError as error:
-                if not (
-                    is_lost(error.__cause__) and tries_left
-                ):  # the server may have been restarted since its last use
-                    raise
-        raise AssertionError
+
+        def read() -> List[Tuple[Any, ...]]:
+            with self._readers.use(seconds or self.READ_SECONDS, abandoned) as connection:
+                return connection.execute(statement, values).fetchall()
+
+        try:
+            return read()
+        except StoreError as error:
+            if not is_lost(error.__cause__):
+                raise
+        return read()  # the server may have been restarted since the connection's last use
 
     def _jobs(self, where: str, values: Any = ()) -> Iterator[Job]:
         """Raises StoreError."""
@@ -5149,10 +5157,7 @@ class PostgresJobStore(QueuedStore):
             if error.temporary:
                 raise
             refused = {next(iter(jobs)): error} if len(jobs) == 1 else self._store_one_by_one(jobs, new)
-        with self._lock:
-            for job_id, job in jobs.items():
-                if job_id in self._pending and self._pending[job_id].job is job:
-                    del self._pending[job_id]
+        self._forget_pending(jobs)
         return refused
 
     def _store_one_by_one(self, jobs: Dict[str, Optional[Job]], new: Set[str]) -> Dict[str, StoreError]:
@@ -5176,9 +5181,7 @@ class PostgresJobStore(QueuedStore):
             refused.clear()
             written = set(removed)
             if removed:
-                connection.execute(
-                    "DELETE FROM job_tracker_jobs WHERE folded = ANY(%s)", (list(map(id_number, removed)),)
-                )
+                connection.execute("DELETE FROM job_tracker_jobs WHERE folded = ANY(%s)", (id_numbers(removed),))
             for jobs_at_once in self._in_parts(added.values()):
                 written.update(self._write_part(connection, add_jobs, jobs_at_once))
             for jobs_at_once in self._in_parts(changed.values()):
@@ -5213,7 +5216,7 @@ class PostgresJobStore(QueuedStore):
         if not jobs:
             return {}
         statement = "SELECT record FROM job_tracker_jobs WHERE folded = ANY(%s)"
-        there = {record for (record,) in connection.execute(statement, (list(map(id_number, jobs)),))}
+        there = {record for (record,) in connection.execute(statement, (id_numbers(jobs),))}
         jobs = {job_id: job for job_id, job in jobs.items() if record_of(job).decode() not in there}
         keys = [column_text(job.key) for job in jobs.values() if job.key is not None]
         statement = "SELECT key, id, record FROM job_tracker_jobs WHERE key = ANY(%s) AND status <> 'Failed'"
@@ -5234,9 +5237,7 @@ class PostgresJobStore(QueuedStore):
             statement = (
                 "SELECT record FROM job_tracker_jobs WHERE folded = ANY(%s::bigint[]) ORDER BY number FOR UPDATE"
             )
-            rows = connection.execute(
-                statement, (list(map(id_number, filter(ID_FORM.match, decision.ids))),)
-            ).fetchall()
+            rows = connection.execute(statement, (id_numbers(decision.ids),)).fetchall()
             for job in self._understood(record for (record,) in rows):
                 after = decision.decide(job) if job.id in decision.ids else None
                 if after is not None:
@@ -5297,7 +5298,7 @@ class PostgresJobStore(QueuedStore):
         # By its owner and status: another webui may have begun to generate one that was parked.
         remove = "DELETE FROM job_tracker_jobs WHERE folded = ANY(%s) AND owner = %s AND status = 'Pending'"
         with contextlib.suppress(StoreError), self._writer.use(self.WRITE_SECONDS) as connection:
-            connection.execute(remove, (list(map(id_number, self._doubtful)), self.owner))
+            connection.execute(remove, (id_numbers(self._doubtful), self.owner))
             settled = [job_id for job_id, until in self._doubtful.items() if time.monotonic() > until]
             with self._lock:
                 for job_id in settled:
@@ -5654,14 +5655,15 @@ class ObjectImageStore(ImageStore):
     def _upload(self, name: str) -> None:
         if not self._is_local(name) and self._size_in_bucket(name) is not None:
             return  # a crash took the local file away, which goes after it was published
-        with self._opened(name) as file:
-            size, part = os.fstat(file).st_size, self.bucket.PART
-            seconds = self.bucket.patience(size)
-            if size <= part:
-                self._put(name, b"".join(super().read(name)), seconds)
-                return
-            with os.fdopen(os.dup(file), "rb") as stream:
-                self._put(name, stream, seconds, chunk_size=part, max_concurrency=2)
+        with self._opened(name) as file, os.fdopen(os.dup(file), "rb") as stream:
+            self._put_file(name, stream, os.fstat(file).st_size)
+
+    def _put_file(self, name: str, file: BinaryIO, size: int) -> None:
+        seconds, part = self.bucket.patience(size), self.bucket.PART
+        if size <= part:
+            self._put(name, file.read(), seconds)
+        else:
+            self._put(name, file, seconds, chunk_size=part, max_concurrency=2)
 
     def _put(self, name: str, content: Any, seconds: float, **options: Any) -> None:
         attributes = {"Content-Type": BUCKET_TYPES.get(name.rpartition(".")[2], OTHER_MEDIA_TYPE)}
@@ -5691,11 +5693,7 @@ class ObjectImageStore(ImageStore):
 
     def _take(self, job: Job, name: str, chunks: Iterable[bytes]) -> None:
         data = b"".join(chunks)
-        seconds, part = self.bucket.patience(len(data)), self.bucket.PART
-        if len(data) <= part:
-            self._put(name, data, seconds)
-        else:
-            self._put(name, io.BytesIO(data), seconds, chunk_size=part, max_concurrency=2)
+        self._put_file(name, io.BytesIO(data), len(data))
 
     # Reading
 
@@ -6502,6 +6500,11 @@ def promised_job(job: Job) -> Optional[Job]:
 def is_left_behind(job: Job) -> bool:
     """Whether a job has failed only because its webui was taken for dead."""
     return job.status == FAILED and job.error == LEFT_BEHIND and not job.cancel_wanted
+
+
+def is_elsewhere(job: Job, server: str) -> bool:
+    """Whether a job was at another webui than that which is called so."""
+    return job.server not in (None, server)
 
 
 def details_of(error: BaseException) -> str:
@@ -7600,7 +7603,7 @@ class Tracker:
     def where_missing(self, job: Job) -> str:
         """For people: where files of a job are that are not here."""
         with contextlib.suppress(StoreError):
-            if job.server not in (None, self.server) and self._is_elsewhere(job):
+            if is_elsewhere(job, self.server) and self._is_elsewhere(job):
                 return f"where {job.server} keeps its own"
         return "no longer on disk"
 
@@ -11397,11 +11400,6 @@ class Texts:
     SOON, IN_MINUTES, IN_HOURS = "soon", "in {minutes} min", "in {hours} h {minutes:02} min"
     DURATIONS = ("{seconds} s", "{minutes} min {seconds:02} s", "{hours} h {minutes:02} min")
     SIZES = ("{:,.0f} bytes", "{:,.1f} kB", "{:,.1f} MB", "{:,.1f} GB")
-
-
-def is_elsewhere(job: Job, server: str) -> bool:
-    """Whether a job was at another webui than that which is called so."""
-    return job.server not in (None, server)
 
 
 class Column(NamedTuple):
