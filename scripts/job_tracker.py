@@ -3837,8 +3837,16 @@ class ImageStore:
         """The folder of a job's files."""
         folder = os.path.join(self.folder, self.day_of(job))
         self._make_folder(self.folder)
-        self._make_folder(folder, links=False)
+        self._again(lambda: self._make_folder(folder, links=False))
         return folder
+
+    @staticmethod
+    def _again(make: Callable[[], Any]) -> Any:
+        """What a function returns that needs a folder, which may go at any moment, together with its last file."""
+        for _ in range(99):
+            with contextlib.suppress(FileNotFoundError):
+                return make()
+        return make()
 
     def _make_folder(self, path: str, links: bool = True) -> None:
         """Sets aside what stands where a folder should be."""
@@ -3877,12 +3885,12 @@ class ImageStore:
         """Makes a file, safe from a power cut once its folder is synced, and returns its size in bytes."""
         path = self._path(name)
         part = f"{os.path.splitext(path)[0]}.{secrets.token_hex(4)}.part"
-        try:
-            file = create_like(part, *self._sources, mask=UMASK)
-        except FileNotFoundError:  # a purge took the folder together with its last file
+
+        def create() -> int:
             make_folder(os.path.dirname(part), self._sources[0])
-            file = create_like(part, *self._sources, mask=UMASK)
-        return fill_file(file, part, chunks, path)
+            return create_like(part, *self._sources, mask=UMASK)
+
+        return fill_file(self._again(create), part, chunks, path)
 
     @raising_store_error()
     def find(self, job: Job) -> Optional[Job]:
@@ -9809,6 +9817,7 @@ class Generation:
         self.parks = parks
         self.was_parked = parked is not None
         self.is_live = False  # the job ends as this run does
+        self.storing: Optional[Future] = None  # the last try to store that end
         if self.was_parked:
             self.on_disk.set_result(True)
             self.passed_on.set_result(False)
@@ -10074,6 +10083,21 @@ class Generation:
 
     async def _end_job(self) -> None:
         """Stores the job's end, once the job itself is on disk."""
+        try:
+            await self._store_in_turn()
+        except asyncio.CancelledError:  # the server is stopped by force, which ends no thread
+
+            def store_at_last(tried: Optional[Future]) -> None:
+                if tried is None or not tried.result():
+                    self._begin_to_store(is_last=True)
+
+            if self.storing is None:
+                store_at_last(None)
+            else:
+                self.storing.add_done_callback(store_at_last)
+            raise
+
+    async def _store_in_turn(self) -> None:
         size, began = len(self.response.body), time.monotonic()
         while not self.tracker.reserve_memory(size):
             if time.monotonic() - max(began, self.tracker.stored_at) > GIVE_UP_AFTER:  # nothing is stored any more
@@ -10111,23 +10135,22 @@ class Generation:
 
     async def _store_when_told(self) -> None:
         """Stores the outcome. It gives a fast client a moment to receive the answer: storing competes with sending."""
-        failed = self.response.failed
-        try:
-            if failed:
-                await asyncio.wait({self.passed_on})
-                with log_errors("logging a failure"):
-                    self._report_failure()
-            else:
-                await asyncio.wait({self.client_done}, timeout=STORE_DELAY)
-        finally:  # also if the server is stopped
-            pool = self.tracker.senders if failed else self.tracker.storers  # a failure needs no disk of ours
-            storing = pool.submit(self._store, False)
-        for tries, pause in enumerate(STORE_AGAIN, 1):
-            if await asyncio.shield(asyncio.wrap_future(storing)):
+        if self.response.failed:
+            await asyncio.wait({self.passed_on})
+            with log_errors("logging a failure"):
+                self._report_failure()
+        else:
+            await asyncio.wait({self.client_done}, timeout=STORE_DELAY)
+        for pause in STORE_AGAIN:
+            if await asyncio.shield(asyncio.wrap_future(self._begin_to_store())):
                 return
             await asyncio.sleep(pause)  # in no thread, for other answers may be stored meanwhile
-            storing = pool.submit(self._store, tries == len(STORE_AGAIN))
-        await asyncio.shield(asyncio.wrap_future(storing))
+        await asyncio.shield(asyncio.wrap_future(self._begin_to_store(is_last=True)))
+
+    def _begin_to_store(self, is_last: bool = False) -> Future:
+        pool = self.tracker.senders if self.response.failed else self.tracker.storers  # a failure needs no disk of ours
+        self.storing = pool.submit(self._store, is_last)
+        return self.storing
 
     def _store(self, is_last: bool) -> bool:
         """False if it is to be tried again."""

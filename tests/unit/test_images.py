@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import PIL.Image
@@ -311,6 +312,18 @@ def test_a_folder_that_a_purge_takes_away_just_now(script, images, today, tmp_pa
     script.os = WrappedOs(open=open_late)
     saved = images.save(today, an_answer(script, today.id, 1))
     assert made and images.size(saved.images[0].name)
+
+
+def test_folders_that_come_and_go_all_the_time(script, images, dice):
+    """In a fleet, each job's files leave for the bucket, and the folder goes with them while another's are made."""
+
+    def save_and_remove(job: Any) -> None:
+        for _ in range(100):
+            images.remove(images.files_of(images.save(job, an_answer(script, job.id, 1))))
+
+    with ThreadPoolExecutor(4) as threads:
+        work = [threads.submit(save_and_remove, a_job(script, dice, timestamp=1736712000)) for _ in range(4)]
+    assert [one.result() for one in work] == [None] * 4
 
 
 @pytest.mark.parametrize("call", ["pwrite", "fsync", "replace"])

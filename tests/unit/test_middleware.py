@@ -84,7 +84,8 @@ def test_an_answer_of_an_odd_shape(webui, name, hide):
     asyncio.run(run())
 
 
-def test_a_server_that_is_stopped_by_force(script, webui):
+@pytest.mark.parametrize("call, suffix", [("open", ".part"), ("fsync", "")], ids=["the images", "the jobs"])
+def test_a_server_that_is_stopped_by_force(script, webui, call, suffix):
     """Answers that are being stored, or wait for that, are kept, though their tasks are cancelled meanwhile."""
     count = 8  # more than there are threads to store them
     generated = []
@@ -102,7 +103,7 @@ def test_a_server_that_is_stopped_by_force(script, webui):
         # What is still at work when this returns is cancelled.
 
     webui.generate = generate
-    disk = Disk(script, "open", suffix=".part")
+    disk = Disk(script, call, suffix)
     asyncio.run(run())
     disk.goes_on.set()
     until(lambda: len(webui.jobs(status="Completed")) == count, 20, "all are stored")
@@ -289,6 +290,29 @@ def test_answers_that_cannot_be_stored_yet_keep_no_other_from_the_disk(webui, mo
             assert (job.status, job.error) == ("Completed", None)
 
     asyncio.run(run())
+
+
+def test_a_server_that_is_stopped_by_force_between_two_tries(webui, monkeypatch):
+    """One more is made, at once."""
+    script, save, tries = webui.script, webui.tracker.images.save, []
+    webui.generate = lambda request: GOOD
+
+    def save_at_second_try(job: Any, answer: Any) -> Any:
+        tries.append(job)
+        if len(tries) == 1:
+            raise script.StoreError("Stale file handle", temporary=True)
+        return save(job, answer)
+
+    monkeypatch.setattr(webui.tracker.images, "save", save_at_second_try)
+    script.STORE_AGAIN = (600,)
+
+    async def run() -> None:
+        request = asyncio.ensure_future(webui.post(REQUEST))
+        await asyncio.get_running_loop().run_in_executor(None, until, lambda: tries and webui.jobs()[0].error)
+        assert not request.done()
+
+    asyncio.run(run())
+    assert when_ended(webui.tracker, tries[0].id).status == "Completed" and len(tries) == 2
 
 
 def test_location_below_a_root_of_any_letters(webui):
