@@ -7042,6 +7042,10 @@ class Tracker:
             return False
         return not self.images.is_shared or self.store.has_other_images()
 
+    def _is_published_late(self, job: Job) -> bool:
+        """Whether another webui that lives may yet publish what it has of a job. Raises StoreError."""
+        return self.images.is_shared and is_elsewhere(job, self.server) and job.server in self.store.servers()
+
     def patience(self) -> float:
         """Seconds that a request waits for the disk now: a moment only after another has waited too long."""
         with self._lock:
@@ -7483,6 +7487,8 @@ class Tracker:
         body = self.images.read_request(job) if job.has_request else None
         if body is None and job.has_request and self._is_elsewhere(job):
             raise Gone("The request of this job is not kept by this webui")
+        if body is None and job.has_request and self._is_published_late(job):
+            raise StoreError(f"the request of this job is still on its way from {job.server}", temporary=True)
         if body is None:
             raise Gone("The request of this job is no longer kept")
         again = Job(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Dict, List
+from typing import Any, Callable, Dict, List
 from urllib.parse import urlsplit
 
 import pytest
@@ -105,6 +105,14 @@ def ended(webui: Webui, job_id: str) -> Any:
     return job if job["status"] in ("Completed", "Failed") else None
 
 
+def until_not_503(ask: Callable[[], Any]) -> Any:
+    def answered() -> Any:
+        answer = ask()
+        return None if answer.status_code == 503 else [answer]
+
+    return until(answered)[0]
+
+
 def test_deleting_and_trying_again(fleet):
     hold_the_queue(fleet[0])
     failed = connect(fleet[0])
@@ -112,7 +120,8 @@ def test_deleting_and_trying_again(fleet):
     assert fleet[1].client.post(f"/sdapi/v1/job/{failed}/cancel").status_code == 200
     until(lambda: ended(fleet[2], failed))
     fleet[0].gates[-1].open()
-    answer = fleet[2].client.post(f"/sdapi/v1/job/{failed}/retry")
+    retry = f"/sdapi/v1/job/{failed}/retry"
+    answer = until_not_503(lambda: fleet[2].client.post(retry))  # until its request is in the bucket
     assert answer.status_code == 202 and answer.json()["retry_of"] == failed
     again = answer.json()["id"]
     assert fleet[1].job(again, wait=30)["status"] == "Completed"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import threading
 from typing import Any, Iterator, Tuple
+from unittest import mock
 
 import pytest
 from inside import a_job, an_answer, load_script, make_tracker, set_constants, until, when_ended
@@ -88,6 +90,44 @@ def test_retry_says_that_a_request_is_kept_elsewhere(two, dice):
     keeps.fail_parked([job.id], "no").result(20)
     with pytest.raises(looks.script.Gone, match="not kept by this webui"):
         looks.retry(job.id)
+
+
+def test_retry_of_a_job_whose_request_is_not_published_yet(tmp_path, database, bucket, dice, monkeypatch):
+    """The webui that has it lives, and is at it: that is no reason to give the job up."""
+    for name, value in bucket.environ.items():
+        monkeypatch.setenv(name, value)
+    made = []
+    for name in ("keeps", "asks"):
+        (tmp_path / name).mkdir()
+        script = load_script()
+        set_constants(script, RETRY=0.1)
+        made.append(make_tracker(script, tmp_path / name, TRACKER_STORE=database.url, TRACKER_IMAGES=bucket.url))
+        made[-1].announce(name)
+        made[-1].script = script
+    keeps, asks = made
+    try:
+        until(lambda: asks.store.servers() == ["asks", "keeps"])
+        job, share = a_job(script, dice, has_request=True), keeps.images.share_request
+        late = keeps.script.StoreError("not yet", temporary=True)
+        keeps.images.share_request = mock.Mock(side_effect=late)
+        keeps.accept(job, lambda is_taken=False: True, b'{"prompt": "a cat"}').result(20)
+        keeps.fail(job.id, "no")
+        until(lambda: asks.get(job.id).status == "Failed")
+        with pytest.raises(script.StoreError, match="on its way from keeps") as refusal:
+            asks.retry(job.id)
+        assert refusal.value.temporary
+        keeps.images.share_request = share
+        assert until(lambda: retried(asks, job.id)).retry_of == job.id
+    finally:
+        for tracker in made:
+            tracker.close()
+            tracker.store.close()
+
+
+def retried(tracker: Any, job_id: str) -> Any:
+    """None while that is refused for now."""
+    with contextlib.suppress(tracker.script.StoreError):
+        return tracker.retry(job_id)
 
 
 def test_a_look_at_a_job_of_another_webui_is_no_work_for_the_threads_that_send_answers(two, dice):

@@ -147,8 +147,8 @@ def test_nobody_keeps_back_an_answer(start_on, disk, ask, coding):
     (before,) = webui.records()
     gate = webui.gate()
     sent = ask(webui.post, body("on its way", {"hold": gate}), headers={"Accept-Encoding": coding})
-    job_id = until(lambda: next((id for id, job in webui.records().items() if job["prompt"] == "on its way"), None))
-    webui.until_status(job_id, "Processing")
+    (job,) = until(lambda: webui.jobs(status="processing", q="on its way"), what="it is safe on disk, and runs")
+    job_id = job["id"]
     with disk:
         looks = look_at(webui, before, ask)
         assert webui.job(job_id)["status"] == "Processing", "who polls a job that runs needs no disk"

@@ -12,7 +12,7 @@ from concurrent.futures import wait
 from typing import Any
 
 import pytest
-from inside import WrappedOs, a_job, alive, completed, load_script, make_tracker, until, within
+from inside import WrappedOs, a_job, alive, completed, load_script, make_tracker, set_constants, until, within
 from journal import all_pages, every, lines
 
 
@@ -157,6 +157,7 @@ def test_much_is_written_during_a_compaction(script, path, opened, dice, caplog,
     script.JOURNAL_CHUNK = piece
     script.JobStore.MIN_DEAD_ENTRIES = 0
     script.JobStore.COPIED_AT_ONCE = 20
+    set_constants(script, LOCK_SECONDS=60.0)  # for a slow machine: a new job that cannot be written is none
     one = opened()
     jobs = [a_job(script, dice) for _ in range(300)]
     for job in jobs:
