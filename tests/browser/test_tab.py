@@ -58,7 +58,7 @@ def stored(records, retention_days=30):
         lines = ",\n".join(f'"{record["id"]}": {json.dumps(record)}' for record in records)
         (webui.data / "jobs.json").write_text(f"{{\n{lines}\n}}\n")
         config = {"enabled": True, "retention_days": retention_days}
-        (webui.extension / "config.json").write_text(json.dumps(config))
+        webui.write_config(json.dumps(config))
 
     return prepare
 
@@ -138,7 +138,7 @@ def test_settings_are_kept_and_shown_on_every_page(start, driver):
     start_values = webui.folder / "webui" / "ui-config.json"
     assert not start_values.exists() or "Tracking" not in start_values.read_text()
 
-    (webui.extension / "config.json").write_text('{"enabled": false, "retention_days": 12.5}')
+    webui.write_config('{"enabled": false, "retention_days": 12.5}')
     page.until(lambda: not page.enabled.is_selected(), "a change of the file is seen")
     page.until(lambda: page.retention == "12.5 days", "and offered")
     page.click("#job_tracker_retention label", "Off (keep all)")

@@ -699,7 +699,7 @@ def test_unmodified_clients(start):
     webui = start(*MODE_FLAGS[MODES[-1]], tracking=None)
     before = webui.post(body())
     assert "x-job-id" not in before.headers
-    (webui.extension / "config.json").write_text('{"enabled": true, "retention_days": 30}')
+    webui.write_config('{"enabled": true, "retention_days": 30}')
     after = until(lambda: (lambda it: it if "x-job-id" in it.headers else None)(webui.post(body())), 5.5)
     assert (after.status_code, after.headers["content-type"]) == (before.status_code, before.headers["content-type"])
     assert "content-length" in before.headers and "content-length" not in after.headers

@@ -98,7 +98,7 @@ def test_while_tracking_is_off(start):
     webui = start(*QUICK)
     submit(webui)
     until(webui.is_idle)
-    (webui.extension / "config.json").write_text('{"enabled": false}')
+    webui.write_config('{"enabled": false}')
     webui.restart()
     assert cancel(webui, after=0).json() == {"jobs": 0} and delete(webui, after=0).json() == {"jobs": 1}
 

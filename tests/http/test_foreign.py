@@ -143,7 +143,7 @@ def test_rule_takes_no_time():
 
 def with_old_job_that_stays(webui: Webui) -> None:
     with_old_job(40)(webui)
-    (webui.extension / "config.json").write_text('{"enabled": true, "retention_days": null}')
+    webui.write_config('{"enabled": true, "retention_days": null}')
 
 
 @pytest.fixture(scope="module", params=MODES)

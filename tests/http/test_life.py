@@ -9,7 +9,6 @@ import re
 import signal
 import socket
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
 import pytest
@@ -215,13 +214,13 @@ def test_switching_at_run_time(start):
     config = webui.extension / "config.json"
     assert json.loads(config.read_text()) == {"enabled": False, "retention_days": 30}
 
-    config.write_text('{"enabled": true, "retention_days": 30}')
+    webui.write_config('{"enabled": true, "retention_days": 30}')
     until(lambda: "X-Job-ID" in webui.post(body()).headers, 20)
     gate = webui.gate()
     sent = webui.send(body(standin={"hold": gate}))
     job_id = sent.job_id()
     webui.until_status(job_id, "Processing")
-    config.write_text('{"enabled": false, "retention_days": 30}')
+    webui.write_config('{"enabled": false, "retention_days": 30}')
     untracked = until(lambda: without_a_head(webui), 20)
     gate.open()
     assert "x-job-id" not in untracked.head()[1]
@@ -309,8 +308,9 @@ def test_tracking_switched_off_and_on(start):
     """Who was accepted as a job stays one, who was not does not become one."""
 
     def switch(enabled):
-        (webui.extension / "config.json").write_text(json.dumps({"enabled": enabled, "retention_days": 30}))
-        time.sleep(0.7)
+        before = len(webui.our_log())
+        webui.write_config(json.dumps({"enabled": enabled, "retention_days": 30}))
+        until(lambda: len(webui.our_log()) > before, what="it is noticed")
 
     webui = start(*MODE_FLAGS[MODES[-1]], constants={"LOOK_EVERY": 0.1})
     gate, sent = busy(webui)

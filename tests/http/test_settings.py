@@ -29,7 +29,7 @@ def test_the_first_start_makes_the_files(start, tmp_path, flags):
     assert (data / "jobs.json").read_text() == "{\n}\n" and (data / "images").is_dir()
     assert sorted(os.listdir(str(webui.extension))) == ["config.json", "install.py", "scripts"]
     text = '{"enabled": true, "retention_days": 12}'
-    (webui.extension / "config.json").write_text(text)
+    webui.write_config(text)
     webui.restart()
     assert (webui.extension / "config.json").read_text() == text
 

@@ -127,13 +127,13 @@ def test_config_that_cannot_be_read_is_said_in_the_tab(start):
     webui = start(*MODE_FLAGS[MODES[0]])
     page = Page(webui.client)
     assert "config.json" not in page.look()
-    (webui.extension / "config.json").write_text('{"enabled": true, "retention_days": 7,}')
+    webui.write_config('{"enabled": true, "retention_days": 7,}')
     html = page.look()
     assert "config.json cannot be read (" in html and "what was known of it holds" in html
     assert str(webui.folder) not in html
-    (webui.extension / "config.json").write_text('{"enabled": true, "retention_days": "7"}')
+    webui.write_config('{"enabled": true, "retention_days": "7"}')
     assert "retention_days is invalid, so retention is off" in page.look()
-    (webui.extension / "config.json").write_text('{"enabled": true, "retention_days": 7}')
+    webui.write_config('{"enabled": true, "retention_days": 7}')
     assert "config.json" not in page.look()
 
 

@@ -454,6 +454,12 @@ class Webui:
         """The lines of Job Tracker."""
         return [line for line in self.log.splitlines() if line.startswith("[Job Tracker] ")]
 
+    def write_config(self, text: str) -> None:
+        """Writes config.json at once, as an editor does: a webui that looks just then sees no half of it."""
+        part = self.extension / "config.json.part"
+        part.write_text(text)
+        os.replace(str(part), str(self.extension / "config.json"))
+
     def records(self) -> Dict[str, Dict[str, Any]]:
         """jobs.json as everybody reads it, without those that were removed. One that meets a write reads again."""
         for _ in range(5):
