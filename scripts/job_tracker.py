@@ -2101,6 +2101,12 @@ def uncancellable_future() -> Future:
     return future
 
 
+def finished_future(result: Any) -> Future:
+    future = uncancellable_future()
+    future.set_result(result)
+    return future
+
+
 def failed_future(error: Exception) -> Future:
     future = uncancellable_future()
     future.set_exception(error)
@@ -3887,8 +3893,11 @@ class ImageStore:
         part = f"{os.path.splitext(path)[0]}.{secrets.token_hex(4)}.part"
 
         def create() -> int:
-            make_folder(os.path.dirname(part), self._sources[0])
-            return create_like(part, *self._sources, mask=UMASK)
+            try:
+                return create_like(part, *self._sources, mask=UMASK)
+            except FileNotFoundError:
+                make_folder(os.path.dirname(part), self._sources[0])
+                raise
 
         return fill_file(self._again(create), part, chunks, path)
 
@@ -6902,8 +6911,7 @@ class Tracker:
         self._preview: Optional[Preview] = None  # the last one, of the job that has the lock
         self._preview_place: Any = None  # where the generation stood in it, as the host says
         self._preview_failed: Optional[str] = None  # the job whose preview failed, which is logged once
-        self._previewing: "Future[None]" = Future()  # the last look at the host for one
-        self._previewing.set_result(None)
+        self._previewing = finished_future(None)  # the last look at the host for one
         self._previewing_since = ("", -math.inf)  # for which job, and since when
         self._reservations: Dict[str, KeyReservation] = {}  # by idempotency key
         self._hung: Optional[Future] = None  # the last work for a request that took too long
@@ -7041,10 +7049,6 @@ class Tracker:
         if not self.store.is_shared or self.running(job.id) is not None:
             return False
         return not self.images.is_shared or self.store.has_other_images()
-
-    def _is_published_late(self, job: Job) -> bool:
-        """Whether another webui that lives may yet publish what it has of a job. Raises StoreError."""
-        return self.images.is_shared and is_elsewhere(job, self.server) and job.server in self.store.servers()
 
     def patience(self) -> float:
         """Seconds that a request waits for the disk now: a moment only after another has waited too long."""
@@ -7204,9 +7208,7 @@ class Tracker:
 
     def _adopt(self, job: Job) -> None:
         """A webui left a job behind whose images lie here, and only here. It ends when they are published."""
-        stored = uncancellable_future()
-        stored.set_result(None)
-        live = LiveJob(job, stored, lambda is_taken=False: False, Clock(self.store.now))
+        live = LiveJob(job, finished_future(None), lambda is_taken=False: False, Clock(self.store.now))
         live.kept.set_result(job.has_request)
         live.publishing_since = -math.inf
         with self._lock:
@@ -7485,12 +7487,8 @@ class Tracker:
         if job.status != FAILED:
             raise Conflict(f"The job is {job.status}")
         body = self.images.read_request(job) if job.has_request else None
-        if body is None and job.has_request and self._is_elsewhere(job):
-            raise Gone("The request of this job is not kept by this webui")
-        if body is None and job.has_request and self._is_published_late(job):
-            raise StoreError(f"the request of this job is still on its way from {job.server}", temporary=True)
         if body is None:
-            raise Gone("The request of this job is no longer kept")
+            raise self._no_request(job)
         again = Job(
             id=self.store.reserve_id(),
             type=job.type,
@@ -7517,6 +7515,15 @@ class Tracker:
         finally:
             self.admitted()
         return self.get(again.id) or again
+
+    def _no_request(self, job: Job) -> Exception:
+        """Why the request of a job cannot be read here. Raises StoreError where that cannot be told."""
+        if job.has_request and self._is_elsewhere(job):
+            return Gone("The request of this job is not kept by this webui")
+        may_come = job.has_request and self.images.is_shared and is_elsewhere(job, self.server)
+        if may_come and job.server in self.store.servers():
+            return StoreError(f"the request of this job is still on its way from {job.server}", temporary=True)
+        return Gone("The request of this job is no longer kept")
 
     def _follow(self) -> None:
         """Notices what other webuis do that share the jobs: they park and end jobs, and ask for the end of ours."""
@@ -9198,8 +9205,7 @@ class ThreadedChunks:
         """It stands in the set `sending` for as long as it needs the pool."""
         self._pool, self._sending = pool, sending
         self._chunks = gzip.encode_all(chunks) if gzip else chunks
-        self._making: "Future[bytes]" = Future()
-        self._making.set_result(b"")
+        self._making = finished_future(b"")
         self._first = b""
         self._ended = False
         sending.add(self)
@@ -9823,7 +9829,7 @@ class Generation:
         self.parks = parks
         self.was_parked = parked is not None
         self.is_live = False  # the job ends as this run does
-        self.storing: Optional[Future] = None  # the last try to store that end
+        self.stored = finished_future(False)  # what the last try to store that end came to
         if self.was_parked:
             self.on_disk.set_result(True)
             self.passed_on.set_result(False)
@@ -10092,15 +10098,7 @@ class Generation:
         try:
             await self._store_in_turn()
         except asyncio.CancelledError:  # the server is stopped by force, which ends no thread
-
-            def store_at_last(tried: Optional[Future]) -> None:
-                if tried is None or not tried.result():
-                    self._begin_to_store(is_last=True)
-
-            if self.storing is None:
-                store_at_last(None)
-            else:
-                self.storing.add_done_callback(store_at_last)
+            self.stored.add_done_callback(lambda stored: stored.result() or self._begin_to_store(is_last=True))
             raise
 
     async def _store_in_turn(self) -> None:
@@ -10155,8 +10153,8 @@ class Generation:
 
     def _begin_to_store(self, is_last: bool = False) -> Future:
         pool = self.tracker.senders if self.response.failed else self.tracker.storers  # a failure needs no disk of ours
-        self.storing = pool.submit(self._store, is_last)
-        return self.storing
+        self.stored = pool.submit(self._store, is_last)
+        return self.stored
 
     def _store(self, is_last: bool) -> bool:
         """False if it is to be tried again."""

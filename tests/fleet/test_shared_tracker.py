@@ -6,27 +6,45 @@ import asyncio
 import contextlib
 import json
 import threading
-from typing import Any, Iterator, Tuple
+from typing import Any, Callable, Dict, Iterator, Tuple
 from unittest import mock
 
 import pytest
 from inside import a_job, an_answer, load_script, make_tracker, set_constants, until, when_ended
 
+Track = Callable[..., Any]
+
 
 @pytest.fixture
-def two(tmp_path, database) -> Iterator[Tuple[Any, Any]]:
-    """Each with a folder of its own for images."""
+def track(tmp_path, database) -> Iterator[Track]:
+    """`track(name, **environ)` is a tracker on the database, with a folder of its own for images."""
     made = []
-    for name in ("one", "two"):
+
+    def make(name: str, constants: Dict[str, float], **environ: str) -> Any:
         (tmp_path / name).mkdir()
         script = load_script()
-        set_constants(script, TURN_EVERY=0.05)
-        made.append(make_tracker(script, tmp_path / name, TRACKER_STORE=database.url, TRACKER_RETENTION="1"))
+        set_constants(script, **constants)
+        made.append(make_tracker(script, tmp_path / name, TRACKER_STORE=database.url, **environ))
         made[-1].script = script
-    yield tuple(made)
+        return made[-1]
+
+    yield make
     for tracker in made:
         tracker.close()
         tracker.store.close()  # whatever is left in it: its database goes now
+
+
+@pytest.fixture
+def two(track) -> Tuple[Any, Any]:
+    return tuple(track(name, {"TURN_EVERY": 0.05}, TRACKER_RETENTION="1") for name in ("one", "two"))
+
+
+@pytest.fixture
+def bucket_url(bucket, monkeypatch) -> str:
+    """Of a bucket to which this process has the keys."""
+    for name, value in bucket.environ.items():
+        monkeypatch.setenv(name, value)
+    return bucket.url
 
 
 def parked(tracker: Any, dice: Any, timestamp: int) -> Any:
@@ -46,29 +64,18 @@ def test_a_job_whose_request_is_elsewhere_is_passed_over(two, dice, caplog):
     assert caplog.text.count("are left to the webuis that have their requests") == 1
 
 
-def test_a_webui_with_another_bucket_fails_nobody_s_jobs(tmp_path, database, bucket, dice, monkeypatch):
+def test_a_webui_with_another_bucket_fails_nobody_s_jobs(bucket_url, track, dice):
     """A slip in one webui's TRACKER_IMAGES, say."""
-    for name, value in bucket.environ.items():
-        monkeypatch.setenv(name, value)
-    script, made = load_script(), []
-    try:
-        for name, url in (("right", bucket.url), ("wrong", f"{bucket.url}-wrong")):
-            (tmp_path / name).mkdir()
-            environ = {"TRACKER_STORE": database.url, "TRACKER_IMAGES": url}
-            made.append(make_tracker(script, tmp_path / name, **environ))
-            made[-1].script = script
-            made[-1].announce(name)
-        right, wrong = made
-        job = parked(right, dice, 1_700_000_000)
-        wrong.images.save_request(a_job(script, dice, parked=True), b"{}")  # so that there is something
-        until(lambda: len(right.store.servers()) == 2)
-        assert wrong.next_parked() is None and right.get(job.id).parked
-        found, _ = until(right.next_parked, what="the wrong one holds it for a moment")
-        assert found.id == job.id
-    finally:
-        for tracker in made:
-            tracker.close()
-            tracker.store.close()
+    right = track("right", {}, TRACKER_IMAGES=bucket_url)
+    wrong = track("wrong", {}, TRACKER_IMAGES=f"{bucket_url}-wrong")
+    right.announce("right")
+    wrong.announce("wrong")
+    job = parked(right, dice, 1_700_000_000)
+    wrong.images.save_request(a_job(wrong.script, dice, parked=True), b"{}")  # so that there is something
+    until(lambda: len(right.store.servers()) == 2)
+    assert wrong.next_parked() is None and right.get(job.id).parked
+    found, _ = until(right.next_parked, what="the wrong one holds it for a moment")
+    assert found.id == job.id
 
 
 def test_images_that_are_elsewhere(two, dice):
@@ -92,36 +99,22 @@ def test_retry_says_that_a_request_is_kept_elsewhere(two, dice):
         looks.retry(job.id)
 
 
-def test_retry_of_a_job_whose_request_is_not_published_yet(tmp_path, database, bucket, dice, monkeypatch):
+def test_retry_of_a_job_whose_request_is_not_published_yet(bucket_url, track, dice):
     """The webui that has it lives, and is at it: that is no reason to give the job up."""
-    for name, value in bucket.environ.items():
-        monkeypatch.setenv(name, value)
-    made = []
-    for name in ("keeps", "asks"):
-        (tmp_path / name).mkdir()
-        script = load_script()
-        set_constants(script, RETRY=0.1)
-        made.append(make_tracker(script, tmp_path / name, TRACKER_STORE=database.url, TRACKER_IMAGES=bucket.url))
-        made[-1].announce(name)
-        made[-1].script = script
-    keeps, asks = made
-    try:
-        until(lambda: asks.store.servers() == ["asks", "keeps"])
-        job, share = a_job(script, dice, has_request=True), keeps.images.share_request
-        late = keeps.script.StoreError("not yet", temporary=True)
-        keeps.images.share_request = mock.Mock(side_effect=late)
-        keeps.accept(job, lambda is_taken=False: True, b'{"prompt": "a cat"}').result(20)
-        keeps.fail(job.id, "no")
-        until(lambda: asks.get(job.id).status == "Failed")
-        with pytest.raises(script.StoreError, match="on its way from keeps") as refusal:
-            asks.retry(job.id)
-        assert refusal.value.temporary
-        keeps.images.share_request = share
-        assert until(lambda: retried(asks, job.id)).retry_of == job.id
-    finally:
-        for tracker in made:
-            tracker.close()
-            tracker.store.close()
+    keeps, asks = (track(name, {"RETRY": 0.1}, TRACKER_IMAGES=bucket_url) for name in ("keeps", "asks"))
+    keeps.announce("keeps")
+    asks.announce("asks")
+    until(lambda: asks.store.servers() == ["asks", "keeps"])
+    job, share = a_job(keeps.script, dice, has_request=True), keeps.images.share_request
+    keeps.images.share_request = mock.Mock(side_effect=keeps.script.StoreError("not yet", temporary=True))
+    keeps.accept(job, lambda is_taken=False: True, b'{"prompt": "a cat"}').result(20)
+    keeps.fail(job.id, "no")
+    until(lambda: asks.get(job.id).status == "Failed")
+    with pytest.raises(asks.script.StoreError, match="on its way from keeps") as refusal:
+        asks.retry(job.id)
+    assert refusal.value.temporary
+    keeps.images.share_request = share
+    assert until(lambda: retried(asks, job.id)).retry_of == job.id
 
 
 def retried(tracker: Any, job_id: str) -> Any:

@@ -478,9 +478,9 @@ def test_a_thousand_dead_receivers_slow_nobody(script, dice, teller, open_receiv
         for number in range(10):
             ended = ours.end(dice, good.url)
             (*_, got) = good.wait(number + 2)
-            assert ended in got.id and got.at - ours.webhook(ended).since < 14, "a receiver that is known to be good"
+            assert ended in got.id and got.at - ours.webhook(ended).since < 10, "a receiver that is known to be good"
         ended = ours.end(dice, new.url)
         (got,) = new.wait()
-        assert got.at - ours.webhook(ended).since < 14, "one that nobody knows yet"
+        assert got.at - ours.webhook(ended).since < 10, "one that nobody knows yet"
         assert sum(ours.webhook(job.id).attempts for job in dead) < 1000, "some were under way meanwhile"
         assert threading.active_count() < threads + 10
