@@ -4383,10 +4383,16 @@ def change_own_jobs(count: int) -> str:
     )
 
 
+IMPORTING = threading.Lock()  # around what threads must not do at once: importlib fails where another was faster
+
+
 def import_driver(module: str, requirement: str) -> Any:
     """A package that only a fleet needs, and that may be installed while the webui runs. Raises StoreError."""
+    with contextlib.suppress(ImportError):
+        return importlib.import_module(module)
     try:
-        importlib.invalidate_caches()
+        with IMPORTING:
+            importlib.invalidate_caches()
         return importlib.import_module(module)
     except ImportError as error:
         needs = " (it needs Python 3.9)" if module == "obstore" and sys.version_info < (3, 9) else ""

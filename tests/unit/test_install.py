@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import re
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Dict, List, Tuple
 
@@ -83,3 +86,24 @@ def test_a_database_without_its_driver(script, monkeypatch, caplog):
                 ask()
     line = f'To install it: "{sys.executable}" -m pip install "{requirement}"'
     assert caplog.text.count("The database cannot be used") == 1 and line in caplog.text
+
+
+def test_many_that_ask_for_a_driver_at_once(script, monkeypatch):
+    """Two threads at once in what importlib does then fail over what the other one has removed."""
+    at_work, most = [], []
+    invalidate = importlib.invalidate_caches
+
+    def invalidate_slowly() -> None:
+        at_work.append(1)
+        most.append(len(at_work))
+        time.sleep(0.01)
+        invalidate()
+        at_work.pop()
+
+    monkeypatch.setattr(importlib, "invalidate_caches", invalidate_slowly)
+    with ThreadPoolExecutor(8) as threads:
+        asked = [threads.submit(script.import_driver, "no_such_driver", "no-such-driver") for _ in range(8)]
+        found = [threads.submit(script.import_driver, "json", "json") for _ in range(8)]
+    assert {type(one.exception()) for one in asked} == {script.StoreError}
+    assert {one.result() for one in found} == {json}
+    assert most == [1] * 8, "one after the other, and not for what is there"

@@ -199,9 +199,10 @@ def test_a_repeat_right_after_a_failure(script, webui):
         first = asyncio.ensure_future(webui.post(REQUEST, keyed))
         wait = asyncio.get_running_loop().run_in_executor
         await wait(None, until, lambda: webui.jobs(status="Processing"))
+        assert await wait(None, webui.tracker.store.idle), "what is written from now on is the failure"
         disk = Disk(script, "fsync")
         fails.set()
-        await wait(None, until, disk.is_asked.is_set)
+        await wait(None, until, lambda: disk.is_asked.is_set() and not webui.tracker.store.idle(0))
         second = asyncio.ensure_future(webui.post(REQUEST, keyed))
         await asyncio.sleep(0.3)
         disk.goes_on.set()
