@@ -72,7 +72,7 @@ def test_a_webui_with_another_bucket_fails_nobody_s_jobs(bucket_url, track, dice
     wrong.announce("wrong")
     job = parked(right, dice, 1_700_000_000)
     wrong.images.save_request(a_job(wrong.script, dice, parked=True), b"{}")  # so that there is something
-    until(lambda: len(right.store.servers()) == 2)
+    until(wrong.store.has_other_images, what="the wrong one knows that the other keeps its images elsewhere")
     assert wrong.next_parked() is None and right.get(job.id).parked
     found, _ = until(right.next_parked, what="the wrong one holds it for a moment")
     assert found.id == job.id
