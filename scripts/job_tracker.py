@@ -10798,6 +10798,7 @@ UNFINISHED = {"finished": None, "parameters": None, "info": None, "image_count":
 NOT_TOLD = {**COMPLETED_EXAMPLE["webhook"], "delivered": False, "attempts": 0}
 WAITING = {"status": PENDING, "started": None, "server": None, "webhook": NOT_TOLD, "queue_position": 3}
 PENDING_EXAMPLE = {**COMPLETED_EXAMPLE, **UNFINISHED, **WAITING}
+PROCESSING_EXAMPLE = {**COMPLETED_EXAMPLE, **UNFINISHED, "status": PROCESSING, "webhook": NOT_TOLD, "progress": 0.0}
 CANCELLED_EXAMPLE = {**COMPLETED_EXAMPLE, **UNFINISHED, "status": FAILED, "finished": 1736712002.5, "error": CANCELLED}
 
 # The answers of each route, besides those that fastapi finds by itself
@@ -10814,7 +10815,14 @@ FOREIGN_DOCS = {
     )
 }
 JOB_DOCS = {200: {"description": "The job", "content": example({**COMPLETED_EXAMPLE, "images": ["iVBORw0K…"]})}}
-CANCEL_DOCS = {200: {"description": "The job", "content": example(CANCELLED_EXAMPLE)}, **CONFLICT_DOCS}
+CANCEL_DOCS = {
+    200: {"description": "The job, which ends as Failed", "content": example(CANCELLED_EXAMPLE)},
+    202: {
+        "description": "The job, which another webui runs and has not ended yet, though it was asked to",
+        "content": example(PROCESSING_EXAMPLE),
+    },
+    **CONFLICT_DOCS,
+}
 RETRY_DOCS = {
     202: {
         "description": "The new job",
@@ -10904,7 +10912,7 @@ PREVIEW_DOCS = {
 EVENTS_EXAMPLE = (
     b"".join(
         (
-            event(STATUS_EVENT, as_json({**PENDING_EXAMPLE, "status": PROCESSING, "progress": 0.0})),
+            event(STATUS_EVENT, as_json(PROCESSING_EXAMPLE)),
             event(PROGRESS_EVENT, as_json({"progress": 0.25, "eta": 6.9, "queue_position": None})),
             event(PREVIEW_EVENT, b"data:image/png;base64,iVBORw0K..."),
             event(STATUS_EVENT, as_json(COMPLETED_EXAMPLE), LAST_EVENT),
@@ -11186,15 +11194,19 @@ class Api:
 
     @endpoint
     async def cancel_job(self, request: Request, id: str = Path(description="the job's ID")) -> Response:
-        """Takes a Pending job out of the queue, or interrupts a Processing one. It ends as Failed, "Cancelled"."""
+        """Takes a Pending job out of the queue, or interrupts a Processing one. It ends as Failed, "Cancelled".
+
+        202: another webui runs it, and was asked. If that is done with it before it notices, it ends as Completed.
+        """
         await self._end(self.tracker.cancel, id)
-        job = await self._get(id)
-        if not job.ended and self.tracker.running(id) is None:  # its webui may be done with it before it notices
+        job, status = await self._get(id), 200
+        if not job.ended and self.tracker.running(id) is None:
             await self.tracker.wait(id, self.NOTICED)
             job = await self._get(id)
             if job.status == COMPLETED:
                 raise Conflict(f"The job is {job.status}")
-        return await self._respond(request, job, images=False)
+            status = 200 if job.ended else 202
+        return await self._respond(request, job, images=False, status=status)
 
     @endpoint
     async def retry_job(self, request: Request, id: str = Path(description="the job's ID")) -> Response:

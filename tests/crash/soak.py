@@ -106,6 +106,14 @@ def held(pid: int) -> Held:
     return Held(rss, own, len(os.listdir(folder / "task")), len(os.listdir(folder / "fd")))
 
 
+def open_files(pid: int) -> List[str]:
+    names = []
+    for file in (Path("/proc") / str(pid) / "fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            names.append(os.readlink(str(file)))
+    return sorted(names)
+
+
 def files_of(folder: Path) -> Dict[str, int]:
     """All files below a folder, with their bytes."""
     sizes = {}
@@ -326,11 +334,12 @@ class Soak:
         kept = turn.accepted(seconds=0.2, cancelled=True)
         time.sleep(turn.dice.random() * 0.15)
         response = turn.http.post(f"/sdapi/v1/job/{kept.id}/cancel")
-        assert response.status_code in (200, 409), f"{kept.id} cannot be cancelled: {response.text[:200]}"
+        assert response.status_code in (200, 202, 409), f"{kept.id} cannot be cancelled: {response.text[:200]}"
         job = turn.get(kept, wait=30)
         if job is not None:
             self.check(kept, job)
-            assert job["status"] == ("Failed" if response.status_code == 200 else "Completed"), f"{kept.id} is {job}"
+            may_be = {200: ["Failed"], 202: ["Failed", "Completed"], 409: ["Completed"]}[response.status_code]
+            assert job["status"] in may_be, f"{kept.id} is {job}"
 
     ACTIONS = (
         (generate, 12),
@@ -487,7 +496,8 @@ class Soak:
             now = held(webui.pid)
             for name, room in (("threads", 16), ("files", 6)):  # the threads of the pools may not have begun then
                 if getattr(now, name) > getattr(then, name) + room:
-                    self.complain(f"{getattr(now, name)} {name} when idle, {getattr(then, name)} before the load")
+                    what = f"{getattr(now, name)} {name} when idle, {getattr(then, name)} before the load"
+                    self.complain(f"{what}: {open_files(webui.pid)}")
 
 
 class Turn:

@@ -62,7 +62,7 @@ def test_every_answer_is_there(document):
     assert statuses == {
         ("/sdapi/v1/job/{id}", "get"): {"200"},
         ("/sdapi/v1/job/{id}", "delete"): {"204", "403", "409"},
-        ("/sdapi/v1/job/{id}/cancel", "post"): {"200", "403", "409"},
+        ("/sdapi/v1/job/{id}/cancel", "post"): {"200", "202", "403", "409"},
         ("/sdapi/v1/job/{id}/retry", "post"): {"202", "403", "409", "410", "429"},
         ("/sdapi/v1/job/{id}/images/{n}", "get"): {"200", "304"},
         ("/sdapi/v1/job/{id}/preview", "get"): {"200", "304"},

@@ -72,7 +72,10 @@ class Receiver:
         threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
 
     def _answer(self, handler: http.server.BaseHTTPRequestHandler) -> None:
-        body = handler.rfile.read(int(handler.headers.get("content-length", 0)))
+        size = int(handler.headers.get("content-length", 0))
+        body = handler.rfile.read(size)
+        if len(body) < size:  # its sender was killed
+            return
         headers = {name.lower(): value for name, value in handler.headers.items()}
         answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
         handler.delivery = Delivery(handler.path, headers, body, time.time())
