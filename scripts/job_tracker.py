@@ -2062,7 +2062,7 @@ class Pending(NamedTuple):
 
     job: Optional[Job]  # None: it is removed
     shown: Optional[Job]  # how readers see it until it is stored
-    is_stored: bool = False  # its entry is on disk
+    is_stored: bool = False  # its entry is on disk, where a neighbour may have changed the job since
 
 
 Overlay = Dict[str, Pending]  # by the IDs of the jobs
@@ -2275,8 +2275,9 @@ class QueuedStore:
         return bool(self._queue or self._decisions or self._closing)
 
     def _pending_now(self) -> Overlay:
+        """What an index lacks that knows all that is stored."""
         with self._lock:
-            return dict(self._pending)
+            return {job_id: change for job_id, change in self._pending.items() if not change.is_stored}
 
     def _enqueue(self, changes: Overlay, is_new: bool, is_patient: bool) -> Future:
         jobs = {job_id: change.job for job_id, change in changes.items()}
@@ -2415,7 +2416,7 @@ class JobStore(QueuedStore):
         self._counted: Tuple[Optional[IndexState], int, int] = (None, 0, 0)  # parked jobs before a row, at that state
         self._is_ready = False  # jobs that dead processes left have been looked for
         self._is_building = False  # the index has a long way to go
-        self._is_appending = False  # what the file has beyond the index is this process's own
+        self._appends_at: Optional[int] = None  # what an index up to there lacks is this process's own, not shown yet
         self.progress = 0  # of the index, in bytes: it changes as long as jobs.json is read
         self._sync_requested: Optional[Future] = None
         self._recovery: Optional[Tuple[Callable[[Job], Job], Callable[[Job], None], bool]] = None  # see `recover`
@@ -2443,7 +2444,7 @@ class JobStore(QueuedStore):
         while True:
             with self._lock:
                 pending = self._pending.get(job_id)
-            if pending is not None:
+            if pending is not None and not pending.is_stored:
                 return pending.shown
             if not self._is_ready:
                 self._wait_for_index(or_building=True)
@@ -2452,6 +2453,8 @@ class JobStore(QueuedStore):
                 # One that has not ended may be left by a dead process.
                 if entry is not None and (entry.job is None or entry.job.ended):
                     return entry.job
+                if pending is not None:
+                    return pending.shown
             state, place = self._look(lambda view, _: (view.state, view.place(job_id)))
             if place is None:
                 return None
@@ -2764,7 +2767,7 @@ class JobStore(QueuedStore):
         if not status.st_ino == state.inode == self._journal.inode or self._journal.needs_reading:
             return False
         length = status.st_size - len(TAIL)
-        return length == state.indexed_to or (self._is_appending and length > state.indexed_to)
+        return length == state.indexed_to or (length > state.indexed_to == self._appends_at)
 
     def _read(self, state: IndexState, place: Place) -> Optional[Entry]:
         """None if jobs.json was replaced since, or its index must be rebuilt."""
@@ -3014,7 +3017,7 @@ class JobStore(QueuedStore):
 
     def _catch_up(self) -> None:
         """Brings the index to the end of the file, and recovers if that is due."""
-        began = time.monotonic()
+        seconds = 0.0
         while True:
             with self._exclusive() as journal:
                 state, end = self._find_end()
@@ -3022,9 +3025,11 @@ class JobStore(QueuedStore):
                     self._finish_catching_up(journal, state)
                     break
                 self._is_building = end - state.indexed_to > self.LONG
+            began = time.monotonic()
             self._index_up_to(journal, state.indexed_to, end, self._pause)
-        if time.monotonic() - began > 1:
-            log.info("jobs.json was indexed in %.1f s", time.monotonic() - began)
+            seconds += time.monotonic() - began
+        if seconds > 1:
+            log.info("jobs.json was indexed in %.1f s", seconds)
 
     def _index_up_to(self, journal: OpenJournal, start: int, end: int, pause: Callable[[], None]) -> None:
         """As far as nobody else does it."""
@@ -3099,7 +3104,7 @@ class JobStore(QueuedStore):
         """A job as the file says, or what waits to be written to it. For who holds the lock, with a whole index."""
         with self._lock:
             pending = self._pending.get(job_id)
-        if pending is not None:
+        if pending is not None and not pending.is_stored:
             return pending.job
         with self._index.reading() as view:
             state, place = view.state, view.place(job_id)
@@ -3113,7 +3118,8 @@ class JobStore(QueuedStore):
         this process do not see them before.
         """
         state, end = self._find_end()
-        self._is_appending = is_indexed = state.indexed_to == end
+        is_indexed = state.indexed_to == end
+        self._appends_at = end if is_indexed else None
         try:
             entries, end = self._write_entries(jobs, end)
             if is_indexed:
@@ -3122,7 +3128,7 @@ class JobStore(QueuedStore):
             self._note_time()
             raise
         finally:
-            self._is_appending = False
+            self._appends_at = None
         with self._lock:
             for job_id, job in jobs.items():
                 pending = self._pending.get(job_id)

@@ -6,9 +6,10 @@ import itertools
 import os
 import random
 import shutil
+import sqlite3
 import threading
 import time
-from concurrent.futures import wait
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import pytest
@@ -67,6 +68,30 @@ def test_an_owner_that_cannot_be_asked_hides_no_other(script, opened, path, dice
     store.recover(lambda job: job._replace(status="Failed")).result()
     assert [store.get(job.id).status for job in jobs] == ["Pending", "Failed", "Failed"]
     assert "cannot be searched for what process 00000001 left" in caplog.text
+
+
+def test_what_a_neighbour_removes_before_the_index_knows_it_is_gone(opened, dice):
+    """The index cannot be written for a moment, and then knows for long nothing of what its own store has written."""
+    slow, released = load_script(), threading.Event()
+    add, calls = slow.Index.add, itertools.count()
+
+    def add_late(*args: Any) -> bool:
+        if next(calls) == 0:
+            raise sqlite3.OperationalError("database is locked")
+        assert released.wait(20)
+        return add(*args)
+
+    neighbour = opened()
+    store, job = opened(program=slow), a_job(slow, dice)
+    assert store.get("00000000") is None  # it is ready
+    slow.Index.add = add_late
+    store.put(job, new=True).result(10)
+    neighbour.remove([job.id]).result(10)
+    with ThreadPoolExecutor(1) as pool:
+        seen = pool.submit(store.get, job.id)
+        time.sleep(0.1)
+        released.set()
+        assert seen.result(20) is None
 
 
 @pytest.mark.every_store
