@@ -2058,11 +2058,10 @@ class Cursor(NamedTuple):
 
 
 class Pending(NamedTuple):
-    """A change that the index does not have yet."""
+    """A change that is not stored yet."""
 
     job: Optional[Job]  # None: it is removed
-    shown: Optional[Job]  # how readers see it until it is stored
-    is_stored: bool = False  # its entry is on disk, where a neighbour may have changed the job since
+    shown: Optional[Job]  # how readers see it until then
 
 
 Overlay = Dict[str, Pending]  # by the IDs of the jobs
@@ -2275,9 +2274,8 @@ class QueuedStore:
         return bool(self._queue or self._decisions or self._closing)
 
     def _pending_now(self) -> Overlay:
-        """What an index lacks that knows all that is stored."""
         with self._lock:
-            return {job_id: change for job_id, change in self._pending.items() if not change.is_stored}
+            return dict(self._pending)
 
     def _enqueue(self, changes: Overlay, is_new: bool, is_patient: bool) -> Future:
         jobs = {job_id: change.job for job_id, change in changes.items()}
@@ -2416,6 +2414,7 @@ class JobStore(QueuedStore):
         self._counted: Tuple[Optional[IndexState], int, int] = (None, 0, 0)  # parked jobs before a row, at that state
         self._is_ready = False  # jobs that dead processes left have been looked for
         self._is_building = False  # the index has a long way to go
+        self._unindexed: Set[str] = set()  # IDs of what this process has stored and the index may not know
         self._appends_at: Optional[int] = None  # what an index up to there lacks is this process's own, not shown yet
         self.progress = 0  # of the index, in bytes: it changes as long as jobs.json is read
         self._sync_requested: Optional[Future] = None
@@ -2444,17 +2443,15 @@ class JobStore(QueuedStore):
         while True:
             with self._lock:
                 pending = self._pending.get(job_id)
-            if pending is not None and not pending.is_stored:
+            if pending is not None:
                 return pending.shown
             if not self._is_ready:
                 self._wait_for_index(or_building=True)
             if self._is_building:
                 entry = self._find_in_file(job_id)
-                # One that has not ended may be left by a dead process.
-                if entry is not None and (entry.job is None or entry.job.ended):
+                # Any other one that has not ended may be left by a dead process.
+                if entry is not None and (entry.job is None or entry.job.ended or job_id in self._unindexed):
                     return entry.job
-                if pending is not None:
-                    return pending.shown
             state, place = self._look(lambda view, _: (view.state, view.place(job_id)))
             if place is None:
                 return None
@@ -3050,9 +3047,7 @@ class JobStore(QueuedStore):
         self._recover()
         if state.mtime != os.fstat(journal.file).st_mtime_ns:
             self._note_time()
-        with self._lock:
-            for job_id in [job_id for job_id, change in self._pending.items() if change.is_stored]:
-                del self._pending[job_id]
+        self._unindexed.clear()
         with self._index.reading() as view:
             self._find_spare_ids(view)
         self._index_failures = 0
@@ -3104,7 +3099,7 @@ class JobStore(QueuedStore):
         """A job as the file says, or what waits to be written to it. For who holds the lock, with a whole index."""
         with self._lock:
             pending = self._pending.get(job_id)
-        if pending is not None and not pending.is_stored:
+        if pending is not None:
             return pending.job
         with self._index.reading() as view:
             state, place = view.state, view.place(job_id)
@@ -3129,16 +3124,10 @@ class JobStore(QueuedStore):
             raise
         finally:
             self._appends_at = None
-        with self._lock:
-            for job_id, job in jobs.items():
-                pending = self._pending.get(job_id)
-                if pending is None or pending.job is not job:
-                    continue  # a later change is in force
-                if is_indexed:
-                    del self._pending[job_id]
-                else:
-                    self._pending[job_id] = Pending(job, job, is_stored=True)
         if not is_indexed:  # as what a neighbour has written before
+            self._unindexed.update(jobs)
+        self._forget_pending(jobs)
+        if not is_indexed:
             self._sync()
         elif self._recovery is None:
             self._is_ready = True
@@ -10824,7 +10813,7 @@ JOB_DOCS = {200: {"description": "The job", "content": example({**COMPLETED_EXAM
 CANCEL_DOCS = {
     200: {"description": "The job, which ends as Failed", "content": example(CANCELLED_EXAMPLE)},
     202: {
-        "description": "The job, which another webui runs and has not ended yet, though it was asked to",
+        "description": "The job, which another webui has, and has not ended yet, though it was asked to",
         "content": example(PROCESSING_EXAMPLE),
     },
     **CONFLICT_DOCS,
@@ -11202,7 +11191,7 @@ class Api:
     async def cancel_job(self, request: Request, id: str = Path(description="the job's ID")) -> Response:
         """Takes a Pending job out of the queue, or interrupts a Processing one. It ends as Failed, "Cancelled".
 
-        202: another webui runs it, and was asked. If that is done with it before it notices, it ends as Completed.
+        202: another webui has it, and was asked. If that is done with it before it notices, it ends as Completed.
         """
         await self._end(self.tracker.cancel, id)
         job, status = await self._get(id), 200
