@@ -106,16 +106,20 @@ def held(pid: int) -> Held:
     return Held(rss, own, len(os.listdir(folder / "task")), len(os.listdir(folder / "fd")))
 
 
-def files_but_index(pid: int) -> List[str]:
-    """What a process has open, but for the index: SQLite keeps a closed file for the next reader.
+class HeldIdle(NamedTuple):
+    """What a process holds that has nothing to do."""
 
-    So these are as many as have ever read at once. The table tells whether they are more and more.
-    """
-    names = []
-    for file in (Path("/proc") / str(pid) / "fd").iterdir():
+    threads: List[str]
+    files: List[str]  # but the index's: SQLite keeps as many for the next reader as have ever read at once
+
+
+def held_idle(pid: int) -> HeldIdle:
+    folder, files = Path("/proc") / str(pid), []
+    for file in (folder / "fd").iterdir():
         with contextlib.suppress(FileNotFoundError):
-            names.append(os.readlink(str(file)))
-    return sorted(name for name in names if "jobs.json.index" not in name)
+            files.append(os.readlink(str(file)))
+    files = sorted(name for name in files if "jobs.json.index" not in name)
+    return HeldIdle(os.listdir(folder / "task"), files)
 
 
 def files_of(folder: Path) -> Dict[str, int]:
@@ -438,7 +442,7 @@ class Soak:
     def run(self, minutes: float, progress: Callable[[str, float], None]) -> None:
         seconds = 60 * minutes
         time.sleep(1)
-        before = [(held(webui.pid).threads, files_but_index(webui.pid)) for webui in self.webuis]
+        before = [held_idle(webui.pid) for webui in self.webuis]
         self.load_began = began = time.time()
         threads = [threading.Thread(target=self.client, args=(number,)) for number in range(CLIENTS)]
         threads.append(threading.Thread(target=self.purge))
@@ -469,7 +473,7 @@ class Soak:
         memory = " + ".join(f"{one.rss / 1e6:.0f}" for one in last.processes)
         return f"{sum(self.done.values())} done, {len(self.wrong)} wrong, {memory} MB, {last.images:.0f} files"
 
-    def end(self, before: List[Tuple[float, List[str]]], progress: Callable[[str, float], None]) -> None:
+    def end(self, before: List[HeldIdle], progress: Callable[[str, float], None]) -> None:
         """When all is quiet: every job that must be there is there, the rest goes, and nothing stays behind."""
         progress("the end", 1)
         until(self.webuis[0].is_idle, what="all jobs have ended")
@@ -493,15 +497,15 @@ class Soak:
         left += [str(path) for path in self.temporary.rglob("*") if path.is_file()]
         if left:
             self.complain(f"{len(left)} files are left after the last purge, such as {left[0]}")
-        for webui, (threads_then, files_then) in zip(self.webuis, before):
+        for webui, then in zip(self.webuis, before):
             webui.client.get("/standin/empty")
             webui.client.get("/standin/empty")
             self.check_log(webui)
-            threads, files = held(webui.pid).threads, files_but_index(webui.pid)
-            if threads > threads_then + 16:  # those of the pools may not have begun then
-                self.complain(f"{threads} threads when idle, {threads_then} before the load")
-            if len(files) > len(files_then) + 6:
-                self.complain(f"{len(files)} files open when idle, {files}, before the load {files_then}")
+            now = held_idle(webui.pid)
+            for name, room in (("threads", 16), ("files", 6)):  # the threads of the pools may not have begun then
+                idle, before_load = getattr(now, name), getattr(then, name)
+                if len(idle) > len(before_load) + room:
+                    self.complain(f"{len(idle)} {name} when idle, {idle}, {len(before_load)} before the load")
 
 
 class Turn:

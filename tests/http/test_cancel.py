@@ -22,6 +22,7 @@ from harness import (
     Sent,
     Start,
     Webui,
+    assert_cancelled,
     body,
     connect,
     hold_the_queue,
@@ -171,8 +172,10 @@ def test_a_job_of_another_process(pair):
     one, two = pair
     running, own = map(hold_the_queue, pair)
     waiting, connected = submit(one), connect(one)
-    for job_id in (connected, waiting, running):  # this one last, behind which the others wait
-        assert cancel(two, job_id).status_code in (200, 202)
+    answer = cancel(two, waiting)  # which is nobody's yet
+    assert (answer.status_code, answer.json()["status"]) == (200, "Failed")
+    for job_id in (connected, running):  # this one last, behind which the others wait
+        assert_cancelled(cancel(two, job_id))
     for job_id in (running, waiting, connected):
         job = two.job(job_id, wait=30)
         assert job["status"] == "Failed" and job["error"] == "Cancelled"

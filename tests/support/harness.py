@@ -583,6 +583,12 @@ def done(webui: Webui, *prompt: str, **fields: Any) -> str:
     return job_id
 
 
+def assert_cancelled(answer: httpx.Response) -> None:
+    """An answer to a cancel: 200 with the end of the job, or 202 while another webui that has it does not notice."""
+    told = (answer.status_code, answer.json()["status"])
+    assert told in ((200, "Failed"), (202, "Processing"), (202, "Pending")), answer.text
+
+
 def hold_the_queue(webui: Webui, **standin: Any) -> str:
     """A job that this webui runs until the latest gate is opened."""
     job_id = connect(webui, standin={"hold": webui.gate(), **standin})
