@@ -1,11 +1,11 @@
-"""A real browser's EventSource: the page of the README that shows a job live, and what a browser does at the end."""
+"""A real browser's EventSource: the example's page that shows a job live, and what a browser does at the end."""
 
 from __future__ import annotations
 
 from typing import Any, List
 
 import pytest
-from readme import ADDRESS, snippets
+from readme import ADDRESS, example
 from selenium.webdriver.common.by import By
 
 import browser
@@ -42,8 +42,8 @@ def sources(driver: Any) -> List[str]:
     return [image.get_attribute("src") for image in images]
 
 
-def test_page_of_the_readme(driver, webui, tmp_path):
-    (page,) = (it.text for it in snippets() if it.language == "html" and "EventSource" in it.text)
+def test_page_of_the_examples(driver, webui, tmp_path):
+    page = example("live.html")
     assert page.count(ADDRESS) == 1
     with browser.served(page.replace(ADDRESS, webui.url)) as port:
         driver.get(f"http://127.0.0.1:{port}/")

@@ -10,7 +10,6 @@ import asyncio
 import base64
 import contextlib
 import importlib.util
-import itertools
 import json
 import random
 import shutil
@@ -27,13 +26,13 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tu
 
 import httpx
 import pytest
-from programs import CLIENTS, node, npm_install
+from programs import node, npm_install
+from readme import EXAMPLES, OF_TESTS, example, table
 
 from harness import (
     AUTH,
     MODE_FLAGS,
     MODES,
-    PROJECT,
     QUICK,
     RESET,
     SECONDS,
@@ -54,17 +53,13 @@ IMAGE = "the images"
 BLANK = "only white space"
 
 
-def seen_by_readme() -> Dict[str, List[str]]:
-    """The README's table: for each client what it makes of each case. The last two are one column there."""
-    lines = iter((PROJECT / "README.md").read_text(encoding="utf-8").split("\n"))
-    next(line for line in lines if line.startswith("| client | success |"))
-    next(lines)
-    rows = itertools.takewhile(lambda line: line.startswith("|"), lines)
-    cells = [[cell.replace("`", "").strip() for cell in row.strip("|").split(" | ")] for row in rows]
-    return {client: [*seen, seen[-1]] for client, *seen in cells}
+def seen_by_clients() -> Dict[str, List[str]]:
+    """The table of tests/README.md: for each client what it makes of each case. The last two are one column there."""
+    rows = [[cell.replace("`", "") for cell in row] for row in table("curl", OF_TESTS)]
+    return {client: [*seen, seen[-1]] for client, *seen in rows}
 
 
-SEEN = seen_by_readme()
+SEEN = seen_by_clients()
 
 PACKAGES = {
     "private": True,
@@ -538,7 +533,7 @@ FAILING = body(standin={"fail": "OutOfMemoryError", "fail_after": 1})
 
 
 def load_retry() -> Any:
-    spec = importlib.util.spec_from_file_location("retry", CLIENTS / "retry.py")
+    spec = importlib.util.spec_from_file_location("retry", EXAMPLES / "retry.py")
     retry = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(retry)
     retry.time = SimpleNamespace(sleep=lambda seconds: time.sleep(seconds / HASTE))
@@ -607,7 +602,7 @@ def authorization(webui: Webui) -> Dict[str, str]:
 def in_node(
     folder: Path, url: str, requests: List[Dict[str, Any]], headers: Dict[str, str]
 ) -> "subprocess.CompletedProcess[str]":
-    client = (CLIENTS / "retry.mjs").read_text(encoding="utf-8")
+    client = example("retry.mjs")
     assert client.count("seconds * 1000") == 1
     (folder / "retry.mjs").write_text(client.replace("seconds * 1000", f"seconds * {1000 // HASTE}"), encoding="utf-8")
     script = IN_NODE % json.dumps((folder / "retry.mjs").as_uri())
@@ -644,7 +639,7 @@ def test_retry_mjs(webui, tmp_path):
 IN_BASH = f"""
 set -euo pipefail
 sleep() {{ command sleep "$(jq -n "$1 / {HASTE}")"; }}
-source {CLIENTS}/retry.sh
+source {EXAMPLES}/retry.sh
 generate "$@"
 """
 

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 import pytest
-from programs import CLIENTS, node
-from readme import ADDRESS, snippets
+from programs import node
+from readme import ADDRESS, example, snippets
 
 from harness import QUICK, UNKNOWN, UNKNOWN_STATUS, Proxy, Start, Webui, body, saved
 
@@ -173,7 +173,7 @@ def replaced(text: str, *pairs: Tuple[str, str]) -> str:
 
 
 def source(name: str, *pairs: Tuple[str, str]) -> str:
-    return replaced((CLIENTS / name).read_text(encoding="utf-8"), *pairs)
+    return replaced(example(name), *pairs)
 
 
 class Naps:
@@ -207,8 +207,7 @@ def python(_: Path, silence: int = 60) -> Client:
 
 
 def recovery(naps: Optional[Naps] = None) -> Client:
-    (text,) = [it.text for it in snippets() if "def generate(request):" in it.text]
-    program = text.partition("\n\n\nanswer = generate(")[0]
+    program = example("recover.py").partition("\n\n\nanswer = generate(")[0]
     pairs = ("timeout=60", f"timeout={SILENCE}"), ("?wait=30", "?wait=1")
 
     def generate(url: str, request: Dict[str, Any]) -> Dict[str, Any]:

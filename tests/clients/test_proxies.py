@@ -24,7 +24,7 @@ import pytest
 import requests
 from programs import npm_install
 from proxies import HTTP_PROXY, NGINX, NPM_PACKAGES, PROXIES, find, running
-from readme import names, snippets, table
+from readme import README, example, names, table
 
 from harness import MODE_FLAGS, MODES, SECONDS, Sent, Webui, body, until
 
@@ -277,7 +277,7 @@ def test_nothing_early_is_kept(site, front):
 def test_the_program_of_the_readme_knows_a_failure(site, prepare, tmp_path, failure):
     """Whatever becomes of it on its way."""
     name = next(name for name, row in ROWS.items() if row.failure == failure)
-    (program,) = [it.text for it in snippets() if "def generate(request):" in it.text]
+    program = example("recover.py")
     wishes = {"seconds": 5, "fail": "OutOfMemoryError", "fail_after": 0.8}
     request = json.dumps({"Stand-in": {"args": [wishes]}})
     program = program.replace('"steps": 20', f'"steps": 20, "alwayson_scripts": {request}')
@@ -359,8 +359,7 @@ def test_address_behind_a_proxy_elsewhere(site, start, tmp_path, mode, trusted, 
     find(NGINX)
     webui = site
     if trusted is not None:
-        (line,) = [it.text for it in snippets() if "FORWARDED_ALLOW_IPS" in it.text]
-        name, printed = re.match(r"export (\w+)=(.*)\n\Z", line).groups()
+        ((name, printed),) = re.findall(r"`export (FORWARDED_ALLOW_IPS)=(.*?)`", README)
         assert printed.endswith("10.0.0.2")
         value = printed.replace("10.0.0.2", ELSEWHERE) if trusted == "printed" else trusted
         webui = start(*MODE_FLAGS[mode], environ={name: value})

@@ -1,4 +1,4 @@
-"""README.md is true: each snippet runs as it is printed, and what the text and the tables say is so."""
+"""README.md is true: each snippet and each example runs as it is, and what the text and the tables say is so."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ import httpx
 import pytest
 from inside import load_script
 from programs import need
-from readme import ADDRESS, README, RECEIVERS, Snippet, names, snippets, table
+from readme import ADDRESS, EXAMPLES, OF_TESTS, README, Snippet, example, names, snippets, table
 
 from harness import (
     HOST,
@@ -200,19 +200,36 @@ def decoded(job: Dict[str, Any]) -> List[bytes]:
     return [base64.b64decode(image) for image in job["images"]]
 
 
-# The snippets: what each is to bring about
+# The snippets and the examples: what each is to bring about
 
-CHECKS: Dict[str, Callable[..., None]] = {}
+Check = Callable[..., None]
+CHECKS: Dict[str, Check] = {}
+CHECKS_OF_EXAMPLES: Dict[str, Check] = {}
 
 
-def snippet_with(mark: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def snippet_with(mark: str) -> Callable[[Check], Check]:
     """The check for the snippet that has this text. It is called with the run, the snippet and pytest's request."""
 
-    def register(function: Callable[..., None]) -> Callable[..., None]:
+    def register(function: Check) -> Check:
         CHECKS[mark] = function
         return function
 
     return register
+
+
+def example_in(*files: str) -> Callable[[Check], Check]:
+    """The check for the examples in these files. It is called with the run, the name of one and pytest's request."""
+
+    def register(function: Check) -> Check:
+        CHECKS_OF_EXAMPLES.update(dict.fromkeys(files, function))
+        return function
+
+    return register
+
+
+@pytest.mark.parametrize("file", sorted(it.relative_to(EXAMPLES).as_posix() for it in EXAMPLES.glob("**/*.*")))
+def test_example(file: str, request: pytest.FixtureRequest) -> None:
+    CHECKS_OF_EXAMPLES[file](request.getfixturevalue("run"), file, request)
 
 
 @pytest.mark.parametrize("snippet", snippets(), ids=lambda it: f"line{it.line}-{it.language}")
@@ -256,35 +273,7 @@ def check_first_curl(run, snippet, request):
     assert job["status"] == "Completed" and len(job["images"]) == 1
 
 
-@snippet_with("respond-async, wait=30")
-def check_wait_for_status(run, snippet, request):
-    assert run.run("bash", snippet.text) == "200\n"
-    assert json.loads(run.read("answer.json"))["images"] == run.new_job()["images"]
-    run.known |= run.new_jobs()
-    (before,) = re.findall(r"-d '(.*)'", snippet.text)
-    failing = snippet.text.replace(before, json.dumps(body(standin=FAILURE)))
-    assert run.run("bash", failing) == "500\n"
-    assert "OutOfMemoryError" in run.read("answer.json").decode()
-    assert run.new_job()["status"] == "Failed"
-
-
-@snippet_with("--no-buffer -D -")
-def check_curl_head(run, snippet, request):
-    gate = run.busy()
-    process = run.start("bash", snippet.text)
-    head = b""
-    while b"x-job-id" not in head:
-        line = process.stdout.readline()
-        assert line, process.stderr.read()
-        head += line
-    (job_id,) = run.new_jobs()
-    assert job_id.encode() in head
-    assert run.site.job(job_id)["status"] == "Pending"
-    gate.open()
-    run.finish(process)
-    assert [run.read("lighthouse.png")] == decoded(run.new_job())
-
-
+@snippet_with('write_text(response.headers["X-Job-ID"])')
 def check_stored_id(run, snippet, request):
     gate = run.busy()
     process = run.start(snippet.language, snippet.text)
@@ -298,17 +287,14 @@ def check_stored_id(run, snippet, request):
     assert [run.read("lighthouse.png")] == decoded(job)
 
 
-snippet_with('Path("job-id.txt")')(check_stored_id)
-snippet_with('writeFile("job-id.txt"')(check_stored_id)
+@example_in("live.html")
+def check_live_page(run, file, request):
+    """tests/browser/test_live.py opens it."""
 
 
-@snippet_with("new EventSource(")
-def check_live_page(run, snippet, request):
-    assert snippet.language == "html"  # tests/browser/test_live.py opens it
-
-
-@snippet_with("def generate(request):")
-def check_recovery(run, snippet, request):
+@example_in("recover.py")
+def check_recovery(run, file, request):
+    program = example(file)
     breaking = request.getfixturevalue("breaking")
 
     def saved() -> List[bytes]:
@@ -318,7 +304,7 @@ def check_recovery(run, snippet, request):
         proxy = breaking(at)
         run.known |= run.new_jobs()
         gate = run.busy()
-        process = run.start("python", snippet.text, proxy.url)
+        process = run.start("python", program, proxy.url)
         if at == "head":
             until(lambda proxy=proxy: proxy.refused, what="the program asks for its job")
         gate.open()
@@ -327,16 +313,16 @@ def check_recovery(run, snippet, request):
         job = run.new_job()
         assert saved() == decoded(job) and len(job["images"]) == 2
 
-    run.run("python", snippet.text)  # and without any trouble
+    run.run("python", program)  # and without any trouble
     job = run.site.jobs(limit=1)[0]
     assert saved() == decoded(run.site.job(job["id"]))
 
-    failing = snippet.text.replace('"steps": 20', f'"steps": 20, "alwayson_scripts": {wish(FAILURE)}')
-    assert failing != snippet.text
+    failing = program.replace('"steps": 20', f'"steps": 20, "alwayson_scripts": {wish(FAILURE)}')
+    assert failing != program
     assert "RuntimeError: OutOfMemoryError" in run.run("python", failing, status=1)
     run.known |= run.new_jobs()
     proxy = breaking("request")
-    assert "ConnectionError" in run.run("python", snippet.text, proxy.url, status=1)
+    assert "ConnectionError" in run.run("python", program, proxy.url, status=1)
     assert run.new_job()["status"] == "Completed", "what the client cannot know of is kept"
 
 
@@ -344,38 +330,33 @@ def wish(standin: Dict[str, Any]) -> str:
     return json.dumps({"Stand-in": {"args": [standin]}})
 
 
-def check_retry_client(run, name, language, use):
-    text = (TESTS / "clients" / name).read_text(encoding="utf-8")
-    (printed,) = [it.text for it in snippets() if it.text.strip() == text.strip()]
-    run.write(name, printed)
-    run.run(language, use)
+def check_retry_client(run, file, language, prefix, imports=""):
+    """As the lines at its top show it."""
+    text = example(file)
+    run.write(file, text)
+    use = "\n".join(line[len(prefix) :] for line in text.splitlines()[2:5])
+    run.run(language, imports + use)
     assert [run.read("lighthouse.png")] == decoded(run.new_job())
 
 
-@snippet_with('"Idempotency-Key": str(uuid.uuid4())')
-def check_retry_py(run, snippet, request):
-    use = "\n".join(line[4:] for line in snippet.text.splitlines()[2:5])
-    check_retry_client(run, "retry.py", "python", f"import base64\n{use}")
+@example_in("retry.py")
+def check_retry_py(run, file, request):
+    check_retry_client(run, file, "python", "    ", "import base64\n")
 
 
-@snippet_with('"Idempotency-Key": randomUUID()')
-def check_retry_mjs(run, snippet, request):
-    use = "\n".join(line[7:] for line in snippet.text.splitlines()[2:5])
-    check_retry_client(run, "retry.mjs", "javascript", f'import fs from "node:fs";\n{use}')
+@example_in("retry.mjs")
+def check_retry_mjs(run, file, request):
+    check_retry_client(run, file, "javascript", "//     ", 'import fs from "node:fs";\n')
 
 
-RETRY_SH = (TESTS / "clients" / "retry.sh").read_text(encoding="utf-8")
-
-
-@snippet_with("generate() {")
-def check_retry_sh(run, snippet, request):
-    use = "\n".join(line[6:] for line in snippet.text.splitlines()[2:5])
-    check_retry_client(run, "retry.sh", "bash", use)
+@example_in("retry.sh")
+def check_retry_sh(run, file, request):
+    check_retry_client(run, file, "bash", "#     ")
 
 
 @snippet_with("Prefer: respond-async' -d")
 def check_fire_and_forget(run, snippet, request):
-    run.write("retry.sh", RETRY_SH)
+    run.write("retry.sh", example("retry.sh"))
     assert run.run("bash", snippet.text).strip() == "Completed"
     image = run.read("lighthouse.png")
     assert image.startswith(b"\x89PNG") and struct.unpack(">II", image[16:24]) == (512, 512)
@@ -387,62 +368,19 @@ def check_fire_and_forget(run, snippet, request):
     gate.open()
 
 
-@snippet_with('$ID/retry"')
-def check_retry(run, snippet, request):
+@example_in("retry_failed.sh")
+def check_retry(run, file, request):
     for job in run.site.jobs(status="failed", limit=1000):
         run.site.client.delete(f"/sdapi/v1/job/{job['id']}")
     gate = run.busy()
     jobs = [submit(run.site, "once more") for _ in range(52)]  # more than a list has without a limit
     assert run.site.client.post("/sdapi/v1/jobs/cancel", json={"q": "once more"}).json() == {"jobs": len(jobs)}
     gate.open()
-    printed = [line.split(" repeats ") for line in run.run("bash", snippet.text).splitlines()]
+    printed = [line.split(" repeats ") for line in run.run("bash", example(file)).splitlines()]
     assert [old for _, old in printed] == jobs, "all of them, in their order"
     assert {run.site.job(new, wait=30)["status"] for new, _ in printed} == {"Completed"}
     assert run.new_jobs() == {*jobs, *(new for new, _ in printed)}
     run.known |= run.new_jobs()
-
-
-@snippet_with("/jobs/cancel")
-def check_cancel_all(run, snippet, request):
-    gate = run.busy()
-    before = len(run.site.jobs(status="failed", q="lighthouse", limit=1000))
-    jobs = [run.site.send(body(f"a {what}")).job_id() for what in ("lighthouse", "harbour", "lighthouse")]
-    assert run.run("bash", snippet.text) == f'{{"jobs":3}}{{"jobs":{before + 2}}}'
-    assert run.new_job()["error"] == "Cancelled" and run.new_jobs() == {jobs[1]}
-    gate.open()
-
-
-@snippet_with('/job/$ID/cancel"')
-def check_cancel(run, snippet, request):
-    gate = run.busy()
-    run.write("retry.sh", RETRY_SH)
-    job_id = run.site.send(body("to be cancelled")).job_id()
-    job = json.loads(run.run("bash", snippet.text))
-    assert (job["id"], job["status"], job["error"]) == (job_id, "Failed", "Cancelled")
-    gate.open()
-
-
-@snippet_with("export TRACKER_ENABLED")
-def check_shell_settings(run, snippet, request):
-    run.write("webui-user.sh", snippet.text)
-    show = "import json, os; print(json.dumps(dict(os.environ)))"
-    environ = json.loads(run.run("bash", f"source ./webui-user.sh; {shlex.quote(sys.executable)} -c '{show}'"))
-    check_settings(run, environ)
-
-
-@snippet_with("set TRACKER_ENABLED")
-def check_batch_settings(run, snippet, request):
-    environ = {}
-    for line in snippet.text.splitlines():
-        name, value = re.match(r"set (\w+)=(.*)\Z", line).groups()
-        environ[name] = value
-    check_settings(run, environ)
-
-
-def check_settings(run, environ):
-    settings = run.settings(environ)
-    assert (settings.enabled, settings.retention_days) == (True, 7)
-    assert environ["COMMANDLINE_ARGS"] == "--api"
 
 
 @snippet_with('"type": "job.completed"')
@@ -451,22 +389,11 @@ def check_webhook(run, snippet, request):
     event = json.loads(snippet.text)
     run.site.post(body())
     assert set(event["data"]) < set(run.new_job())
-    assert event["data"]["image_urls"] == [f"/sdapi/v1/job/{event['data']['id']}/images/0"]
 
 
-@snippet_with("standardwebhooks")
-def check_receiver(run, snippet, request):
-    """What comes of it is tried in test_receivers.py."""
-    assert snippet.text in RECEIVERS.values()
-
-
-@snippet_with("export FORWARDED_ALLOW_IPS")
-def check_trusted_proxies(run, snippet, request):
-    """What comes of it is tried in test_proxies.py."""
-    show = "import uvicorn; print(uvicorn.Config('').forwarded_allow_ips)"
-    run.write("webui-user.sh", snippet.text)
-    seen = run.run("bash", f"source ./webui-user.sh; {shlex.quote(sys.executable)} -c {shlex.quote(show)}")
-    assert seen.strip() == "127.0.0.1,10.0.0.2"
+@example_in("receiver.py", "receiver.mjs")
+def check_receiver(run, file, request):
+    """test_receivers.py tries what comes of it."""
 
 
 @snippet_with("docker run")
@@ -489,23 +416,9 @@ def check_fleet(run, snippet, request):
     assert all(seen.values()) and {"store_url", "images_url"} <= set(run.settings(seen).locked)
 
 
-def check_in_fleet(run, snippet, request):
-    assert snippet.language in ("yaml", "nginx", "bash")  # tests/fleet tries them
-
-
-for mark in ("x-webui: &webui", "upstream webuis {", "copy --to-fleet"):
-    snippet_with(mark)(check_in_fleet)
-
-
-@snippet_with("volumes: {job-tracker: }")
-def check_compose(run, snippet, request):
-    yaml = pytest.importorskip("yaml")
-    file = yaml.safe_load(snippet.text)
-    (service,) = file["services"].values()
-    assert all(isinstance(value, str) for value in service["environment"].values()), "Compose takes no bare booleans"
-    (volume,) = service["volumes"]
-    assert volume.split(":")[0] in file["volumes"]
-    check_container(run, [f"{name}={value}" for name, value in service["environment"].items()], volume)
+@example_in("fleet/compose.yaml", "fleet/nginx.conf")
+def check_in_fleet(run, file, request):
+    """tests/fleet tries them."""
 
 
 def check_container(run, variables, volume):
@@ -514,27 +427,8 @@ def check_container(run, variables, volume):
     assert settings.data_folder == os.path.abspath(volume.split(":")[1]), "the data is on the volume"
 
 
-@snippet_with('"A3f9K2xY": {')
-def check_format(run, snippet, request):
-    """The file is one that the extension reads without a complaint, and its records are as it writes them."""
-    data = run.folder / "data"
-    data.mkdir()
-    (data / "jobs.json").write_bytes(snippet.text.encode())
-    environ = {"TRACKER_DATA_DIR": str(data), "TRACKER_RETENTION": "off"}
-    webui = request.getfixturevalue("start")(*MODE_FLAGS[MODES[-1]], tracking="variable", environ=environ)
-    seen = {job["id"]: (job["status"], job["image_count"]) for job in webui.jobs()}
-    assert seen == {"A3f9K2xY": ("Failed", 0), "Zk3vQ80b": ("Completed", 1)}
-    assert (data / "jobs.json").read_text(encoding="utf-8") == snippet.text
-    webui.post(body())
-    written = (data / "jobs.json").read_text(encoding="utf-8").splitlines()[-2]
-    for line in snippet.text.splitlines()[1:-1]:
-        job_id, record = re.match(r'"(\w{8})": (\{"id":.*\}),?\Z', line).groups()
-        assert set(json.loads(record)) <= set(json.loads(f"{{{written}}}").popitem()[1])
-        assert json.loads(record)["id"] == job_id
-
-
-@snippet_with("jq -r '.[] | select(.status")
-def check_jq(run, snippet, request):
+@example_in("read_jobs.sh")
+def check_read_jobs(run, file, request):
     site = run.site
     site.post(body("a Lighthouse, for jq"))
     sent = site.send(body("to fail, for jq", standin=FAILURE))
@@ -547,7 +441,7 @@ def check_jq(run, snippet, request):
     failed = [f"{it['id']}  {it['error']}" for it in records if it["status"] == "Failed"]
     images = [image for it in records if "lighthouse" in it["prompt"].lower() for image in it["images"]]
     assert failed and images
-    lines = run.run("bash", snippet.text, cwd=str(site.data), env={"HOME": str(run.folder)}).splitlines()
+    lines = run.run("bash", example(file), cwd=str(site.data), env={"HOME": str(run.folder)}).splitlines()
     assert lines == [*failed, f"{len(records)}  127.0.0.1", *images]
     assert all((site.data / "images" / image).is_file() for image in images)
 
@@ -563,12 +457,12 @@ def check_backup(run, snippet, request):
     assert not any("damaged" in line for line in webui.our_log())
 
 
-@snippet_with("proxy_buffering off;\n}")
-def check_nginx(run, snippet, request):
-    """As printed, and with all defaults, also by its old protocol, HTTP/1.0."""
+def test_nginx(run):
+    """With the setting that the text names, and with all defaults, also by its old protocol, HTTP/1.0."""
     nginx = need("nginx")
+    (setting,) = re.findall(r"`(proxy_buffering .*?)`", README)
     locations = {
-        free_port(): snippet.text,
+        free_port(): f"location / {{ proxy_pass {ADDRESS}; proxy_http_version 1.1; {setting} }}",
         free_port(): f"location / {{ proxy_pass {ADDRESS}; proxy_http_version 1.1; }}",
         free_port(): f"location / {{ proxy_pass {ADDRESS}; proxy_http_version 1.0; }}",
     }
@@ -611,6 +505,29 @@ def check_proxy(run, url):
 
 
 # The tables
+
+
+def test_what_you_have_now(run):
+    """Each line of the first table does what it is to do."""
+    site, rows = run.site, [names(cell) for _, cell in table("get the images after all")]
+    run.write("request.json", json.dumps(body("for the table")))
+    failed = site.send(body("to fail", standin=FAILURE)).job_id()
+    completed = site.post(body()).headers["x-job-id"]
+    assert site.job(failed, wait=30)["status"] == "Failed"
+
+    def call(line: str, job_id: str = "") -> str:
+        line = line.replace("A3f9K2xY", job_id).replace("curl ", "curl -sSf ")
+        return run.run("bash", f"API={ADDRESS}/sdapi/v1; {line}")
+
+    recover, hand_in, key, retry, webhook, watch, see, fleet = rows
+    assert json.loads(call(*recover, completed)) == site.job(completed)
+    assert json.loads(call(*hand_in))["prompt"] == "for the table"
+    assert len({json.loads(call(f"{hand_in[0]} {key[0]}"))["id"] for _ in range(2)}) == 1
+    assert json.loads(call(*retry, failed))["retry_of"] == failed
+    assert webhook[0].startswith("-H 'X-Job-Webhook: https://") and webhook[1:] == ["TRACKER_WEBHOOK_URL"]
+    assert "event: status" in call(*watch, completed)
+    assert json.loads(call(see[0]))[0]["id"] == failed and "oldest_pending" in json.loads(call(see[1]))
+    assert [word.partition("=")[0] for word in fleet[0].split()] == ["TRACKER_STORE", "TRACKER_IMAGES"]
 
 
 def test_endpoints(site):
@@ -782,20 +699,45 @@ def test_another_layout_of_jobs_json(start):
 # The text itself
 
 
-def test_links():
-    headings = {heading.lower().replace(" ", "-") for heading in re.findall(r"^##+ (.*)$", README, re.MULTILINE)}
-    for target in re.findall(r"\]\(([^)]+)\)", README):
-        if target.startswith("#"):
-            assert target[1:] in headings
-        else:
-            assert (PROJECT / target).exists(), target
+# The headings that the table of contents leaves out
+UNLISTED = {"reference", "operating", "licence"} | {
+    "keep-the-id-and-come-back",
+    "fire-and-forget",
+    "retry-without-paying-twice",
+    "watch-a-job-live",
+    "receive-webhooks",
+}
+
+
+def anchors(text: str) -> List[str]:
+    """The names of its headings, as GitHub makes them for links."""
+    headings = re.findall(r"^##+ (.*)$", text, re.MULTILINE)
+    return [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
+
+
+@pytest.mark.parametrize("text, folder", [(README, PROJECT), (OF_TESTS, TESTS)], ids=["README.md", "tests/README.md"])
+def test_links(text, folder):
+    for target in re.findall(r"\]\(([^)]+)\)", text):
+        file, _, anchor = target.partition("#")
+        assert not file or (folder / file).exists(), target
+        there = (folder / file).read_text(encoding="utf-8") if file.endswith(".md") else text
+        assert not anchor or anchor in anchors(there), target
 
 
 def test_plain_text():
-    assert README.isascii()
     page, receiver = "http://127.0.0.1:8000", "http://127.0.0.1:9000"  # that shows a job live, and of webhooks
-    fleet = {"https://s3.example", "http://seaweedfs:8333", "http://127.0.0.1:8333", "http://webuis"}
-    assert set(re.findall(r"https?://[\w.:-]+", README)) == {ADDRESS, page, receiver, *fleet}
-    text = re.sub(r"^```.*?^```$", "", README, flags=re.MULTILINE | re.DOTALL)
-    too_long = [line for line in text.splitlines() if len(line) > 120 and not line.startswith(("|", "!["))]
-    assert not too_long
+    hook, s3 = "https://example.com", "https://s3.example"
+    assert set(re.findall(r"https?://[\w.:-]+", README)) == {ADDRESS, page, receiver, hook, s3}
+    for text in (README, OF_TESTS):
+        assert text.isascii()
+        prose = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+        too_long = [line for line in prose.splitlines() if len(line) > 120 and not line.startswith(("|", "!["))]
+        assert not too_long
+
+
+def test_it_is_read_to_its_end():
+    assert README.count("\n") <= 550
+    contents = re.search(r"^\*\*Contents:\*\*.*?\n\n", README, re.MULTILINE | re.DOTALL).group()
+    targets = re.findall(r"\]\(#([^)]+)\)", contents)
+    assert targets == [it for it in anchors(README) if it in targets], "in their order"
+    assert set(anchors(README)) - set(targets) == UNLISTED

@@ -1,6 +1,4 @@
-"""What the README shows for a fleet, as far as it can be tried without Docker: its compose.yaml, its load balancer, its
-command to go over.
-"""
+"""The example of a fleet, as far as it can be tried without Docker: its compose.yaml and its load balancer."""
 
 from __future__ import annotations
 
@@ -16,22 +14,17 @@ import httpx
 import pytest
 import services
 from proxies import NGINX, running
-from readme import snippets
+from readme import EXAMPLES
 
 from harness import ASYNC, Webui, body, free_port, until
 
 yaml = pytest.importorskip("yaml")
 
 
-def snippet(mark: str) -> str:
-    (text,) = [one.text for one in snippets() if mark in one.text]
-    return text
-
-
-COMPOSE = yaml.safe_load(snippet("x-webui: &webui"))
+COMPOSE = yaml.safe_load((EXAMPLES / "fleet" / "compose.yaml").read_text(encoding="utf-8"))
 SERVICES: Dict[str, Any] = COMPOSE["services"]
 WEBUIS = [name for name in SERVICES if name.startswith("webui-")]
-NGINX_CONF = snippet("upstream webuis {")
+NGINX_CONF = (EXAMPLES / "fleet" / "nginx.conf").read_text(encoding="utf-8")
 KEYS = {  # of a service, by the Compose Specification: those that are used, and what each may be
     "image": str,
     "command": str,

@@ -18,7 +18,7 @@ from typing import Any, Dict, Iterator, List
 
 import pytest
 from programs import need
-from readme import README, snippets
+from readme import README, example, snippets
 
 from harness import QUICK, Webui, body, fewer, until
 
@@ -126,12 +126,11 @@ def check_copies(line: str, load: Load, home: Path, times: int) -> None:
 
 
 def test_copy_under_the_lock(load, tmp_path):
-    copying = next(line for line in printed("jq -r '.[] | select(.status").splitlines() if line.startswith("flock "))
-    check_copies(copying, load, tmp_path, fewer(100))
+    check_copies(printed_inline("flock jobs.json.lock cp"), load, tmp_path, fewer(100))
 
 
-def test_the_printed_lines_of_jq(busy, tmp_path):
-    text = printed("jq -r '.[] | select(.status")
+def test_the_examples_lines_of_jq(busy, tmp_path):
+    text = example("read_jobs.sh")
     known = completed(busy)
     for _ in range(fewer(6)):
         lines = shell(text, busy, tmp_path).splitlines()
@@ -156,8 +155,8 @@ def test_lock(start, tmp_path):
     """The printed copies wait for the webui, and it for them: so nothing slow must hold it."""
     need("flock")
     webui = start(*QUICK)
-    copying = [line for it in snippets() for line in it.text.splitlines() if line.startswith("flock ")]
-    assert len(copying) == 2
+    backup = next(line for line in printed("job-tracker-backup").splitlines() if line.startswith("flock "))
+    copying = [printed_inline("flock jobs.json.lock cp"), backup]
     (tmp_path / "job-tracker-backup").mkdir()
     with contextlib.ExitStack() as stack:
         holder = stack.enter_context(

@@ -12,9 +12,6 @@ from typing import Any, Dict
 
 import pytest
 
-from harness import TESTS
-
-CLIENTS = TESTS / "clients"
 NPM_SECONDS, NPM_TRIES = 80, 3  # for one try, which takes five seconds
 
 

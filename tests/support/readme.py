@@ -1,14 +1,16 @@
-"""What README.md shows: its snippets of code and its tables."""
+"""What README.md and tests/README.md show: snippets of code, tables, and the programs that are files."""
 
 from __future__ import annotations
 
 import re
 from typing import List, NamedTuple
 
-from harness import PROJECT
+from harness import PROJECT, TESTS
 
 README = (PROJECT / "README.md").read_text(encoding="utf-8")
-ADDRESS = "http://127.0.0.1:7860"
+OF_TESTS = (TESTS / "README.md").read_text(encoding="utf-8")
+EXAMPLES = TESTS / "examples"
+ADDRESS = "http://127.0.0.1:7860"  # the webui's, in all of them
 
 
 class Snippet(NamedTuple):
@@ -24,15 +26,19 @@ def snippets() -> List[Snippet]:
     return [Snippet(README.count("\n", 0, it.start()) + 2, it.group(1), it.group(2)) for it in found]
 
 
-def tables() -> List[List[List[str]]]:
+def example(name: str) -> str:
+    return (EXAMPLES / name).read_text(encoding="utf-8")
+
+
+def tables(text: str) -> List[List[List[str]]]:
     """The cells of each table's rows, without its head."""
-    found = re.findall(r"^\|[^\n]*\|\n\|[ |-]+\|\n((?:\|[^\n]*\|\n)+)", README, re.MULTILINE)
+    found = re.findall(r"^\|[^\n]*\|\n\|[ |-]+\|\n((?:\|[^\n]*\|\n)+)", text, re.MULTILINE)
     return [[[cell.strip() for cell in row.strip("|").split(" | ")] for row in it.splitlines()] for it in found]
 
 
-def table(first: str) -> List[List[str]]:
+def table(first: str, text: str = README) -> List[List[str]]:
     """The rows of the table whose first cell has a text."""
-    (rows,) = [it for it in tables() if first in it[0][0]]
+    (rows,) = [it for it in tables(text) if first in it[0][0]]
     return rows
 
 
@@ -41,5 +47,4 @@ def names(cell: str) -> List[str]:
     return re.findall(r"`([^`]+)`", cell)
 
 
-# The receivers of webhooks, by their languages
-RECEIVERS = {it.language: it.text for it in snippets() if "standardwebhooks" in it.text}
+RECEIVERS = {"python": example("receiver.py"), "javascript": example("receiver.mjs")}
