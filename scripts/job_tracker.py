@@ -12522,6 +12522,38 @@ class UnsupportedHost(Exception):
     """The host lacks something that we rely on."""
 
 
+class StartGuard:
+    """Keeps the requests that come while the webui starts from ending its start.
+
+    With the UI, gradio's server answers before the host has put its layers around the application. For that the host
+    first takes down those that there are. A request that comes then has new ones built, after which starlette adds no
+    more, and the host goes on without an API, or ends. Clients that ask until the webui is back send such requests. So
+    until the start is over, they get layers that are built for them alone.
+    """
+
+    def __init__(self, kind: Any):
+        """From now on, the applications of the class `kind` are guarded, until `end`."""
+        self._kind = kind
+        self._before = before = kind.__call__
+        served: "WeakSet[Any]" = WeakSet()
+
+        async def call(app: Any, scope: Scope, receive: Receive, send: Send) -> None:
+            if app not in served:  # the first that asks is its own server
+                served.add(app)
+                await before(app, scope, receive, send)
+                return
+            scope["app"] = app  # this and the next line are all that starlette and fastapi do besides
+            scope["root_path"] = app.root_path or scope.get("root_path", "")
+            await (app.middleware_stack or app.build_middleware_stack())(scope, receive, send)
+
+        self._call = kind.__call__ = call
+
+    def end(self) -> None:
+        """May be called again. Not where another has taken the place meanwhile: that goes on to ask for ours."""
+        if self._kind.__call__ is self._call:
+            self._kind.__call__ = self._before
+
+
 class Host:
     """The webui: A1111, its forks, and SD.Next, with gradio 3 or 4. All that differs between them stands here."""
 
@@ -12638,6 +12670,13 @@ class Host:
         return prompt if isinstance(prompt, str) else "", hide_images, task_id
 
     # For the Extension
+
+    def guard_start(self) -> Callable[[], None]:
+        """Guards the start of a webui with a UI, which is yet to be launched. Returns what ends that."""
+        try:
+            return StartGuard(importlib.import_module("gradio.routes").App).end
+        except (ImportError, AttributeError):  # a gradio of another kind
+            return lambda: None
 
     def server_name(self, demo: Any) -> str:
         """By which people know this webui: its machine and its port. `demo` is gradio's, None without a UI."""
@@ -12773,11 +12812,13 @@ class Extension:
         self.tab = Tab(self.tracker, self.housekeeper, origins, lambda: self.trouble)
         self.trouble: Optional[str] = None  # why generations are not tracked, for the tab
         self.webhooks: Optional[Webhooks] = None  # from when all of the host is in place
+        self._end_guard: Callable[[], None] = lambda: None
         self._app: Any = None
         self._routes: List[Any] = []  # those that are tracked, as they stand in the app
 
     def ui_tabs(self) -> List[Tuple[Any, str, str]]:
-        """The pages beside the host's own."""
+        """The pages beside the host's own. The host launches gradio's server next."""
+        self._end_guard = self.host.guard_start()
         return [(self.tab.build(), "Job Tracker", "job_tracker")]
 
     def app_started(self, demo: Any, app: Any) -> None:
@@ -12796,6 +12837,7 @@ class Extension:
             log.warning("Generations are not tracked: %s", self.trouble, exc_info=not is_known)
         if has_tab:
             self.host.add_page_routes(app, self._page_routes())
+        self._end_guard()
 
     def _page_routes(self) -> Dict[str, Callable[..., Any]]:
         """What the tab asks for by itself. The path of the images, with any number, comes last of its kind."""
@@ -12808,6 +12850,7 @@ class Extension:
 
     def script_unloaded(self) -> None:
         """The webui reloads its scripts."""
+        self._end_guard()
         self.tracker.close()
 
     def _attach(self, app: Any, has_tab: bool) -> None:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import itertools
 import json
 import re
 import signal
 import socket
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
+import httpx
 import pytest
 
-from harness import AUTH, MODE_FLAGS, MODES, QUICK, SHAPE, assert_tracks, body, until
+from harness import AUTH, MODE_FLAGS, MODES, QUICK, SHAPE, assert_tracks, body, new_client, until
 
 MODE = pytest.mark.parametrize("mode", MODES)
 
@@ -331,3 +334,46 @@ def test_tracking_switched_off_and_on(start):
     assert "X-Job-ID" not in webui.post(body()).headers
     assert not OURS.search(webui.log), webui.log
     assert webui.client.get("/standin/threads").json()["total_tokens"] == 40
+
+
+SLOW_LAYERS = """
+import time
+from starlette.applications import Starlette
+
+add = Starlette.add_middleware
+
+def add_slowly(*args, **kwargs):
+    time.sleep(0.1)
+    add(*args, **kwargs)
+
+Starlette.add_middleware = add_slowly
+"""
+
+
+def test_asked_while_it_starts(start):
+    """Clients that ask until the webui is back do not end its start, nor that after Reload UI: starlette adds no layer
+    once a request had them built.
+    """
+    webui = start("--api", scripts={"slow-layers": SLOW_LAYERS}, wait=False)
+    early, over = [], threading.Event()
+
+    def ask():
+        with new_client(webui.url) as client:
+            while not over.wait(0.002):
+                with contextlib.suppress(httpx.TransportError):
+                    early.append(client.get("/sdapi/v1/jobs").status_code)
+
+    for again in (webui.wait, webui.reload_ui):
+        early.clear()
+        over.clear()
+        with ThreadPoolExecutor(2) as pool:
+            asking = [pool.submit(ask) for _ in range(2)]
+            try:
+                again()
+                until(lambda: 200 in early)
+            finally:
+                over.set()
+            assert all(it.exception() is None for it in asking)
+        assert early.count(404) > 5, "it was asked before the API was there"
+        assert_tracks(webui)
+        assert not any("Cannot add middleware" in line for line in webui.log.splitlines())

@@ -47,24 +47,15 @@ def error_fields(error, **more):
 # AUTOMATIC1111 and Forge
 
 
-def add(app, middleware, **options):
-    """Puts one around those that there are.
-
-    The real program uses `app.add_middleware`, and dies of a request that comes while it does. Here that
-    would only be a test that fails now and then. The stack is built anew for the next request, as there.
-    """
-    app.user_middleware.insert(0, Middleware(middleware, **options))
-    app.middleware_stack = None
-
-
 def setup_middleware(app):
     if cmd_opts.shape == "forge":
         # Without effect where the stack is built already, which it always is with the UI.
         app.user_middleware.insert(0, Middleware(GZipMiddleware, minimum_size=1000))
         app.user_middleware.insert(0, Middleware(CORSMiddleware, **cors_options()))
     else:
-        add(app, GZipMiddleware, minimum_size=1000)
-        add(app, CORSMiddleware, **cors_options())
+        app.middleware_stack = None  # otherwise none can be added
+        app.add_middleware(GZipMiddleware, minimum_size=1000)
+        app.add_middleware(CORSMiddleware, **cors_options())
 
 
 def api_middleware(app):
@@ -98,8 +89,8 @@ def api_middleware(app):
 
     app.add_exception_handler(Exception, handler)
     app.add_exception_handler(HTTPException, handler)
-    add(app, BaseHTTPMiddleware, dispatch=log_and_time)
-    add(app, BaseHTTPMiddleware, dispatch=exception_handling)
+    app.add_middleware(BaseHTTPMiddleware, dispatch=log_and_time)
+    app.add_middleware(BaseHTTPMiddleware, dispatch=exception_handling)
 
 
 async def forge_exception_handler(request, error):
@@ -140,9 +131,10 @@ class RateLimit:
 
 def setup_sdnext_middleware(app):
     rate_limit = RateLimit()
-    add(app, GZipMiddleware, minimum_size=2048)
+    app.middleware_stack = None  # otherwise none can be added
+    app.add_middleware(GZipMiddleware, minimum_size=2048)
     if cmd_opts.cors_origins or cmd_opts.cors_regex:
-        add(app, CORSMiddleware, **cors_options())
+        app.add_middleware(CORSMiddleware, **cors_options())
 
     async def api_preprocess(request, call_next):
         try:
@@ -173,4 +165,4 @@ def setup_sdnext_middleware(app):
 
     app.add_exception_handler(HTTPException, handler)
     app.add_exception_handler(Exception, handler)
-    add(app, BaseHTTPMiddleware, dispatch=api_preprocess)
+    app.add_middleware(BaseHTTPMiddleware, dispatch=api_preprocess)
