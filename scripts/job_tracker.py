@@ -3,6 +3,11 @@
 Every `POST /sdapi/v1/txt2img` and `/sdapi/v1/img2img` becomes a job with an ID, which reaches the client in the
 header `X-Job-ID` before generation starts. The job and its images are kept on disk and handed out later.
 
+Of the webui's own work two things are wrapped, and all else of a generation stays as it is: the two routes, and the
+lock that is the webui's queue. A request that asks for this lock has been checked by the webui. That makes it a job,
+which is written to disk, and then the response's head is sent. The route runs in a task of its own, which does not end
+with the client's connection. The part Generation tells this step by step.
+
 The file reads in the order in which a request meets its parts, and every part knows only those above it:
 
     Platform      what differs between operating systems
@@ -6477,7 +6482,8 @@ class Purged(NamedTuple):
     bytes: int = 0
 
     def __str__(self) -> str:
-        return f"{self.jobs} jobs, {self.images} images, {self.bytes:,} bytes"
+        counts = ((self.jobs, "job"), (self.images, "image"), (f"{self.bytes:,}", "byte"))
+        return ", ".join(f"{count} {noun}{'' if count == 1 else 's'}" for count, noun in counts)
 
     def plus(self, other: "Purged") -> "Purged":
         return Purged(*(one + two for one, two in zip(self, other)))
@@ -7688,7 +7694,10 @@ class Tracker:
         if self._holder != job.id:
             # The lock is released: generation is done, and only storing remains.
             return 1.0, 0.0
-        return progress, round(seconds / progress - seconds, 3) if progress and seconds is not None else None
+        if not progress or seconds is None:
+            return progress, None
+        seconds = self.host.counted_seconds(seconds)
+        return progress, round(seconds / progress - seconds, 3)
 
     def seconds(self, job: Job) -> Optional[float]:
         """How long the generation of a job took, or has taken until now. None where nobody knows."""
@@ -9540,7 +9549,7 @@ class Parked(Exception):
 
 
 class NotStarted(Exception):
-    """Ends a host's route: the parked job is not to be generated here and now."""
+    """Ends a host's route: the job is not to be generated here and now."""
 
 
 MISUSED_KEY = "Idempotency-Key was used with another body"
@@ -10024,8 +10033,8 @@ class Generation:
     def on_lock_acquired(self) -> None:
         """The route has the queue lock. Raises what it comes to if it is to give it back at once."""
         with self._lock:
-            if self.cancelled:
-                raise self.cancelled
+            if self.cancelled:  # which it comes to; the host would report that, where it knows the error's kind
+                raise NotStarted
             self.phase = max(self.phase, Phase.GENERATING)
         if self.was_parked:
             if self.is_live:  # it has had the lock before
@@ -11153,6 +11162,15 @@ class Api:
         preview = await self.tracker.preview(id)
         if preview is None:
             raise HTTPException(404, self.tracker.why_no_preview(await self._get(id)))
+        return self._send_preview(request, preview)
+
+    @endpoint
+    async def get_page_preview(self, request: Request, id: str = Path(description="the job's ID")) -> Response:
+        """The same for the tab: 204 if the job has ended meanwhile, since browsers report a 404 as an error."""
+        preview = await self.tracker.preview(id)
+        return Response(status_code=204) if preview is None else self._send_preview(request, preview)
+
+    def _send_preview(self, request: Request, preview: Preview) -> Response:
         etag = f'"{preview.job_id}-{preview.number}"'
         return self._send_picture(request, preview.data, preview.media_type, etag, "no-store")
 
@@ -12585,6 +12603,11 @@ class Host:
         except (AttributeError, TypeError):  # the state of a fork that counts in another way
             return None
 
+    def counted_seconds(self, seconds: float) -> float:
+        """How many of the `seconds` that a generation has taken `progress` is about: on SD.Next, those of one image."""
+        since = getattr(self._shared.state, "time_start", None)
+        return min(seconds, max(time.time() - since, 0.0)) if isinstance(since, float) else seconds
+
     def has_previews(self) -> bool:
         """Whether the settings allow live previews."""
         # SD.Next lacks the former. By the latter it shows the last picture of the generation before.
@@ -12843,7 +12866,7 @@ class Extension:
         """What the tab asks for by itself. The path of the images, with any number, comes last of its kind."""
         return {
             TabHtml.THUMBNAIL: self.api.get_thumbnail,
-            TabHtml.PREVIEW: self.api.get_preview,
+            TabHtml.PREVIEW: self.api.get_page_preview,
             TabHtml.IMAGE: self.api.get_image,
             Tab.TOKEN: self.tab.get_token,
         }

@@ -59,7 +59,7 @@ FOLDER = 0.5, 100_000  # bytes in the folder, and of jobs.json at its largest
 
 OUR_LINES = (  # what Job Tracker may say here
     r"Ready, tracking is on, jobs are in \S+",
-    r"Purge: removed [\d,]+ jobs, [\d,]+ images, [\d,]+ bytes",
+    r"Purge: removed [\d,]+ jobs?, [\d,]+ images?, [\d,]+ bytes?",
     r"Job \w{8} was cancelled",
     r"jobs\.json: \d+ jobs loaded in [\d.]+ s",
 )

@@ -50,7 +50,7 @@ def test_a_job_that_waits(webui):
     running = hold_the_queue(webui)
     gate = webui.gates[-1]
     prompt = f"of {uuid.uuid4()}"
-    before = saved(webui)
+    before, log = saved(webui), webui.log
     client = webui.send(body(prompt, save_images=True))
     job_id = client.job_id()
     behind = webui.send(body(prompt, save_images=True))
@@ -74,6 +74,7 @@ def test_a_job_that_waits(webui):
     assert webui.job(behind_id, wait=30)["status"] == "Completed"
     assert webui.job(job_id)["started"] is None
     assert len(saved(webui)) == len(before) + 1, "it was generated all the same"
+    assert "API error" not in webui.log[len(log) :], "the webui takes it for no failure"
 
 
 def test_all_jobs_of_a_queue(webui):

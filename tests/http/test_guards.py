@@ -321,7 +321,7 @@ def test_the_page_and_the_api_each_have_their_own_credentials(doors, resident):
     assert resident.get(f"/job-tracker/{job_id}/99").status_code == 404
     thumbnail = resident.get(f"/job-tracker/{job_id}/thumbnail")
     assert thumbnail.status_code == 200 and thumbnail.headers["content-type"] == "image/jpeg"
-    assert resident.get(f"/job-tracker/{job_id}/preview").status_code == 404, "it has ended"
+    assert resident.get(f"/job-tracker/{job_id}/preview").status_code == 204, "it has ended"
     for method, path in ROUTES:
         assert resident.request(method, path.format(id=job_id)).status_code == 401, (method, path)
 

@@ -162,5 +162,5 @@ def test_the_oldest_go_when_their_files_are_too_large(start):
     until(lambda: jobs[1] not in webui.records(), 60, what="the oldest goes after a job's end")
     until(lambda: {path.name[:8] for path in webui.images()} == set(jobs[2:]), what="with its files")
     assert webui.client.get(f"/sdapi/v1/job/{jobs[1]}").status_code == 404
-    lines = until(lambda: [line for line in webui.our_log() if "Removed the oldest: 1 jobs, 1 images" in line])
+    lines = until(lambda: [line for line in webui.our_log() if "Removed the oldest: 1 job, 1 image," in line])
     assert "TRACKER_MAX_GB is" in lines[-1]

@@ -93,6 +93,9 @@ class NoHost:
     def progress(self, begun: None) -> None:
         pass
 
+    def counted_seconds(self, seconds: float) -> float:
+        return seconds
+
     def has_previews(self) -> bool:
         return False
 

@@ -27,6 +27,9 @@ class Host:
         self.looks += 1
         return self.at
 
+    def counted_seconds(self, seconds: float) -> float:
+        return seconds
+
 
 @pytest.fixture
 def host(script: Any, tracker: Any) -> Host:

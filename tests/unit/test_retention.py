@@ -433,7 +433,7 @@ def test_the_oldest_go(script, limited, add, caplog):
     assert ids(script, one) == ["J0000002", "J0000001"]
     until(lambda: one.images.size(gone.images[0].name) is None, what="its files are gone")
     assert "TRACKER_MAX_GB is 3e-07" in until(lambda: caplog.text)
-    assert until(lambda: "had 366 bytes. Removed the oldest: 2 jobs, 1 images, 122 bytes" in caplog.text)
+    assert until(lambda: "had 366 bytes. Removed the oldest: 2 jobs, 1 image, 122 bytes" in caplog.text)
     assert one.store.ended_bytes() == 244
 
 

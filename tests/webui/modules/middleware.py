@@ -151,17 +151,19 @@ def setup_sdnext_middleware(app):
         except asyncio.CancelledError:
             print("WebSocket closed")  # whatever was closed
         except BaseException as error:
-            return answer(error)
+            return answer(request, error)
 
-    def answer(error):
+    def answer(request, error):
         status = vars(error).get("status_code", 500)
         fields = dict(error_fields(error, code=status), errors=str(error))
+        if status not in (401, 404, 429):
+            print(f"ERROR API error: {request.method} {request.url} {fields}")
         if not isinstance(error, (HTTPException, TypeError)):
             errors.display(error, "HTTP API")
         return JSONResponse(status_code=status, content=jsonable_encoder(fields))
 
-    async def handler(_request, error):
-        return answer(error)
+    async def handler(request, error):
+        return answer(request, error)
 
     app.add_exception_handler(HTTPException, handler)
     app.add_exception_handler(Exception, handler)
