@@ -1,4 +1,4 @@
-"""Makes the picture of the tab that the README shows, `.github/tab.png`, with the Python of an environment:
+"""Makes the pictures of the tab that the README shows, `.github/tab*.png`, with the Python of an environment:
 
 .venv/a1111-3.11/bin/python tests/support/picture.py
 """
@@ -21,11 +21,31 @@ ENDED = (  # prompt, seconds, address, and what else is asked for
     ("a paper lantern drifting over a still lake at night", 1.3, "192.168.1.51", {}),
 )
 PLAIN = "::-webkit-scrollbar { display: none }"
+RUNS = "snow on pine trees, woodblock print, three colours"
 UNENDED = (
-    ("snow on pine trees, woodblock print, three colours", 30),
+    (RUNS, 40),
     ("desert observatory under the milky way, wide angle", 1),
     ("a walled garden in spring, watercolour", 1),
 )
+
+
+def take(page: Page, prompt: str, height: int, name: str) -> None:
+    """A picture with the job open that has this prompt, once all of it is there."""
+    page.resize(1400, height)
+    page.run("document.head.append(Object.assign(document.createElement('style'), {textContent: arguments[0]}))", PLAIN)
+    page.until(lambda: len(page.rows()) == len(ENDED) + len(UNENDED), "all jobs are shown")
+    page.open(next(row["id"] for row in page.rows() if row["prompt"] == prompt))
+    images = f"[...document.querySelectorAll('{MAIN} img')]"
+    page.until(
+        lambda: page.run(
+            f"return {images}.every((it) => it.naturalWidth) && {images}.some((it) => it.closest('aside'))"
+        ),
+        "the images are there",
+        40,
+    )
+    target = PROJECT / ".github" / name
+    page.picture(target)
+    print(f"{target}: {target.stat().st_size / 1000:.0f} kB")
 
 
 def request(prompt, seconds, fail=None, **fields):
@@ -48,8 +68,6 @@ def spread(webui: Webui) -> None:
 
 
 def main() -> None:
-    target = PROJECT / ".github" / "tab.png"
-    target.parent.mkdir(exist_ok=True)
     with started(lambda: Path(tempfile.mkdtemp(prefix="picture-"))) as start, browser.opened() as driver:
         webui = start("--api")
         for prompt, seconds, _, fields in ENDED:
@@ -57,22 +75,15 @@ def main() -> None:
         webui.kill()
         spread(webui)
         webui.start()
-        page = Page(driver, webui)
-        page.resize(1400, 1160)
-        page.run(
-            "document.head.append(Object.assign(document.createElement('style'), {textContent: arguments[0]}))", PLAIN
-        )
+        webui.client.post("/sdapi/v1/options", json={"show_progress_every_n_steps": 1})
         for prompt, seconds in UNENDED:
             webui.send(request(prompt, seconds)).job_id()
-        page.until(lambda: len(page.rows()) == 8, "all jobs are shown")
-        page.open(next(row["id"] for row in page.rows() if row["prompt"] == OPENED))
-        page.until(lambda: "Processing 6" in page.text(MAIN), "one is at 60 percent", 40)
-        page.until(
-            lambda: page.run(f"return [...document.querySelectorAll('{MAIN} img')].every((i) => i.naturalWidth)"),
-            "the images are there",
-        )
-        page.picture(target)
-    print(f"{target}: {target.stat().st_size / 1000:.0f} kB")
+        page = Page(driver, webui)
+        page.until(lambda: "Processing 3" in page.text(MAIN), "one is at 30 percent", 40)
+        take(page, OPENED, 1160, "tab.png")
+        page = Page(driver, webui, "dark")
+        page.until(lambda: "Processing 6" in page.text(MAIN), "it is at 60 percent", 40)
+        take(page, RUNS, 900, "tab-dark.png")
 
 
 if __name__ == "__main__":
