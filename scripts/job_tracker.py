@@ -11274,9 +11274,12 @@ class Api:
                 raise self._invalid("there is no such filter", where, without_surrogates(name[:100]))
         if len(values) < len(given):
             raise self._invalid("a filter is given more than once", where)
-        filter_ = self._filter(where, values)
-        if all(value in (None, "") for value in filter_):
+        if not values:
             raise self._invalid("at least one filter is required: " + ", ".join(FILTERS), where)
+        filter_ = self._filter(where, values)
+        for name, value in values.items():
+            if value == "":  # as of a variable that was not set
+                raise self._invalid("it is empty: leave it out if all are meant", where, name)
         return filter_
 
     @staticmethod
@@ -12429,7 +12432,8 @@ TAB_STYLE = with_names("""
 #$tab .$main > * { flex: 1 1 0; min-width: 0; }
 #$tab .$frame { overflow: hidden; }
 #$tab table { width: 100%; border: 0; border-collapse: collapse; table-layout: fixed; line-height: 1.4; }
-#$tab :is(th, td) { padding: 8px 10px; text-align: left; vertical-align: middle; white-space: nowrap;
+/* SD.Next gives the cells of all tables its own paddings, by !important. */
+#$tab :is(th, td) { padding: 8px 10px !important; text-align: left; vertical-align: middle; white-space: nowrap;
     overflow: hidden; text-overflow: ellipsis; }
 #$tab :is(thead, tbody, tr, th, td) { border: 0; }
 #$tab th { font-weight: 500; background: var(--background-fill-secondary); }
@@ -12441,7 +12445,7 @@ TAB_STYLE = with_names("""
     font: inherit; font-family: var(--font-mono); cursor: pointer; }
 #$tab dd button { text-decoration: underline; }
 #$tab .$thumbnail { width: 58px; }
-#$tab td.$thumbnail { height: 48px; padding: 4px 0 4px 10px; text-overflow: clip; }
+#$tab td.$thumbnail { height: 48px; padding: 4px 0 4px 10px !important; text-overflow: clip; }
 #$tab td img { display: block; width: 40px; height: 40px; object-fit: cover; border-radius: var(--radius-sm);
     background: var(--background-fill-secondary); }
 #$tab .$id { width: 100px; }
@@ -12513,17 +12517,19 @@ TAB_STYLE = with_names("""
     #$tab thead { display: none; }
     #$tab tbody tr:first-child { border: 0; }
     #$tab td progress { margin: 3px 0 0; }
-    #$tab tbody tr { position: relative; display: grid; grid-template-columns: auto 1fr auto; padding: 8px 10px; }
-    #$tab :is(td.$prompt, td.$status, td.$time, td.$label) { display: block; width: auto; padding: 1px 0; }
-    #$tab td.$thumbnail { grid-area: 1 / 1 / 3 / 2; display: block; width: 48px; height: 40px; padding: 0; }
+    #$tab tbody tr { position: relative; display: grid; grid-template-columns: auto 1fr auto;
+        padding: 8px 10px !important; }
+    #$tab :is(td.$prompt, td.$status, td.$time, td.$label) { display: block; width: auto; padding: 1px 0 !important; }
+    #$tab td.$thumbnail { grid-area: 1 / 1 / 3 / 2; display: block; width: 48px; height: 40px;
+        padding: 0 !important; }
     #$tab td.$prompt { grid-area: 1 / 2 / 2 / 4; }
     #$tab td.$time { grid-column: 2; }
-    #$tab td.$status { grid-column: 3; padding-left: 8px; }
+    #$tab td.$status { grid-column: 3; padding-left: 8px !important; }
     #$tab td.$label { grid-column: 2 / 4; }
     #$tab td.$label:empty { display: none; }
     #$tab :is(.$images, .$seconds):is(th, td) { display: none; }
     /* Unseen, but its button is how the keyboard and screen readers come to a row. */
-    #$tab td.$id { position: absolute; width: 1px; height: 1px; padding: 0; clip-path: inset(50%); }
+    #$tab td.$id { position: absolute; width: 1px; height: 1px; padding: 0 !important; clip-path: inset(50%); }
     #$tab tbody tr:has(:focus-visible) { outline: 2px solid var(--color-accent); outline-offset: -2px; }
     #$tab nav { flex-wrap: wrap; }
     #$tab nav span { flex: 1 0 100%; order: -1; }

@@ -606,6 +606,22 @@ def test_nothing_sticks_out(webui, driver, theme, size):
     assert (text > ground) is (theme == "dark")
 
 
+@pytest.mark.parametrize("size, padded", [(WIDE, "td"), (NARROW, ":is(tbody tr, td)")], ids=["wide", "narrow"])
+def test_a_style_for_all_tables(webui, driver, size, padded):
+    """As SD.Next has one. It leaves the tab's own as it is."""
+    webui.post(body("in a row"))
+    page = Page(driver, webui)
+    page.resize(*size)
+    page.until(page.rows, "there is a row")
+    paddings = f"return [...document.querySelectorAll('{MAIN} {padded}')].map((it) => getComputedStyle(it).padding)"
+    before = page.run(paddings)
+    page.run(
+        "document.head.append(Object.assign(document.createElement('style'), {textContent: arguments[0]}))",
+        "td, tr { padding: 3px 7px !important }",
+    )
+    assert before and page.run(paddings) == before
+
+
 def test_the_tab_needs_no_credentials_of_the_api(start, driver):
     """And whoever may not see the pages sees no images either."""
     flags = ("--auth", "me:word") if SHAPE == "sdnext" else ("--api-auth", "user:secret", "--gradio-auth", "me:word")
