@@ -10844,13 +10844,21 @@ JOBS_DOCS = {
         "headers": {"Link": text_header('the next page: <…>; rel="next"')},
     }
 }
-FILTERS_DOCS = {
-    "parameters": [
-        {"name": name, "in": "query", "required": False, "description": description, "schema": schema}
-        for name, (description, schema) in FILTERS.items()
-    ]
+# For what is done to many jobs, which is refused where one is empty
+FULL_FILTERS = {
+    name: (description, {**schema, "minLength": 1} if schema["type"] == "string" else schema)
+    for name, (description, schema) in FILTERS.items()
 }
-FILTERS_BODY_DOCS = {
+FILTERS_DOCS, FULL_FILTERS_DOCS = (
+    {
+        "parameters": [
+            {"name": name, "in": "query", "required": False, "description": description, "schema": schema}
+            for name, (description, schema) in filters.items()
+        ]
+    }
+    for filters in (FILTERS, FULL_FILTERS)
+)
+FULL_FILTERS_BODY_DOCS = {
     "requestBody": {
         "required": True,
         "content": {
@@ -10858,7 +10866,8 @@ FILTERS_BODY_DOCS = {
                 "schema": {
                     "type": "object",
                     "properties": {
-                        name: {"description": description, **schema} for name, (description, schema) in FILTERS.items()
+                        name: {"description": description, **schema}
+                        for name, (description, schema) in FULL_FILTERS.items()
                     },
                     "additionalProperties": False,
                     "minProperties": 1,
@@ -10871,7 +10880,7 @@ FILTERS_BODY_DOCS = {
 COUNT_DOCS = {
     200: {"description": "It is done", "content": example({"jobs": 3})},
     422: {
-        "description": "There is no filter, or one that is unknown or invalid",
+        "description": "There is no filter, or one that is unknown, empty or invalid",
         "content": {"application/json": {"schema": {"$ref": "#/components/schemas/HTTPValidationError"}}},
     },
 }
@@ -11046,8 +11055,8 @@ class Api:
         add("POST", f"{job}/retry", self.retry_job, RETRY_DOCS, response_model=JobSummary, status_code=202)
         add("DELETE", job, self.delete_job, CONFLICT_DOCS, status_code=204)
         count: Dict[str, Any] = {"docs": COUNT_DOCS, "response_model": JobCount}
-        add("POST", f"{jobs}/cancel", self.cancel_jobs, openapi_extra=FILTERS_BODY_DOCS, **count)
-        add("DELETE", jobs, self.delete_jobs, openapi_extra=FILTERS_DOCS, **count)
+        add("POST", f"{jobs}/cancel", self.cancel_jobs, openapi_extra=FULL_FILTERS_BODY_DOCS, **count)
+        add("DELETE", jobs, self.delete_jobs, openapi_extra=FULL_FILTERS_DOCS, **count)
 
     # The endpoints
 
@@ -11212,13 +11221,14 @@ class Api:
         202: another webui has it, and was asked. If that is done with it before it notices, it ends as Completed.
         """
         await self._end(self.tracker.cancel, id)
-        job, status = await self._get(id), 200
-        if not job.ended and self.tracker.running(id) is None:
+        job = await self._get(id)
+        is_elsewhere = not job.ended and self.tracker.running(id) is None
+        if is_elsewhere:
             await self.tracker.wait(id, self.NOTICED)
             job = await self._get(id)
-            if job.status == COMPLETED:
-                raise Conflict(f"The job is {job.status}")
-            status = 200 if job.ended else 202
+        if job.status == COMPLETED:  # by another webui, before it noticed
+            raise Conflict(f"The job is {job.status}")
+        status = 202 if is_elsewhere and not job.ended else 200
         return await self._respond(request, job, images=False, status=status)
 
     @endpoint

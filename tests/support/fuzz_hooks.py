@@ -43,7 +43,7 @@ def before_call(context, case, kwargs):
     # What is for many jobs asks for none of those that the other requests need. No filter at all is refused, of which
     # the description of a query can say nothing.
     if case.operation.label == "DELETE /sdapi/v1/jobs":
-        query["ip"] = query.get("ip") or "nobody"
+        query.setdefault("ip", "nobody")
         case.meta.generation.mode = mode
     if case.operation.label == "POST /sdapi/v1/jobs/cancel" and mode.is_positive:
         case.body["ip"] = "nobody"

@@ -114,6 +114,14 @@ def test_delete_takes_what_the_list_shows(webui, filters):
     assert delete(webui, filters).json() == {"jobs": 0}
 
 
+@pytest.mark.parametrize("status, expected", [("Completed", 409), ("Failed", 200)])
+def test_a_cancelled_job_of_another_webui_has_ended_meanwhile(webui, monkeypatch, status, expected):
+    """Between the mark that it is to be cancelled and the look at it: 200 promises that it ends as Failed."""
+    job_id = listed(webui, status=status)[0]
+    monkeypatch.setattr(webui.tracker, "cancel", lambda _: True)
+    assert ask(webui, "POST", f"job/{job_id}/cancel").status_code == expected
+
+
 @pytest.mark.every_store
 def test_one_filter_after_another(script, tmp_path, store_environ):
     """In any store."""
