@@ -12351,10 +12351,12 @@ TAB_SCRIPT = with_names(
     document.addEventListener("keydown", (event) => {
         // A key that is held down is one press.
         if (event.repeat && event.target.closest?.("#$tab [data-$action], #$tab_purge")) event.preventDefault();
-        if (event.key !== "Escape" || !watched?.offsetParent) return;
+        if (event.key !== "Escape" || !watched?.offsetParent || !(state.confirm || state.job)) return;
+        // The webui looks for an Interrupt button here, and its script breaks where a page has none.
+        event.stopImmediatePropagation();
         if (state.confirm) act({confirm: ""});
-        else if (state.job) openJob("");
-    });
+        else openJob("");
+    }, true);
     // A picture that is not there after all leaves its place empty, without the browser's sign for a broken one.
     for (const kind of ["error", "load"])
         document.addEventListener(kind, ({target}) => {
@@ -12401,6 +12403,8 @@ TAB_STYLE = with_names("""
 
 #$tab_settings { align-items: flex-start; gap: 16px; padding: 4px 0; }
 #$tab_settings :is(.form, .block) { border: 0 !important; background: none; box-shadow: none; }
+/* The webuis take this from some kinds of controls, and not from others. */
+#$tab_filters [data-testid="block-info"] { margin-bottom: var(--spacing-lg) !important; }
 #$tab_settings .form { display: flex; flex-flow: row wrap; gap: 16px 64px; overflow: visible; }
 #$tab_settings .block { flex: 0 1 auto; width: auto; padding: 0; }
 #$tab_enabled { display: flex; flex-direction: column; gap: 6px; }

@@ -242,8 +242,10 @@ def test_purge(start, driver):
     page.open("J0000003")
     page.click("#job_tracker_purge")
     page.until(lambda: "removes 7 jobs older than 30 days with their images" in page.text(TOP), "it is said before")
+    page.run("window.heard = []; document.addEventListener('keydown', ({key}) => heard.push(key));")
     page.find("body")[0].send_keys(browser.Keys.ESCAPE)
     page.until(lambda: page.text("#job_tracker_purge") == "Purge Now", "Escape takes it back")
+    assert page.run("return heard") == [], "a webui's own script for this key is left alone"
     assert len(webui.records()) == 8 and page.find(OPEN_JOB)
     page.click("#job_tracker_purge")
     page.confirm("#job_tracker_purge", "Remove 7 jobs?")
