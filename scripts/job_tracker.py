@@ -12446,7 +12446,7 @@ TAB_STYLE = with_names("""
 #$tab .$main > * { flex: 1 1 0; min-width: 0; }
 #$tab .$frame { overflow: hidden; }
 #$tab table { width: 100%; border: 0; border-collapse: collapse; table-layout: fixed; line-height: 1.4; }
-/* SD.Next gives the cells of all tables its own paddings, by !important. */
+/* A webui can have other paddings for the cells of all tables, by !important. */
 #$tab :is(th, td) { padding: 8px 10px !important; text-align: left; vertical-align: middle; white-space: nowrap;
     overflow: hidden; text-overflow: ellipsis; }
 #$tab :is(thead, tbody, tr, th, td) { border: 0; }
