@@ -9553,6 +9553,7 @@ class NotStarted(Exception):
 
 
 MISUSED_KEY = "Idempotency-Key was used with another body"
+NO_IMAGE = "The webui answered without an image"
 
 
 class Cancelled(NoResult):
@@ -10172,7 +10173,12 @@ class Generation:
             self.tracker.fail(self.job.id, self.response.reason())
             return True
         try:
-            return self.tracker.finish(self.job.id, self.response.answer(), is_last)
+            answer = self.response.answer()
+            if not answer.images and self.host.hides_failures():
+                log.warning("Job %s failed: %s", self.job.id, NO_IMAGE)
+                self.tracker.fail(self.job.id, NO_IMAGE)
+                return True
+            return self.tracker.finish(self.job.id, answer, is_last)
         except Exception as error:  # the job is to say whatever it was, and the client has its images
             log.error("Job %s was generated, but could not be stored: %s", self.job.id, escape_for_log(repr(error)))
             self.tracker.fail(self.job.id, f"Generated, but it could not be stored: {reason_of(error)}")
@@ -10320,6 +10326,7 @@ class Runner:
     DELAY = 0.5  # seconds at the start, in which other extensions are told of it, too
     PAUSE = 0.1  # seconds after a look that found none: in a fleet something changes all the time
     RETRY = 5.0  # seconds after trouble
+    LOADING = 1.0  # seconds between two looks whether the host is ready
     IDLE = 10.0  # seconds between two looks while nobody says that a job was parked
 
     def __init__(self, routes: Dict[str, Middleware], tracker: Tracker):
@@ -10342,6 +10349,9 @@ class Runner:
             if self.tracker.stopping.is_set():
                 break
             self._parked.clear()
+            if not self.tracker.host.is_ready():
+                pause = self.LOADING
+                continue
             try:
                 pause = await self._start_next(runs)
             except Exception as error:
@@ -12680,6 +12690,20 @@ class Host:
             from modules import progress
 
             progress.pending_tasks.pop(task, None)
+
+    # For the Runner and a Generation: whether it generates
+
+    def is_ready(self) -> bool:
+        """Whether it can generate. SD.Next serves before it has its model, and answers without an image until then."""
+        try:
+            from modules.modeldata import model_data
+        except ImportError:
+            return True
+        return not (getattr(model_data, "locked", False) or model_data.lock.locked())
+
+    def hides_failures(self) -> bool:
+        """Whether it answers what failed as what succeeded, but without an image, as SD.Next does."""
+        return hasattr(self._shared.state, "disable_preview")
 
     # For a Generation: its request and its thread
 

@@ -96,6 +96,12 @@ class NoHost:
     def counted_seconds(self, seconds: float) -> float:
         return seconds
 
+    def is_ready(self) -> bool:
+        return True
+
+    def hides_failures(self) -> bool:
+        return False
+
     def has_previews(self) -> bool:
         return False
 

@@ -8,6 +8,7 @@ import random
 import sys
 import threading
 import time
+from types import SimpleNamespace
 from typing import Any, Callable
 
 import pytest
@@ -330,3 +331,38 @@ def test_a_disk_that_is_away_at_a_start_costs_no_promised_job(script, new_tracke
     (tmp_path / "away").rename(tmp_path / "images")
     tracker.recover().result(20)
     assert tracker.get(job.id).parked
+
+
+def test_a_webui_that_has_no_model_yet(script, tmp_path, monkeypatch):
+    """SD.Next serves before it has loaded one, and answers without an image until then: a promised job waits."""
+    set_constants(script, LOADING=0.05)
+    loading = threading.Lock()
+    data = SimpleNamespace(locked=True, lock=loading)
+    monkeypatch.setitem(sys.modules, "modules.modeldata", SimpleNamespace(model_data=data))
+    with SmallWebui(script, tmp_path) as webui:
+        webui.generate = lambda _: {"images": [] if data.locked or loading.locked() else ["aW1hZ2U="], "info": "{}"}
+        answer = asyncio.run(webui.post({"prompt": "a cat"}, ASYNC))
+        assert answer.status_code == 202
+        job_id = answer.json()["id"]
+        time.sleep(1)
+        assert webui.tracker.get(job_id).parked
+        with loading:
+            data.locked = False
+            time.sleep(0.3)
+            assert webui.tracker.get(job_id).parked
+        job = until(lambda: (lambda it: it if it.ended else None)(webui.tracker.get(job_id)))
+        assert (job.status, len(job.images)) == ("Completed", 1)
+
+
+def test_a_webui_that_answers_a_failure_as_a_success(script, tmp_path):
+    """As SD.Next does, without an image."""
+    with SmallWebui(script, tmp_path) as webui:
+        sys.modules["modules.shared"].state.disable_preview = False
+        webui.generate = lambda _: {"images": [], "info": ""}
+        answer = asyncio.run(webui.post({"prompt": "a cat"}))
+        assert (answer.status_code, answer.json()) == (200, {"images": [], "info": ""})
+        job = webui.tracker.get(answer.headers["x-job-id"])
+        assert (job.status, job.error) == ("Failed", "The webui answered without an image")
+        webui.generate = lambda _: {"images": ["aW1hZ2U="], "info": "{}"}
+        retried = webui.tracker.retry(job.id)
+        assert until(lambda: webui.tracker.get(retried.id).ended) and len(webui.tracker.get(retried.id).images) == 1
