@@ -7690,10 +7690,11 @@ class Tracker:
         if job.owner != self.store.owner:
             glance = (standing or self.standing([job])).glances.get(job.id)
             return (None, None) if glance is None else (glance.progress, glance.eta)
+        is_starting = job.id in self._starting  # it is shown as Processing, and is about to be told to have the lock
         progress, seconds = self.host.progress(self._begun), self.seconds(job)
         if self._holder != job.id:
-            # The lock is released: generation is done, and only storing remains.
-            return 1.0, 0.0
+            # Otherwise the lock is released: generation is done, and only storing remains.
+            return (0.0, None) if is_starting else (1.0, 0.0)
         if not progress or seconds is None:
             return progress, None
         seconds = self.host.counted_seconds(seconds)

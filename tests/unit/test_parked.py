@@ -333,6 +333,17 @@ def test_a_disk_that_is_away_at_a_start_costs_no_promised_job(script, new_tracke
     assert tracker.get(job.id).parked
 
 
+def test_progress_of_one_that_is_about_to_begin(script, tracker, monkeypatch):
+    """On disk it is Processing already, and it is not taken for one that has been generated."""
+    job, seen = parked(script, tracker), []
+    monkeypatch.setattr(tracker.host, "begun", lambda: seen.append(tracker.progress_of(tracker.get(job.id))))
+    assert tracker.start_parked(job.id, lambda: True)
+    assert seen == [(0.0, None)]
+    tracker.generated()
+    assert tracker.progress_of(tracker.get(job.id)) == (1.0, 0.0)
+    tracker.fail(job.id, "")
+
+
 def test_a_webui_that_has_no_model_yet(script, tmp_path, monkeypatch):
     """SD.Next serves before it has loaded one, and answers without an image until then: a promised job waits."""
     set_constants(script, LOADING=0.05)
