@@ -344,6 +344,10 @@ def test_progress_of_one_that_is_about_to_begin(script, tracker, monkeypatch):
     tracker.fail(job.id, "")
 
 
+def ended(webui: SmallWebui, job_id: str) -> Any:
+    return until(lambda: (lambda job: job if job.ended else None)(webui.tracker.get(job_id)))
+
+
 def test_a_webui_that_has_no_model_yet(script, tmp_path, monkeypatch):
     """SD.Next serves before it has loaded one, and answers without an image until then: a promised job waits."""
     set_constants(script, LOADING=0.05)
@@ -361,7 +365,7 @@ def test_a_webui_that_has_no_model_yet(script, tmp_path, monkeypatch):
             data.locked = False
             time.sleep(0.3)
             assert webui.tracker.get(job_id).parked
-        job = until(lambda: (lambda it: it if it.ended else None)(webui.tracker.get(job_id)))
+        job = ended(webui, job_id)
         assert (job.status, len(job.images)) == ("Completed", 1)
 
 
@@ -372,8 +376,7 @@ def test_a_webui_that_answers_a_failure_as_a_success(script, tmp_path):
         webui.generate = lambda _: {"images": [], "info": ""}
         answer = asyncio.run(webui.post({"prompt": "a cat"}))
         assert (answer.status_code, answer.json()) == (200, {"images": [], "info": ""})
-        job = webui.tracker.get(answer.headers["x-job-id"])
+        job = ended(webui, answer.headers["x-job-id"])
         assert (job.status, job.error) == ("Failed", "The webui answered without an image")
         webui.generate = lambda _: {"images": ["aW1hZ2U="], "info": "{}"}
-        retried = webui.tracker.retry(job.id)
-        assert until(lambda: webui.tracker.get(retried.id).ended) and len(webui.tracker.get(retried.id).images) == 1
+        assert len(ended(webui, webui.tracker.retry(job.id).id).images) == 1
