@@ -10350,11 +10350,8 @@ class Runner:
             if self.tracker.stopping.is_set():
                 break
             self._parked.clear()
-            if not self.tracker.host.is_ready():
-                pause = self.LOADING
-                continue
             try:
-                pause = await self._start_next(runs)
+                pause = await self._start_next(runs) if self.tracker.host.is_ready() else self.LOADING
             except Exception as error:
                 if self.tracker.stopping.is_set():  # the tracker's threads end, too
                     break
@@ -12903,9 +12900,9 @@ class Extension:
             is_known = isinstance(error, UnsupportedHost)
             self.trouble = str(error) if is_known else f"{type(error).__name__}: {reason_of(error)}"
             log.warning("Generations are not tracked: %s", self.trouble, exc_info=not is_known)
+        self._end_guard()
         if has_tab:
             self.host.add_page_routes(app, self._page_routes())
-        self._end_guard()
 
     def _page_routes(self) -> Dict[str, Callable[..., Any]]:
         """What the tab asks for by itself. The path of the images, with any number, comes last of its kind."""
