@@ -207,7 +207,9 @@ def test_reload_again_and_again(start):
     until(lambda: held()[0] <= threads + 12, 20, "the threads of the lives before end")
     until(lambda: held()[1] <= files + 6, 20, "their files are closed")
     assert len(webui.records()) == 6
-    assert len(list(webui.data.glob("jobs.json.owner-*"))) == 1
+    until(
+        lambda: len(list(webui.data.glob("jobs.json.owner-*"))) == 1, 20, "the last life before has let go of its lock"
+    )
 
 
 def test_switching_at_run_time(start):
