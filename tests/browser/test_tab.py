@@ -617,10 +617,7 @@ def test_a_style_for_all_tables(webui, driver, size, padded):
     page.until(page.rows, "there is a row")
     paddings = f"return [...document.querySelectorAll('{MAIN} {padded}')].map((it) => getComputedStyle(it).padding)"
     before = page.run(paddings)
-    page.run(
-        "document.head.append(Object.assign(document.createElement('style'), {textContent: arguments[0]}))",
-        "td, tr { padding: 3px 7px !important }",
-    )
+    page.add_style("td, tr { padding: 3px 7px !important }")
     assert before and page.run(paddings) == before
 
 

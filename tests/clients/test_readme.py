@@ -218,19 +218,35 @@ def snippet_with(mark: str) -> Callable[[Check], Check]:
     return register
 
 
-def example_in(*files: str) -> Callable[[Check], Check]:
-    """The check for the examples in these files. It is called with the run, the name of one and pytest's request."""
+def example_in(file: str) -> Callable[[Check], Check]:
+    """The check for the example in this file. It is called with the run, the file's name and pytest's request."""
 
     def register(function: Check) -> Check:
-        CHECKS_OF_EXAMPLES.update(dict.fromkeys(files, function))
+        CHECKS_OF_EXAMPLES[file] = function
         return function
 
     return register
 
 
-@pytest.mark.parametrize("file", sorted(it.relative_to(EXAMPLES).as_posix() for it in EXAMPLES.glob("**/*.*")))
+FILES = sorted(it.relative_to(EXAMPLES).as_posix() for it in EXAMPLES.glob("**/*.*"))
+RUN_ELSEWHERE = {  # and by which test
+    "fleet/compose.yaml": "fleet/test_deployment.py",
+    "fleet/nginx.conf": "fleet/test_deployment.py",
+    "live.html": "browser/test_live.py",
+    "receiver.mjs": "clients/test_receivers.py",
+    "receiver.py": "clients/test_receivers.py",
+}
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if file not in RUN_ELSEWHERE])
 def test_example(file: str, request: pytest.FixtureRequest) -> None:
     CHECKS_OF_EXAMPLES[file](request.getfixturevalue("run"), file, request)
+
+
+def test_each_example_is_shown_and_has_a_test() -> None:
+    assert set(FILES) == {*CHECKS_OF_EXAMPLES, *RUN_ELSEWHERE}
+    assert all((TESTS / test).exists() for test in RUN_ELSEWHERE.values())
+    assert all(file.rpartition("/")[2] in README for file in FILES)
 
 
 @pytest.mark.parametrize("snippet", snippets(), ids=lambda it: f"line{it.line}-{it.language}")
@@ -288,11 +304,6 @@ def check_stored_id(run, snippet, request):
     job = run.new_job()
     assert run.read("job-id.txt").decode() == job["id"]
     assert [run.read("lighthouse.png")] == decoded(job)
-
-
-@example_in("live.html")
-def check_live_page(run, file, request):
-    """tests/browser/test_live.py opens it."""
 
 
 @example_in("recover.py")
@@ -386,11 +397,6 @@ def check_retry(run, file, request):
     run.known |= run.new_jobs()
 
 
-@example_in("receiver.py", "receiver.mjs")
-def check_receiver(run, file, request):
-    """test_receivers.py tries what comes of it."""
-
-
 def test_docker(run):
     (line,) = re.findall(r"`(docker run .*?)`", README, re.DOTALL)
     program, command, *words = shlex.split(line)
@@ -406,11 +412,6 @@ def check_fleet(run, snippet, request):
     show = f"import json, os; print(json.dumps({{it: os.environ[it] for it in {names}}}))"
     seen = json.loads(run.run("bash", f"source ./webui-user.sh; {shlex.quote(sys.executable)} -c {shlex.quote(show)}"))
     assert all(seen.values()) and {"store_url", "images_url"} <= set(run.settings(seen).locked)
-
-
-@example_in("fleet/compose.yaml", "fleet/nginx.conf")
-def check_in_fleet(run, file, request):
-    """tests/fleet tries them."""
 
 
 def check_container(run, variables, volume):

@@ -176,6 +176,11 @@ class Page:
         """What the browser complained of since the last call."""
         return [entry["message"] for entry in self.driver.get_log("browser") if entry["level"] == "SEVERE"]
 
+    def add_style(self, text: str) -> None:
+        self.run(
+            "document.head.append(Object.assign(document.createElement('style'), {textContent: arguments[0]}))", text
+        )
+
     def picture(self, path: Path) -> None:
         self.driver.save_screenshot(str(path))
 

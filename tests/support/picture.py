@@ -32,7 +32,7 @@ UNENDED = (
 def take(page: Page, prompt: str, height: int, name: str) -> None:
     """A picture with the job open that has this prompt, once all of it is there."""
     page.resize(1400, height)
-    page.run("document.head.append(Object.assign(document.createElement('style'), {textContent: arguments[0]}))", PLAIN)
+    page.add_style(PLAIN)
     page.until(lambda: len(page.rows()) == len(ENDED) + len(UNENDED), "all jobs are shown")
     page.open(next(row["id"] for row in page.rows() if row["prompt"] == prompt))
     images = f"[...document.querySelectorAll('{MAIN} img')]"
