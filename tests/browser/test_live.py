@@ -38,8 +38,8 @@ def webui(start: Any, tmp_path: Any) -> Webui:
 
 
 def sources(driver: Any) -> List[str]:
-    images = driver.find_elements(By.CSS_SELECTOR, "#pictures img")
-    return [image.get_attribute("src") for image in images]
+    """The images that are shown at one moment: each preview replaces the element of the one before."""
+    return driver.execute_script("return [...document.querySelectorAll('#pictures img')].map((image) => image.src)")
 
 
 def test_page_of_the_examples(driver, webui, tmp_path):
