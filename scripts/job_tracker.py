@@ -103,11 +103,11 @@ from weakref import WeakSet
 import anyio.to_thread
 import httpcore
 import httpx
+import jinja2
 import PIL.Image
 from fastapi import FastAPI, HTTPException, Path, Query, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.routing import APIRoute
-from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 from pydantic import VERSION as PYDANTIC
 from pydantic import BaseModel, Field
@@ -11843,16 +11843,20 @@ class TabHtml:
     def __init__(self, tracker: Tracker, housekeeper: Housekeeper):
         self.tracker = tracker
         self.housekeeper = housekeeper
+
+    @functools.cached_property
+    def _template(self) -> jinja2.Template:
+        """Made when the page is first looked at: every start would take a tenth of a second longer, the API's too."""
         # Every value is escaped that is not Markup, and an unknown name raises.
-        environment = Environment(autoescape=True, undefined=StrictUndefined)
+        environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
         environment.filters.update(text=as_text, time=as_time, duration=as_duration, size=as_size)
-        environment.filters.update(target=target_of, state=lambda webhook: state_of(webhook, tracker.store.now()))
+        environment.filters.update(target=target_of, state=lambda webhook: state_of(webhook, self.tracker.store.now()))
         shown = [MEDIA_TYPES[name] for name in self.SHOWN_FORMATS]
         environment.globals.update(texts=Texts, media_types=shown, pending=PENDING)
         paths = {"image_path": self.IMAGE, "thumbnail_path": self.THUMBNAIL, "preview_path": self.PREVIEW}
         environment.globals.update(paths)
         # Line breaks between two tags, and what indents the second, are for the template's readers only.
-        self._template = environment.from_string(re.sub(r"(?<=[>}])\n\s*(?=[<{])", "", TAB_TEMPLATE.strip()))
+        return environment.from_string(re.sub(r"(?<=[>}])\n\s*(?=[<{])", "", TAB_TEMPLATE.strip()))
 
     def render(self, state: PageState, filter_: Filter, notes: Iterable[Note] = ()) -> str:
         """The whole page. What cannot be read is left out, and a note says so."""

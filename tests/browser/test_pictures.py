@@ -8,7 +8,7 @@ import pytest
 
 import browser
 from browser import MAIN, OPEN_JOB, PHONE, WIDE, Keys, Page
-from harness import Webui, body, done
+from harness import Webui, body, done, submit
 
 pytestmark = browser.NEEDED
 
@@ -28,7 +28,9 @@ def widths(page: Page) -> List[int]:
 
 
 def test_rows_begin_with_a_picture_that_stays_with_its_job(webui, driver):
-    first, text, last = done(webui, "first"), done(webui, "text", standin={"no_images": True}), done(webui, "last")
+    first, text = done(webui, "first"), submit(webui, "text", standin={"no_images": True})
+    assert webui.job(text, wait=30)["image_count"] == 0
+    last = done(webui, "last")
     page = Page(driver, webui)
     page.until(lambda: widths(page) == [64, 64], "two of three rows have a picture")
     assert [row["id"] for row in page.rows()] == [last, text, first]
