@@ -228,7 +228,7 @@ def example_in(file: str) -> Callable[[Check], Check]:
     return register
 
 
-FILES = sorted(it.relative_to(EXAMPLES).as_posix() for it in EXAMPLES.glob("**/*.*"))
+FILES = sorted(it.relative_to(EXAMPLES).as_posix() for it in EXAMPLES.glob("**/*.*") if it.suffix != ".pyc")
 RUN_ELSEWHERE = {  # and by which test
     "fleet/compose.yaml": "fleet/test_deployment.py",
     "fleet/nginx.conf": "fleet/test_deployment.py",

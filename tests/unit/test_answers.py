@@ -207,6 +207,7 @@ def test_a_look_holds_little(script, tracker, name, look):
     job = stored(tracker, ANSWERS[name])
     size = tracker.images.size(tracker.images.answer_name(job))
     on_the_page = page_of(script, tracker)
+    on_the_page(job)  # the first look of all makes the template
     looks = {
         "whole": lambda: tracker.as_json(job),
         "brief": lambda: tracker.as_json(job, images=False),
