@@ -3525,12 +3525,12 @@ def ranges_of(rest: bytes, contents: Contents) -> Tuple[int, ...]:
     return (start, end, zlib.crc32(view[start:end]), *info, zlib.crc32(view))
 
 
-def with_images_hidden(answer: Answer) -> Answer:
-    """An answer whose parameters say that the client does not want the images."""
+def with_images_hidden(answer: Answer, send_images: Optional[bool]) -> Answer:
+    """An answer whose parameters say, as the client did, that it does not want the images."""
     parameters, places = answer.contents
     if not isinstance(parameters, dict) or "send_images" not in parameters:
         return answer
-    parameters = {**parameters, "send_images": False}
+    parameters = {**parameters, "send_images": send_images}
     start, end = places[:2]
     rest = b"".join((answer.rest[:start], as_host_json(parameters), answer.rest[end:]))
     moved = len(rest) - len(answer.rest)
@@ -9675,7 +9675,7 @@ class ClientResponse:
             raise response.error or RuntimeError(response.reason())
         body = response.body
         headers = MutableHeaders(raw=list(response.head["headers"]))
-        if response.hide_images and not response.failed:
+        if not response.send_images and not response.failed:
             body = await self.tracker.in_pool(response.body_for_client, pool=self.tracker.senders)
             headers["Content-Length"] = str(len(body))
         await self.send({**response.head, "headers": headers.raw})
@@ -9904,7 +9904,7 @@ class Generation:
         with log_errors("reading a request"):
             self.reserved_id = self.job.id if self.was_parked else self.tracker.store.reserve_id()
             adapted = self.host.adapt_request(arguments, self.reserved_id)
-            self.prompt, self.response.hide_images, self.task_id = adapted
+            self.prompt, self.response.send_images, self.task_id = adapted
 
     def _check_request(self) -> None:
         """Raises what refuses it."""
@@ -10251,7 +10251,7 @@ class HostResponse:
         self.head: Optional[Message] = None
         self._chunks: List[bytes] = []  # of the body
         self.error: Optional[BaseException] = None
-        self.hide_images = False  # from the client, which sent send_images: false. The host answers with them
+        self.send_images: Optional[bool] = True  # to the client, as it said: null is no. The host answers with them
         self._answer: Optional[Answer] = None
         self._reading = threading.Lock()  # guards this one
 
@@ -10279,12 +10279,12 @@ class HostResponse:
         with self._reading:
             if self._answer is None:
                 answer = split_answer(self.body)
-                self._answer = with_images_hidden(answer) if self.hide_images else answer
+                self._answer = answer if self.send_images else with_images_hidden(answer, self.send_images)
             return self._answer
 
     def body_for_client(self) -> bytes:
         """Of an answer of success, as the client asked for it."""
-        return self.answer().rest if self.hide_images else self.body
+        return self.body if self.send_images else self.answer().rest
 
     def chunks_for_client(self) -> Iterator[bytes]:
         body = self.body_for_client()
@@ -11024,6 +11024,8 @@ def endpoint(function: Callable[..., Any]) -> Callable[..., Any]:
             raise HTTPException(429, str(reason)) from None
         except StoreError as error:
             raise HTTPException(503, f"The jobs cannot be read or changed: {error}") from None
+        except ClientDisconnect:
+            return Response(status_code=503)  # which nobody reads, while SD.Next logs what is raised
 
     return answer
 
@@ -11305,7 +11307,7 @@ class Api:
         return JSONResponse({"jobs": jobs}, headers={"Cache-Control": "no-store"})
 
     async def _json_members(self, request: Request) -> List[Tuple[str, Any]]:
-        """The members of the JSON object in a request's body. Raises HTTPException for all else."""
+        """The members of the JSON object in a request's body. Raises HTTPException for all else, ClientDisconnect."""
         data = b""
         try:
             async for chunk in request.stream():
@@ -11313,26 +11315,20 @@ class Api:
                 if len(data) > self.BODY_LIMIT:
                     raise self._invalid(f"it must have at most {self.BODY_LIMIT:,} bytes", "body")
             members = json.loads(data, object_pairs_hook=tuple)
-        except ClientDisconnect:
-            raise self._client_left() from None
         except (ValueError, RecursionError):
             members = None
         if not isinstance(members, tuple):  # which JSON has for an object only
             raise self._invalid("it must be a JSON object", "body")
         return list(members)
 
-    @staticmethod
-    def _client_left() -> HTTPException:
-        return HTTPException(503, "The client has left")  # which nobody reads
-
     async def _while_connected(self, request: Request, work: Coroutine[Any, Any, Any]) -> Any:
-        """The result of some work, which is given up when the client leaves."""
+        """The result of some work, which is given up when the client leaves. Raises ClientDisconnect then."""
         loop = asyncio.get_running_loop()
         working, gone = loop.create_task(work), loop.create_task(wait_for_disconnect(request.receive))
         try:
             await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
             if not working.done():
-                raise self._client_left()
+                raise ClientDisconnect
             return working.result()
         finally:
             working.cancel()
@@ -12723,20 +12719,20 @@ class Host:
         finally:
             limiter.total_tokens -= added
 
-    def adapt_request(self, arguments: Dict[str, Any], name: str) -> Tuple[str, bool, Optional[str]]:
+    def adapt_request(self, arguments: Dict[str, Any], name: str) -> Tuple[str, Optional[bool], Optional[str]]:
         """Makes the host answer with the images, and /internal/progress by our name unless the client gave one.
 
-        Returns the prompt, whether the client wants no images, and the host's own name for the request.
+        Returns the prompt, the client's `send_images`, and the host's own name for the request.
         """
         body = next((value for value in arguments.values() if hasattr(value, "prompt")), None)
-        hide_images = getattr(body, "send_images", True) is False
-        if hide_images:
+        send_images = getattr(body, "send_images", True)
+        if not send_images:
             body.send_images = True
         if not getattr(body, "force_task_id", True):
             body.force_task_id = name
         prompt = getattr(body, "prompt", "")
         task_id = getattr(body, "force_task_id", None)
-        return prompt if isinstance(prompt, str) else "", hide_images, task_id
+        return prompt if isinstance(prompt, str) else "", send_images, task_id
 
     # For the Extension
 

@@ -11,7 +11,21 @@ import httpx
 import pytest
 from inside import load_script
 
-from harness import AUTH, CLOSE, MODE_FLAGS, MODES, OLD_ID, SHAPE, Page, Webui, body, config_of, until, with_old_job
+from harness import (
+    AUTH,
+    CLOSE,
+    MODE_FLAGS,
+    MODES,
+    OLD_ID,
+    SDNEXT_ERROR,
+    SHAPE,
+    Page,
+    Webui,
+    body,
+    config_of,
+    until,
+    with_old_job,
+)
 
 Headers = List[Tuple[str, str]]
 
@@ -520,7 +534,7 @@ def test_log(start):
         assert ask(webui, "POST", "/run/predict", [BOX, forged], call).status_code == 403
         assert ask(webui, "DELETE", "/sdapi/v1/job/AAAAAAAA", CASES["cross-site"][0]).status_code == 403
     log = webui.log_since(mark)
-    lines = [line for line in log.splitlines() if not line.startswith("ERROR API error: ")]  # SD.Next's own, for each
+    lines = [line for line in log.splitlines() if not line.startswith(SDNEXT_ERROR)]
     (line,) = [line for line in lines if line.startswith("[Job Tracker] ")]
     assert line.startswith("[Job Tracker] A page of http://x\\x1b[2J\\x85[Job Tracker] forged\\xe9yyy")
     assert line.endswith(" tried to cancel, retry, delete or purge jobs, and was refused") and len(line) < 400

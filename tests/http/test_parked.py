@@ -214,7 +214,10 @@ def test_parked_and_connected_take_turns(webui):
     webui.gates[-1].open()
     started = {job_id: webui.job(job_id, wait=30)["started"] for job_id in (*parked, *connected)}
     assert [*parked] == sorted(parked, key=started.get)
-    assert [*connected] == sorted(connected, key=started.get)
+    if SHAPE == "sdnext":  # whose lock goes to anybody who waits for it
+        connected.sort(key=started.get)
+    else:
+        assert [*connected] == sorted(connected, key=started.get)
     assert started[parked[0]] < started[connected[1]] and started[connected[0]] < started[parked[2]]
 
 

@@ -53,6 +53,7 @@ KINDS = ("txt2img", "img2img")
 UNKNOWN, UNKNOWN_STATUS = (
     ({"sampler_name": "None such"}, 404) if SHAPE == "sdnext" else ({"script_name": "None such"}, 422)
 )
+SDNEXT_ERROR = "ERROR API error: "  # begins its own line in the log for each request that was refused
 CLOSE = {"Connection": "close"}  # Forge ends the connection after an error, and a client may reuse it just then
 SECONDS = 60.0  # the longest that anything here is waited for
 ONCE = "EACH_PROMISE_ONCE"  # set by conftest.py for the short run, and in the environment, so that all processes know
