@@ -11307,7 +11307,10 @@ class Api:
         return JSONResponse({"jobs": jobs}, headers={"Cache-Control": "no-store"})
 
     async def _json_members(self, request: Request) -> List[Tuple[str, Any]]:
-        """The members of the JSON object in a request's body. Raises HTTPException for all else, ClientDisconnect."""
+        """The members of the JSON object in a request's body.
+
+        Raises HTTPException for all else, and ClientDisconnect.
+        """
         data = b""
         try:
             async for chunk in request.stream():
